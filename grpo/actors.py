@@ -1,0 +1,378 @@
+"""Ray shells around the engines, their placement, and the weight-sync transaction between them.
+
+The engines are imported inside the actors' constructors, so that the driver's process loads neither vllm nor
+deepspeed. Every wait has a deadline; when an actor fails first, its last log lines come with the error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from grpo.config import Config
+from grpo.types import Completion, RankStep, SampleRequest, SamplingSettings, StepResult, UserError
+from grpo.update import NonFiniteError
+from grpo.weight_sync import (
+    PROBE_TOLERANCE,
+    Bucket,
+    IpcSender,
+    Probe,
+    Sender,
+    SharedMemorySender,
+    SyncReport,
+    WeightSyncError,
+    buckets_of,
+    probe_difference,
+    verify,
+)
+
+FLUSH_S = 0.25
+"""A sampler hands finished completions over this often, so that scoring starts while others still generate."""
+
+
+class EngineFailure(RuntimeError):
+    """An actor failed or did not answer in time: says who, what was awaited, and what it last wrote."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncResult:
+    """A verified weight sync."""
+
+    policy_version: int
+    seconds: float
+    nbytes: int
+    probe_difference: float
+    """Largest |learner - sampler| logprob on the probe, over all samplers."""
+
+
+def _log_to(path: str) -> None:
+    """Send everything that this process and its libraries print to `path`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+class SamplerActor:
+    """A `grpo.sampler.engine.Sampler` behind Ray."""
+
+    def __init__(self, config: Config, transport: str, log: str) -> None:
+        _log_to(log)
+        from grpo.sampler.engine import Sampler  # noqa: PLC0415 - keeps vllm out of the driver
+
+        self._sampler = Sampler(config, transport, config.model.path)
+
+    def ready(self) -> None:
+        """Answers once the engine is loaded."""
+
+    def sample(
+        self, requests: Sequence[SampleRequest], settings: SamplingSettings
+    ) -> Iterator[list[tuple[str, Completion]]]:
+        yield from self._sampler.sample(requests, settings, FLUSH_S)
+
+    def init_transfer(self, init_info: Mapping[str, Any]) -> None:
+        self._sampler.init_transfer(init_info)
+
+    def begin_sync(self, policy_version: int) -> None:
+        self._sampler.begin_sync(policy_version)
+
+    def load_bucket(self, bucket: Bucket) -> None:
+        self._sampler.load_bucket(bucket)
+
+    def finish_sync(self, probe: Probe) -> SyncReport:
+        return self._sampler.finish_sync(probe)
+
+    def perturb_for_test(self, substring: str, factor: float) -> None:
+        self._sampler.perturb_for_test(substring, factor)
+
+
+class LearnerActor:
+    """One rank of a `grpo.learner.engine.Learner` behind Ray; rank 0 also commands weight syncs."""
+
+    def __init__(self, config: Config, rank: int, log: str) -> None:
+        _log_to(log)
+        self._config, self._rank = config, rank
+        self._store: Any = None
+        self._sender: Sender | None = None
+        self._samplers: Sequence[Any] = ()
+
+    def open_store(self) -> tuple[str, int]:
+        """Rank 0: open the rendezvous; returns its host and port."""
+        from grpo.learner import setup  # noqa: PLC0415 - keeps deepspeed out of the driver
+
+        host = ray.util.get_node_ip_address()
+        self._store = setup.open_store(host, self._config.learner.ranks, self._config.cluster.start_timeout_s)
+        return host, self._store.port
+
+    def start(self, host: str, port: int) -> None:
+        """Join the group and build the engine; a collective."""
+        from grpo.learner import setup  # noqa: PLC0415
+        from grpo.learner.engine import Learner  # noqa: PLC0415
+
+        if self._store is None:
+            timeout = self._config.cluster.start_timeout_s
+            self._store = setup.join_store(host, port, self._config.learner.ranks, timeout)
+        self._learner = Learner(self._config, self._rank, self._store, self._config.model.path)
+
+    def connect(self, samplers: Sequence[Any], transport: str, timeout_s: float) -> None:
+        """Rank 0: open the weight transfer to `samplers`, on both ends."""
+        self._samplers = samplers
+        if transport == "nccl":
+            from grpo.sampler.nccl_sender import NcclSender  # noqa: PLC0415 - it needs vllm
+
+            self._sender = NcclSender(ray.util.get_node_ip_address(), len(samplers))
+        else:
+            self._sender = IpcSender() if transport == "ipc" else SharedMemorySender()
+        pending = [s.init_transfer.remote(self._sender.init_info(i)) for i, s in enumerate(samplers)]
+        self._sender.connect()
+        ray.get(pending, timeout=timeout_s)
+
+    def step(self, step: RankStep) -> StepResult:
+        return self._learner.step(step)
+
+    def publish(self, policy_version: int, probe: Probe, full_check: bool, timeout_s: float) -> SyncResult:
+        """One verified sync (all ranks together). `full_check` first proves that what is sent is what is used:
+        perturbed weights must move every sampler's logprobs to where they move the learner's.
+
+        Raises WeightSyncError.
+        """
+        tolerance = PROBE_TOLERANCE[self._config.model.dtype]
+        if full_check:
+            before = self._learner.probe_logprobs(probe)
+            with self._learner.perturbed():
+                moved = probe_difference(before, self._learner.probe_logprobs(probe))
+                if moved < 3 * tolerance:
+                    raise WeightSyncError(f"the full check moved the probe by {moved:.3g} only: it would prove nothing")
+                self._transfer(policy_version, probe, tolerance, timeout_s)
+        return self._transfer(policy_version, probe, tolerance, timeout_s)
+
+    def _transfer(self, policy_version: int, probe: Probe, tolerance: float, timeout_s: float) -> SyncResult:
+        started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
+        self._all("begin_sync", timeout_s, policy_version)
+        for tensors in buckets_of(self._learner.weights()):
+            if self._sender is not None:
+                bucket = self._sender.pack(tensors)
+                pending = [s.load_bucket.remote(bucket) for s in self._samplers]
+                self._sender.transmit(tensors)
+                ray.get(pending, timeout=timeout_s)
+                sent |= {spec.name: value for spec, value in zip(bucket.tensors, bucket.checksums, strict=True)}
+                nbytes += sum(spec.nbytes for spec in bucket.tensors)
+        pending = [s.finish_sync.remote(probe) for s in self._samplers]
+        logprobs = self._learner.probe_logprobs(probe)
+        reports: list[SyncReport] = ray.get(pending, timeout=timeout_s)
+        worst = [
+            verify(
+                report=report,
+                policy_version=policy_version,
+                sent=sent,
+                learner_logprobs=logprobs,
+                tolerance=tolerance,
+                sampler=f"sampler {i}",
+            )
+            for i, report in enumerate(reports)
+        ]
+        return SyncResult(
+            policy_version=policy_version,
+            seconds=time.monotonic() - started,
+            nbytes=nbytes,
+            probe_difference=max(worst, default=0.0),
+        )
+
+    def _all(self, method: str, timeout_s: float, *arguments: Any) -> None:
+        ray.get([getattr(s, method).remote(*arguments) for s in self._samplers], timeout=timeout_s)
+
+    def save(self, folder: str) -> None:
+        self._learner.save(Path(folder))
+
+
+def transport_of(config: Config) -> str:
+    """Shared memory on CPU; on GPU vLLM's IPC engine where sampler and learner share one, NCCL where they do not."""
+    if not config.on_gpu:
+        return "shared_memory"
+    return "ipc" if config.learner.gpus < 1 or config.sampler.gpus < 1 else "nccl"
+
+
+def sampler_environment(config: Config) -> dict[str, str]:
+    """Environment of a sampler's process, in place before it imports vllm or torch."""
+    environment = QUIET | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's process, its model within reach
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if config.sampler.gpus == 0:
+        threads = config.sampler.threads or os.cpu_count() or 1
+        environment |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def learner_environment(config: Config, rank: int) -> dict[str, str]:
+    """Environment of a learner's process, in place before it imports torch or deepspeed."""
+    environment = QUIET | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.learner.ranks)}
+    if config.learner.gpus == 0:
+        threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # torch's, about calls that DeepSpeed makes at every step
+}
+
+
+def train_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSettings:
+    """The sampling record as the sampler takes it; the learner replays its temperature."""
+    return SamplingSettings(
+        temperature=config.sampling.temperature,
+        max_tokens=config.sampling.max_tokens,
+        end_token_ids=tuple(end_token_ids),
+        stop=config.sampling.stop,
+    )
+
+
+def eval_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSettings:
+    """Evaluation's own settings."""
+    e = config.data.eval
+    return SamplingSettings(
+        temperature=e.temperature,
+        max_tokens=e.max_tokens or config.sampling.max_tokens,
+        end_token_ids=tuple(end_token_ids),
+        stop=config.sampling.stop,
+        top_p=e.top_p,
+        top_k=e.top_k,
+        min_p=e.min_p,
+    )
+
+
+class Engines:
+    """All actors of a run, with the verbs that the driver's loop calls."""
+
+    def __init__(self, config: Config, log_dir: Path) -> None:
+        """Place the actors and load the engines, samplers and learner at the same time.
+
+        Raises EngineFailure when one does not come up, UserError when the model folder is at fault.
+        """
+        self._config, self._log_dir = config, log_dir
+        self._timeout = config.cluster.step_timeout_s
+        self._names: dict[Any, str] = {}
+        transport = transport_of(config)
+        sampler_class: Any = ray.remote(SamplerActor)
+        learner_class: Any = ray.remote(LearnerActor)
+        self.samplers = [
+            self._make(sampler_class, f"sampler-{i}", config.sampler, sampler_environment(config), config, transport)
+            for i in range(config.sampler.num_samplers)
+        ]
+        self.learners = [
+            self._make(learner_class, f"learner-{i}", config.learner, learner_environment(config, i), config, i)
+            for i in range(config.learner.ranks)
+        ]
+        start = config.cluster.start_timeout_s
+        loading = [s.ready.remote() for s in self.samplers]
+        host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
+        loading += [learner.start.remote(host, port) for learner in self.learners]
+        self._wait(loading, "the engines to load", start)
+        self._wait(
+            [self.learners[0].connect.remote(self.samplers, transport, start)], "the weight transfer to open", start
+        )
+
+    def _make(self, actor: Any, name: str, section: Any, environment: dict[str, str], *arguments: Any) -> Any:
+        options = {
+            "num_cpus": section.cpus,
+            "num_gpus": section.gpus,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": environment},
+        }
+        handle = actor.options(**options).remote(*arguments, str(self._log_dir / f"{name}.log"))
+        self._names[handle] = name
+        return handle
+
+    def sample(
+        self, requests: Sequence[SampleRequest], settings: SamplingSettings
+    ) -> Iterator[list[tuple[str, Completion]]]:
+        """Spread `requests` over the samplers in whole runs; yields finished completions as they come in."""
+        count = len(self.samplers)
+        shares = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]
+        streams = [
+            sampler.sample.options(num_returns="streaming").remote(share, settings)
+            for sampler, share in zip(self.samplers, shares, strict=True)
+            if share
+        ]
+        while streams:
+            ready, _ = ray.wait(streams, timeout=self._timeout)
+            if not ready:
+                raise self._overdue("completions from the samplers", self._timeout)
+            try:
+                reference = next(ready[0])
+            except StopIteration:
+                streams.remove(ready[0])
+                continue
+            yield self._wait([reference], "completions from the samplers", self._timeout)[0]
+
+    def step(self, steps: Sequence[RankStep]) -> StepResult:
+        """One driver step on every learner rank."""
+        pending = [learner.step.remote(step) for learner, step in zip(self.learners, steps, strict=True)]
+        result: StepResult = self._wait(pending, "the learner's step", self._timeout)[0]
+        return result
+
+    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> SyncResult:
+        """Bring the learner's weights to every sampler and verify that they arrived."""
+        pending = [learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.learners]
+        result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
+        return result
+
+    def save(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder."""
+        self._wait([learner.save.remote(str(folder)) for learner in self.learners], "the model to be saved", self._timeout)
+
+    def close(self) -> None:
+        """Kill every actor."""
+        for handle in self._names:
+            ray.kill(handle)
+
+    def _wait(self, references: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
+        """Results of `references`, or the first failure among them."""
+        pending = list(references)
+        deadline = time.monotonic() + timeout_s
+        while pending:
+            ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise self._overdue(what, timeout_s)
+            try:
+                ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                if isinstance(cause, (UserError, WeightSyncError, NonFiniteError)):
+                    raise cause from None
+                raise EngineFailure(f"{what} failed: {error}") from error
+            except ray.exceptions.RayActorError as error:
+                raise EngineFailure(f"while waiting for {what}: {self._dead(error)}") from error
+        results: list[Any] = ray.get(list(references))
+        return results
+
+    def _dead(self, error: Any) -> str:
+        """Which actor died, and the last lines it wrote."""
+        dead = getattr(error, "actor_id", None)
+        for handle, name in self._names.items():
+            if dead is not None and handle._actor_id.hex() == str(dead):
+                return f"{name} died ({' '.join(str(error).split())[:300]}); its last lines:\n{self._tail(name)}"
+        return f"{error}"
+
+    def _overdue(self, what: str, timeout_s: float) -> EngineFailure:
+        tails = "\n".join(f"--- {name}\n{self._tail(name, 5)}" for name in self._names.values())
+        return EngineFailure(f"waited {timeout_s:.0f} s for {what}; the engines' last lines:\n{tails}")
+
+    def _tail(self, name: str, lines: int = 20) -> str:
+        path = self._log_dir / f"{name}.log"
+        if not path.exists():
+            return "(nothing written)"
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

@@ -1,0 +1,146 @@
+"""Scored groups -> what each learner rank does in a step. The only module that shifts the token axis.
+
+A row of L prompt and C completion tokens becomes T = L + C - 1 positions: `input_ids = tokens[:-1]`,
+`target_ids = tokens[1:]`, and every other [B,T] tensor is aligned to the target. The completion's first target stands
+at position L - 1. Masks are made from lengths; a pad id is never consulted.
+
+Example: prompt [7, 8], completion [9, 0], a microbatch of T = 4:
+    input_ids        7 8 9 0      target_ids  8 9 0 0      completion_mask  0 1 1 0
+
+One optimizer step's rows are dealt over the ranks longest first, packed into microbatches under the token budget, and
+every rank gets the same number of them, filled up with rows of weight zero: under ZeRO-3 an unequal count hangs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from grpo.loss import Aggregation, aggregation_weights
+from grpo.types import Batch, RankStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRow:
+    """One rollout that is trained on."""
+
+    rollout_index: int
+    """Position in the step's list of rollouts."""
+    prompt_ids: Sequence[int]
+    """[L]"""
+    completion_ids: np.ndarray
+    """[C] int32, C >= 1."""
+    sampler_logprobs: np.ndarray
+    """[C] float32"""
+    sampled_mask: np.ndarray
+    """[C] bool; tokens the policy did not sample are context, not targets."""
+    advantage: float
+
+    @property
+    def positions(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids) - 1
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.sampled_mask.sum())
+
+
+def rank_steps(
+    minibatches: Sequence[Sequence[TrainingRow]],
+    *,
+    ranks: int,
+    tokens_per_microbatch: int,
+    aggregation: Aggregation,
+    epochs: int,
+) -> list[RankStep]:
+    """Lay out a step for every rank.
+
+    Args:
+        minibatches: rows of each optimizer step of one epoch; empty ones are left out.
+        tokens_per_microbatch: bound on B*T; a single longer row goes alone.
+        epochs: times that the minibatches are gone through.
+
+    Returns:
+        [ranks] RankSteps with the same numbers of minibatches and microbatches.
+    """
+    per_rank: list[list[tuple[Batch, ...]]] = [[] for _ in range(ranks)]
+    for rows in minibatches:
+        if rows:
+            for rank, batches in enumerate(_minibatch(rows, ranks, tokens_per_microbatch, aggregation)):
+                per_rank[rank].append(batches)
+    updates = len(per_rank[0]) * epochs
+    return [RankStep(minibatches=tuple(batches) * epochs, multiple_updates=updates > 1) for batches in per_rank]
+
+
+def _minibatch(
+    rows: Sequence[TrainingRow], ranks: int, budget: int, aggregation: Aggregation
+) -> list[tuple[Batch, ...]]:
+    """One optimizer step: [ranks][microbatches], the same number of microbatches everywhere."""
+    trained = [row for row in rows if row.trained_tokens > 0]
+    weights = aggregation_weights(
+        [row.trained_tokens for row in trained],
+        aggregation=aggregation,
+        denominator_tokens=sum(row.trained_tokens for row in trained),
+        denominator_rows=len(trained),
+    )
+    weighted = sorted(zip(trained, weights, strict=True), key=lambda pair: (-pair[0].positions, pair[0].rollout_index))
+    packed = [_pack(weighted[rank::ranks], budget) for rank in range(ranks)]
+    count = max(len(microbatches) for microbatches in packed)
+    return [tuple(microbatches + [_filler()] * (count - len(microbatches))) for microbatches in packed]
+
+
+def _pack(rows: Sequence[tuple[TrainingRow, float]], budget: int) -> list[Batch]:
+    """Fill microbatches with rows that come longest first, so that padding stays small."""
+    microbatches: list[list[tuple[TrainingRow, float]]] = []
+    for pair in rows:
+        if not microbatches or (len(microbatches[-1]) + 1) * microbatches[-1][0][0].positions > budget:
+            microbatches.append([])
+        microbatches[-1].append(pair)
+    return [_batch(microbatch) for microbatch in microbatches]
+
+
+def _batch(rows: Sequence[tuple[TrainingRow, float]]) -> Batch:
+    """Shift, pad and mask the rows of one microbatch."""
+    shape = (len(rows), max(row.positions for row, _ in rows))
+    input_ids = np.zeros(shape, dtype=np.int64)
+    target_ids = np.zeros(shape, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.bool_)
+    advantages = np.zeros(shape, dtype=np.float32)
+    sampler_logprobs = np.zeros(shape, dtype=np.float32)
+    token_weights = np.zeros(shape, dtype=np.float32)
+    for i, (row, weight) in enumerate(rows):
+        tokens = np.concatenate([np.asarray(row.prompt_ids, dtype=np.int64), row.completion_ids])
+        first, end = len(row.prompt_ids) - 1, row.positions
+        input_ids[i, :end] = tokens[:-1]
+        target_ids[i, :end] = tokens[1:]
+        mask[i, first:end] = row.sampled_mask
+        sampler_logprobs[i, first:end] = np.where(row.sampled_mask, row.sampler_logprobs, 0.0)
+        advantages[i, first:end] = np.where(row.sampled_mask, row.advantage, 0.0)
+        token_weights[i, first:end] = np.where(row.sampled_mask, weight, 0.0)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        target_ids=torch.from_numpy(target_ids),
+        completion_mask=torch.from_numpy(mask),
+        advantages=torch.from_numpy(advantages),
+        sampler_logprobs=torch.from_numpy(sampler_logprobs),
+        token_weights=torch.from_numpy(token_weights),
+        rollout_index=torch.tensor([row.rollout_index for row, _ in rows]),
+    )
+
+
+def _filler() -> Batch:
+    """One position of weight zero: it runs through every layer and leaves every gradient as it is."""
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    zeros = torch.zeros(1, 1)
+    return Batch(
+        input_ids=ids,
+        target_ids=ids,
+        completion_mask=torch.zeros(1, 1, dtype=torch.bool),
+        advantages=zeros,
+        sampler_logprobs=zeros,
+        token_weights=zeros,
+        rollout_index=torch.tensor([-1]),
+    )

@@ -1,0 +1,169 @@
+"""Everything that can be known before an engine starts: data, batch algebra, rewards, resources. Gives the plan.
+
+`grpo check` stops here; `grpo train` goes through the same door.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from grpo import data
+from grpo.config import Config
+from grpo.rewards import pool as rewards
+from grpo.rewards import preflight
+from grpo.types import Prompt, UserError
+
+TRIED_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will do, checked."""
+
+    config: Config
+    tokenizer: Any
+    prompts: tuple[Prompt, ...]
+    eval_prompts: tuple[Prompt, ...]
+    end_token_ids: tuple[int, ...]
+    reward_files: tuple[Path, ...]
+    lines: tuple[str, ...]
+    """The plan in words."""
+
+
+def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
+    """Check a loaded config against its files.
+
+    Raises UserError at the first thing that would not work.
+    """
+    check_model(config)
+    tokenizer = data.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    ends = data.end_token_ids(tokenizer, config.model.path, config.sampling.stop_token_ids)
+    train = prompt_set(config, tokenizer, config.data.train, config.data.split, "data.train")
+    held_out = data.PromptSet(prompts=(), dropped=(), fingerprint="")
+    if config.data.eval.path is not None:
+        held_out = prompt_set(config, tokenizer, config.data.eval.path, config.data.eval.split, "data.eval.path")
+    per_step = config.algorithm.prompts_per_step
+    if per_step > len(train.prompts):
+        raise UserError(
+            f"algorithm.prompts_per_step={per_step} is more than data.train has prompts ({len(train.prompts)}); "
+            f"nearest: {len(train.prompts)}"
+        )
+    files = tuple(rewards.locate(config.rewards, recipe))
+    preflight.check_loads(config.rewards, files)
+    tried = try_rewards(config, files, train.prompts, log_dir)
+    eval_prompts = held_out.prompts[: config.data.eval.limit]
+    return Plan(
+        config=config,
+        tokenizer=tokenizer,
+        prompts=train.prompts,
+        eval_prompts=eval_prompts,
+        end_token_ids=ends,
+        reward_files=files,
+        lines=tuple(describe(config, train, eval_prompts, ends) + tried),
+    )
+
+
+def check_model(config: Config) -> None:
+    """The model's config must exist and hold prompt and completion.
+
+    Raises UserError.
+    """
+    path = Path(config.model.path).expanduser()
+    looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
+    if not path.is_dir() and looks_local:
+        script = Path("recipes/arithmetic.py")
+        hint = f"; make it with: python {script}" if "tiny/arithmetic" in config.model.path and script.exists() else ""
+        raise UserError(f"model.path={config.model.path} is not a folder{hint}")
+    try:
+        model = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={config.model.path}: {' '.join(str(error).split())[:300]}") from error
+    limit = getattr(model, "max_position_embeddings", None)
+    if limit is not None and config.max_row_tokens > limit:
+        raise UserError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + max_tokens="
+            f"{config.max_row_tokens - config.data.max_prompt_tokens} exceed the model's {limit} positions"
+        )
+    for name, value in model.to_dict().items():
+        if "drop" in name and isinstance(value, float) and value > 0:
+            raise UserError(
+                f"model.path: the model's config.json has {name}={value}; the learner needs dropout 0.0, or its "
+                "logprobs differ from the sampler's"
+            )
+
+
+def prompt_set(config: Config, tokenizer: Any, path: str, split: str, option: str) -> data.PromptSet:
+    """Read and tokenize one data set."""
+    rows = data.read_rows(path, split=split, option=option)
+    return data.make_prompts(rows, data=config.data, tokenizer=tokenizer, dataset=Path(path).stem, option=option)
+
+
+def try_rewards(config: Config, files: Sequence[Path], prompts: Sequence[Prompt], log_dir: Path) -> list[str]:
+    """Run every reward on a few real rows."""
+    samples = [
+        rewards.RewardItem(
+            completion="",
+            row=prompt.row,
+            messages=prompt.messages,
+            info={"token_count": 0, "finish_reason": "stop", "prompt": prompt.text, "step": 0},
+        )
+        for prompt in prompts[:TRIED_ROWS]
+    ]
+    report = preflight.try_out(
+        config.rewards,
+        files,
+        samples,
+        gold_template=config.data.gold_template,
+        answer_column=config.data.answer_column,
+        log_dir=log_dir,
+    )
+    return [f"reward     {line}" for line in report]
+
+
+def describe(
+    config: Config, train: data.PromptSet, eval_prompts: Sequence[Prompt], ends: Sequence[int]
+) -> list[str]:
+    """The plan: data, batch algebra, objective, engines."""
+    a = config.algorithm
+    rollouts = a.prompts_per_step * a.group_size
+    updates = config.optimizer_steps_per_step
+    longest = max(len(prompt.token_ids) for prompt in train.prompts)
+    epochs = config.run.steps * a.prompts_per_step / len(train.prompts)
+    ratio = (
+        "one update per batch: the ratio is exactly 1 and clipping inactive"
+        if updates == 1
+        else f"ratio clipped to [{1 - a.eps_low:g}, {1 + a.eps_high:g}]"
+    )
+    dropped = f", {len(train.dropped)} too long dropped" if train.dropped else ""
+    lines = [
+        f"model      {config.model.path} in {config.model.dtype}",
+        f"data       {len(train.prompts)} prompts{dropped}, longest {longest} tokens; {epochs:.2f} epochs in "
+        f"{config.run.steps} steps",
+        f"first      {train.prompts[0].text[-60:]!r} -> {list(train.prompts[0].token_ids[-12:])}, ends on {list(ends)}",
+        f"step       {a.prompts_per_step} prompts x {a.group_size} completions = {rollouts} rollouts -> "
+        f"{a.minibatches_per_step} minibatches x {a.epochs_per_step} epochs = {updates} optimizer steps",
+        f"objective  {a.aggregation}, {ratio}; kl_coef {a.kl_coef:g}; temperature {config.sampling.temperature:g}",
+        f"engines    {config.sampler.num_samplers} samplers, {config.learner.ranks} learner ranks at ZeRO "
+        f"{config.learner.zero_stage}, microbatches of up to {config.learner.tokens_per_microbatch} tokens",
+    ]
+    if eval_prompts:
+        k = config.data.eval.samples_per_prompt
+        lines.append(f"eval       {len(eval_prompts)} held-out prompts, avg@{k}")
+        overlap = {p.token_ids for p in eval_prompts} & {p.token_ids for p in train.prompts}
+        if overlap:
+            lines.append(f"warning    {len(overlap)} evaluation prompts are also in data.train")
+    return lines
+
+
+def resolve_paths(config: Config) -> Config:
+    """The model's path absolute where it is a folder: actors may run in another working directory."""
+    path = Path(config.model.path).expanduser()
+    if not path.is_dir():
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(path.resolve())))

@@ -1,0 +1,189 @@
+"""The `grpo` command: wiring only.
+
+Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped but resumable; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from grpo import __version__
+from grpo import config as config_module
+from grpo.types import UserError
+
+DONE, OURS, USERS = 0, 1, 2
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="grpo",
+        description="Train language models with GRPO: vLLM samples, DeepSpeed learns, Ray holds them together.",
+        epilog="Options are set as section.option=value, e.g. run.steps=10 algorithm.group_size=8. "
+        "All options and their defaults: grpo options",
+    )
+    parser.add_argument("--version", action="version", version=f"grpo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, words in (
+        ("train", "check a recipe and run it"),
+        ("check", "do everything that can be known before an engine starts, and print the plan"),
+    ):
+        command = commands.add_parser(name, help=words, description=words)
+        command.add_argument("recipe", help="a YAML file, see recipes/")
+        command.add_argument("overrides", nargs="*", metavar="section.option=value")
+    commands.add_parser("options", help="print every option with its default")
+    parsed = parser.parse_args(arguments)
+    try:
+        if parsed.command == "options":
+            print(config_module.options_text())
+            return DONE
+        config = config_module.load(parsed.recipe, parsed.overrides)
+        if parsed.command == "check":
+            return check_command(config, Path(parsed.recipe))
+        return train_command(config, Path(parsed.recipe))
+    except UserError as error:
+        print(f"grpo: {error}", file=sys.stderr)
+        return USERS
+
+
+def check_command(config: config_module.Config, recipe: Path) -> int:
+    """`grpo check`."""
+    from grpo import check, cluster  # noqa: PLC0415 - transformers and ray take seconds to import
+
+    with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+        plan = check.check(config, recipe, Path(log_dir))
+    with cluster.session(config, None):
+        pass
+    print("\n".join([*plan.lines, "ok         nothing has been started"]))
+    return DONE
+
+
+def train_command(config: config_module.Config, recipe: Path) -> int:
+    """`grpo train`: check, start Ray and the engines, run the loop, say what came of it."""
+    from grpo import check, cluster, run_folder  # noqa: PLC0415
+
+    started = time.monotonic()
+    path = run_folder.choose(config, str(recipe))
+    cluster_ok = cluster.cluster_address(config) is not None
+    if not cluster_ok:
+        cluster.check_fit(config, [cluster.local_node(config)], "this machine")
+    with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+        plan = check.check(config, recipe, Path(log_dir))
+    folder = run_folder.RunFolder(path, config)
+    summary: dict[str, Any] = {
+        "recipe": str(recipe),
+        "seed": config.run.seed,
+        "steps": 0,
+        "versions": run_folder.versions(),
+        "exit_reason": "failed",
+    }
+    code, reason = OURS, "failed"
+    previous = [signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)]
+    from grpo.console import Console  # noqa: PLC0415
+
+    with Console(steps=config.run.steps, log=path / "log.txt") as console:
+        try:
+            for line in plan.lines:
+                console.say(line)
+            summary |= run(plan, folder, console)
+            code, reason = DONE, "done"
+        except UserError as error:
+            code, reason = USERS, f"failed: {error}"
+            console.say(f"grpo: {error}")
+        except Stopped:
+            code, reason = OURS, "interrupted"
+            console.say("grpo: interrupted")
+        except Exception as error:  # the run's last words: whatever it was is shown, recorded and turned into exit 1
+            code, reason = OURS, f"failed: {error}"
+            (path / "logs").mkdir(exist_ok=True)
+            (path / "logs" / "driver-traceback.txt").write_text(traceback.format_exc())
+            console.say(f"grpo: {type(error).__name__}: {error}\n(traceback in {path / 'logs' / 'driver-traceback.txt'})")
+        finally:
+            for number, handler in zip((signal.SIGTERM, signal.SIGINT), previous, strict=True):
+                signal.signal(number, handler)
+            summary |= {"wall_s": round(time.monotonic() - started, 3), "exit_reason": reason}
+            folder.close()
+            folder.write_summary(summary)
+        report(summary, path, console, code)
+    return code
+
+
+def run(plan: Any, folder: Any, console: Any) -> dict[str, Any]:
+    """Start what the plan needs, train, and take everything down. Returns what the summary adds."""
+    from grpo import actors, cluster, driver, run_folder  # noqa: PLC0415
+    from grpo.evaluation import paired_gain  # noqa: PLC0415
+    from grpo.rewards.pool import RewardPool  # noqa: PLC0415
+
+    from grpo import check  # noqa: PLC0415
+
+    config = check.resolve_paths(plan.config)
+    logs = folder.path.resolve() / "logs"
+    workers = config.cluster.reward_workers or min(8, os.cpu_count() or 1)
+    with (
+        RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
+        cluster.session(config, logs),
+    ):
+        console.say(f"starting {config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks")
+        engines = actors.Engines(config, logs)
+        try:
+            loop = driver.Loop(
+                config=config,
+                prompts=plan.prompts,
+                eval_prompts=plan.eval_prompts,
+                engines=engines,
+                scorer=scorer,
+                folder=folder,
+                reporter=console,
+                decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
+                train_settings=actors.train_settings(config, plan.end_token_ids),
+                eval_settings=actors.eval_settings(config, plan.end_token_ids),
+            )
+            outcome = driver.train(loop)
+        finally:
+            engines.close()
+    summary: dict[str, Any] = {
+        "steps": outcome.steps,
+        "weights_sha256": run_folder.weights_sha256(folder.path / "model"),
+    }
+    if outcome.before is not None and outcome.after is not None:
+        gain, low, high = paired_gain(outcome.before, outcome.after)
+        summary |= {
+            "accuracy_before": outcome.before.accuracy,
+            "accuracy_after": outcome.after.accuracy,
+            "accuracy_gain": gain,
+            "accuracy_gain_interval": [low, high],
+        }
+    return summary
+
+
+def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:
+    """The last lines."""
+    if code == DONE and "accuracy_before" in summary:
+        low, high = summary["accuracy_gain_interval"]
+        console.say(
+            f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f} "
+            f"(gain {summary['accuracy_gain']:.3f}, 95 % interval {low:.3f} to {high:.3f})"
+        )
+    console.say(f"run folder {path}")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(signal.Signals(number).name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,162 @@
+"""Ray for a run: join the cluster that the recipe or RAY_ADDRESS names, or start a private one and take it down.
+
+A private Ray has its own temporary folder, its own token and ports that the system chose, so that runs on one machine
+do not meet. Resources are checked before they are asked for: Ray itself would wait for them without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+
+from grpo.config import Config
+from grpo.types import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What one actor asks for."""
+
+    who: str
+    option: str
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """What one node offers."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+
+def demands(config: Config) -> list[Demand]:
+    """Every actor of the run."""
+    samplers = [
+        Demand(who=f"sampler {i}", option="sampler", cpus=config.sampler.cpus, gpus=config.sampler.gpus)
+        for i in range(config.sampler.num_samplers)
+    ]
+    learners = [
+        Demand(who=f"learner rank {i}", option="learner", cpus=config.learner.cpus, gpus=config.learner.gpus)
+        for i in range(config.learner.ranks)
+    ]
+    return samplers + learners
+
+
+def check_fit(config: Config, nodes: list[Node], place: str) -> None:
+    """Whether every actor finds a node, first fit.
+
+    Raises UserError with the arithmetic: what is asked, what there is, which actor found no place.
+    """
+    left = {node.name: [node.cpus, node.gpus] for node in nodes}
+    asked = demands(config)
+    for demand in asked:
+        for free in left.values():
+            if demand.cpus <= free[0] + 1e-9 and demand.gpus <= free[1] + 1e-9:
+                free[0] -= demand.cpus
+                free[1] -= demand.gpus
+                break
+        else:
+            raise UserError(
+                f"{demand.who} finds no node with {demand.cpus:g} CPUs and {demand.gpus:g} GPUs free on {place}: "
+                f"{_sum(config)} ask for {sum(d.cpus for d in asked):g} CPUs and {sum(d.gpus for d in asked):g} GPUs, "
+                f"there are {_offer(nodes)}; lower {demand.option}.cpus, {demand.option}.gpus or the number of "
+                f"{demand.option}s"
+            )
+
+
+def _sum(config: Config) -> str:
+    return f"{config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks"
+
+
+def _offer(nodes: list[Node]) -> str:
+    return "; ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes) or "no nodes"
+
+
+def cluster_address(config: Config) -> str | None:
+    """The cluster to join, or None for a private Ray."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def local_node(config: Config) -> Node:
+    """What a private Ray will offer."""
+    cpus = config.cluster.cpus if config.cluster.cpus is not None else os.cpu_count() or 1
+    gpus = config.cluster.gpus if config.cluster.gpus is not None else torch.cuda.device_count()
+    return Node(name="this machine", cpus=float(cpus), gpus=float(gpus))
+
+
+def free_nodes() -> list[Node]:
+    """What the nodes of the joined cluster have free now."""
+    from ray._private.state import available_resources_per_node  # noqa: PLC0415 - ray has no public call for it
+
+    free = available_resources_per_node()
+    return [
+        Node(
+            name=node["NodeManagerHostname"],
+            cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
+            gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+@contextmanager
+def session(config: Config, log_dir: Path | None) -> Iterator[None]:
+    """Ray for the duration of the block, with enough resources for the run.
+
+    `log_dir` None: only to look (`grpo check`); a private Ray is not started then, its offer is known.
+    """
+    address = cluster_address(config)
+    if address is None:
+        node = local_node(config)
+        check_fit(config, [node], "this machine")
+        if log_dir is None:
+            yield
+            return
+        with _private_ray(node):
+            yield
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace=f"grpo-{os.getpid()}")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"cluster.address={address}: {' '.join(str(error).split())[:300]}") from error
+    try:
+        check_fit(config, free_nodes(), f"the cluster at {address}")
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _private_ray(node: Node) -> Iterator[None]:
+    folder = Path(tempfile.mkdtemp(prefix="grpo-ray-"))  # short: socket paths below it are limited to 107 bytes
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=int(node.cpus),
+            num_gpus=int(node.gpus),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=1 << 30,
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+    finally:
+        ray.shutdown()
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        shutil.rmtree(folder, ignore_errors=True)

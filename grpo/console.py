@@ -1,0 +1,75 @@
+"""What a person sees: a live table on a terminal, one line a step elsewhere, all of it also in log.txt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.console import Group as Stack
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from grpo.metrics import HEADLINE
+
+
+class Console:
+    """Progress of one run. Use as a context manager, so that the terminal is restored however the run ends."""
+
+    def __init__(self, *, steps: int, log: Path | None) -> None:
+        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._log = log.open("a", encoding="utf-8") if log else None
+        self._steps = steps
+        self._started = time.monotonic()
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        )
+        self._task = self._progress.add_task("run", total=steps)
+        self._live: Live | None = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        if self._log:
+            self._log.close()
+
+    def say(self, text: str) -> None:
+        """A line for the reader."""
+        self._rich.print(text, markup=False)
+        self._write(text)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The ten numbers of a finished step."""
+        shown = {name: metrics[name] for name in HEADLINE if name in metrics}
+        line = " ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in shown.items())
+        text = f"step {step}/{self._steps}: {line}"
+        self._write(text)
+        if not self._rich.is_terminal:
+            self._rich.print(text, markup=False)
+            return
+        table = Table(box=None, show_header=False)
+        for name, value in shown.items():
+            table.add_row(name, f"{value:.4g}")
+        self._progress.update(self._task, completed=step)
+        if self._live is None:
+            self._live = Live(console=self._rich, refresh_per_second=4)
+            self._live.start()
+        self._live.update(Stack(self._progress, table))
+        if step == self._steps:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _write(self, text: str) -> None:
+        if self._log:
+            stamp = datetime.now(UTC).isoformat(timespec="seconds")
+            self._log.write(f"{stamp} {text}\n")
+            self._log.flush()

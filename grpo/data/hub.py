@@ -1,0 +1,71 @@
+"""What is a path and what a hub id, and how long an unreachable hub is waited for."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+PROBE_TIMEOUT_S = 5.0
+FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` can only be meant as a local path: a hub id is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.endswith(FILE_ENDINGS) or name.count("/") > 1
+
+
+def nearest_path(path: Path) -> str:
+    """`; did you mean ...?` for a path that does not exist, from the names in its folder."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f"; its folder {parent} does not exist either"
+    near = difflib.get_close_matches(path.name, sorted(p.name for p in parent.iterdir()), n=1, cutoff=0.5)
+    return f"; did you mean {parent / near[0]}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The reason that `error` gives, on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[str]:
+    """Inside, hub ids load from the hub, or from the local cache alone where the hub does not answer.
+
+    The libraries retry a dead connection for half a minute before they look into their cache. One request with a
+    short deadline decides first, through their own client, so that proxies and HF_ENDPOINT count. Yields a remark for
+    the error message: empty when the hub answered.
+    """
+    if constants.is_offline_mode():
+        yield " (offline mode is set, so only the local cache was searched)"
+        return
+    if _hub_answers():
+        yield ""
+        return
+    switches = [module for module in (constants, sys.modules.get("datasets.config")) if module is not None]
+    before = [module.HF_HUB_OFFLINE for module in switches]
+    for module in switches:
+        module.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    try:
+        yield f" ({constants.ENDPOINT} does not answer, so only the local cache was searched)"
+    finally:
+        for module, value in zip(switches, before, strict=True):
+            module.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Asked once a process. Any HTTP response counts: a refusal is for the real request to report."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_TIMEOUT_S)
+    except (HTTPError, OSError):
+        return False
+    return True

@@ -1,0 +1,276 @@
+"""Rows to prompts: rendered, tokenized once and length-checked, before any engine starts.
+
+From here on only token ids travel; the text of a `Prompt` is a view. Every special token is decided here: the ids are
+what the tokenizer gives by default (style template) or what the chat template writes (style chat), with at most one
+BOS in front.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from tokenizers.models import BPE
+
+from grpo.config import DataConfig
+from grpo.data.hub import one_line
+from grpo.data.rows import Row
+from grpo.types import Prompt, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = tuple[Mapping[str, str], ...]
+
+SHOWN = 10
+"""How many overlong prompts an error lists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """The prompts of one data set, in the order of its rows."""
+
+    prompts: tuple[Prompt, ...]
+    """At least one."""
+    dropped: tuple[str, ...]
+    """`<prompt id> (<n> tokens)` of each prompt left out for its length."""
+    fingerprint: str
+    """Hex sha256 over prompt ids and token ids in order: equal means the same tokens from the same rows."""
+
+
+def make_prompts(
+    rows: Sequence[Row], *, data: DataConfig, tokenizer: PreTrainedTokenizerBase, dataset: str, option: str
+) -> PromptSet:
+    """Render and tokenize every row by `data`; `dataset` is the short name in prompt ids, `option` is for messages.
+
+    Prompts above data.max_prompt_tokens are refused or dropped, by data.overlong_prompts, and never cut. Raises
+    UserError naming the row, or the option, at fault.
+    """
+    if not rows:
+        raise UserError(f"{option}: there are no rows")
+    if data.style == "chat":
+        turns: list[Messages | None] = [_messages(row, data, option) for row in rows]
+        texts = _apply_chat_template(rows, turns, tokenizer, option)
+        token_ids = _encode(tokenizer, rows, texts, option, add_special_tokens=False)
+    else:
+        turns = [None] * len(rows)
+        texts = [render_template(data.template, row, option=f"{option}: data.template") for row in rows]
+        for row, text in zip(rows, texts, strict=True):
+            if not text.strip():
+                raise UserError(f"{option}: {row.where}: the prompt is empty")
+        token_ids = _without_doubled_ends(
+            _encode(tokenizer, rows, texts, option, add_special_tokens=True), texts[0], tokenizer
+        )
+    bos = tokenizer.bos_token_id
+    prompts = []
+    for row, text, ids, messages in zip(rows, texts, token_ids, turns, strict=True):
+        if not ids:
+            raise UserError(f"{option}: {row.where}: the prompt {text[:80]!r} has no tokens")
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise UserError(
+                f"{option}: {row.where}: the prompt begins with two BOS tokens ({tokenizer.bos_token!r}, ids "
+                f"{ids[:4]}...); take one out of the chat template, data.template or the row"
+            )
+        prompt_id = f"{dataset}:{row.index}:{_content_hash(row.values)}"
+        prompts.append(Prompt(prompt_id=prompt_id, token_ids=tuple(ids), text=text, row=row.values, messages=messages))
+    return _within_limit(prompts, rows, data, option)
+
+
+def render_template(template: str, row: Row, *, option: str) -> str:
+    """`template` (a Python format string) over the row's columns; UserError names `option` and the row."""
+    for name in _columns_of(template, option):
+        if name not in row.values:
+            near = difflib.get_close_matches(name, row.values, n=1, cutoff=0.5)
+            raise UserError(
+                f"{option}: {row.where} has no column {name!r}; it has {', '.join(row.values) or 'none'}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        if row.values[name] is None:
+            raise UserError(f"{option}: {row.where}: column {name!r} is null, which would be written as 'None'")
+    try:
+        return template.format_map(row.values)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{option}: {template!r} does not fit {row.where}: {one_line(error)}") from error
+
+
+def _columns_of(template: str, option: str) -> list[str]:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(
+            f"{option}: {template!r} is not a format string: {error}; literal braces are written {{{{ and }}}}"
+        ) from error
+    names = [re.split(r"[.\[]", name, maxsplit=1)[0] for name in fields]
+    for name in names:
+        if not name or name.isdigit():
+            raise UserError(
+                f"{option}: {template!r} has {{{name}}}, which names no column; "
+                "literal braces are written {{ and }}"
+            )
+    return names
+
+
+def _messages(row: Row, data: DataConfig, option: str) -> Messages:
+    """The turns of a row: its messages column, or the rendered template behind the system prompt."""
+    if data.messages_column is None:
+        text = render_template(data.template, row, option=f"{option}: data.template")
+        user = {"role": "user", "content": text}
+        return (user,) if data.system_prompt is None else ({"role": "system", "content": data.system_prompt}, user)
+    column = data.messages_column
+    if column not in row.values:
+        near = difflib.get_close_matches(column, row.values, n=1, cutoff=0.5)
+        raise UserError(
+            f"{option}: data.messages_column: {row.where} has no column {column!r}; it has {', '.join(row.values)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    turns = row.values[column]
+    place = f"{option}: data.messages_column: {row.where}: column {column!r}"
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{place} must be a list of {{role, content}} turns, not {turns!r:.80}")
+    out: list[Mapping[str, str]] = []
+    for i, turn in enumerate(turns):
+        # Columnar files give every turn the keys of all turns, null where it had none.
+        given = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, Mapping) else {}
+        if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
+            raise UserError(
+                f"{place}: turn {i} must have the strings role and content and nothing else, not {turn!r:.80}"
+            )
+        out.append(given)
+    if out[-1]["role"] == "assistant":
+        raise UserError(f"{place} ends with an assistant turn; the model would be shown the answer it has to give")
+    return tuple(out)
+
+
+def _apply_chat_template(
+    rows: Sequence[Row], turns: Sequence[Messages | None], tokenizer: PreTrainedTokenizerBase, option: str
+) -> list[str]:
+    if not tokenizer.chat_template:
+        raise UserError("data.style=chat needs a tokenizer with a chat template, and this one has none; use template")
+    texts = []
+    for row, messages in zip(rows, turns, strict=True):
+        chat: Any = [dict(turn) for turn in messages or ()]
+        try:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"{option}: {row.where}: the chat template refuses the turns: {one_line(error)}") from error
+        texts.append(str(text))
+    return texts
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], texts: list[str], option: str, *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Ids of every text. An error, and not a guess, for a character that the tokenizer cannot represent.
+
+    Where there is an unknown token, that token is the tokenizer's own answer. Without one, some tokenizers raise, some
+    give None for the id, and some leave the character out.
+    """
+    options: dict[str, Any] = {
+        "add_special_tokens": add_special_tokens,
+        "padding": False,
+        "truncation": False,
+        "return_attention_mask": False,
+        "verbose": False,
+    }
+    # The tokenizers library raises a bare Exception, the classes written in Python raise what they come upon.
+    try:
+        encoded = tokenizer(texts, **options)
+    except Exception as error:
+        for row, text in zip(rows, texts, strict=True):
+            try:
+                tokenizer([text], **options)
+            except Exception as inner:
+                raise UserError(f"{option}: {row.where}: cannot be tokenized: {one_line(inner)}") from inner
+        raise UserError(f"{option}: the prompts cannot be tokenized: {one_line(error)}") from error
+    token_ids: list[list[int]] = encoded["input_ids"]
+    for i, ids in enumerate(token_ids):
+        if None in ids:
+            raise UserError(f"{option}: {rows[i].where}: the tokenizer has no id for a part of {texts[i][:80]!r}")
+    left_out = _left_out(tokenizer, texts)
+    if left_out:
+        added = re.compile("|".join(re.escape(t) for t in sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
+        for row, text in zip(rows, texts, strict=True):
+            lost = sorted(left_out.intersection(added.sub("", text)))
+            if lost:
+                raise UserError(
+                    f"{option}: {row.where}: the tokenizer leaves out {''.join(lost)!r}, which it cannot represent"
+                )
+    return token_ids
+
+
+def _left_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> set[str]:
+    """Characters of `texts` that become no tokens, or not all the bytes that they need.
+
+    Only BPE without an unknown token and without all 256 bytes does this; it takes any character alone, so each
+    distinct one is tried once. A character of special tokens alone may be among them. White space and unprintable
+    characters are let pass: normalizers remove them on purpose.
+    """
+    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, BPE):
+        return set()
+    characters = sorted(c for c in set().union(*texts) if c.isprintable() and not c.isspace())
+    if not characters:
+        return set()
+    encoded = tokenizer(characters, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+    decoded = tokenizer.batch_decode(encoded)
+    return {
+        character
+        for character, ids, text in zip(characters, encoded, decoded, strict=True)
+        if not ids or ("\ufffd" in text and character != "\ufffd")
+    }
+
+
+def _without_doubled_ends(
+    token_ids: list[list[int]], first_text: str, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Undo two things that a tokenizer adds to a text and that a prompt must not have.
+
+    A BOS in front of a text that itself begins with BOS: the row or the template meant one. An EOS behind the text
+    (add_eos_token): it tells the model that the text is over, while the completion is to continue it. It is taken off
+    and not refused, since the setting belongs to the tokenizer's files and serves training on whole texts. An EOS that
+    the text itself ends with stays: there it is the format's own separator.
+    """
+    bare = tokenizer([first_text], add_special_tokens=False, padding=False, truncation=False)["input_ids"][0]
+    full = token_ids[0]
+    front = next((k for k in range(len(full) - len(bare) + 1) if full[k : k + len(bare)] == bare), None)
+    if front is None:
+        raise UserError("model.path: the tokenizer splits a text differently when it adds special tokens")
+    prefix, suffix = full[:front], full[front + len(bare) :]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ends = len(suffix) if eos is not None and eos in suffix else 0
+    out = []
+    for ids in token_ids:
+        start = 1 if bos is not None and prefix == [bos] and ids[1:2] == [bos] else 0
+        out.append(ids[start : len(ids) - ends])
+    return out
+
+
+def _within_limit(prompts: list[Prompt], rows: Sequence[Row], data: DataConfig, option: str) -> PromptSet:
+    limit = data.max_prompt_tokens
+    long = [(row.where, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt.token_ids) > limit]
+    kept = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= limit)
+    if long and (data.overlong_prompts == "refuse" or not kept):
+        longest = max(len(prompt.token_ids) for _, prompt in long)
+        listed = ", ".join(f"{where} ({len(prompt.token_ids)} tokens)" for where, prompt in long[:SHOWN])
+        more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
+        way_out = "" if not kept else ", or data.overlong_prompts=drop to leave them out"
+        raise UserError(
+            f"{option}: {len(long)} of {len(prompts)} prompts are longer than data.max_prompt_tokens={limit}: "
+            f"{listed}{more}; set it to {longest} to hold all of them{way_out}"
+        )
+    digest = hashlib.sha256()
+    for prompt in kept:
+        digest.update(json.dumps([prompt.prompt_id, prompt.token_ids]).encode() + b"\n")
+    dropped = tuple(f"{prompt.prompt_id} ({len(prompt.token_ids)} tokens)" for _, prompt in long)
+    return PromptSet(prompts=kept, dropped=dropped, fingerprint=digest.hexdigest())
+
+
+def _content_hash(values: Mapping[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

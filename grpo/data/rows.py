@@ -1,0 +1,194 @@
+"""Reading a data set: every row or an error that names the place. Nothing is skipped, cast or filled in.
+
+JSON lines are parsed here and not by `datasets`, which unifies columns over rows, fills the gaps with nulls and reports
+a malformed line without its number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
+from grpo.types import UserError
+
+FORMATS = "a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of a data set, as it was read."""
+
+    index: int
+    """Position in the data set, from 0."""
+    values: Mapping[str, Any]
+    where: str
+    """For messages: `file.jsonl:17` (line, from 1) or `name[16]` (index, from 0)."""
+
+
+def dataset_name(path: str) -> str:
+    """Short name of a data set, for prompt ids: a file's name without its ending, a folder's name, or the hub id."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local.resolve().name
+    return local.stem if local.exists() or is_path(path) else path
+
+
+def read_rows(path: str, *, split: str, option: str) -> list[Row]:
+    """All rows of a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id (`owner/name`, with
+    `owner/name:config` where the data set has several configurations).
+
+    `split` chooses within folders and hub data sets; a file has none, nor has a folder that holds a single saved
+    `Dataset`. `option` is the config option at fault, named in every error. Raises UserError; never returns no rows.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        rows = _read_folder(local, split, option)
+    elif local.exists():
+        rows = _read_file(local, option)
+    elif is_path(path):
+        raise UserError(f"{option}: {path} does not exist{nearest_path(local)}")
+    else:
+        rows = _read_hub(path, split, option)
+    if not rows:
+        raise UserError(f"{option}: {path} has no rows")
+    return rows
+
+
+def _read_file(path: Path, option: str) -> list[Row]:
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            return _read_json_lines(path, option)
+        if path.suffix == ".parquet":
+            return _read_parquet(path, option)
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be read: {one_line(error)}") from error
+    raise UserError(f"{option}: {path} has a form that is not read here; it takes {FORMATS}")
+
+
+def _read_json_lines(path: Path, option: str) -> list[Row]:
+    """Lines end at \\n only: JSON strings may hold the other characters that Python would split at."""
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise UserError(f"{option}: {path} is empty")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path.name}:{number}"
+        try:
+            values = _parse_line(line)
+        except ValueError as error:
+            raise UserError(f"{option}: {where}: {error}") from error
+        if not isinstance(values, dict):
+            kind = {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(values))
+            raise UserError(f"{option}: {where}: each line must be one JSON object, not {kind or 'a number'}")
+        rows.append(Row(index=number - 1, values=values, where=where))
+    return rows
+
+
+def _parse_line(line: bytes) -> Any:
+    """One JSON value; ValueError says in one line what is wrong with it."""
+    if not line.strip():
+        raise ValueError("the line is blank; blank lines may only stand at the end")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start + 1} of the line)") from error
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("not usable JSON: nested too deeply") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key {key!r} occurs twice in one object")
+        values[key] = value
+    return values
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text} does not fit a float")
+    return value
+
+
+def _read_parquet(path: Path, option: str) -> list[Row]:
+    import pyarrow  # noqa: PLC0415
+    import pyarrow.parquet  # noqa: PLC0415
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{option}: {path} is not a readable parquet file: {one_line(error)}") from error
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise UserError(f"{option}: {path} has two columns called {twice[0]}")
+    return _number(table.to_pylist(), path.name)
+
+
+def _read_folder(folder: Path, split: str, option: str) -> list[Row]:
+    """`save_to_disk` folders are recognised by the files that only it writes; any other goes to `load_dataset`."""
+    import datasets  # noqa: PLC0415
+
+    name = folder.resolve().name
+    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    # datasets, pyarrow, fsspec and the builders share no base class of errors, and all of them mean: unreadable.
+    try:
+        found = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder), split=split)
+    except Exception as error:
+        raise UserError(f"{option}: folder {folder} cannot be loaded: {_reason(error)}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise UserError(f"{option}: folder {folder} has no split {split!r}; {_nearest_split(split, list(found))}")
+        found = found[split]
+    return _number(found.to_list(), name)
+
+
+def _read_hub(name: str, split: str, option: str) -> list[Row]:
+    import datasets  # noqa: PLC0415
+
+    repository, _, configuration = name.partition(":")
+    # As in _read_folder, plus the hub client's own classes.
+    with hub_or_cache() as remark:
+        try:
+            found = datasets.load_dataset(repository, configuration or None, split=split)
+        except Exception as error:
+            raise UserError(
+                f"{option}: {name} is neither a local path nor a data set that the hub gave{remark}: {_reason(error)}"
+            ) from error
+    return _number(found.to_list(), name)
+
+
+def _reason(error: BaseException) -> str:
+    """`datasets` wraps what happened in "An error occurred while generating the dataset"; the cause says more."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
+
+
+def _nearest_split(split: str, splits: list[str]) -> str:
+    near = difflib.get_close_matches(split, splits, n=1, cutoff=0.5)
+    return f"it has {', '.join(splits)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _number(values: Sequence[Mapping[str, Any]], name: str) -> list[Row]:
+    return [Row(index=i, values=v, where=f"{name}[{i}]") for i, v in enumerate(values)]

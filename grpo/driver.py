@@ -1,0 +1,278 @@
+"""The loop. One turn is eight steps, and this file reads as them:
+
+    1 data        cursor -> P prompts, token ids made before the run
+    2 sample      samplers -> P*G completions: ids, logprobs, finish reason, policy version
+    3 rewards     worker processes -> Scored | Failed, while others still generate
+    4 advantages  rewards of the scored members of each group -> advantages
+    5 batching    rows -> minibatches of microbatches per learner rank; the token axis is shifted there, once
+    6 step        learner: reference and old logprobs, loss, backward, optimizer; numbers come back, never [B,T]
+    7 sync        learner -> samplers directly, verified; policy_version + 1
+    8 record      metrics, samples, checkpoint
+
+Who waits for whom: the driver for the samplers (2), the reward workers (3), the learner (6, 7); a sampler and the
+learner never work at the same time, so on one machine each has all of it.
+
+This file reaches no engine: it sees `Loop`, whose parts are protocols, and is tested with parts that really learn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo import metrics as m
+from grpo.advantages import group_normalized
+from grpo.batching import TrainingRow, rank_steps
+from grpo.config import Config
+from grpo.data import Cursor, sample_seed
+from grpo.evaluation import Evaluation, evaluate_groups
+from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
+from grpo.run_folder import RunFolder
+from grpo.types import Group, Prompt, RankStep, Scored, StepResult
+from grpo.weight_sync import Probe
+
+
+class MismatchError(RuntimeError):
+    """Sampler and learner disagree about the sampled tokens: what is trained on is not what was sampled."""
+
+
+class EngineGroup(SamplerGroup, Protocol):
+    """Samplers and learner: `grpo.actors.Engines`."""
+
+    def step(self, steps: Sequence[RankStep]) -> StepResult: ...
+
+    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Any: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class Reporter(Protocol):
+    """Where progress is shown: `grpo.console.Console`."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """What the loop works with."""
+
+    config: Config
+    prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    engines: EngineGroup
+    scorer: Scorer
+    folder: RunFolder
+    reporter: Reporter
+    decode: Callable[[Sequence[Any]], list[str]]
+    train_settings: Any
+    """Sampling settings of training and of evaluation, as the sampler takes them."""
+    eval_settings: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a finished run says of itself."""
+
+    steps: int
+    before: Evaluation | None
+    after: Evaluation | None
+
+
+def train(loop: Loop) -> Outcome:
+    """Run the recipe from its first step to its last.
+
+    Raises whatever stopped it; everything up to the last whole step is in the run folder.
+    """
+    config, engines = loop.config, loop.engines
+    cursor = Cursor(len(loop.prompts), seed=config.data.seed)
+    probe = make_probe(loop.prompts, tokens=min(32, config.max_row_tokens - 1))
+    loop.reporter.say("proving that the samplers use what the learner sends")
+    engines.publish(0, probe, full_check=True)
+    before = evaluate(loop, 0) if loop.eval_prompts else None
+    after = before
+    for step in range(1, config.run.steps + 1):
+        started = time.monotonic()
+        prompts = [loop.prompts[i] for i in cursor.take(config.algorithm.prompts_per_step)]
+        collected = rollouts_of(loop, prompts, step)
+        enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
+        batched = time.monotonic()
+        minibatches, advantages = training_rows(collected.groups, config)
+        steps = rank_steps(
+            minibatches,
+            ranks=config.learner.ranks,
+            tokens_per_microbatch=config.learner.tokens_per_microbatch,
+            aggregation=config.algorithm.aggregation,
+            epochs=config.algorithm.epochs_per_step,
+        )
+        stepped = time.monotonic()
+        result = engines.step(steps)
+        guard_mismatch(result, config)
+        synced = time.monotonic()
+        every = config.run.verify_every
+        sync = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
+        ended = time.monotonic()
+        metrics = step_metrics(loop, step, collected, advantages, result, cursor) | {
+            "sync/seconds": sync.seconds,
+            "sync/bytes": float(sync.nbytes),
+            "sync/probe_difference": sync.probe_difference,
+            "time/batch_s": stepped - batched,
+            "time/update_s": synced - stepped,
+            "time/sync_s": ended - synced,
+        }
+        loop.folder.write_samples(f"step-{step:06d}", step, collected.groups, result.learner_logprob_sums)
+        metrics["time/step_s"] = time.monotonic() - started
+        metrics["tokens/per_second"] = metrics["tokens/sampled"] / metrics["time/step_s"]
+        if eval_is_due(config, step) and loop.eval_prompts:
+            after = evaluate(loop, step)
+            metrics |= eval_metrics(after)
+        loop.folder.log_metrics(step, metrics)
+        loop.reporter.step(step, metrics)
+        if config.run.save_every and step % config.run.save_every == 0:
+            engines.save(loop.folder.path / "checkpoints" / f"step-{step:06d}")
+    engines.save(loop.folder.path / "model")
+    return Outcome(steps=config.run.steps, before=before, after=after)
+
+
+def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int) -> Collected:
+    """Sample and score the groups of a training step."""
+    config = loop.config
+
+    def seed_of(prompt: Prompt, index: int) -> int | None:
+        return sample_seed(config.run.seed, step, prompt.prompt_id, index) if config.sampling_is_seeded else None
+
+    return collect(
+        prompts,
+        sampler=loop.engines,
+        scorer=loop.scorer,
+        settings=loop.train_settings,
+        samples_per_prompt=config.algorithm.group_size,
+        seed_of=seed_of,
+        decode=loop.decode,
+        step=step,
+        reward_timeout_s=config.cluster.step_timeout_s,
+    )
+
+
+def training_rows(groups: Sequence[Group], config: Config) -> tuple[list[list[TrainingRow]], list[float]]:
+    """Rows of each minibatch, with advantages over the scored members of each group.
+
+    Failed rollouts are in no row and no statistic; a group with fewer than two scored ones is dropped. Rollouts of
+    groups without spread stay: their advantage is 0, and they count in the denominator.
+
+    Returns:
+        [minibatches_per_step][rows] and the advantages of all rows.
+    """
+    size = config.algorithm.group_size
+    usable = [(p, group) for p, group in enumerate(groups) if len(m.scored_rewards(group)) >= 2]
+    advantages = group_normalized([m.scored_rewards(group) for _, group in usable], std_eps=config.algorithm.std_eps)
+    per_minibatch = config.algorithm.prompts_per_step // config.algorithm.minibatches_per_step
+    minibatches: list[list[TrainingRow]] = [[] for _ in range(config.algorithm.minibatches_per_step)]
+    for (p, group), values in zip(usable, advantages, strict=True):
+        scored = [(i, r) for i, r in enumerate(group.rollouts) if isinstance(r.outcome, Scored)]
+        for (i, rollout), advantage in zip(scored, values, strict=True):
+            minibatches[p // per_minibatch].append(
+                TrainingRow(
+                    rollout_index=p * size + i,
+                    prompt_ids=group.prompt.token_ids,
+                    completion_ids=rollout.completion.token_ids,
+                    sampler_logprobs=rollout.completion.sampler_logprobs,
+                    sampled_mask=rollout.completion.sampled_mask,
+                    advantage=advantage,
+                )
+            )
+    return minibatches, [value for group_values in advantages for value in group_values]
+
+
+def guard_mismatch(result: StepResult, config: Config) -> None:
+    """Stop when sampler and learner disagree by more than numerics explain; the weights are not published then."""
+    limit = config.algorithm.max_mismatch
+    if limit is None and config.model.dtype == "float32":
+        limit = 1e-3
+    largest = result.extremes.get("mismatch/max", 0.0)
+    if limit is not None and not largest <= limit:
+        raise MismatchError(
+            f"a sampled token's logprob differs by {largest:.3g} between sampler and learner (algorithm.max_mismatch "
+            f"{limit:g}): weights, tokens or sampling settings differ between the two"
+        )
+
+
+def step_metrics(
+    loop: Loop, step: int, collected: Collected, advantages: Sequence[float], result: StepResult, cursor: Cursor
+) -> dict[str, float]:
+    """Everything known about a step but its later timings."""
+    groups = collected.groups
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return {
+        **m.rollout_metrics(groups),
+        **m.spread_of("advantage/", advantages, ("mean", "std", "min", "max")),
+        **m.staleness_metrics(rollouts, step - 1),
+        **m.learner_metrics(result),
+        "policy/kl_coef": loop.config.algorithm.kl_coef,
+        "optim/optimizer_steps": float(result.optimizer_steps),
+        "progress/epoch": cursor.epoch + cursor.position / len(loop.prompts),
+        "progress/rollouts": float(step * len(rollouts)),
+        "time/sample_s": collected.sample_s,
+        "time/reward_s": collected.reward_s,
+    }
+
+
+def eval_is_due(config: Config, step: int) -> bool:
+    """After the last step, and every `data.eval.every` steps."""
+    every = config.data.eval.every
+    return step == config.run.steps or (every > 0 and step % every == 0)
+
+
+def evaluate(loop: Loop, step: int) -> Evaluation:
+    """avg@k on the held-out prompts under the evaluation's own sampling settings; every completion is kept."""
+    config = loop.config
+
+    def seed_of(prompt: Prompt, index: int) -> int | None:
+        return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling_is_seeded else None
+
+    collected = collect(
+        loop.eval_prompts,
+        sampler=loop.engines,
+        scorer=loop.scorer,
+        settings=loop.eval_settings,
+        samples_per_prompt=config.data.eval.samples_per_prompt,
+        seed_of=seed_of,
+        decode=loop.decode,
+        step=step,
+        reward_timeout_s=config.cluster.step_timeout_s,
+    )
+    enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
+    loop.folder.write_samples(f"eval-{step:06d}", step, collected.groups, {})
+    first = config.rewards[0].name or Path(config.rewards[0].file).stem
+    evaluation = evaluate_groups(collected.groups, first)
+    if step == 0:
+        loop.folder.log_metrics(0, eval_metrics(evaluation))
+    count = len(loop.eval_prompts)
+    k = config.data.eval.samples_per_prompt
+    loop.reporter.say(f"step {step}: accuracy {evaluation.accuracy:.3f} (avg@{k} on {count} held-out prompts)")
+    return evaluation
+
+
+def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        "eval/accuracy": evaluation.accuracy,
+        "eval/tokens_mean": evaluation.tokens_mean,
+        "eval/truncated_fraction": evaluation.truncated_fraction,
+        "eval/failed": float(evaluation.failed),
+    }
+
+
+def make_probe(prompts: Sequence[Prompt], *, tokens: int) -> Probe:
+    """Fixed token sequences that the sync is probed with: the starts of a few prompts, and the ids that they use in
+    another order, so that positions and tokens are mixed."""
+    vocabulary = sorted({i for prompt in prompts[:64] for i in prompt.token_ids})
+    mixed = [
+        tuple(vocabulary[(7 * i * (row + 1) + row) % len(vocabulary)] for i in range(min(tokens, 16)))
+        for row in range(4)
+    ]
+    real = [prompt.token_ids[:tokens] for prompt in prompts[:4] if len(prompt.token_ids) >= 2]
+    return Probe(token_ids=tuple(real + mixed))

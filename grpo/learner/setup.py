@@ -1,0 +1,158 @@
+"""What a learner rank needs before its first step: process group, DeepSpeed config, optimizer, schedule, scale proof."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
+from grpo.config import Config
+from grpo.weight_sync import torch_dtype
+
+
+def open_store(host: str, world_size: int, timeout_s: float) -> TCPStore:
+    """Rank 0's rendezvous on a port that the system chose; its number is `.port`."""
+    return TCPStore(
+        host, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+    )
+
+
+def join_store(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
+    """The other ranks' end of it."""
+    return TCPStore(host, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+def init_process_group(config: Config, rank: int, store: Store) -> torch.device:
+    """Join the learner's process group (gloo on CPU, NCCL on GPU) and tell DeepSpeed. Returns this rank's device."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles it here, half a minute
+    on_gpu = config.learner.gpus > 0
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=config.learner.ranks,
+        timeout=timedelta(seconds=config.cluster.step_timeout_s),
+    )
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
+    return device
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's config. Accumulation is counted by us (boundary set by hand), so its own count stays 1."""
+    learner = config.learner
+    zero: dict[str, Any] = {"stage": learner.zero_stage}
+    if learner.offload in ("optimizer", "parameters"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": learner.gpus > 0}
+    if learner.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": learner.gpus > 0}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's optimizers everywhere: no extension is compiled at run time
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+
+
+def reference_config(config: Config) -> dict[str, Any]:
+    """A ZeRO-3 engine without optimizer: the frozen reference, sharded like the policy."""
+    whole = deepspeed_config(config)
+    zero = {key: value for key, value in whole["zero_optimization"].items() if key != "offload_optimizer"}
+    return whole | {"zero_optimization": zero, "gradient_clipping": 0.0}
+
+
+def make_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """torch's AdamW or SGD; weight decay on matrices only, as usual for transformers."""
+    o = config.optimizer
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": o.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if o.name == "sgd":
+        return torch.optim.SGD(groups, lr=o.lr)
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
+
+
+def lr_factor(optimizer_step: int, *, schedule: str, warmup: int, total: int) -> float:
+    """Factor on lr for the optimizer step that comes after `optimizer_step` others.
+
+    Warm-up reaches 1 at its last step and never starts at 0, which would waste a step; afterwards linear and cosine
+    fall towards 0 at `total`.
+    """
+    if optimizer_step < warmup:
+        return (optimizer_step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    done = (optimizer_step - warmup) / max(1, total - warmup)
+    return max(0.0, 1 - done) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule over all optimizer steps of the run."""
+    total = config.run.steps * config.optimizer_steps_per_step
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: lr_factor(
+            step, schedule=config.optimizer.schedule, warmup=config.optimizer.warmup_steps, total=total
+        ),
+    )
+
+
+def plain_grad_norm(module: torch.nn.Module) -> float:
+    """Global norm at ZeRO 0 in float32, where DeepSpeed keeps none. Gradients are complete on every rank by then."""
+    norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+    return float(torch.stack(norms).norm())
+
+
+def prove_gradient_scale(config: Config, device: torch.device) -> None:
+    """See, on a throwaway parameter, that shares of a loss times the world size add up to the gradient of their sum.
+
+    Each rank gives two microbatches of w/(2*ranks), whose sum over ranks and microbatches is w: one SGD step at lr 1
+    must move w by exactly -1 under this very config. Raises RuntimeError with what it moved by instead.
+    """
+    world = config.learner.ranks
+
+    class Scalar(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(8, dtype=torch_dtype(config.model.dtype)))
+
+        def forward(self) -> torch.Tensor:
+            return self.w.float().sum()
+
+    model = Scalar()
+    settings = deepspeed_config(config) | {"gradient_clipping": 0.0}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        config=settings,
+        dist_init_required=False,
+    )
+    for last in (False, True):
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(engine() / (2 * world) * world)
+    engine.step()
+    with deepspeed.zero.GatheredParameters([engine.module.w], enabled=config.learner.zero_stage == 3):
+        moved = engine.module.w.detach().float().cpu()
+    engine.destroy()
+    if not torch.equal(moved, torch.full((8,), -1.0)):
+        raise RuntimeError(
+            f"DeepSpeed scaled a unit gradient by {-float(moved[0]):g} at ZeRO {config.learner.zero_stage} with "
+            f"{world} ranks; the learner's losses would be wrong by that factor"
+        )
+    del device

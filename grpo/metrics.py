@@ -1,0 +1,124 @@
+"""What a step is described by: pure functions from groups and learner sums to named numbers. docs/metrics.md lists them.
+
+A quantity without observations (no failed group, nothing clipped because nothing was trained) is left out, not 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from grpo.advantages import has_spread
+from grpo.types import Failed, Group, Rollout, Scored, StepResult
+
+T = TypeVar("T")
+
+HEADLINE = (
+    "reward/mean", "group/no_spread_fraction", "completion/tokens_mean", "completion/truncated_fraction",
+    "policy/entropy", "policy/kl_ref", "policy/clip_fraction", "mismatch/max", "optim/grad_norm", "time/step_s",
+)  # fmt: skip
+"""The ten numbers of the console."""
+
+
+def spread_of(prefix: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:
+    """`prefix_mean` and friends of `values`; empty when there are none."""
+    if not values:
+        return {}
+    array = np.asarray(values, dtype=np.float64)
+    numbers = {
+        "mean": array.mean(),
+        "std": array.std(ddof=1) if len(array) > 1 else 0.0,
+        "min": array.min(),
+        "max": array.max(),
+    }
+    return {f"{prefix}{name}": float(numbers[name]) for name in names}
+
+
+def scored_rewards(group: Group) -> list[float]:
+    """Rewards of the rollouts that have one."""
+    return [r.outcome.value for r in group.rollouts if isinstance(r.outcome, Scored)]
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, groups, lengths and failures of a step's rollouts."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scored = [(r, r.outcome) for r in rollouts if isinstance(r.outcome, Scored)]
+    four = ("mean", "std", "min", "max")
+    out = spread_of("reward/", [outcome.value for _, outcome in scored], four)
+    for name in sorted({name for _, outcome in scored for name in outcome.parts}):
+        part = [outcome.parts[name] for _, outcome in scored if name in outcome.parts]
+        out |= spread_of(f"reward_part/{name}/", part, ("mean", "std"))
+    failures = Counter(r.outcome.kind for r in rollouts if isinstance(r.outcome, Failed))
+    out["reward/failed_fraction"] = sum(failures.values()) / len(rollouts)
+    out |= {f"reward/failed_{kind}": float(count) for kind, count in sorted(failures.items())}
+    lengths = [float(len(r.completion.token_ids)) for r in rollouts]
+    out |= spread_of("completion/tokens_", lengths, four)
+    out["completion/truncated_fraction"] = fraction(rollouts, lambda r: r.completion.finish_reason == "length")
+    best = max((outcome.value for _, outcome in scored), default=0.0)
+    for label, right in (("right", True), ("wrong", False)):
+        members = [float(len(r.completion.token_ids)) for r, o in scored if (o.value == best and best > 0) == right]
+        out |= spread_of(f"completion/tokens_{label}_", members, ("mean",))
+    out |= spread_of("prompt/tokens_", [float(len(g.prompt.token_ids)) for g in groups], ("mean", "min", "max"))
+    return out | group_metrics(groups, best) | {"tokens/sampled": sum(lengths)}
+
+
+def group_metrics(groups: Sequence[Group], best: float) -> dict[str, float]:
+    """How the groups are made up. `best`: the step's highest reward, what "right" means here."""
+    rewards = [scored_rewards(group) for group in groups]
+    usable = [group for group in rewards if len(group) >= 2]
+    out = {"group/dropped": float(len(groups) - len(usable)), "group/count": float(len(groups))}
+    if not usable:
+        return out
+    right = [[best > 0 and value == best for value in group] for group in usable]
+    out |= spread_of("group/reward_std_", [float(np.std(group, ddof=1)) for group in usable], ("mean",))
+    out["group/no_spread_fraction"] = fraction(usable, lambda group: not has_spread(group))
+    out["group/all_right_fraction"] = fraction(right, all)
+    out["group/all_wrong_fraction"] = fraction(right, lambda group: not any(group))
+    out["group/mixed_fraction"] = fraction(right, lambda group: any(group) and not all(group))
+    out["group/pass_at_group_size"] = fraction(right, any)
+    return out
+
+
+def fraction(items: Sequence[T], predicate: Callable[[T], bool]) -> float:
+    """Share of `items` for which `predicate` holds."""
+    return sum(bool(predicate(item)) for item in items) / len(items)
+
+
+def staleness_metrics(rollouts: Sequence[Rollout], policy_version: int) -> dict[str, float]:
+    """Learner version at use minus the version that sampled, over tokens."""
+    ages = np.concatenate([policy_version - r.completion.policy_versions for r in rollouts])
+    return {"staleness/mean": float(ages.mean()), "staleness/max": float(ages.max())}
+
+
+def learner_metrics(result: StepResult) -> dict[str, float]:
+    """The learner's sums as means, with what follows from them."""
+    pairs = dict(result.metrics)
+    square = pairs.pop("mismatch/importance_weight_square", None)
+    updates = pairs.pop("policy/updates", (0.0, 0.0))[0]
+    out: dict[str, float] = {}
+    for name, (total, count) in pairs.items():
+        if name.endswith("_loss") or name == "policy/loss":
+            if updates:
+                out[name] = total / updates
+        elif count:
+            out[name] = total / count
+    if square is not None and square[0] > 0:
+        weight_sum, count = pairs["mismatch/importance_weight_mean"]
+        out["mismatch/effective_sample_fraction"] = weight_sum**2 / (count * square[0])
+    for name, value in result.extremes.items():
+        if name.endswith("_negated"):
+            out[name.removesuffix("_negated")] = -value
+        else:
+            out[name] = value
+    if "policy/clip_fraction_low" in out:
+        out["policy/clip_fraction"] = out["policy/clip_fraction_low"] + out["policy/clip_fraction_high"]
+    return out
+
+
+def not_finite(metrics: Mapping[str, float]) -> list[str]:
+    """Names of metrics that are NaN or infinite."""
+    return [name for name, value in metrics.items() if not math.isfinite(value)]

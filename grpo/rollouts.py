@@ -1,0 +1,143 @@
+"""Sampling and scoring as one stream: a group goes to the reward workers as soon as its last completion is in.
+
+Used for training steps and for evaluation alike; what differs is the settings and the seeds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from grpo.rewards.pool import RewardItem
+from grpo.types import Completion, Failed, Group, Prompt, Rollout, SampleRequest, Scored, UserError
+
+
+class SamplerGroup(Protocol):
+    """What samples: `grpo.actors.Engines`."""
+
+    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[list[tuple[str, Completion]]]: ...
+
+
+class Scorer(Protocol):
+    """What scores: `grpo.rewards.pool.RewardPool`."""
+
+    def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """The groups of one call, in the order of its prompts."""
+
+    groups: tuple[Group, ...]
+    sample_s: float
+    """Until the last completion was in."""
+    reward_s: float
+    """From then until the last reward was in: what scoring cost beyond what it overlapped."""
+
+
+def collect(
+    prompts: Sequence[Prompt],
+    *,
+    sampler: SamplerGroup,
+    scorer: Scorer,
+    settings: Any,
+    samples_per_prompt: int,
+    seed_of: Callable[[Prompt, int], int | None],
+    decode: Callable[[Sequence[Any]], list[str]],
+    step: int,
+    reward_timeout_s: float,
+) -> Collected:
+    """Sample `samples_per_prompt` completions of every prompt and score each.
+
+    Args:
+        settings: handed to the sampler as it is.
+        seed_of: seed of (prompt, sample index).
+        decode: lists of token ids -> texts, special tokens skipped.
+        reward_timeout_s: deadline for the rewards after the last completion.
+    """
+    started = time.monotonic()
+    requests = [
+        SampleRequest(request_id=f"{p}/{i}", token_ids=prompt.token_ids, seed=seed_of(prompt, i))
+        for p, prompt in enumerate(prompts)
+        for i in range(samples_per_prompt)
+    ]
+    completions: list[dict[int, Completion]] = [{} for _ in prompts]
+    texts: list[list[str]] = [[] for _ in prompts]
+    scores: list[Future[list[Scored | Failed]] | None] = [None for _ in prompts]
+    for finished in sampler.sample(requests, settings):
+        complete: list[int] = []
+        for request_id, completion in finished:
+            place, _, index = request_id.partition("/")
+            members = completions[int(place)]
+            members[int(index)] = completion
+            if len(members) == samples_per_prompt:
+                complete.append(int(place))
+        decoded = decode([completions[p][i].token_ids for p in complete for i in range(samples_per_prompt)])
+        for n, p in enumerate(complete):
+            texts[p] = decoded[n * samples_per_prompt : (n + 1) * samples_per_prompt]
+            ordered = [completions[p][i] for i in range(samples_per_prompt)]
+            scores[p] = scorer.submit(reward_items(prompts[p], ordered, texts[p], step))
+    sampled = time.monotonic()
+    missing = [prompts[p].prompt_id for p, future in enumerate(scores) if future is None]
+    if missing:
+        raise RuntimeError(f"the samplers returned too few completions for {len(missing)} prompts: {missing[:3]}")
+    groups = tuple(
+        make_group(prompts[p], completions[p], texts[p], future.result(timeout=reward_timeout_s))
+        for p, future in enumerate(scores)
+        if future is not None
+    )
+    return Collected(groups=groups, sample_s=sampled - started, reward_s=time.monotonic() - sampled)
+
+
+def reward_items(
+    prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str], step: int
+) -> list[RewardItem]:
+    """What the reward functions are told of each completion of a group."""
+    return [
+        RewardItem(
+            completion=text,
+            row=prompt.row,
+            messages=prompt.messages,
+            info={
+                "token_count": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+                "prompt": prompt.text,
+                "step": step,
+            },
+        )
+        for completion, text in zip(completions, texts, strict=True)
+    ]
+
+
+def make_group(
+    prompt: Prompt, completions: dict[int, Completion], texts: Sequence[str], outcomes: Sequence[Scored | Failed]
+) -> Group:
+    """Put the pieces of one group together."""
+    return Group(
+        prompt=prompt,
+        rollouts=tuple(
+            Rollout(prompt=prompt, completion=completions[i], text=text, outcome=outcome)
+            for i, (text, outcome) in enumerate(zip(texts, outcomes, strict=True))
+        ),
+    )
+
+
+def enforce_failure_budget(groups: Sequence[Group], max_failed_fraction: float) -> None:
+    """Stop when too many rewards failed, showing the first ones: they have no number and cannot be trained on.
+
+    Raises UserError.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    failed = [(r, r.outcome) for r in rollouts if isinstance(r.outcome, Failed)]
+    if len(failed) > max_failed_fraction * len(rollouts):
+        shown = "; ".join(
+            f"{outcome.kind}: {outcome.detail} (prompt {r.prompt.prompt_id}, completion {r.text[:80]!r})"
+            for r, outcome in failed[:3]
+        )
+        raise UserError(
+            f"{len(failed)} of {len(rollouts)} rewards failed, more than algorithm.max_failed_fraction="
+            f"{max_failed_fraction:g} allows; the first: {shown}"
+        )

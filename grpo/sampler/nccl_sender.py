@@ -1,0 +1,55 @@
+"""The learner's end of vLLM's NCCL weight transfer, for samplers that do not share the learner's GPU.
+
+Speaks the unpacked form, one broadcast per tensor in the announced order, over vLLM's own communicator, since both
+ends must be of the same kind. Lives here because it needs vllm; the learner's actor makes it.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from grpo.weight_sync import Bucket, describe
+
+
+class NcclSender:
+    """Rank 0 of a group of 1 + samplers."""
+
+    def __init__(self, host: str, samplers: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port: int = probe.getsockname()[1]
+        self._host, self._port, self._world_size = host, port, 1 + samplers
+        self._group: Any = None
+
+    def init_info(self, sampler: int) -> dict[str, Any]:
+        """What sampler number `sampler` needs to join."""
+        return {
+            "master_address": self._host,
+            "master_port": self._port,
+            "rank_offset": 1 + sampler,
+            "world_size": self._world_size,
+        }
+
+    def connect(self) -> None:
+        """Join as rank 0; returns when every sampler has joined."""
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+
+        group = StatelessProcessGroup.create(
+            host=self._host, port=self._port, rank=0, world_size=self._world_size
+        )
+        self._group = PyNcclCommunicator(group, device=torch.cuda.current_device())
+
+    def pack(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
+        """Announce the tensors; the bytes follow in `transmit`."""
+        return describe(bucket, transport={})
+
+    def transmit(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Broadcast the tensors while the samplers receive them."""
+        for _, tensor in bucket:
+            self._group.broadcast(tensor.detach().contiguous(), src=0, stream=torch.cuda.current_stream())
+        torch.cuda.current_stream().synchronize()

@@ -1,0 +1,169 @@
+"""The records that cross boundaries: frozen, slotted, keyword-only, complete when they are made.
+
+Dimension letters used here and in every docstring of the package:
+    P prompts of a step    G completions of a prompt (group_size)    R = P*G rollouts
+    L tokens of a prompt   C tokens of a completion                  S = L+C tokens of a row
+    B rows of a microbatch T = max(S)-1 target positions, right-padded
+
+The token axis is shifted once, in `grpo.batching`: every [B,T] tensor is aligned to the *target* token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+"""Why the engine ended a completion: it sampled an end token or stop string, or ran out of `max_tokens`."""
+
+FailureKind = Literal["exception", "timeout", "not_finite", "wrong_type", "wrong_count", "worker_died", "abstained"]
+"""What went wrong with a reward. `abstained`: every part returned None."""
+
+
+class UserError(Exception):
+    """The user's mistake (exit code 2): one sentence naming the file, line or option and the nearest right value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One row of the data set, tokenized once."""
+
+    prompt_id: str
+    """`<data set>:<row index>:<content hash>`; stable over runs, distinct for duplicate rows."""
+    token_ids: tuple[int, ...]
+    """[L] ids given to the sampler, special tokens included."""
+    text: str
+    """What `token_ids` were made from; a view for reward functions and the samples file."""
+    row: Mapping[str, Any]
+    """The row as it was read, untouched."""
+    messages: Sequence[Mapping[str, str]] | None
+    """The chat turns when the prompt is conversational, else None."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One completion to sample."""
+
+    request_id: str
+    """Unique within one call to the sampler."""
+    token_ids: tuple[int, ...]
+    """[L] prompt ids."""
+    seed: int | None
+    """Seed of this completion's own generator, or None where sampling is not seeded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """Every setting sent to vLLM; what is not here is off."""
+
+    temperature: float
+    max_tokens: int
+    end_token_ids: tuple[int, ...]
+    """The model's end tokens and `sampling.stop_token_ids`; a sampled one is kept and ends the completion."""
+    stop: tuple[str, ...]
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled completion, exactly as the engine reported it."""
+
+    token_ids: NDArray[np.int32]
+    """[C] sampled ids; the end token that stopped it is the last one and is trained."""
+    sampler_logprobs: NDArray[np.float32]
+    """[C] natural-log probability of each sampled token under the distribution it was sampled from."""
+    sampled_mask: NDArray[np.bool_]
+    """[C] true where the policy sampled the token; all true until tools write tokens of their own."""
+    policy_versions: NDArray[np.int32]
+    """[C] weight publication that each token was sampled under."""
+    finish_reason: FinishReason
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A reward that exists."""
+
+    value: float
+    """Weighted sum of the parts; finite."""
+    parts: Mapping[str, float]
+    """Unweighted value of each part that did not abstain, for logging."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A reward that does not exist. It has no number, so it can enter no statistic."""
+
+    kind: FailureKind
+    detail: str
+    """One line: which reward function, what happened."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A prompt, one completion of it and the outcome of scoring it."""
+
+    prompt: Prompt
+    completion: Completion
+    text: str
+    """The completion decoded, special tokens skipped: what the reward function saw."""
+    outcome: Scored | Failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The G rollouts of one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One microbatch of one learner rank. Rows of weight zero may fill it; they touch every parameter and add nothing."""
+
+    input_ids: torch.Tensor
+    """[B,T] int64; right-padded with 0, which causal attention keeps from every real position."""
+    target_ids: torch.Tensor
+    """[B,T] int64; `target_ids[:, t]` follows `input_ids[:, t]`."""
+    completion_mask: torch.Tensor
+    """[B,T] bool; true where the target is a sampled token of the completion."""
+    advantages: torch.Tensor
+    """[B,T] float32; 0 off the mask."""
+    sampler_logprobs: torch.Tensor
+    """[B,T] float32; 0 off the mask."""
+    token_weights: torch.Tensor
+    """[B,T] float32; mask x aggregation / denominator of the whole optimizer step; 0 off the mask."""
+    rollout_index: torch.Tensor
+    """[B] int64; position of the row in the step's list of rollouts, -1 for a filler row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStep:
+    """What one learner rank does in one driver step."""
+
+    minibatches: tuple[tuple[Batch, ...], ...]
+    """[optimizer steps][microbatches]; the same shape on every rank. Epochs are unrolled."""
+    multiple_updates: bool
+    """Whether weights move before the last minibatch is used, so that old logprobs must be computed first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What the learner reports of one driver step: sums and counts over all ranks, never means."""
+
+    optimizer_steps: int
+    """Optimizer steps taken since the start of the run."""
+    metrics: Mapping[str, tuple[float, float]]
+    """name -> (sum, count); the logged value is sum / count."""
+    extremes: Mapping[str, float]
+    """name -> maximum over tokens."""
+    learner_logprob_sums: Mapping[int, float]
+    """rollout index -> sum of learner logprobs over its completion, at the start of the step."""

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Makes .venv and installs what a lock file pins: launch/setup.sh cpu|dev. Does nothing when that is already in place.
+# On GPU machines: python3.11 -m venv .venv && .venv/bin/pip install ".[gpu]"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+lock=${1:-cpu}
+[ -f "locks/$lock.txt" ] || { echo "usage: launch/setup.sh cpu|dev" >&2; exit 2; }
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  for candidate in python3.11 python3.12 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+      python=$candidate
+      break
+    fi
+  done
+fi
+[ -n "$python" ] || { echo "Python 3.11 or 3.12 is needed and was not found; set PYTHON=/path/to/python" >&2; exit 2; }
+
+want=$(cat "locks/$lock.txt" pyproject.toml | sha256sum | cut -c1-16)
+have=$(cat ".venv/.installed-$lock" 2>/dev/null || true)
+dev=$(cat ".venv/.installed-dev" 2>/dev/null || true)
+if [ "$have" != "$want" ] && ! { [ "$lock" = cpu ] && [ -n "$dev" ]; }; then
+  echo "installing locks/$lock.txt into .venv (a few minutes the first time)"
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  log=.venv/install.log
+  install() { .venv/bin/python -m pip install --no-deps --quiet --disable-pip-version-check "$@" >>"$log" 2>&1; }
+  : >"$log"
+  # The CPU build of torch is on no general index. Where pip's own configuration does not know it, take PyTorch's.
+  install "$(grep '^torch==' "locks/$lock.txt")" ||
+    install --index-url "${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}" "$(grep '^torch==' "locks/$lock.txt")" ||
+    { tail -n 5 "$log" >&2; echo "torch could not be installed; see $log" >&2; exit 1; }
+  install -r "locks/$lock.txt" || { tail -n 5 "$log" >&2; echo "installation failed; see $log" >&2; exit 1; }
+  install -e . || { tail -n 5 "$log" >&2; echo "installation failed; see $log" >&2; exit 1; }
+  echo "$want" >".venv/.installed-$lock"
+fi
