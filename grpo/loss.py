@@ -91,6 +91,7 @@ def grpo_token_loss(
     current = torch.where(completion_mask, logprobs, 0.0)
     old = torch.where(completion_mask, old_logprobs.detach(), 0.0)
     sampler = torch.where(completion_mask, sampler_logprobs, 0.0)
+    advantages = torch.where(completion_mask, advantages, 0.0)
     ratio = torch.exp(current - old)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages

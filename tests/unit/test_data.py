@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +283,20 @@ def test_a_dead_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert datasets.config.HF_HUB_OFFLINE is False
     with refused("model.path", "no-such/model", "does not answer"):
         load_tokenizer("no-such/model", trust_remote_code=False)
+
+
+def test_the_hub_answers_when_anything_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    ask = grpo.data.hub._hub_answers.__wrapped__
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # it answers 501 to everything
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert ask()
+        thread.join()
+    assert not ask()  # the port is closed now
 
 
 def test_offline_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,7 +610,9 @@ def test_a_truncation_or_padding_setting_of_the_tokenizer_has_no_say() -> None:
     backend = char_tokenizer().backend_tokenizer
     backend.enable_truncation(2)
     backend.enable_padding(length=6, pad_id=0, pad_token="<eos>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", model_max_length=2
+    )
     out = prompts_of(rows_of({"q": "1234"}, {"q": "1"}), tokenizer)
     assert [p.token_ids for p in out.prompts] == [(2, 3, 4, 5), (2,)]
 

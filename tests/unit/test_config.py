@@ -1,0 +1,127 @@
+"""Recipes: what loads, and the sentence that a mistake gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from grpo import config as module
+from grpo.config import Config, dump, load
+from grpo.types import UserError
+
+RECIPE = """
+model: {path: some/folder, dtype: float32}
+data: {train: train.jsonl}
+algorithm: {prompts_per_step: 8, group_size: 4}
+rewards: [{file: reward.py, weight: 2}]
+run: {steps: 3}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def refusal(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(recipe, overrides)
+    return str(caught.value)
+
+
+def test_values_defaults_and_overrides(recipe: Path) -> None:
+    config = load(recipe, ["algorithm.group_size=16", "optimizer.lr=3e-4", "sampling.stop=[a,b]", "rewards.0.weight=0.5"])
+    assert config.algorithm.group_size == 16
+    assert config.optimizer.lr == 3e-4
+    assert config.sampling.stop == ("a", "b")
+    assert config.rewards[0].weight == 0.5
+    assert config.algorithm.eps_high == 0.2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.algorithm.group_size = 2  # type: ignore[misc]
+
+
+def test_the_saved_config_loads_to_the_same_config(recipe: Path, tmp_path: Path) -> None:
+    config = load(recipe, ["sampling.stop_token_ids=[3,4]", "data.eval.path=x.jsonl", "data.eval.top_p=0.7"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algorithm.group_sise=4", "unknown option algorithm.group_sise; did you mean algorithm.group_size?"),
+        ("algorithm.lr=1", "did you mean optimizer.lr?"),
+        ("sampler.temperature=1", "did you mean sampling.temperature?"),
+        ("algoritm.group_size=4", "did you mean algorithm?"),
+        ("rewards.0.wieght=1", "did you mean rewards[0].weight?"),
+        ("sampling.top_p=0.9", "sampling.top_p cannot be used in training"),
+        ("sampling.repetition_penalty=1.1", "cannot be used in training"),
+        ("algorithm.group_size=four", "algorithm.group_size"),
+        ("algorithm.group_size=1", "algorithm.group_size must be at least 2"),
+        ("model.dtype=float16", "model.dtype"),
+        ("algorithm.aggregation=mean", "algorithm.aggregation"),
+        ("model.path=7", "model.path must be a string"),
+        ("algorithm.minibatches_per_step=3", "does not divide algorithm.prompts_per_step=8; nearest that does: 2"),
+        ("learner.tokens_per_microbatch=100", "set it to 2048 or more"),
+        ("sampling.temperature=0", "sampling.temperature must be above 0"),
+        ("learner.zero_stage=4", "learner.zero_stage must be 0, 1, 2 or 3"),
+        ("learner.offload=parameters", "needs learner.zero_stage=3"),
+        ("learner.reference_offload=true", "there is no reference"),
+        ("learner.gpus=1", "both run on GPUs or both on CPUs"),
+        ("data.eval.every=5", "data.eval.every has no effect without data.eval.path"),
+        ("data.system_prompt=hi", "data.system_prompt has no effect"),
+        ("algorithm.importance_weight_cap=0.5", "must be 0 (off) or at least 1"),
+        ("rewards=[]", "rewards is empty"),
+        ("run.steps", "not of the form section.option=value"),
+    ],
+)
+def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, words: str) -> None:
+    assert words in refusal(recipe, override)
+
+
+def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:
+    """Swapping two letters of any option's name must point back at that option."""
+    for line in module.options_text().splitlines():
+        name = line.split(" = ")[0].replace("rewards[i]", "rewards.0")
+        section, _, option = name.rpartition(".")
+        wrong = option[0] + option[2:3] + option[1:2] + option[3:] if option[1:2] != option[2:3] else option + "x"
+        if wrong == option:
+            continue
+        message = refusal(recipe, f"{section}.{wrong}=1")
+        assert "unknown option" in message
+        assert f"{section.replace('.0', '[0]')}.{option}?" in message, message
+
+
+def test_a_missing_required_option_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.replace("group_size: 4", ""))
+    assert "algorithm.group_size is required" in refusal(path)
+
+
+def test_a_missing_recipe_names_the_nearest(recipe: Path) -> None:
+    assert "did you mean" in refusal(recipe.with_name("recipes.yaml"))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "model: 3", "model: {path: a}\nmodel: {path: b}"])
+def test_broken_yaml_is_a_user_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    assert str(path) in refusal(path)
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.replace("{file: reward.py, weight: 2}", "{file: a.py, name: f}, {file: b.py, name: f}"))
+    assert "two parts are called f" in refusal(path)
+
+
+def test_options_lists_every_option_once() -> None:
+    names = [line.split(" = ")[0] for line in module.options_text().splitlines()]
+    assert len(names) == len(set(names))
+    assert {"model.path", "data.eval.top_k", "rewards[i].gold", "run.steps"} <= set(names)
+    assert len(Config.__dataclass_fields__) == 10
