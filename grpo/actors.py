@@ -70,7 +70,7 @@ class SamplerActor:
         _log_to(log)
         from grpo.sampler.engine import Sampler  # noqa: PLC0415 - keeps vllm out of the driver
 
-        self._sampler = Sampler(config, transport, config.model.path)
+        self._sampler = Sampler(config, transport)
 
     def ready(self) -> None:
         """Answers once the engine is loaded."""
@@ -122,7 +122,8 @@ class LearnerActor:
         if self._store is None:
             timeout = self._config.cluster.start_timeout_s
             self._store = setup.join_store(host, port, self._config.learner.ranks, timeout)
-        self._learner = Learner(self._config, self._rank, self._store, self._config.model.path)
+        device = setup.init_process_group(self._config, self._rank, self._store)
+        self._learner = Learner(self._config, self._rank, device)
 
     def connect(self, samplers: Sequence[Any], transport: str, timeout_s: float) -> None:
         """Rank 0: open the weight transfer to `samplers`, on both ends."""

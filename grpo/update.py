@@ -6,7 +6,6 @@ dot products with `token_weights`, metrics are sums and counts that are added ov
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,12 +59,12 @@ class Objective:
 class Tally:
     """Metric sums of one rank."""
 
-    sums: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    sums: dict[str, list[float]] = field(default_factory=dict)
     extremes: dict[str, float] = field(default_factory=dict)
     learner_logprob_sums: dict[int, float] = field(default_factory=dict)
 
     def add(self, name: str, total: float, count: float) -> None:
-        pair = self.sums[name]
+        pair = self.sums.setdefault(name, [0.0, 0.0])
         pair[0] += total
         pair[1] += count
 

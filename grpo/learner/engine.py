@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from numpy.typing import NDArray
-from torch.distributed import Store  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM
 
 from grpo.config import Config
@@ -32,17 +31,17 @@ from grpo.weight_sync import Probe, buckets_of, torch_dtype
 
 
 class Learner:
-    """One rank. `store` is the rendezvous that rank 0 opened; `optimizer_steps` of the whole run shape the schedule."""
+    """One rank of the process group that `setup.init_process_group` has joined, on its `device`."""
 
-    def __init__(self, config: Config, rank: int, store: Store, model_path: str) -> None:
+    def __init__(self, config: Config, rank: int, device: torch.device) -> None:
         self._config = config
         self.rank = rank
         self.world_size = config.learner.ranks
-        self.device = setup.init_process_group(config, rank, store)
+        self.device = device
         self._dtype = torch_dtype(config.model.dtype)
         torch.manual_seed(config.run.seed)
-        setup.prove_gradient_scale(config, self.device)
-        model = self._load(model_path)
+        setup.prove_gradient_scale(config)
+        model = self._load()
         if config.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = setup.make_optimizer(config, model)
@@ -54,7 +53,7 @@ class Learner:
             dist_init_required=False,
         )
         self._engine.train()
-        self._reference = self._make_reference(model_path) if config.algorithm.kl_coef > 0 else None
+        self._reference = self._make_reference() if config.algorithm.kl_coef > 0 else None
         self._optimizer_steps = 0
         algorithm = config.algorithm
         self._objective = Objective(
@@ -65,9 +64,9 @@ class Learner:
             importance_weight_cap=algorithm.importance_weight_cap,
         )
 
-    def _load(self, path: str) -> Any:
+    def _load(self) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
-            path,
+            self._config.model.path,
             dtype=self._dtype,
             attn_implementation=self._config.model.attention,
             trust_remote_code=self._config.model.trust_remote_code,
@@ -75,8 +74,8 @@ class Learner:
         refuse_dropout(model.config)
         return model
 
-    def _make_reference(self, path: str) -> Any:
-        model = self._load(path).eval().requires_grad_(False)
+    def _make_reference(self) -> Any:
+        model = self._load().eval().requires_grad_(False)
         if self._config.learner.zero_stage == 3:
             engine, *_ = deepspeed.initialize(
                 model=model, config=setup.reference_config(self._config), dist_init_required=False
@@ -206,6 +205,10 @@ class Learner:
             os.replace(aside, folder)
         if self.world_size > 1:
             dist.barrier()
+
+    def destroy(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
 
 
 def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:

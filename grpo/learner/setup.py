@@ -119,7 +119,7 @@ def plain_grad_norm(module: torch.nn.Module) -> float:
     return float(torch.stack(norms).norm())
 
 
-def prove_gradient_scale(config: Config, device: torch.device) -> None:
+def prove_gradient_scale(config: Config) -> None:
     """See, on a throwaway parameter, that shares of a loss times the world size add up to the gradient of their sum.
 
     Each rank gives two microbatches of w/(2*ranks), whose sum over ranks and microbatches is w: one SGD step at lr 1
@@ -155,4 +155,3 @@ def prove_gradient_scale(config: Config, device: torch.device) -> None:
             f"DeepSpeed scaled a unit gradient by {-float(moved[0]):g} at ZeRO {config.learner.zero_stage} with "
             f"{world} ranks; the learner's losses would be wrong by that factor"
         )
-    del device

@@ -22,7 +22,7 @@ from grpo.weight_sync import Bucket, Probe, SyncReport, checksum
 class Sampler:
     """One vLLM engine. `transport` is "shared_memory", "ipc" or "nccl"."""
 
-    def __init__(self, config: Config, transport: str, model_path: str) -> None:
+    def __init__(self, config: Config, transport: str) -> None:
         from vllm import EngineArgs, LLMEngine
         from vllm.config import WeightTransferConfig
 
@@ -38,7 +38,7 @@ class Sampler:
         if config.sampler.gpus > 0:
             options["gpu_memory_utilization"] = config.sampler.gpu_memory_utilization
         arguments = EngineArgs(
-            model=model_path,
+            model=config.model.path,
             tokenizer=config.model.path,
             skip_tokenizer_init=not config.sampling.stop,
             trust_remote_code=config.model.trust_remote_code,

@@ -1,0 +1,93 @@
+"""Tiny models of several families, the arithmetic data, and recipes that use them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+ARITHMETIC = ROOT / "recipes" / "tiny" / "arithmetic"
+sys.path.insert(0, str(ROOT / "recipes"))
+
+
+@pytest.fixture(scope="session")
+def arithmetic() -> Path:
+    """Folder with the pre-trained base model and its data; made once and cached like the quickstart's."""
+    subprocess.run([sys.executable, str(ROOT / "recipes" / "arithmetic.py")], check=True, cwd=ROOT)
+    return ARITHMETIC
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_model(family, **config) -> folder of a tiny randomly initialised model with the character tokenizer."""
+    import arithmetic as recipe
+    import torch
+    import transformers
+
+    families: dict[str, dict[str, Any]] = {
+        "qwen2": {"classes": ("Qwen2Config", "Qwen2ForCausalLM"), "tie_word_embeddings": True},
+        "llama": {"classes": ("LlamaConfig", "LlamaForCausalLM"), "tie_word_embeddings": False},
+        "qwen3": {"classes": ("Qwen3Config", "Qwen3ForCausalLM"), "tie_word_embeddings": True, "head_dim": 32},
+    }
+
+    def make(family: str, **changes: Any) -> Path:
+        settings = dict(families[family])
+        config_class, model_class = settings.pop("classes")
+        tokenizer = recipe.make_tokenizer()
+        shape = {
+            "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "bos_token_id": None,
+            "eos_token_id": 0, "pad_token_id": 0, "dtype": "float32", "initializer_range": 0.2,
+        }  # fmt: skip
+        torch.manual_seed(len(family))
+        config = getattr(transformers, config_class)(**{**shape, **settings, **changes})
+        folder = tmp_path_factory.mktemp(family)
+        model = getattr(transformers, model_class)(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() == 1:  # biases start at 0 and norms at 1; trained models' do not
+                    p.add_(0.1 * torch.randn_like(p))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path) -> Callable[..., Path]:
+    """make_recipe(model, **sections) -> a small complete recipe on two-digit addition."""
+
+    def make(model: Path, **sections: dict[str, Any]) -> Path:
+        rows = [
+            {"question": f"{a}+{b}", "answer": str(a + b)[::-1], "sum": a + b}
+            for a in range(10, 30)
+            for b in range(40, 44)
+        ]
+        for name, part in (("train", rows[:64]), ("eval", rows[64:])):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        recipe: dict[str, Any] = {
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"train": str(tmp_path / "train.jsonl"), "template": "{question}=", "max_prompt_tokens": 6},
+            "sampling": {"max_tokens": 5},
+            "learner": {"tokens_per_microbatch": 256},
+            "algorithm": {"prompts_per_step": 8, "group_size": 4},
+            "rewards": [{"file": str(ROOT / "reward_fns" / "arithmetic.py"), "gold": True}],
+            "optimizer": {"lr": 1e-3},
+            "run": {"steps": 2, "dir": str(tmp_path / "runs"), "name": "run", "tensorboard": False},
+            "cluster": {"reward_workers": 1},
+        }
+        for section, values in sections.items():
+            recipe[section] = {**recipe[section], **values} if isinstance(values, dict) else values
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return make

@@ -1,0 +1,56 @@
+"""One learner rank in a process of its own: python learner_process.py RANK RANKS JOB.json; see test_learner.py.
+
+Every job line is one DeepSpeed configuration; its result is the parameters after one step on the recorded batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main(rank: int, ranks: int, job: dict) -> None:
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    import torch
+    from torch.distributed import FileStore
+
+    from grpo import config as config_module
+    from grpo.batching import rank_steps
+    from grpo.learner import setup
+    from grpo.learner.engine import Learner
+
+    class Unscaled(Learner):
+        """What the learner would be without the world-size factor."""
+
+        def backward(self, loss, *, last):
+            self._engine.set_gradient_accumulation_boundary(last)
+            self._engine.backward(loss)
+
+    base = config_module.load(job["recipe"], [f"learner.ranks={ranks}"])
+    device = setup.init_process_group(base, rank, FileStore(job["store"], ranks))
+    rows = torch.load(job["rows"], weights_only=False)
+    for number, case in enumerate(job["cases"]):
+        learner_section = dataclasses.replace(
+            base.learner, zero_stage=case["stage"], tokens_per_microbatch=case["budget"], offload=case["offload"]
+        )
+        config = dataclasses.replace(base, learner=learner_section)
+        learner = (Unscaled if case["unscaled"] else Learner)(config, rank, device)
+        steps = rank_steps(
+            [rows], ranks=ranks, tokens_per_microbatch=case["budget"], aggregation=case["aggregation"], epochs=1
+        )
+        result = learner.step(steps[rank])
+        state = {name: tensor.clone() for name, tensor in learner.weights()}
+        if case["save"]:
+            learner.save(Path(case["save"]))
+        if rank == 0:
+            torch.save({"state": state, "grad_norm": result.metrics["optim/grad_norm"]}, f"{job['out']}-{number}.pt")
+        learner.destroy()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))

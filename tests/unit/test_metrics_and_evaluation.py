@@ -1,0 +1,120 @@
+"""Numbers of a step and of an evaluation, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grpo.evaluation import Evaluation, evaluate_groups, paired_gain
+from grpo.metrics import learner_metrics, not_finite, rollout_metrics, staleness_metrics
+from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, StepResult
+
+PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None)
+
+
+def rollout(reward: float | None, tokens: int = 2, reason: str = "stop", version: int = 0) -> Rollout:
+    outcome = Failed(kind="timeout", detail="") if reason is None or reward is None else Scored(
+        value=reward, parts={"f": reward}
+    )  # fmt: skip
+    completion = Completion(
+        token_ids=np.zeros(tokens, dtype=np.int32),
+        sampler_logprobs=np.zeros(tokens, dtype=np.float32),
+        sampled_mask=np.ones(tokens, dtype=bool),
+        policy_versions=np.full(tokens, version, dtype=np.int32),
+        finish_reason="length" if reason == "length" else "stop",
+        seed=None,
+    )
+    return Rollout(prompt=PROMPT, completion=completion, text="", outcome=outcome)
+
+
+def group(*members: Rollout, prompt: Prompt = PROMPT) -> Group:
+    return Group(prompt=prompt, rollouts=members)
+
+
+def test_rollout_metrics_by_hand() -> None:
+    groups = [
+        group(rollout(1.0, tokens=2), rollout(0.0, tokens=5, reason="length"), rollout(None, tokens=3)),
+        group(rollout(1.0), rollout(1.0), rollout(1.0)),
+        group(rollout(0.0), rollout(None), rollout(None)),
+    ]
+    numbers = rollout_metrics(groups)
+    assert numbers["reward/mean"] == pytest.approx(4 / 6)
+    assert numbers["reward/failed_fraction"] == pytest.approx(3 / 9)
+    assert numbers["reward/failed_timeout"] == 3
+    assert numbers["completion/tokens_mean"] == pytest.approx(22 / 9)
+    assert numbers["completion/truncated_fraction"] == pytest.approx(1 / 9)
+    assert numbers["completion/tokens_right_mean"] == 2
+    assert numbers["completion/tokens_wrong_mean"] == pytest.approx(3.5)
+    assert numbers["group/dropped"] == 1  # the third has a single scored member
+    assert numbers["group/no_spread_fraction"] == 0.5
+    assert numbers["group/all_right_fraction"] == 0.5
+    assert numbers["group/mixed_fraction"] == 0.5
+    assert numbers["group/pass_at_group_size"] == 1.0
+    assert numbers["group/reward_std_mean"] == pytest.approx(np.sqrt(0.5) / 2)
+    assert numbers["tokens/sampled"] == 22
+
+
+def test_a_step_without_any_reward_has_no_reward_number() -> None:
+    numbers = rollout_metrics([group(rollout(None), rollout(None))])
+    assert "reward/mean" not in numbers
+    assert numbers["reward/failed_fraction"] == 1.0
+
+
+def test_staleness_counts_versions() -> None:
+    numbers = staleness_metrics([rollout(1.0, version=3), rollout(1.0, tokens=6, version=4)], 5)
+    assert numbers == {"staleness/mean": pytest.approx((2 * 2 + 6 * 1) / 8), "staleness/max": 2.0}
+
+
+def test_learner_sums_become_means_and_shares() -> None:
+    result = StepResult(
+        optimizer_steps=4,
+        metrics={
+            "policy/loss": (0.6, 0.0),
+            "policy/updates": (2.0, 1.0),
+            "policy/entropy": (30.0, 10.0),
+            "policy/clip_fraction_low": (1.0, 10.0),
+            "policy/clip_fraction_high": (2.0, 10.0),
+            "mismatch/importance_weight_mean": (8.0, 4.0),
+            "mismatch/importance_weight_square": (20.0, 4.0),
+            "policy/kl_ref": (0.0, 0.0),
+        },
+        extremes={"mismatch/max": 0.1, "mismatch/importance_weight_min_negated": -0.5},
+        learner_logprob_sums={},
+    )
+    numbers = learner_metrics(result)
+    assert numbers["policy/loss"] == pytest.approx(0.3)
+    assert numbers["policy/entropy"] == 3.0
+    assert numbers["policy/clip_fraction"] == pytest.approx(0.3)
+    assert numbers["mismatch/effective_sample_fraction"] == pytest.approx(64 / (4 * 20))
+    assert numbers["mismatch/importance_weight_min"] == 0.5
+    assert "policy/kl_ref" not in numbers  # nothing was observed
+    assert not_finite({"a": 1.0, "b": float("nan")}) == ["b"]
+
+
+def test_accuracy_is_the_mean_over_prompts_of_scored_samples() -> None:
+    other = Prompt(prompt_id="d:1:y", token_ids=(1,), text="q", row={}, messages=None)
+    result = evaluate_groups(
+        [group(rollout(1.0), rollout(0.0)), group(rollout(1.0), rollout(None), prompt=other)], "f"
+    )
+    assert result.per_prompt == {"d:0:x": 0.5, "d:1:y": 1.0}
+    assert result.accuracy == 0.75
+    assert result.failed == 1
+    with pytest.raises(ValueError, match="no completion"):
+        evaluate_groups([group(rollout(None), rollout(None))], "f")
+
+
+def test_paired_interval_is_narrower_than_the_spread_between_prompts() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 0.6, 400)
+    noise = rng.normal(0, 0.1, 400)
+
+    def evaluation(values: np.ndarray) -> Evaluation:
+        return Evaluation(
+            per_prompt={str(i): float(v) for i, v in enumerate(values)}, failed=0, tokens_mean=1, truncated_fraction=0
+        )
+
+    gain, low, high = paired_gain(evaluation(hard), evaluation(hard + 0.3 + noise))
+    standard_error = noise.std(ddof=1) / np.sqrt(400)
+    assert gain == pytest.approx(0.3 + noise.mean(), abs=1e-9)
+    assert low == pytest.approx(gain - 1.96 * standard_error, abs=0.002)
+    assert high == pytest.approx(gain + 1.96 * standard_error, abs=0.002)

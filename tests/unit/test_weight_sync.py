@@ -1,0 +1,107 @@
+"""Buckets, checksums and the verdict on a sync; the engines' side is in tests/integration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from grpo.weight_sync import (
+    SharedMemorySender,
+    SyncReport,
+    WeightSyncError,
+    buckets_of,
+    checksum,
+    read_shared_memory,
+    verify,
+)
+
+
+def tensors() -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        ("a", torch.randn(3, 5, generator=generator)),
+        ("b", torch.randn(7, generator=generator).bfloat16()),
+        ("c", torch.randn(2, 2, 2, generator=generator)),
+    ]
+
+
+def test_buckets_keep_order_and_respect_the_limit() -> None:
+    sized = [(str(n), torch.zeros(n)) for n in (10, 10, 30, 5, 5)]
+    names = [[name for name, _ in bucket] for bucket in buckets_of(sized, limit=4 * 20)]
+    assert names == [["10", "10"], ["30"], ["5", "5"]]
+    assert list(buckets_of([], limit=10)) == []
+
+
+def test_buckets_go_by_logical_size_of_tensors_without_data() -> None:
+    logical = [(str(i), torch.empty(10, device="meta")) for i in range(4)]
+    assert [len(bucket) for bucket in buckets_of(logical, limit=80)] == [2, 2]
+
+
+def test_shared_memory_carries_every_bit_and_is_reused() -> None:
+    sender = SharedMemorySender()
+    for scale in (1.0, -3.0):
+        sent = [(name, tensor * scale) for name, tensor in tensors()]
+        bucket = sender.pack(sent)
+        got = read_shared_memory(bucket.transport["file"], bucket.transport["nbytes"], bucket.tensors)
+        sender.pack([(name, tensor * 0) for name, tensor in sent])  # reuse must not reach what was read
+        for (name, tensor), (got_name, got_tensor), value in zip(sent, got, bucket.checksums, strict=True):
+            assert got_name == name
+            assert got_tensor.dtype == tensor.dtype
+            assert torch.equal(got_tensor, tensor)
+            assert checksum(got_tensor) == value
+
+
+def test_checksum_sees_a_flipped_bit_a_swap_and_a_shift() -> None:
+    original = torch.arange(1.0, 33.0)
+    flipped = original.clone()
+    flipped.view(torch.int32)[7] ^= 1
+    swapped = original.clone()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    values = {checksum(t) for t in (original, flipped, swapped, original.roll(1), torch.zeros(32))}
+    assert len(values) == 5
+    assert checksum(original.view(4, 8).t().contiguous().t()) == checksum(original)
+
+
+REPORT = SyncReport(
+    policy_version=3,
+    consumed={"a": 1, "b": 2},
+    unfilled_slots=(),
+    unmapped_tensors=(),
+    probe_logprobs=(np.asarray([-1.0, -2.0], dtype=np.float32),),
+)
+
+
+def verdict(**changes: object) -> float:
+    return verify(
+        report=dataclasses.replace(REPORT, **changes),
+        policy_version=3,
+        sent={"a": 1, "b": 2},
+        learner_logprobs=(np.asarray([-1.0, -2.0005], dtype=np.float32),),
+        tolerance=1e-3,
+        sampler="sampler 0",
+    )
+
+
+def test_a_good_sync_returns_the_probe_difference() -> None:
+    assert verdict() == pytest.approx(0.0005, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"policy_version": 2}, "echoes policy version 2, expected 3"),
+        ({"unmapped_tensors": ("x.bias",)}, "no slot for x.bias"),
+        ({"consumed": {"a": 1}}, "did not consume b"),
+        ({"consumed": {"a": 1, "b": 2, "c": 3}}, "consumed unannounced c"),
+        ({"consumed": {"a": 1, "b": 5}}, "other data than was sent for b"),
+        ({"unfilled_slots": ("qkv",)}, "unfilled weights: qkv"),
+        ({"probe_logprobs": (np.asarray([-1.0, -2.1], dtype=np.float32),)}, "does not use them"),
+        ({"probe_logprobs": (np.asarray([-1.0, np.nan], dtype=np.float32),)}, "differ from the learner's by up to inf"),
+    ],
+)
+def test_every_defect_is_named(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(WeightSyncError, match=words):
+        verdict(**changes)
