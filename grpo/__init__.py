@@ -2,7 +2,7 @@
 
 import os
 
-# Ray reads these when it is imported, so they stand here. Clusters authenticate by token unless the user says otherwise.
+# Ray reads these when it is imported, so they stand here. Clusters authenticate by token unless the user says so.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

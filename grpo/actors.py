@@ -327,13 +327,17 @@ class Engines:
 
     def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> SyncResult:
         """Bring the learner's weights to every sampler and verify that they arrived."""
-        pending = [learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.learners]
+        pending = [
+            learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.learners
+        ]
         result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
         return result
 
     def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""
-        self._wait([learner.save.remote(str(folder)) for learner in self.learners], "the model to be saved", self._timeout)
+        self._wait(
+            [learner.save.remote(str(folder)) for learner in self.learners], "the model to be saved", self._timeout
+        )
 
     def close(self) -> None:
         """Kill every actor."""

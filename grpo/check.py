@@ -55,7 +55,6 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
             f"nearest: {len(train.prompts)}"
         )
     files = tuple(rewards.locate(config.rewards, recipe))
-    preflight.check_loads(config.rewards, files)
     tried = try_rewards(config, files, train.prompts, log_dir)
     eval_prompts = held_out.prompts[: config.data.eval.limit]
     return Plan(
@@ -126,9 +125,7 @@ def try_rewards(config: Config, files: Sequence[Path], prompts: Sequence[Prompt]
     return [f"reward     {line}" for line in report]
 
 
-def describe(
-    config: Config, train: data.PromptSet, eval_prompts: Sequence[Prompt], ends: Sequence[int]
-) -> list[str]:
+def describe(config: Config, train: data.PromptSet, eval_prompts: Sequence[Prompt], ends: Sequence[int]) -> list[str]:
     """The plan: data, batch algebra, objective, engines."""
     a = config.algorithm
     rollouts = a.prompts_per_step * a.group_size

@@ -107,11 +107,13 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
         except Stopped:
             code, reason = OURS, "interrupted"
             console.say("grpo: interrupted")
-        except Exception as error:  # the run's last words: whatever it was is shown, recorded and turned into exit 1
+        except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
             code, reason = OURS, f"failed: {error}"
             (path / "logs").mkdir(exist_ok=True)
             (path / "logs" / "driver-traceback.txt").write_text(traceback.format_exc())
-            console.say(f"grpo: {type(error).__name__}: {error}\n(traceback in {path / 'logs' / 'driver-traceback.txt'})")
+            console.say(
+                f"grpo: {type(error).__name__}: {error}\n(traceback in {path / 'logs' / 'driver-traceback.txt'})"
+            )
         finally:
             for number, handler in zip((signal.SIGTERM, signal.SIGINT), previous, strict=True):
                 signal.signal(number, handler)
@@ -124,11 +126,15 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
 
 def run(plan: Any, folder: Any, console: Any) -> dict[str, Any]:
     """Start what the plan needs, train, and take everything down. Returns what the summary adds."""
-    from grpo import actors, cluster, driver, run_folder  # noqa: PLC0415
+    from grpo import (  # noqa: PLC0415
+        actors,
+        check,
+        cluster,
+        driver,
+        run_folder,
+    )
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
-
-    from grpo import check  # noqa: PLC0415
 
     config = check.resolve_paths(plan.config)
     logs = folder.path.resolve() / "logs"

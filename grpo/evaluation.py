@@ -37,7 +37,9 @@ def evaluate_groups(groups: Sequence[Group], part: str) -> Evaluation:
     """
     per_prompt = {}
     for group in groups:
-        values = [r.outcome.parts[part] for r in group.rollouts if isinstance(r.outcome, Scored) and part in r.outcome.parts]
+        values = [
+            r.outcome.parts[part] for r in group.rollouts if isinstance(r.outcome, Scored) and part in r.outcome.parts
+        ]
         if values:
             per_prompt[group.prompt.prompt_id] = float(np.mean(values))
     if not per_prompt:

@@ -26,7 +26,7 @@ def selected_logprobs(
     flat, targets = logits.flatten(0, 1), target_ids.flatten()
     size = max(1, CHUNK_ELEMENTS // flat.shape[-1])
     logprobs, entropies = [], []
-    for part, ids in zip(flat.split(size), targets.split(size), strict=True):
+    for part, ids in zip(torch.split(flat, size), torch.split(targets, size), strict=True):
         scaled = (part if part.dtype == torch.float64 else part.float()) / temperature
         log_softmax = torch.log_softmax(scaled, dim=-1)
         logprobs.append(log_softmax.gather(-1, ids[:, None])[:, 0])

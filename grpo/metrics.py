@@ -1,4 +1,4 @@
-"""What a step is described by: pure functions from groups and learner sums to named numbers. docs/metrics.md lists them.
+"""What a step is described by: pure functions from groups and learner sums to numbers; docs/metrics.md.
 
 A quantity without observations (no failed group, nothing clipped because nothing was trained) is left out, not 0.
 """

@@ -1,6 +1,6 @@
 """The run's folder: config, metrics, samples, model, summary. Written whole or not at all, never over another run's.
 
-    runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/  checkpoints/  model/  tensorboard/
+runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/  checkpoints/  model/  tensorboard/
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of the safetensors files of a model folder, concatenated in name order: `cat *.safetensors | sha256sum`."""
+    """SHA-256 of a model folder's safetensors files in name order, as `cat *.safetensors | sha256sum` gives it."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as handle:

@@ -127,7 +127,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One microbatch of one learner rank. Rows of weight zero may fill it; they touch every parameter and add nothing."""
+    """One microbatch of one learner rank. Rows of weight zero may fill it: they touch every parameter, and add 0."""
 
     input_ids: torch.Tensor
     """[B,T] int64; right-padded with 0, which causal attention keeps from every real position."""

@@ -99,7 +99,7 @@ def checksum(tensor: torch.Tensor) -> int:
     """
     data = tensor.detach().contiguous().view(-1)
     if data.device.type == "cpu":
-        return xxhash.xxh3_64_intdigest(data.view(torch.uint8).numpy())
+        return xxhash.xxh3_64_intdigest(data.view(torch.uint8).numpy())  # type: ignore[arg-type]
     words = data.view(torch.int32 if data.numel() * data.element_size() % 4 == 0 else torch.int16)
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for start in range(0, words.numel(), 1 << 26):
@@ -187,7 +187,7 @@ class IpcSender:
         """The handles stay valid until the next call."""
         self._alive = [tensor.detach().contiguous() for _, tensor in bucket]
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handles = [{uuid: reduce_tensor(tensor)[1]} for tensor in self._alive]
+        handles = [{uuid: reduce_tensor(tensor)[1]} for tensor in self._alive]  # type: ignore[no-untyped-call]
         torch.cuda.current_stream().synchronize()
         return describe(bucket, transport={"ipc_handles": handles})
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.config import Config
 from grpo.learner import setup
@@ -182,7 +182,7 @@ class Learner:
 
     @torch.no_grad()
     def probe_logprobs(self, probe: Probe) -> tuple[NDArray[np.float32], ...]:
-        """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1, under the weights as they are."""
+        """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1, under the weights of now."""
         out = []
         for ids in probe.token_ids:
             tokens = torch.tensor([ids], device=self.device)
@@ -243,10 +243,8 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
     """Everything beside the weights that a folder needs to be used: tokenizer, chat template, generation config."""
     if source.is_dir():
         for file in source.iterdir():
-            if file.is_file() and file.suffix in {".json", ".jinja", ".model", ".txt"}:
-                if not (target / file.name).exists() and "index" not in file.name:
-                    shutil.copy2(file, target / file.name)
+            wanted = file.suffix in {".json", ".jinja", ".model", ".txt"} and "index" not in file.name
+            if file.is_file() and wanted and not (target / file.name).exists():
+                shutil.copy2(file, target / file.name)
         return
-    from transformers import AutoTokenizer
-
     AutoTokenizer.from_pretrained(str(source)).save_pretrained(target)

@@ -1,4 +1,4 @@
-"""What a learner rank needs before its first step: process group, DeepSpeed config, optimizer, schedule, scale proof."""
+"""What a learner rank needs before its first step: process group, DeepSpeed config, optimizer, schedule, proof."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from grpo.weight_sync import torch_dtype
 
 def open_store(host: str, world_size: int, timeout_s: float) -> TCPStore:
     """Rank 0's rendezvous on a port that the system chose; its number is `.port`."""
-    return TCPStore(
-        host, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
-    )
+    return TCPStore(host, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
 def join_store(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:

@@ -1,7 +1,7 @@
 """The sampler: vLLM in this process, driven step by step.
 
 Token ids in, token ids and logprobs out; the engine never sees or makes text unless a stop string asks for it.
-Receives weights as one transaction (`begin_sync`, `load_bucket`, `finish_sync`) and reports what is needed to verify it.
+Receives weights as one transaction (`begin_sync`, `load_bucket`, `finish_sync`) and reports what verifies it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.sampling_params import RequestOutputKind
 
 from grpo.config import Config
+from grpo.sampler import shared_memory
 from grpo.types import Completion, FinishReason, SampleRequest, SamplingSettings
 from grpo.weight_sync import Bucket, Probe, SyncReport, checksum
 
@@ -23,13 +27,8 @@ class Sampler:
     """One vLLM engine. `transport` is "shared_memory", "ipc" or "nccl"."""
 
     def __init__(self, config: Config, transport: str) -> None:
-        from vllm import EngineArgs, LLMEngine
-        from vllm.config import WeightTransferConfig
-
         backend = transport
         if transport == "shared_memory":
-            from grpo.sampler import shared_memory
-
             shared_memory.register()
             backend = shared_memory.BACKEND
         options: dict[str, Any] = {}
@@ -144,8 +143,6 @@ class Sampler:
 
     def probe_logprobs(self, probe: Probe) -> tuple[NDArray[np.float32], ...]:
         """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1."""
-        from vllm import SamplingParams
-
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
         for i, ids in enumerate(probe.token_ids):
             self._engine.add_request(f"probe-{i}", {"prompt_token_ids": list(ids)}, params)
@@ -167,8 +164,6 @@ class Sampler:
 
 def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:
     """vLLM's SamplingParams for one completion, every field that matters given explicitly."""
-    from vllm import SamplingParams
-
     return SamplingParams(
         n=1,
         temperature=settings.temperature,
@@ -183,14 +178,8 @@ def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:
         logprobs=0,
         flat_logprobs=True,
         detokenize=bool(settings.stop),
-        output_kind=_final_only(),
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _final_only() -> Any:
-    from vllm.sampling_params import RequestOutputKind
-
-    return RequestOutputKind.FINAL_ONLY
 
 
 class LoadRecorder:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+from vllm.distributed.utils import StatelessProcessGroup
 
 from grpo.weight_sync import Bucket, describe
 
@@ -36,12 +38,7 @@ class NcclSender:
 
     def connect(self) -> None:
         """Join as rank 0; returns when every sampler has joined."""
-        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-        from vllm.distributed.utils import StatelessProcessGroup
-
-        group = StatelessProcessGroup.create(
-            host=self._host, port=self._port, rank=0, world_size=self._world_size
-        )
+        group = StatelessProcessGroup.create(host=self._host, port=self._port, rank=0, world_size=self._world_size)
         self._group = PyNcclCommunicator(group, device=torch.cuda.current_device())
 
     def pack(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> Bucket:

@@ -82,7 +82,9 @@ def run_cases(tmp_path: Path, recipe: Path, rows: list[TrainingRow], ranks: int,
         ],
     }  # fmt: skip
     (tmp_path / "job.json").write_text(json.dumps(job))
-    commands = [[sys.executable, str(WORKER), str(rank), str(ranks), str(tmp_path / "job.json")] for rank in range(ranks)]
+    commands = [
+        [sys.executable, str(WORKER), str(rank), str(ranks), str(tmp_path / "job.json")] for rank in range(ranks)
+    ]
     logs = [(tmp_path / f"rank-{rank}.log").open("w") for rank in range(ranks)]
     processes = [
         subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,7 +49,7 @@ def test_sum_is_zero_and_order_is_kept(rewards: list[float], shift: float) -> No
     [values] = group_normalized([rewards], std_eps=1e-6)
     assert sum(values) == pytest.approx(0.0, abs=1e-6)
     order = sorted(range(len(rewards)), key=lambda i: rewards[i])
-    assert all(values[a] <= values[b] + 1e-9 for a, b in zip(order, order[1:], strict=False))
+    assert all(values[a] <= values[b] + 1e-9 for a, b in pairwise(order))
     [moved] = group_normalized([[r + shift for r in rewards]], std_eps=1e-1)
     [still] = group_normalized([rewards], std_eps=1e-1)
     if has_spread(rewards) and has_spread([r + shift for r in rewards]):

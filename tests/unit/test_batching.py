@@ -12,7 +12,9 @@ from grpo.batching import TrainingRow, rank_steps
 from grpo.types import Batch
 
 
-def row(index: int, prompt: list[int], completion: list[int], advantage: float = 1.0, sampled: list[bool] | None = None):
+def row(
+    index: int, prompt: list[int], completion: list[int], advantage: float = 1.0, sampled: list[bool] | None = None
+):
     return TrainingRow(
         rollout_index=index,
         prompt_ids=prompt,
@@ -24,9 +26,7 @@ def row(index: int, prompt: list[int], completion: list[int], advantage: float =
 
 
 def lay_out(minibatches, *, ranks=1, budget=10**6, aggregation="token_mean", epochs=1):
-    return rank_steps(
-        minibatches, ranks=ranks, tokens_per_microbatch=budget, aggregation=aggregation, epochs=epochs
-    )
+    return rank_steps(minibatches, ranks=ranks, tokens_per_microbatch=budget, aggregation=aggregation, epochs=epochs)
 
 
 def batches_of(steps) -> list[Batch]:

@@ -34,7 +34,9 @@ def refusal(recipe: Path, *overrides: str) -> str:
 
 
 def test_values_defaults_and_overrides(recipe: Path) -> None:
-    config = load(recipe, ["algorithm.group_size=16", "optimizer.lr=3e-4", "sampling.stop=[a,b]", "rewards.0.weight=0.5"])
+    config = load(
+        recipe, ["algorithm.group_size=16", "optimizer.lr=3e-4", "sampling.stop=[a,b]", "rewards.0.weight=0.5"]
+    )
     assert config.algorithm.group_size == 16
     assert config.optimizer.lr == 3e-4
     assert config.sampling.stop == ("a", "b")

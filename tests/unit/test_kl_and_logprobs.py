@@ -28,9 +28,7 @@ def test_k3_is_an_unbiased_estimate_of_the_kl() -> None:
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 @pytest.mark.parametrize("chunk", [1, 13, 1 << 26])
-def test_selected_logprobs_equal_a_naive_loop(
-    temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_selected_logprobs_equal_a_naive_loop(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)

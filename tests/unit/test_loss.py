@@ -129,7 +129,9 @@ def test_weights_of_a_step_add_up_to_one_however_it_is_split(aggregation: str) -
     lengths = [rng.randint(1, 9) for _ in range(11)]
     whole = {"denominator_tokens": sum(lengths), "denominator_rows": len(lengths)}
     weights = aggregation_weights(lengths, aggregation=aggregation, **whole)
-    parts = [w for cut in (lengths[:4], lengths[4:]) for w in aggregation_weights(cut, aggregation=aggregation, **whole)]
+    parts = [
+        w for cut in (lengths[:4], lengths[4:]) for w in aggregation_weights(cut, aggregation=aggregation, **whole)
+    ]
     assert parts == weights
     assert sum(w * n for w, n in zip(weights, lengths, strict=True)) == pytest.approx(1.0, abs=1e-12)
 

@@ -93,9 +93,7 @@ def test_learner_sums_become_means_and_shares() -> None:
 
 def test_accuracy_is_the_mean_over_prompts_of_scored_samples() -> None:
     other = Prompt(prompt_id="d:1:y", token_ids=(1,), text="q", row={}, messages=None)
-    result = evaluate_groups(
-        [group(rollout(1.0), rollout(0.0)), group(rollout(1.0), rollout(None), prompt=other)], "f"
-    )
+    result = evaluate_groups([group(rollout(1.0), rollout(0.0)), group(rollout(1.0), rollout(None), prompt=other)], "f")
     assert result.per_prompt == {"d:0:x": 0.5, "d:1:y": 1.0}
     assert result.accuracy == 0.75
     assert result.failed == 1

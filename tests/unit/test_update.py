@@ -60,7 +60,9 @@ def rows(engine: PlainEngine, count: int = 6, temperature: float = 1.0, seed: in
         completion = rng.integers(VOCABULARY, size=int(rng.integers(1, 5))).astype(np.int32)
         tokens = torch.tensor(prompt + completion.tolist())
         with torch.no_grad():
-            logprobs, _ = selected_logprobs(engine.logits(tokens[None, 1:-1]), tokens[None, 2:], temperature=temperature)
+            logprobs, _ = selected_logprobs(
+                engine.logits(tokens[None, 1:-1]), tokens[None, 2:], temperature=temperature
+            )
         made.append(
             TrainingRow(
                 rollout_index=index,

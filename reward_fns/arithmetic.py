@@ -1,0 +1,11 @@
+"""Exact match with the row's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def arithmetic(completion: str, row: Mapping[str, Any]) -> float:
+    """1.0 if the completion, without surrounding white space, is `row["answer"]`; else 0.0."""
+    return 1.0 if completion.strip() == str(row["answer"]) else 0.0

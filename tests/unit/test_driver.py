@@ -1,0 +1,265 @@
+"""The loop with parts that really learn: a table policy that samples, trains and keeps versions, without any engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from grpo import config as module
+from grpo.config import Config
+from grpo.driver import Loop, MismatchError, guard_mismatch, train, training_rows
+from grpo.run_folder import RunFolder
+from grpo.types import Completion, Failed, Group, Prompt, Rollout, SampleRequest, Scored, StepResult, UserError
+from grpo.update import Objective, Tally, run_step
+
+VOCABULARY, END = 5, 0
+
+
+class TablePolicy:
+    """Next-token table by the previous token: sampler and learner at once, each with its own copy of the weights."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.learner = torch.nn.Embedding(VOCABULARY, VOCABULARY)
+        torch.nn.init.normal_(self.learner.weight, std=0.1)
+        self.sampler = self.learner.weight.detach().clone()
+        self.version = -1
+        self.optimizer = torch.optim.SGD(self.learner.parameters(), lr=3.0)
+        self.calls: list[str] = []
+
+    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[list[tuple[str, Completion]]]:
+        self.calls.append("sample")
+        for request in reversed(requests):  # completions come in any order
+            generator = torch.Generator().manual_seed((request.seed or 0) % 2**31)
+            tokens, logprobs, last = [], [], request.token_ids[-1]
+            while len(tokens) < settings.max_tokens and (not tokens or tokens[-1] != END):
+                row = torch.log_softmax(self.sampler[last], -1)
+                last = int(torch.multinomial(row.exp(), 1, generator=generator))
+                tokens.append(last)
+                logprobs.append(float(row[last]))
+            completion = Completion(
+                token_ids=np.asarray(tokens, dtype=np.int32),
+                sampler_logprobs=np.asarray(logprobs, dtype=np.float32),
+                sampled_mask=np.ones(len(tokens), dtype=bool),
+                policy_versions=np.full(len(tokens), self.version, dtype=np.int32),
+                finish_reason="stop" if tokens[-1] == END else "length",
+                seed=request.seed,
+            )
+            yield [(request.request_id, completion)]
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.learner(input_ids)
+
+    ref_logits = logits
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def optimizer_step(self) -> float:
+        norm = self.learner.weight.grad.norm().item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+    def step(self, steps: Sequence[Any]) -> StepResult:
+        self.calls.append("step")
+        objective = Objective(temperature=1.0, eps_low=0.2, eps_high=0.2, kl_coef=0.0, importance_weight_cap=2.0)
+        tally: Tally
+        tally, updates = run_step(steps[0], self, objective, torch.device("cpu"))
+        metrics = {name: (pair[0], pair[1]) for name, pair in tally.sums.items()} | {"policy/updates": (updates, 1.0)}
+        return StepResult(
+            optimizer_steps=updates, metrics=metrics, extremes=tally.extremes,
+            learner_logprob_sums=tally.learner_logprob_sums,
+        )  # fmt: skip
+
+    def publish(self, policy_version: int, probe: Any, *, full_check: bool) -> Any:
+        self.calls.append("publish")
+        self.sampler, self.version = self.learner.weight.detach().clone(), policy_version
+        return SimpleNamespace(seconds=0.0, nbytes=0, probe_difference=0.0)
+
+    def save(self, folder: Path) -> None:
+        self.calls.append("save")
+        folder.mkdir(parents=True)
+
+
+class CountTwos:
+    """Reward: share of token 2 in the completion; every `fail_every`-th rollout fails."""
+
+    def __init__(self, fail_every: int = 0) -> None:
+        self.fail_every, self.seen = fail_every, 0
+
+    def submit(self, items: Sequence[Any]) -> Future[list[Scored | Failed]]:
+        outcomes: list[Scored | Failed] = []
+        for item in items:
+            self.seen += 1
+            if self.fail_every and self.seen % self.fail_every == 0:
+                outcomes.append(Failed(kind="exception", detail="planted"))
+                continue
+            value = item.completion.count("2") / max(1, len(item.completion))
+            outcomes.append(Scored(value=value, parts={"twos": value}))
+        future: Future[list[Scored | Failed]] = Future()
+        future.set_result(outcomes)
+        return future
+
+
+class Silent:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps.append(step)
+
+    def say(self, text: str) -> None: ...
+
+
+def make_config(tmp_path: Path, *overrides: str) -> Config:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "model: {path: x, dtype: float32}\ndata: {train: x, max_prompt_tokens: 4}\nsampling: {max_tokens: 6}\n"
+        "algorithm: {prompts_per_step: 4, group_size: 8}\nrewards: [{file: twos.py}]\n"
+        "run: {steps: 25, tensorboard: false}\n"
+    )
+    return module.load(recipe, overrides)
+
+
+def make_loop(tmp_path: Path, config: Config, scorer: CountTwos | None = None) -> tuple[Loop, TablePolicy]:
+    prompts = [
+        Prompt(prompt_id=f"d:{i}:h", token_ids=(1, i % 4 + 1), text=str(i), row={}, messages=None) for i in range(12)
+    ]
+    policy = TablePolicy()
+    settings = SimpleNamespace(max_tokens=6)
+    loop = Loop(
+        config=config, prompts=prompts, eval_prompts=prompts[:3] if config.data.eval.path else [], engines=policy,
+        scorer=scorer or CountTwos(), folder=RunFolder(tmp_path / "run", config), reporter=Silent(),
+        decode=lambda lists: ["".join(str(t) for t in ids) for ids in lists], train_settings=settings,
+        eval_settings=settings,
+    )  # fmt: skip
+    return loop, policy
+
+
+def lines(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_records_every_step(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path))
+    outcome = train(loop)
+    loop.folder.close()
+    metrics = lines(tmp_path)
+    assert [line["step"] for line in metrics] == list(range(1, 26))
+    assert metrics[-1]["reward/mean"] > metrics[0]["reward/mean"] + 0.3
+    assert all(line["mismatch/max"] < 1e-6 for line in metrics)
+    assert all(line["policy/clip_fraction"] == 0 for line in metrics)  # one update per batch
+    assert all(line["staleness/max"] == 0 for line in metrics)
+    assert outcome.steps == 25
+    assert policy.calls[:4] == ["publish", "sample", "step", "publish"]
+    assert policy.calls[-1] == "save"
+
+
+def test_the_samples_file_recomputes_the_metrics(tmp_path: Path) -> None:
+    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.steps=2"))
+    train(loop)
+    loop.folder.close()
+    for number, line in enumerate(lines(tmp_path), 1):
+        table = pq.read_table(tmp_path / "run" / "samples" / f"step-{number:06d}.parquet").to_pandas()
+        assert len(table) == 32
+        assert table.reward.mean() == pytest.approx(line["reward/mean"])
+        assert table.completion_token_ids.map(len).mean() == pytest.approx(line["completion/tokens_mean"])
+        assert (table.policy_version == number - 1).all()
+        assert table.seed.is_unique
+        assert np.allclose(table.sampler_logprob_sum, table.learner_logprob_sum, atol=1e-4)
+        assert np.allclose(table.sampler_logprobs.map(sum), table.sampler_logprob_sum, atol=1e-4)
+
+
+def test_checkpoints_and_evaluation_fall_due(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run.steps=5", "run.save_every=2", "data.eval.path=x", "data.eval.every=2")
+    config = dataclasses.replace(config, rewards=[dataclasses.replace(config.rewards[0], name="twos")])
+    loop, _ = make_loop(tmp_path, config)
+    outcome = train(loop)
+    loop.folder.close()
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert [line["step"] for line in lines(tmp_path) if "eval/accuracy" in line] == [0, 2, 4, 5]
+    assert outcome.before is not None
+    assert outcome.after is not None
+    assert outcome.before is not outcome.after
+
+
+def test_failed_rewards_are_counted_and_never_trained_on(tmp_path: Path) -> None:
+    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.steps=1"), CountTwos(fail_every=11))
+    train(loop)
+    loop.folder.close()
+    [line] = lines(tmp_path)
+    assert line["reward/failed_exception"] == 2
+    table = pq.read_table(tmp_path / "run" / "samples" / "step-000001.parquet").to_pandas()
+    failed = table[table.failed.notna()]
+    assert failed.reward.isna().all()
+    assert failed.learner_logprob_sum.isna().all()  # in no training row
+
+
+def test_too_many_failures_stop_the_run_and_show_the_first(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path), CountTwos(fail_every=4))
+    with pytest.raises(UserError, match=r"8 of 32 rewards failed.*exception: planted"):
+        train(loop)
+    loop.folder.close()
+    assert "step" not in policy.calls
+
+
+def group_of(rewards: list[float | None], index: int) -> Group:
+    prompt = Prompt(prompt_id=f"d:{index}:h", token_ids=(1, 2), text="", row={}, messages=None)
+    completion = Completion(
+        token_ids=np.asarray([3], dtype=np.int32), sampler_logprobs=np.zeros(1, dtype=np.float32),
+        sampled_mask=np.ones(1, dtype=bool), policy_versions=np.zeros(1, dtype=np.int32),
+        finish_reason="stop", seed=None,
+    )  # fmt: skip
+    outcomes = [Failed(kind="timeout", detail="") if r is None else Scored(value=r, parts={}) for r in rewards]
+    rollouts = tuple(Rollout(prompt=prompt, completion=completion, text="", outcome=o) for o in outcomes)
+    return Group(prompt=prompt, rollouts=rollouts)
+
+
+def test_survivors_get_the_advantages_of_a_group_that_never_had_the_others(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "algorithm.group_size=4")
+    groups = [
+        group_of(r, i) for i, r in enumerate([[1.0, None, 0.0, 0.0], [None, None, None, 1.0], [1.0] * 4, [0.0] * 4])
+    ]
+    [[*rows]], advantages = training_rows(groups, config)
+    mean, std = 1 / 3, (3 / 9) ** 0.5
+    assert advantages[:3] == pytest.approx([(1 - mean) / std, -mean / std, -mean / std], rel=1e-5)
+    assert [row.rollout_index for row in rows] == [0, 2, 3, *range(8, 16)]  # the second group is dropped whole
+    assert advantages[3:] == [0.0] * 8
+
+
+def test_rows_stay_in_the_minibatch_of_their_prompt(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "algorithm.minibatches_per_step=2", "algorithm.group_size=2")
+    groups = [group_of([1.0, 0.0], i) for i in range(4)]
+    minibatches, _ = training_rows(groups, config)
+    assert [[row.rollout_index for row in rows] for rows in minibatches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_the_mismatch_gate(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+
+    def result(value: float) -> StepResult:
+        return StepResult(optimizer_steps=1, metrics={}, extremes={"mismatch/max": value}, learner_logprob_sums={})
+
+    guard_mismatch(result(9e-4), config)
+    for value in (2e-3, float("nan"), float("inf")):
+        with pytest.raises(MismatchError):
+            guard_mismatch(result(value), config)
+    guard_mismatch(result(5.0), module.load(tmp_path / "r.yaml", ["model.dtype=bfloat16"]))
+    with pytest.raises(MismatchError):
+        guard_mismatch(
+            result(5.0), module.load(tmp_path / "r.yaml", ["model.dtype=bfloat16", "algorithm.max_mismatch=1"])
+        )
