@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from grpo.config import Config
-from grpo.types import Completion, RankStep, SampleRequest, SamplingSettings, StepResult, UserError
+from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError
 from grpo.update import NonFiniteError
 from grpo.weight_sync import (
     PROBE_TOLERANCE,
@@ -75,9 +75,7 @@ class SamplerActor:
     def ready(self) -> None:
         """Answers once the engine is loaded."""
 
-    def sample(
-        self, requests: Sequence[SampleRequest], settings: SamplingSettings
-    ) -> Iterator[list[tuple[str, Completion]]]:
+    def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
         yield from self._sampler.sample(requests, settings, FLUSH_S)
 
     def init_transfer(self, init_info: Mapping[str, Any]) -> None:
@@ -159,13 +157,14 @@ class LearnerActor:
 
     def _transfer(self, policy_version: int, probe: Probe, tolerance: float, timeout_s: float) -> SyncResult:
         started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
-        self._all("begin_sync", timeout_s, policy_version)
+        pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
         for tensors in buckets_of(self._learner.weights()):
             if self._sender is not None:
                 bucket = self._sender.pack(tensors)
-                pending = [s.load_bucket.remote(bucket) for s in self._samplers]
+                pending += [s.load_bucket.remote(bucket) for s in self._samplers]
                 self._sender.transmit(tensors)
                 ray.get(pending, timeout=timeout_s)
+                pending = []
                 sent |= {spec.name: value for spec, value in zip(bucket.tensors, bucket.checksums, strict=True)}
                 nbytes += sum(spec.nbytes for spec in bucket.tensors)
         pending = [s.finish_sync.remote(probe) for s in self._samplers]
@@ -188,9 +187,6 @@ class LearnerActor:
             nbytes=nbytes,
             probe_difference=max(worst, default=0.0),
         )
-
-    def _all(self, method: str, timeout_s: float, *arguments: Any) -> None:
-        ray.get([getattr(s, method).remote(*arguments) for s in self._samplers], timeout=timeout_s)
 
     def save(self, folder: str) -> None:
         self._learner.save(Path(folder))
@@ -297,9 +293,7 @@ class Engines:
         self._names[handle] = name
         return handle
 
-    def sample(
-        self, requests: Sequence[SampleRequest], settings: SamplingSettings
-    ) -> Iterator[list[tuple[str, Completion]]]:
+    def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
         """Spread `requests` over the samplers in whole runs; yields finished completions as they come in."""
         count = len(self.samplers)
         shares = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]

@@ -11,14 +11,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from grpo.rewards.pool import RewardItem
-from grpo.types import Completion, Failed, Group, Prompt, Rollout, SampleRequest, Scored, UserError
+from grpo.types import Completion, Failed, Group, Prompt, Rollout, SampledBlock, SampleRequest, Scored, UserError
 
 
 class SamplerGroup(Protocol):
     """What samples: `grpo.actors.Engines`."""
 
-    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[list[tuple[str, Completion]]]: ...
+    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]: ...
 
 
 class Scorer(Protocol):
@@ -60,21 +62,22 @@ def collect(
     """
     started = time.monotonic()
     requests = [
-        SampleRequest(request_id=f"{p}/{i}", token_ids=prompt.token_ids, seed=seed_of(prompt, i))
+        SampleRequest(
+            index=p,
+            token_ids=prompt.token_ids,
+            seeds=tuple(seed_of(prompt, i) for i in range(samples_per_prompt)),
+        )
         for p, prompt in enumerate(prompts)
-        for i in range(samples_per_prompt)
     ]
     completions: list[dict[int, Completion]] = [{} for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     scores: list[Future[list[Scored | Failed]] | None] = [None for _ in prompts]
-    for finished in sampler.sample(requests, settings):
+    for block in sampler.sample(requests, settings):
         complete: list[int] = []
-        for request_id, completion in finished:
-            place, _, index = request_id.partition("/")
-            members = completions[int(place)]
-            members[int(index)] = completion
-            if len(members) == samples_per_prompt:
-                complete.append(int(place))
+        for p, i, completion in completions_of(block, requests):
+            completions[p][i] = completion
+            if len(completions[p]) == samples_per_prompt:
+                complete.append(p)
         decoded = decode([completions[p][i].token_ids for p in complete for i in range(samples_per_prompt)])
         for n, p in enumerate(complete):
             texts[p] = decoded[n * samples_per_prompt : (n + 1) * samples_per_prompt]
@@ -90,6 +93,27 @@ def collect(
         if future is not None
     )
     return Collected(groups=groups, sample_s=sampled - started, reward_s=time.monotonic() - sampled)
+
+
+def completions_of(block: SampledBlock, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, int, Completion]]:
+    """(request, sample index, completion) of each completion in `block`; arrays are views into its columns."""
+    start = 0
+    columns = (block.index.tolist(), block.sample_index.tolist(), block.lengths.tolist(), block.truncated.tolist())
+    for p, i, length, truncated in zip(*columns, strict=True):
+        end = start + length
+        yield (
+            p,
+            i,
+            Completion(
+                token_ids=block.token_ids[start:end],
+                sampler_logprobs=block.sampler_logprobs[start:end],
+                sampled_mask=np.ones(length, dtype=np.bool_),
+                policy_versions=block.policy_versions[start:end],
+                finish_reason="length" if truncated else "stop",
+                seed=requests[p].seeds[i],
+            ),
+        )
+        start = end
 
 
 def reward_items(

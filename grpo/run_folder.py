@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from grpo import config as config_module
 from grpo.config import Config
@@ -92,34 +93,37 @@ class RunFolder:
 
 def write_groups(target: Path, step: int, groups: Sequence[Group], learner_logprob_sums: Mapping[int, float]) -> None:
     """One parquet file with a row per rollout; `learner_logprob_sums` by position of the rollout in the step."""
-    rows: list[dict[str, Any]] = []
-    for group in groups:
-        for sample_index, rollout in enumerate(group.rollouts):
-            outcome, completion = rollout.outcome, rollout.completion
-            rows.append(
-                {
-                    "step": step,
-                    "prompt_id": group.prompt.prompt_id,
-                    "sample_index": sample_index,
-                    "prompt": group.prompt.text,
-                    "completion": rollout.text,
-                    "reward": outcome.value if isinstance(outcome, Scored) else None,
-                    "reward_parts": json.dumps(dict(outcome.parts)) if isinstance(outcome, Scored) else None,
-                    "failed": outcome.kind if isinstance(outcome, Failed) else None,
-                    "failed_detail": outcome.detail if isinstance(outcome, Failed) else None,
-                    "finish_reason": completion.finish_reason,
-                    "policy_version": int(completion.policy_versions.min()),
-                    "seed": completion.seed,
-                    "prompt_token_ids": list(group.prompt.token_ids),
-                    "completion_token_ids": completion.token_ids,
-                    "sampler_logprobs": completion.sampler_logprobs,
-                    "sampler_logprob_sum": float(completion.sampler_logprobs.astype(np.float64).sum()),
-                    "learner_logprob_sum": learner_logprob_sums.get(len(rows)),
-                }
-            )
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    outcomes = [rollout.outcome for rollout in rollouts]
+    completions = [rollout.completion for rollout in rollouts]
+    columns: dict[str, Any] = {
+        "step": [step] * len(rollouts),
+        "prompt_id": [rollout.prompt.prompt_id for rollout in rollouts],
+        "sample_index": [i for group in groups for i in range(len(group.rollouts))],
+        "prompt": [rollout.prompt.text for rollout in rollouts],
+        "completion": [rollout.text for rollout in rollouts],
+        "reward": [o.value if isinstance(o, Scored) else None for o in outcomes],
+        "reward_parts": [json.dumps(dict(o.parts)) if isinstance(o, Scored) else None for o in outcomes],
+        "failed": [o.kind if isinstance(o, Failed) else None for o in outcomes],
+        "failed_detail": [o.detail if isinstance(o, Failed) else None for o in outcomes],
+        "finish_reason": [completion.finish_reason for completion in completions],
+        "policy_version": [int(completion.policy_versions.min()) for completion in completions],
+        "seed": [completion.seed for completion in completions],
+        "prompt_token_ids": [rollout.prompt.token_ids for rollout in rollouts],
+        "completion_token_ids": list_column([completion.token_ids for completion in completions]),
+        "sampler_logprobs": list_column([completion.sampler_logprobs for completion in completions]),
+        "sampler_logprob_sum": [float(c.sampler_logprobs.sum(dtype=np.float64)) for c in completions],
+        "learner_logprob_sum": [learner_logprob_sums.get(i) for i in range(len(rollouts))],
+    }
     aside = target.with_name(target.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA), aside, compression="zstd")
+    pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), aside, compression="zstd")
     os.replace(aside, target)
+
+
+def list_column(arrays: Sequence[NDArray[Any]]) -> pa.ListArray:
+    """A column of lists from arrays, without a Python object per element."""
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
 
 
 SAMPLE_SCHEMA = pa.schema(

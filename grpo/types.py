@@ -47,14 +47,34 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """One completion to sample."""
+    """Completions to sample of one prompt."""
 
-    request_id: str
-    """Unique within one call to the sampler."""
+    index: int
+    """Identifies the prompt within one call to the samplers."""
     token_ids: tuple[int, ...]
     """[L] prompt ids."""
-    seed: int | None
-    """Seed of this completion's own generator, or None where sampling is not seeded."""
+    seeds: tuple[int | None, ...]
+    """[G] seed of each completion's own generator, or None where sampling is not seeded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledBlock:
+    """Finished completions in columns, the form in which they travel: N completions, K tokens in all."""
+
+    index: NDArray[np.int32]
+    """[N] of the request."""
+    sample_index: NDArray[np.int32]
+    """[N] position within the request's seeds."""
+    lengths: NDArray[np.int32]
+    """[N] tokens of each; they follow each other in the [K] columns."""
+    token_ids: NDArray[np.int32]
+    """[K]"""
+    sampler_logprobs: NDArray[np.float32]
+    """[K]"""
+    policy_versions: NDArray[np.int32]
+    """[K]"""
+    truncated: NDArray[np.bool_]
+    """[N] finish reason "length" rather than "stop"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -210,7 +210,8 @@ class RewardPool:
                         self._break(UserError(message["load_error"]))
                         return
                 elif worker.job is not None:
-                    self._answer(worker.job, message)
+                    for answer in message["answers"]:
+                        self._answer(worker.job, answer)
                     if not worker.job.calls:
                         worker.job = None
         except (OSError, EOFError, ValueError):

@@ -1,8 +1,8 @@
 """A reward worker: `python -m grpo.rewards.worker FD`, started by `grpo.rewards.pool`, one call at a time.
 
 Messages from the parent are pickled by us; answers are JSON, so that nothing a reward function touches is ever
-unpickled by the parent. There is one answer per call, in order: each also tells the parent that the next call has
-begun, which is when its deadline starts. Imports nothing heavy: starting a worker must be cheap.
+unpickled by the parent. Answers come in the order of the calls, and each batch of them also tells the parent that the
+next call has begun, which is when its deadline starts. Imports nothing heavy: starting a worker must be cheap.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -26,6 +27,8 @@ from types import ModuleType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+COALESCE_S = 0.005
+"""Answers to calls that take less are sent together; a deadline is late by this much at most."""
 
 Answer = dict[str, Any]
 """{"values": [one per item: number | None], "parts": [one mapping per item]} or {"failed": [kind, detail]}."""
@@ -53,9 +56,13 @@ def main(fd: int, parent: int) -> None:
             job = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        answers, sent = [], time.monotonic()
         for reward, items in job["calls"]:
-            answer = call(functions[reward], specs[reward]["style"], job, items)
-            connection.send_bytes(json.dumps(answer).encode())
+            answers.append(call(functions[reward], specs[reward]["style"], job, items))
+            if time.monotonic() - sent > COALESCE_S:
+                connection.send_bytes(json.dumps({"answers": answers}).encode())
+                answers, sent = [], time.monotonic()
+        connection.send_bytes(json.dumps({"answers": answers}).encode())
 
 
 def load(spec: Mapping[str, Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from grpo.config import Config
 from grpo.sampler import shared_memory
-from grpo.types import Completion, FinishReason, SampleRequest, SamplingSettings
+from grpo.types import SampledBlock, SampleRequest, SamplingSettings
 from grpo.weight_sync import Bucket, Probe, SyncReport, checksum
 
 
@@ -68,44 +69,21 @@ class Sampler:
 
     def sample(
         self, requests: Sequence[SampleRequest], settings: SamplingSettings, flush_s: float
-    ) -> Iterator[list[tuple[str, Completion]]]:
-        """Sample all `requests`; yields finished (request_id, completion) lists, at most every `flush_s` seconds."""
+    ) -> Iterator[SampledBlock]:
+        """Sample all `requests`; yields finished completions, at most every `flush_s` seconds."""
         assert not self._engine.has_unfinished_requests()
-        seeds = {request.request_id: request.seed for request in requests}
         for request in requests:
-            self._engine.add_request(
-                request.request_id,
-                {"prompt_token_ids": list(request.token_ids)},
-                sampling_params(settings, request.seed),
-            )
-        done: list[tuple[str, Completion]] = []
+            prompt = {"prompt_token_ids": list(request.token_ids)}
+            for i, seed in enumerate(request.seeds):
+                self._engine.add_request(f"{request.index}/{i}", prompt, sampling_params(settings, seed))
+        done: list[Any] = []
         flushed = time.monotonic()
         while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                if output.finished:
-                    done.append((output.request_id, self._completion(output.outputs[0], seeds[output.request_id])))
+            done += [output for output in self._engine.step() if output.finished]
             if done and time.monotonic() - flushed > flush_s and self._engine.has_unfinished_requests():
-                yield done
+                yield sampled_block(done, self._policy_version)
                 done, flushed = [], time.monotonic()
-        yield done
-
-    def _completion(self, output: Any, seed: int | None) -> Completion:
-        token_ids = np.asarray(output.token_ids, dtype=np.int32)
-        logprobs = np.asarray(output.logprobs.logprobs[: len(token_ids)], dtype=np.float32)
-        if len(logprobs) != len(token_ids) or output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(
-                f"vLLM ended a request with {len(token_ids)} tokens, {len(logprobs)} logprobs and finish reason "
-                f"{output.finish_reason!r}"
-            )
-        reason: FinishReason = output.finish_reason
-        return Completion(
-            token_ids=token_ids,
-            sampler_logprobs=logprobs,
-            sampled_mask=np.ones(len(token_ids), dtype=np.bool_),
-            policy_versions=np.full(len(token_ids), self._policy_version, dtype=np.int32),
-            finish_reason=reason,
-            seed=seed,
-        )
+        yield sampled_block(done, self._policy_version)
 
     def init_transfer(self, init_info: Mapping[str, Any]) -> None:
         """Open the receiving end of the weight transfer, once."""
@@ -160,6 +138,34 @@ class Sampler:
         for name, parameter in self._model.named_parameters():
             if substring in name:
                 parameter.data.mul_(factor)
+
+
+def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:
+    """Finished requests of the engine as columns.
+
+    Raises RuntimeError when the engine ended a request otherwise than by an end token or its length.
+    """
+    names = [output.request_id.partition("/") for output in outputs]
+    samples = [output.outputs[0] for output in outputs]
+    lengths = [len(sample.token_ids) for sample in samples]
+    for sample, length in zip(samples, lengths, strict=True):
+        if sample.finish_reason not in ("stop", "length") or len(sample.logprobs) != length:
+            raise RuntimeError(
+                f"vLLM ended a request with {length} tokens, {len(sample.logprobs)} logprobs and finish reason "
+                f"{sample.finish_reason!r}"
+            )
+    total = sum(lengths)
+    return SampledBlock(
+        index=np.asarray([int(index) for index, _, _ in names], dtype=np.int32),
+        sample_index=np.asarray([int(i) for _, _, i in names], dtype=np.int32),
+        lengths=np.asarray(lengths, dtype=np.int32),
+        token_ids=np.fromiter(chain.from_iterable(s.token_ids for s in samples), dtype=np.int32, count=total),
+        sampler_logprobs=np.fromiter(
+            chain.from_iterable(s.logprobs.logprobs for s in samples), dtype=np.float32, count=total
+        ),
+        policy_versions=np.full(total, policy_version, dtype=np.int32),
+        truncated=np.asarray([sample.finish_reason == "length" for sample in samples], dtype=np.bool_),
+    )
 
 
 def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:

@@ -19,7 +19,18 @@ from grpo import config as module
 from grpo.config import Config
 from grpo.driver import Loop, MismatchError, guard_mismatch, train, training_rows
 from grpo.run_folder import RunFolder
-from grpo.types import Completion, Failed, Group, Prompt, Rollout, SampleRequest, Scored, StepResult, UserError
+from grpo.types import (
+    Completion,
+    Failed,
+    Group,
+    Prompt,
+    Rollout,
+    SampledBlock,
+    SampleRequest,
+    Scored,
+    StepResult,
+    UserError,
+)
 from grpo.update import Objective, Tally, run_step
 
 VOCABULARY, END = 5, 0
@@ -37,25 +48,26 @@ class TablePolicy:
         self.optimizer = torch.optim.SGD(self.learner.parameters(), lr=3.0)
         self.calls: list[str] = []
 
-    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[list[tuple[str, Completion]]]:
+    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]:
         self.calls.append("sample")
-        for request in reversed(requests):  # completions come in any order
-            generator = torch.Generator().manual_seed((request.seed or 0) % 2**31)
+        every = [(request, i, seed) for request in requests for i, seed in enumerate(request.seeds)]
+        for request, i, seed in reversed(every):  # completions come in any order
+            generator = torch.Generator().manual_seed((seed or 0) % 2**31)
             tokens, logprobs, last = [], [], request.token_ids[-1]
             while len(tokens) < settings.max_tokens and (not tokens or tokens[-1] != END):
                 row = torch.log_softmax(self.sampler[last], -1)
                 last = int(torch.multinomial(row.exp(), 1, generator=generator))
                 tokens.append(last)
                 logprobs.append(float(row[last]))
-            completion = Completion(
+            yield SampledBlock(
+                index=np.asarray([request.index]),
+                sample_index=np.asarray([i]),
+                lengths=np.asarray([len(tokens)]),
                 token_ids=np.asarray(tokens, dtype=np.int32),
                 sampler_logprobs=np.asarray(logprobs, dtype=np.float32),
-                sampled_mask=np.ones(len(tokens), dtype=bool),
                 policy_versions=np.full(len(tokens), self.version, dtype=np.int32),
-                finish_reason="stop" if tokens[-1] == END else "length",
-                seed=request.seed,
+                truncated=np.asarray([tokens[-1] != END]),
             )
-            yield [(request.request_id, completion)]
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.learner(input_ids)
