@@ -218,6 +218,7 @@ def main() -> None:
                 reporter=pairing, train_settings=settings, eval_settings=settings,
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
             )  # fmt: skip
+            actors.freeze_garbage()
             driver.train(loop)
             run.close()
             engines.close()

@@ -105,24 +105,25 @@ def _pack(rows: Sequence[tuple[TrainingRow, float]], budget: int) -> list[Batch]
 def _batch(rows: Sequence[tuple[TrainingRow, float]]) -> Batch:
     """Shift, pad and mask the rows of one microbatch."""
     shape = (len(rows), max(row.positions for row, _ in rows))
-    input_ids = np.zeros(shape, dtype=np.int64)
-    target_ids = np.zeros(shape, dtype=np.int64)
+    prompt = np.asarray([len(row.prompt_ids) for row, _ in rows])
+    length = np.asarray([len(row.completion_ids) for row, _ in rows])
+    position = np.arange(shape[1] + 1)
+    real = position < (prompt + length)[:, None]  # [B,T+1] places of tokens
+    tokens = np.zeros(real.shape, dtype=np.int64)
+    tokens[real] = np.concatenate([part for row, _ in rows for part in (row.prompt_ids, row.completion_ids)])
+    input_ids = np.where(real[:, 1:], tokens[:, :-1], 0)
+    target_ids = tokens[:, 1:]
+    place = real[:, 1:] & (position[1:] >= prompt[:, None])  # [B,T] targets that belong to the completion
     mask = np.zeros(shape, dtype=np.bool_)
-    advantages = np.zeros(shape, dtype=np.float32)
+    mask[place] = np.concatenate([row.sampled_mask for row, _ in rows])
     sampler_logprobs = np.zeros(shape, dtype=np.float32)
-    token_weights = np.zeros(shape, dtype=np.float32)
-    for i, (row, weight) in enumerate(rows):
-        tokens = np.concatenate([np.asarray(row.prompt_ids, dtype=np.int64), row.completion_ids])
-        first, end = len(row.prompt_ids) - 1, row.positions
-        input_ids[i, :end] = tokens[:-1]
-        target_ids[i, :end] = tokens[1:]
-        mask[i, first:end] = row.sampled_mask
-        sampler_logprobs[i, first:end] = np.where(row.sampled_mask, row.sampler_logprobs, 0.0)
-        advantages[i, first:end] = np.where(row.sampled_mask, row.advantage, 0.0)
-        token_weights[i, first:end] = np.where(row.sampled_mask, weight, 0.0)
+    sampler_logprobs[place] = np.concatenate([row.sampler_logprobs for row, _ in rows])
+    sampler_logprobs[~mask] = 0.0
+    advantages = mask * np.asarray([row.advantage for row, _ in rows], dtype=np.float32)[:, None]
+    token_weights = mask * np.asarray([weight for _, weight in rows], dtype=np.float32)[:, None]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        target_ids=torch.from_numpy(target_ids),
+        target_ids=torch.from_numpy(np.ascontiguousarray(target_ids)),
         completion_mask=torch.from_numpy(mask),
         advantages=torch.from_numpy(advantages),
         sampler_logprobs=torch.from_numpy(sampler_logprobs),

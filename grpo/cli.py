@@ -158,6 +158,7 @@ def run(plan: Any, folder: Any, console: Any) -> dict[str, Any]:
                 train_settings=actors.train_settings(config, plan.end_token_ids),
                 eval_settings=actors.eval_settings(config, plan.end_token_ids),
             )
+            actors.freeze_garbage()
             outcome = driver.train(loop)
         finally:
             engines.close()

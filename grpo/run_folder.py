@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from grpo import config as config_module
 from grpo.config import Config
 from grpo.types import Failed, Group, Scored, UserError
+
+MAX_WRITES_BEHIND = 8
+"""Steps' files that may wait to be written before the run waits for them."""
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "omegaconf", "datasets")
 
@@ -56,7 +59,7 @@ class RunFolder:
         write_text(path / "config.yaml", config_module.dump(config))
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
-        self._writing: Future[None] | None = None
+        self._writing: list[Future[None]] = []
         self._trackers = make_trackers(config, path)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -64,6 +67,10 @@ class RunFolder:
         line = {"step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **metrics}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
+        if self._trackers:
+            self._later(self._track, step, dict(metrics))
+
+    def _track(self, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in self._trackers:
             tracker(step, metrics)
 
@@ -71,14 +78,14 @@ class RunFolder:
         self, name: str, step: int, groups: Sequence[Group], learner_logprob_sums: Mapping[int, float]
     ) -> None:
         """Every completion as one row of samples/<name>.parquet, written while the run goes on."""
-        self._finish_writing()
         target = self.path / "samples" / f"{name}.parquet"
-        self._writing = self._writer.submit(write_groups, target, step, groups, learner_logprob_sums)
+        self._later(write_groups, target, step, groups, learner_logprob_sums)
 
-    def _finish_writing(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+    def _later(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write in the background, one thing after the other. A write that failed is raised at the next one."""
+        while self._writing and (self._writing[0].done() or len(self._writing) > MAX_WRITES_BEHIND):
+            self._writing.pop(0).result()
+        self._writing.append(self._writer.submit(write, *arguments))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json; written at every end, also a failed one."""
@@ -86,7 +93,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Finish what is being written."""
-        self._finish_writing()
+        for writing in self._writing:
+            writing.result()
         self._writer.shutdown()
         self._metrics.close()
 
