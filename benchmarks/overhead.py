@@ -78,7 +78,8 @@ class BareSampler:
                     detokenize=False,
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                self.engine.add_request(f"{request.index}/{i}", {"prompt_token_ids": list(request.token_ids)}, params)
+                prompt = {"prompt_token_ids": list(request.token_ids)}
+                self.engine.add_request(f"{request.index}/{i}", prompt, params)
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:

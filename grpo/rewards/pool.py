@@ -1,8 +1,9 @@
 """Groups in, `Scored | Failed` out: a pool of reward workers that can be killed.
 
-One thread pumps all workers. A job is a few calls on completions of one group; a worker has one job at a time and
-answers every call by itself, so the time since its last answer is the running time of the call that it is in. A call
-past its deadline is killed with its process group and fails alone: the rest of the job goes to a fresh worker.
+One thread pumps all workers. A job is a few calls on completions of one group, and a worker has one job at a time. It
+sends its answers every few milliseconds, so the time since the last ones is the running time of the call that it is in;
+which call that is it keeps in shared memory. A call past its deadline is killed with its process group and fails alone:
+what else was not answered goes to a fresh worker.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import mmap
 import os
 import pickle
 import selectors
@@ -63,14 +65,18 @@ class _Group:
 class _Job:
     group: _Group
     calls: deque[tuple[int, list[int]]]
-    """(reward, items) still to be answered; the first one is running."""
+    """(reward, items) still to be answered."""
     payload: dict[str, Any]
+    handed_out: int = 0
+    """Calls that the worker was given."""
 
 
 @dataclass(slots=True)
 class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
+    begun: memoryview
+    """[1] int64: position of the running call among those handed out; written by the worker."""
     since: float
     """When the running call, or the loading, began."""
     ready: bool = False
@@ -192,6 +198,7 @@ class RewardPool:
                 if job is None:
                     return
                 worker.job, worker.since = job, time.monotonic()
+                job.handed_out, worker.begun[0] = len(job.calls), 0
                 try:
                     worker.connection.send_bytes(pickle.dumps({**job.payload, "calls": list(job.calls)}))
                 except OSError:
@@ -266,16 +273,23 @@ class RewardPool:
         if job is not None:
             if kind == "worker_died":
                 detail = f"the worker {described_exit(code)}"
+            job.calls.rotate(-self._running(worker, job))
             self._answer(job, {"failed": [kind, detail]})
             if job.calls:
                 with self._lock:
                     self._queue.appendleft(job)
         self._start(number)
 
+    def _running(self, worker: _Worker, job: _Job) -> int:
+        """Place of the running call among the unanswered ones; those before it were made, their answers are lost."""
+        answered = job.handed_out - len(job.calls)
+        return min(max(0, int(worker.begun[0]) - answered), len(job.calls) - 1)
+
     def _break(self, error: UserError) -> None:
         """The reward files do not load: nothing can ever be scored."""
         with self._lock:
-            self._broken = error
+            self._broken = self._broken or error
+            error = self._broken
             waiting = [job.group.future for job in self._queue]
             self._queue.clear()
         for future in waiting:
@@ -284,18 +298,22 @@ class RewardPool:
 
     def _start(self, number: int) -> None:
         ours, theirs = socket.socketpair()
+        begun_fd = os.memfd_create("grpo-reward-call")
+        os.ftruncate(begun_fd, 8)
         self._log_dir.mkdir(parents=True, exist_ok=True)
         with (self._log_dir / f"reward-worker-{number}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "grpo.rewards.worker", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", "grpo.rewards.worker", *map(str, (theirs.fileno(), begun_fd, os.getpid()))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), begun_fd),
                 start_new_session=True,  # its own process group: killed whole, and Ctrl-C does not reach it
             )
         theirs.close()
-        worker = _Worker(process=process, connection=Connection(ours.detach()), since=time.monotonic())
+        begun = memoryview(mmap.mmap(begun_fd, 8)).cast("q")
+        os.close(begun_fd)
+        worker = _Worker(process=process, connection=Connection(ours.detach()), begun=begun, since=time.monotonic())
         self._workers[number] = worker
         self._selector.register(worker.connection.fileno(), selectors.EVENT_READ, number)
         try:

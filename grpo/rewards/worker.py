@@ -1,4 +1,4 @@
-"""A reward worker: `python -m grpo.rewards.worker FD`, started by `grpo.rewards.pool`, one call at a time.
+"""A reward worker: `python -m grpo.rewards.worker FD FD PID`, started by `grpo.rewards.pool`, one call at a time.
 
 Messages from the parent are pickled by us; answers are JSON, so that nothing a reward function touches is ever
 unpickled by the parent. Answers come in the order of the calls, and each batch of them also tells the parent that the
@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import math
+import mmap
 import os
 import pickle
 import signal
@@ -38,12 +39,13 @@ class BadReturnError(Exception):
     """What a function returned is no reward. `args`: (kind, detail)."""
 
 
-def main(fd: int, parent: int) -> None:
-    """Answer the parent until it closes the connection."""
+def main(fd: int, begun_fd: int, parent: int) -> None:
+    """Answer the parent until it closes the connection. `begun_fd`: shared memory for the running call's number."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         return
     connection = Connection(fd)
+    begun = memoryview(mmap.mmap(begun_fd, 8)).cast("q")
     specs = pickle.loads(connection.recv_bytes())
     try:
         functions = [load(spec) for spec in specs]
@@ -57,7 +59,8 @@ def main(fd: int, parent: int) -> None:
         except EOFError:
             return
         answers, sent = [], time.monotonic()
-        for reward, items in job["calls"]:
+        for position, (reward, items) in enumerate(job["calls"]):
+            begun[0] = position  # the parent reads it should this call be the last thing that happens here
             answers.append(call(functions[reward], specs[reward]["style"], job, items))
             if time.monotonic() - sent > COALESCE_S:
                 connection.send_bytes(json.dumps({"answers": answers}).encode())
@@ -208,4 +211,4 @@ def user_line(error: BaseException, path: Path | None) -> int | None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

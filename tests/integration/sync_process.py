@@ -1,0 +1,107 @@
+"""A sampler and a plain model in one process: python sync_process.py MODEL FIXED; prints JSON. See test_weight_sync.py.
+
+FIXED 0 takes out the re-packing of `lm_head` after a reload, to see that the sync's verification notices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+def main(model_path: str, fixed: bool) -> dict[str, object]:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "2"}
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig, SamplingConfig
+    from grpo.sampler import shared_memory
+    from grpo.sampler.engine import Sampler
+    from grpo.types import SampleRequest, SamplingSettings
+    from grpo.weight_sync import Probe, SharedMemorySender, WeightSyncError, buckets_of, verify
+
+    if not fixed:
+        shared_memory.repack_lm_head = lambda model: None
+    config = Config(
+        model=ModelConfig(path=model_path, dtype="float32"),
+        sampling=SamplingConfig(max_tokens=8),
+        data=DataConfig(train="", max_prompt_tokens=24),
+        algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
+        run=RunConfig(steps=1),
+    )
+    sampler = Sampler(config, "shared_memory")
+    sampler.init_transfer({})
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    probe = Probe(token_ids=((1, 2, 3, 4, 5), tuple(range(1, 13))))
+    sender = SharedMemorySender()
+
+    @torch.no_grad()
+    def learner_logprobs():
+        out = []
+        for ids in probe.token_ids:
+            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
+            out.append(logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
+        return out
+
+    def sync(version: int, skip: str | None = None, extra: bool = False, corrupt: bool = False, limit: int = 1 << 14):
+        sent = {}
+        sampler.begin_sync(version)
+        tensors = [(name, p) for name, p in model.named_parameters() if name != skip]
+        if extra:
+            tensors.append(("model.layers.0.nothing.weight", torch.zeros(2)))
+        for bucket in buckets_of(tensors, limit=limit):
+            packed = sender.pack(bucket)
+            sent |= {spec.name: value for spec, value in zip(packed.tensors, packed.checksums, strict=True)}
+            sampler.load_bucket(packed)
+        if corrupt:
+            sent["model.norm.weight"] += 1
+        return verify(
+            report=sampler.finish_sync(probe), policy_version=version, sent=sent, learner_logprobs=learner_logprobs(),
+            tolerance=1e-3, sampler="sampler 0",
+        )  # fmt: skip
+
+    def move(factor: float) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(factor).add_(0.01)
+
+    result: dict[str, object] = {"first": sync(0)}
+    settings = SamplingSettings(temperature=0.0, max_tokens=8, end_token_ids=(0,), stop=())
+    request = SampleRequest(index=0, token_ids=tuple(range(1, 18)), seeds=(1,))
+
+    def greedy() -> list[int]:
+        [block] = sampler.sample([request], settings, 10.0)
+        return [round(x, 3) for x in block.sampler_logprobs.tolist()]
+
+    def outcome(**kwargs) -> str:
+        try:
+            return f"ok {sync(**kwargs):.1e}"
+        except WeightSyncError as error:
+            return str(error)
+
+    greedy()  # fills the prefix cache under the first weights
+    move(1.1)
+    result["moved"] = outcome(version=1)
+    if fixed:
+        after = greedy()
+        sampler._engine.reset_prefix_cache()
+        result["cache_dropped"] = after == greedy()
+        for parameter in [name for name, _ in model.named_parameters()]:
+            with torch.no_grad():
+                dict(model.named_parameters())[parameter].mul_(1.3).add_(0.05)
+            if (said := outcome(version=2)) and not said.startswith("ok"):
+                result[f"tensor {parameter}"] = said
+        result["extra"] = outcome(version=3, extra=True)
+        result["skipped"] = outcome(version=3, skip="model.norm.weight")
+        result["corrupt"] = outcome(version=3, corrupt=True)
+        result["recovered"] = outcome(version=4)
+        sampler.perturb_for_test("norm", 1.01)
+        result["perturbed"] = float(
+            max(abs(a - b).max() for a, b in zip(sampler.probe_logprobs(probe), learner_logprobs(), strict=True))
+        )
+    return result
+
+
+if __name__ == "__main__":
+    print("RESULT " + json.dumps(main(sys.argv[1], bool(int(sys.argv[2])))))
