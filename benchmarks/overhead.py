@@ -232,9 +232,8 @@ def report(rows: Sequence[Mapping[str, float]]) -> None:
     for name in ("step", "sample_s", "reward_s", "batch_s", "update_s", "sync_s", "vllm", "torch"):
         print(f"  {name:10} {statistics.median(row[name] for row in rows):.3f}")
     ratios = sorted(row["step"] / (row["vllm"] + row["torch"]) for row in rows)
-    print(
-        f"ratio step / (bare vLLM + bare torch): median {statistics.median(ratios):.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}"
-    )
+    middle = statistics.median(ratios)
+    print(f"ratio step / (bare vLLM + bare torch): median {middle:.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
 
 if __name__ == "__main__":

@@ -166,6 +166,8 @@ class LearnerActor:
 
     def _transfer(self, policy_version: int, probe: Probe, tolerance: float, timeout_s: float) -> SyncResult:
         started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
+        # before the samplers have anything to do: two engines computing at once on the same cores cost each other 0.1 s
+        logprobs = self._learner.probe_logprobs(probe)
         pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
         for tensors in buckets_of(self._learner.weights()):
             if self._sender is not None:
@@ -176,9 +178,8 @@ class LearnerActor:
                 pending = []
                 sent |= {spec.name: value for spec, value in zip(bucket.tensors, bucket.checksums, strict=True)}
                 nbytes += sum(spec.nbytes for spec in bucket.tensors)
-        pending = [s.finish_sync.remote(probe) for s in self._samplers]
-        logprobs = self._learner.probe_logprobs(probe)
-        reports: list[SyncReport] = ray.get(pending, timeout=timeout_s)
+        finishing = [s.finish_sync.remote(probe) for s in self._samplers]
+        reports: list[SyncReport] = ray.get(finishing, timeout=timeout_s)
         worst = [
             verify(
                 report=report,
