@@ -1,41 +1,44 @@
 """Groups in, `Scored | Failed` out: a pool of reward workers that can be killed.
 
-One thread pumps all workers. A job is a few calls on completions of one group, and a worker has one job at a time. It
-sends its answers every few milliseconds, so the time since the last ones is the running time of the call that it is in;
-which call that is it keeps in shared memory. A call past its deadline is killed with its process group and fails alone:
-what else was not answered goes to a fresh worker.
+One thread pumps all workers. A job is a few calls on completions of one group; a worker has one job at a time and
+answers every call by itself. How a call's deadline is measured: from the moment its job was sent, or, for the later
+calls of a job, from the moment the answer to the call before it was read. The parent reads late when it is busy, never
+early, and reads once more before it kills, so no call gets less than its time. A call past its deadline is killed with
+its process group and fails alone: the rest of its job goes to a fresh worker.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import json
-import mmap
-import os
 import pickle
 import selectors
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from grpo.config import RewardConfig
+from grpo.rewards.process import (
+    START_S,
+    Part,
+    WorkerProcess,
+    failed,
+    parse_answer,
+    parse_greeting,
+    part_name,
+    spec_of,
+)
 from grpo.types import Failed, FailureKind, Scored, UserError
 
 CALLS_PER_JOB = 8
 """Small enough to spread a group of slow calls over the workers, large enough that messages cost little."""
-START_S = 120.0
-"""Deadline for a worker to load the reward files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,60 +53,61 @@ class RewardItem:
     """token_count, finish_reason, prompt (text), step."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Group:
-    """The calls of one `submit`, as their answers come in."""
+    """What one `submit` asked, and the answers as they come in."""
 
     future: Future[list[Scored | Failed]]
-    values: list[list[float | Failed | None]]
-    """[rewards][items]"""
-    parts: list[dict[str, float]]
+    context: bytes
+    """Pickle of (row, messages): one for all calls, made in the caller's thread so that its errors are raised there."""
+    inputs: list[tuple[str, dict[str, Any]]]
+    """(completion, info) of each item"""
+    answers: list[dict[int, Part]]
+    """[rewards] item -> part"""
     missing: int
+    """Calls without an answer."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Job:
     group: _Group
-    calls: deque[tuple[int, list[int]]]
-    """(reward, items) still to be answered."""
-    payload: dict[str, Any]
-    handed_out: int = 0
-    """Calls that the worker was given."""
+    calls: deque[tuple[int, Sequence[int]]]
+    """(reward, items) still to be answered; the first one is running."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    begun: memoryview
-    """[1] int64: position of the running call among those handed out; written by the worker."""
+    process: WorkerProcess
     since: float
     """When the running call, or the loading, began."""
     ready: bool = False
-    job: _Job | None = field(default=None)
+    job: _Job | None = None
 
 
 class RewardPool:
-    """`workers` processes that have the reward files loaded. Close it, or use it as a context manager."""
+    """`workers` processes that have the reward files loaded. Close it, or use it as a context manager.
+
+    Files that do not load make every future raise the UserError that says why.
+    """
 
     def __init__(self, rewards: Sequence[RewardConfig], *, files: Sequence[Path], workers: int, log_dir: Path) -> None:
         self._rewards = list(rewards)
         self._names = [part_name(reward) for reward in rewards]
-        self._specs = [
-            {"index": i, "file": str(file.resolve()), "shown": reward.file, "name": name, "style": reward.style}
-            for i, (reward, file, name) in enumerate(zip(rewards, files, self._names, strict=True))
-        ]
+        self._specs = [spec_of(i, reward, file) for i, (reward, file) in enumerate(zip(rewards, files, strict=True))]
         self._log_dir = log_dir
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._count = workers
+        self._workers: dict[int, _Worker] = {}
         self._queue: deque[_Job] = deque()
+        self._stopped: Exception | None = None
+        """Why nothing can be submitted any more. It and the queue are what threads share, under the lock."""
         self._lock = threading.Lock()
         self._closing = False
-        self._broken: UserError | None = None
-        self._workers: dict[int, _Worker] = {}
         self._selector = selectors.DefaultSelector()
-        self._wake, wake_end = socket.socketpair()
-        self._selector.register(wake_end, selectors.EVENT_READ, None)
-        self._wake_end = wake_end
-        self._count = workers
+        self._wake_end, self._wake = socket.socketpair()
+        for end in (self._wake_end, self._wake):
+            end.setblocking(False)
+        self._selector.register(self._wake_end, selectors.EVENT_READ, None)
         self._thread = threading.Thread(target=self._pump, name="rewards", daemon=True)
         self._thread.start()
 
@@ -114,235 +118,223 @@ class RewardPool:
         self.close()
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
-        """Score the completions of one group. The future's list has one outcome per item, in order."""
-        calls: list[tuple[int, list[int]]] = []
+        """Score the completions of one group: items with the same row. The future has one outcome per item, in order.
+
+        May be called from any thread.
+        """
+        future: Future[list[Scored | Failed]] = Future()
+        if not items:
+            future.set_result([])
+            return future
+        row, messages = items[0].row, items[0].messages
+        if any(item.row is not row and item.row != row for item in items):
+            raise ValueError("the items of one group must have one row")
+        calls: list[tuple[int, Sequence[int]]] = []
         for reward, config in enumerate(self._rewards):
-            everyone = list(range(len(items)))
-            calls += [(reward, everyone)] if config.style == "trl" else [(reward, [i]) for i in everyone]
+            everyone = range(len(items))
+            calls += [(reward, everyone)] if config.style == "trl" else [(reward, (i,)) for i in everyone]
         group = _Group(
-            future=Future(),
-            values=[[None] * len(items) for _ in self._rewards],
-            parts=[{} for _ in items],
+            future=future,
+            context=pickle.dumps((dict(row), None if messages is None else [dict(turn) for turn in messages])),
+            inputs=[(item.completion, dict(item.info)) for item in items],
+            answers=[{} for _ in self._rewards],
             missing=len(calls),
         )
-        payload = {
-            "row": pickle.dumps(dict(items[0].row)),
-            "messages": items[0].messages,
-            "completions": [item.completion for item in items],
-            "infos": [dict(item.info) for item in items],
-        }
         jobs = [
-            _Job(group=group, calls=deque(calls[start : start + CALLS_PER_JOB]), payload=payload)
+            _Job(group=group, calls=deque(calls[start : start + CALLS_PER_JOB]))
             for start in range(0, len(calls), CALLS_PER_JOB)
         ]
         with self._lock:
-            if self._broken is not None:
-                raise self._broken
+            if self._stopped is not None:
+                raise self._stopped
             self._queue.extend(jobs)
-        self._wake.send(b"x")
-        return group.future
+        self._wake_up()
+        return future
 
     def close(self) -> None:
-        """Kill every worker. Futures that are not done are cancelled."""
+        """Kill every worker. Futures that are not done are cancelled. Again: nothing."""
         if self._closing:
             return
         self._closing = True
-        self._wake.send(b"x")
+        self._wake_up()
         self._thread.join()
-        for worker in list(self._workers.values()):
-            self._remove(worker)
-        with self._lock:
-            for job in self._queue:
-                job.group.future.cancel()
-            self._queue.clear()
+        self._stop(RuntimeError("the reward pool is closed"), cancel=True)
+        for worker in self._workers.values():
+            worker.process.kill()
+        self._workers.clear()
         self._selector.close()
         self._wake.close()
         self._wake_end.close()
 
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: the pump has been told often enough
+            self._wake.send(b"x")
+
     # --- the pump's thread -------------------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        for number in range(self._count):
-            self._start(number)
-        while not self._closing:
-            for key, _ in self._selector.select(timeout=self._patience()):
-                if key.data is None:
-                    self._wake_end.recv(4096)
-                elif key.data in self._workers:
-                    self._receive(key.data)
-            for number, worker in list(self._workers.items()):
-                limit = self._limit(worker)
-                if limit is not None and time.monotonic() - worker.since > limit:
-                    self._lose(number, "timeout", f"ran longer than {limit:g} s")
-            self._hand_out()
+        try:
+            for number in range(self._count):
+                self._start(number)
+            while not self._closing:
+                for key, events in self._selector.select(timeout=self._patience()):
+                    if key.data is None:
+                        self._wake_end.recv(4096)
+                        continue
+                    if events & selectors.EVENT_WRITE:
+                        self._flush(key.data)
+                    if events & selectors.EVENT_READ:
+                        self._receive(key.data)
+                for number in list(self._workers):
+                    self._watch(number)
+                self._hand_out()
+        except BaseException as error:  # raised again: whoever waits must hear of it, whatever it is
+            stopped = RuntimeError(f"the reward pool stopped: {type(error).__name__}: {error}")
+            stopped.__cause__ = error
+            self._stop(stopped)
+            raise
 
     def _limit(self, worker: _Worker) -> float | None:
         """Seconds that what the worker is doing may take; None when it is idle."""
         if not worker.ready:
             return START_S
-        if worker.job is None:
-            return None
-        return self._rewards[worker.job.calls[0][0]].timeout_s
+        return None if worker.job is None else self._rewards[worker.job.calls[0][0]].timeout_s
 
     def _patience(self) -> float:
-        """Seconds until the next deadline."""
+        """Seconds until the next deadline, at most one: a death that leaves the socket open is only seen by looking."""
         now = time.monotonic()
         left = [w.since + limit - now for w in self._workers.values() if (limit := self._limit(w)) is not None]
         return max(0.0, min([*left, 1.0]))
 
+    def _watch(self, number: int) -> None:
+        """Look for a passed deadline or a death."""
+        worker = self._workers[number]
+        if not self._overdue(worker) and not worker.process.exited():
+            return
+        self._receive(number)  # what was answered in time counts, however late we read it
+        if self._workers.get(number) is not worker:
+            return
+        if worker.process.exited():
+            self._lose(number, timed_out=False)
+        elif self._overdue(worker):
+            self._lose(number, timed_out=True)
+
+    def _overdue(self, worker: _Worker) -> bool:
+        limit = self._limit(worker)
+        return limit is not None and time.monotonic() - worker.since > limit
+
     def _hand_out(self) -> None:
-        for number, worker in list(self._workers.items()):
-            if worker.ready and worker.job is None:
-                with self._lock:
-                    job = self._queue.popleft() if self._queue else None
-                if job is None:
-                    return
-                worker.job, worker.since = job, time.monotonic()
-                job.handed_out, worker.begun[0] = len(job.calls), 0
-                try:
-                    worker.connection.send_bytes(pickle.dumps({**job.payload, "calls": list(job.calls)}))
-                except OSError:
-                    self._lose(number, "worker_died", "")
+        for number, worker in self._workers.items():
+            if not worker.ready or worker.job is not None:
+                continue
+            with self._lock:
+                job = self._queue.popleft() if self._queue else None
+            if job is None:
+                return
+            inputs = job.group.inputs
+            calls = [(reward, [inputs[i] for i in items]) for reward, items in job.calls]
+            worker.job, worker.since = job, time.monotonic()
+            worker.process.send(pickle.dumps({"context": job.group.context, "calls": calls}))
+            if worker.process.has_unsent:
+                self._selector.modify(worker.process.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, number)
+
+    def _flush(self, number: int) -> None:
+        process = self._workers[number].process
+        process.flush()
+        if not process.has_unsent:
+            self._selector.modify(process.socket, selectors.EVENT_READ, number)
 
     def _receive(self, number: int) -> None:
-        """Take what a worker has sent, which may be many answers."""
+        """Take what a worker has sent, which may be many answers or its end."""
         worker = self._workers[number]
+        lines, more = worker.process.receive()
         try:
-            while worker.connection.poll():
-                message = json.loads(worker.connection.recv_bytes())
-                worker.since = time.monotonic()
+            for line in lines:
                 if not worker.ready:
-                    worker.ready = "load_error" not in message
-                    if not worker.ready:
-                        self._break(UserError(message["load_error"]))
-                        return
+                    load_error = parse_greeting(line)
+                    if load_error is not None:
+                        self._stop(UserError(load_error))
+                        break
+                    worker.ready = True
                 elif worker.job is not None:
-                    for answer in message["answers"]:
-                        self._answer(worker.job, answer)
-                    if not worker.job.calls:
-                        worker.job = None
-        except (OSError, EOFError, ValueError):
-            self._lose(number, "worker_died", "")
+                    reward, items = worker.job.calls[0]
+                    self._answer(worker.job, parse_answer(line, self._names[reward], len(items)))
+                    worker.job = worker.job if worker.job.calls else None
+                else:
+                    raise ValueError("nothing was asked")
+                worker.since = time.monotonic()
+        except (ValueError, RecursionError):  # no answer of ours: a reward function has written to the socket
+            more = False
+        if not more:
+            self._lose(number, timed_out=False)
 
-    def _answer(self, job: _Job, message: Mapping[str, Any]) -> None:
+    def _answer(self, job: _Job, parts: Sequence[Part]) -> None:
         """Enter the answer to the running call of `job`."""
         reward, items = job.calls.popleft()
-        group, name = job.group, self._names[reward]
-        for position, item in enumerate(items):
-            if "failed" in message:
-                kind, detail = message["failed"]
-                group.values[reward][item] = Failed(kind=cast(FailureKind, kind), detail=f"{name}: {detail}")
-            else:
-                value = message["values"][position]
-                group.values[reward][item] = None if value is None else float(value)
-                extra = {f"{name}/{key}": float(v) for key, v in message["parts"][position].items()}
-                group.parts[item] |= extra
+        group = job.group
+        group.answers[reward].update(zip(items, parts, strict=True))
         group.missing -= 1
-        if group.missing == 0 and not group.future.cancelled():
-            group.future.set_result([self._outcome(group, i) for i in range(len(group.parts))])
+        future = group.future
+        if group.missing == 0 and not future.done() and future.set_running_or_notify_cancel():
+            future.set_result([self._outcome(group, i) for i in range(len(group.inputs))])
 
     def _outcome(self, group: _Group, item: int) -> Scored | Failed:
         """Weighted sum of the parts that did not abstain; any failed part fails the rollout."""
-        values = [column[item] for column in group.values]
-        for value in values:
-            if isinstance(value, Failed):
-                return value
-        present = [
-            (name, reward.weight, value)
-            for name, reward, value in zip(self._names, self._rewards, values, strict=True)
-            if isinstance(value, float)
-        ]
-        if not present:
-            return Failed(kind="abstained", detail="every reward returned None")
-        return Scored(
-            value=sum(weight * value for _, weight, value in present),
-            parts={name: value for name, _, value in present} | group.parts[item],
-        )
+        total = 0.0
+        parts: dict[str, float] = {}
+        for name, reward, answers in zip(self._names, self._rewards, group.answers, strict=True):
+            part = answers[item]
+            if isinstance(part, Failed):
+                return part
+            value, entries = part
+            if value is not None:
+                total += reward.weight * value
+                parts |= {name: value, **entries}
+        if not parts:
+            return Failed(kind="abstained", detail=f"{', '.join(self._names)}: returned None")
+        if not isfinite(total):
+            return Failed(kind="not_finite", detail=f"the weighted sum of {', '.join(self._names)} is {total}")
+        return Scored(value=total, parts=parts)
 
-    def _lose(self, number: int, kind: FailureKind, detail: str) -> None:
-        """A worker died or is killed: fail the call that it was in, put the rest of its job back, start another."""
-        worker = self._workers[number]
-        job, ready = worker.job, worker.ready
-        code = self._remove(worker)
-        del self._workers[number]
-        if self._closing:
+    def _lose(self, number: int, *, timed_out: bool) -> None:
+        """A worker died or must: fail the call that it was in, put the rest of its job back, start another."""
+        worker = self._workers.pop(number)
+        self._selector.unregister(worker.process.socket)
+        ending = worker.process.kill(patience_s=0.0 if timed_out else 0.2)
+        if self._stopped is not None:
+            return  # a file did not load, which the waiting have been told
+        if not worker.ready:
+            ending = f"took longer than {START_S:g} s" if timed_out else ending
+            log = self._log_dir / f"reward-worker-{number}.log"
+            self._stop(UserError(f"the reward files did not load: a worker {ending}; its prints are in {log}"))
             return
-        if not ready:
-            self._break(UserError(f"the reward files did not load: the worker {detail or described_exit(code)}"))
-            return
-        if job is not None:
-            if kind == "worker_died":
-                detail = f"the worker {described_exit(code)}"
-            job.calls.rotate(-self._running(worker, job))
-            self._answer(job, {"failed": [kind, detail]})
-            if job.calls:
+        if worker.job is not None:
+            reward, items = worker.job.calls[0]
+            kind: FailureKind = "timeout" if timed_out else "worker_died"
+            detail = f"ran longer than {self._rewards[reward].timeout_s:g} s" if timed_out else f"the worker {ending}"
+            self._answer(worker.job, [failed(self._names[reward], kind, detail)] * len(items))
+            if worker.job.calls:
                 with self._lock:
-                    self._queue.appendleft(job)
+                    self._queue.appendleft(worker.job)
         self._start(number)
 
-    def _running(self, worker: _Worker, job: _Job) -> int:
-        """Place of the running call among the unanswered ones; those before it were made, their answers are lost."""
-        answered = job.handed_out - len(job.calls)
-        return min(max(0, int(worker.begun[0]) - answered), len(job.calls) - 1)
-
-    def _break(self, error: UserError) -> None:
-        """The reward files do not load: nothing can ever be scored."""
-        with self._lock:
-            self._broken = self._broken or error
-            error = self._broken
-            waiting = [job.group.future for job in self._queue]
-            self._queue.clear()
-        for future in waiting:
-            if not future.done():
-                future.set_exception(error)
-
     def _start(self, number: int) -> None:
-        ours, theirs = socket.socketpair()
-        begun_fd = os.memfd_create("grpo-reward-call")
-        os.ftruncate(begun_fd, 8)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        with (self._log_dir / f"reward-worker-{number}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "grpo.rewards.worker", *map(str, (theirs.fileno(), begun_fd, os.getpid()))],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(theirs.fileno(), begun_fd),
-                start_new_session=True,  # its own process group: killed whole, and Ctrl-C does not reach it
-            )
-        theirs.close()
-        begun = memoryview(mmap.mmap(begun_fd, 8)).cast("q")
-        os.close(begun_fd)
-        worker = _Worker(process=process, connection=Connection(ours.detach()), begun=begun, since=time.monotonic())
-        self._workers[number] = worker
-        self._selector.register(worker.connection.fileno(), selectors.EVENT_READ, number)
-        try:
-            worker.connection.send_bytes(pickle.dumps(self._specs))
-        except OSError:
-            return  # it is gone already; the selector will say so
+        process = WorkerProcess(self._specs, log=self._log_dir / f"reward-worker-{number}.log")
+        self._workers[number] = _Worker(process=process, since=time.monotonic())
+        unsent = selectors.EVENT_WRITE if process.has_unsent else 0
+        self._selector.register(process.socket, selectors.EVENT_READ | unsent, number)
 
-    def _remove(self, worker: _Worker) -> int:
-        """Kill a worker and everything it started. Returns its exit code."""
-        self._selector.unregister(worker.connection.fileno())
-        try:
-            exited = worker.process.wait(timeout=0.05)  # let a death of its own be seen before ours
-        except subprocess.TimeoutExpired:
-            exited = None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.process.pid, signal.SIGKILL)
-        worker.connection.close()
-        code = worker.process.wait()
-        return code if exited is None else exited
-
-
-def part_name(reward: RewardConfig) -> str:
-    """The reward's name in parts and metrics, and its function's."""
-    return reward.name or Path(reward.file).stem
-
-
-def described_exit(code: int) -> str:
-    """An exit code in words."""
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    def _stop(self, error: Exception, *, cancel: bool = False) -> None:
+        """Nothing will be scored any more: tell everyone who waits. The first reason stands."""
+        with self._lock:
+            self._stopped = self._stopped or error
+            jobs = [*self._queue, *(w.job for w in self._workers.values() if w.job is not None)]
+            self._queue.clear()
+        for future in {id(job.group): job.group.future for job in jobs}.values():
+            if future.done() or (cancel and not future.cancel()):
+                continue
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
 
 def locate(rewards: Sequence[RewardConfig], recipe: Path) -> list[Path]:

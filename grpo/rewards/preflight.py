@@ -3,23 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
+import select
 import string
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.config import RewardConfig
-from grpo.rewards.pool import RewardItem, RewardPool, part_name
+from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, part_name, spec_of
 from grpo.types import Failed, Scored, UserError
+
+ANY_COMPLETION = "no answer"
+NEXT_DIGIT = str.maketrans(string.digits, "1234567890")
+NEXT_LETTER = str.maketrans(string.ascii_letters, string.ascii_letters[1:] + "a")
 
 
 def corrupt(answer: str) -> str:
     """An answer that is surely another: each digit plus one, else each letter the next one, else an x behind it."""
-    if any(c.isdigit() for c in answer):
-        return "".join(str((int(c) + 1) % 10) if c in string.digits else c for c in answer)
-    letters = string.ascii_letters
-    if any(c in letters for c in answer):
-        return "".join(letters[(letters.index(c) + 1) % len(letters)] if c in letters else c for c in answer)
+    if any(c in string.digits for c in answer):
+        return answer.translate(NEXT_DIGIT)
+    if any(c in string.ascii_letters for c in answer):
+        return answer.translate(NEXT_LETTER)
     return answer + "x"
+
+
+def check_loads(
+    rewards: Sequence[RewardConfig],
+    files: Sequence[Path],
+    *,
+    columns: Sequence[str] | None = None,
+    deadline_s: float = START_S,
+) -> None:
+    """Load every file as a worker does, each in a process of its own.
+
+    `columns`: those of the rows; with them, functions of style trl are checked to ask for no other.
+
+    Raises UserError naming the reward, the file and the line.
+    """
+    for i, (reward, file) in enumerate(zip(rewards, files, strict=True)):
+        where = f"rewards[{i}]: {reward.file}"
+        worker = WorkerProcess([spec_of(i, reward, file, columns)], log=None)
+        until, lines, more = time.monotonic() + deadline_s, list[bytes](), True
+        try:
+            while not lines and more and time.monotonic() < until:
+                writers = [worker.socket] if worker.has_unsent else []
+                select.select([worker.socket], writers, [], max(0.0, until - time.monotonic()))
+                worker.flush()
+                lines, more = worker.receive()
+        finally:
+            ending = worker.kill(patience_s=0.0 if more else 1.0)
+        if not lines:
+            what = f"took longer than {deadline_s:g} s" if more else f"ended the worker, which {ending}"
+            raise UserError(f"{where}: loading it {what}")
+        load_error = parse_greeting(lines[0])
+        if load_error is not None:
+            raise UserError(load_error)
 
 
 def try_out(
@@ -31,69 +70,77 @@ def try_out(
     answer_column: str,
     log_dir: Path,
 ) -> list[str]:
-    """Run every reward on `samples` (items of real rows, any completion). Returns a line about each.
+    """Load every reward and run it by itself, unweighted, on `samples` (items of real rows; their completions are
+    ignored). Returns a line about each.
 
     Raises UserError when a file does not load, a function fails on every row, or a reward with `gold: true` does not
     score the gold answer above 0 or scores a corrupted one as highly.
     """
+    columns = list(samples[0].row) if samples else None
+    check_loads(rewards, files, columns=columns)
     lines = []
-    for i, reward in enumerate(rewards):
-        alone = dataclasses.replace(reward, weight=1.0)
-        with RewardPool([alone], files=[files[i]], workers=1, log_dir=log_dir) as pool:
-            try:
-                lines.append(_try_one(pool, reward, samples, gold_template, answer_column))
-            except UserError as error:
-                raise UserError(str(error).replace("rewards[0]", f"rewards[{i}]", 1)) from error
+    for i, (reward, file) in enumerate(zip(rewards, files, strict=True)):
+        where, alone = f"rewards[{i}]: {part_name(reward)}", dataclasses.replace(reward, weight=1.0)
+        with RewardPool([alone], files=[file], workers=1, log_dir=log_dir) as pool:
+            run_on_any(pool, where, samples)
+            lines.append(f"{part_name(reward)}: ran on {len(samples)} rows")
+            if reward.gold:
+                lines[-1] = f"{part_name(reward)}: {run_on_gold(pool, where, samples, gold_template, answer_column)}"
     return lines
 
 
-def _try_one(
-    pool: RewardPool, reward: RewardConfig, samples: Sequence[RewardItem], gold_template: str, answer_column: str
-) -> str:
-    name, deadline = part_name(reward), reward.timeout_s * 4 + 120
-    outcomes = []
+def run_on_any(pool: RewardPool, where: str, samples: Sequence[RewardItem]) -> None:
+    """The function must not fail on every row, whatever it thinks of an empty and an arbitrary completion."""
+    first: Failed | None = None
     for sample in samples:
-        texts = ["", "no answer"] + (_gold_texts(sample, gold_template, answer_column) if reward.gold else [])
-        items = [dataclasses.replace(sample, completion=text) for text in texts]
-        outcomes.append((sample, texts, pool.submit(items).result(timeout=deadline)))
-    failures = [o for _, _, group in outcomes for o in group if isinstance(o, Failed) and o.kind != "abstained"]
-    if failures and len(failures) == sum(len(group) for _, _, group in outcomes):
-        raise UserError(
-            f"rewards[0]: {name} fails on every row tried; the first: {failures[0].kind}: {failures[0].detail}"
-        )
-    if not reward.gold:
-        return f"{name}: ran on {len(samples)} rows"
-    for sample, texts, group in outcomes:
-        _judge_gold(name, sample, texts, group)
-    shown = outcomes[0][2]
-    assert isinstance(shown[2], Scored)
-    assert isinstance(shown[3], Scored)
-    return f"{name}: gold {shown[2].value:g}, corrupted {shown[3].value:g}, checked on {len(samples)} rows"
+        outcomes = score(pool, sample, ["", ANY_COMPLETION])
+        failures = [o for o in outcomes if isinstance(o, Failed) and o.kind != "abstained"]
+        if len(failures) < len(outcomes):
+            return
+        first = first or failures[0]
+        if all(f.kind == "timeout" for f in failures):  # waiting as long on every other row tells nothing more
+            break
+    if first is not None:
+        raise UserError(f"{where} fails on every row tried; the first: {first.kind}: {first.detail}")
 
 
-def _gold_texts(sample: RewardItem, gold_template: str, answer_column: str) -> list[str]:
+def run_on_gold(
+    pool: RewardPool, where: str, samples: Sequence[RewardItem], gold_template: str, answer_column: str
+) -> str:
+    """On every row the gold answer must score above 0, and above a corrupted one. Returns the first row's values."""
+    shown = ""
+    for sample in samples:
+        texts = [*gold_texts(sample, where, gold_template, answer_column), ""]
+        outcomes = [score(pool, sample, [text])[0] for text in texts]  # one at a time: trl sees groups
+        gold, wrong, _ = outcomes
+        said = [f"{o.value:g}" if isinstance(o, Scored) else f"{o.kind} ({o.detail})" for o in outcomes]
+        if not (isinstance(gold, Scored) and isinstance(wrong, Scored) and wrong.value < gold.value > 0):
+            raise UserError(
+                f"{where} gives the gold answer {texts[0]!r} {said[0]}, the corrupted {texts[1]!r} {said[1]} and an "
+                f"empty completion {said[2]} on row {dict(sample.row)!r:.300}; gold must score above 0 and above a "
+                "corrupted answer (how it is written as a completion: data.gold_template)"
+            )
+        shown = shown or f"gold {said[0]}, corrupted {said[1]} on {len(samples)} rows"
+    return shown
+
+
+def score(pool: RewardPool, sample: RewardItem, texts: Sequence[str]) -> list[Scored | Failed]:
+    """The outcomes of `texts` as one group of completions of the sample's prompt. The pool keeps the deadlines."""
+    return pool.submit([dataclasses.replace(sample, completion=text) for text in texts]).result()
+
+
+def gold_texts(sample: RewardItem, where: str, gold_template: str, answer_column: str) -> tuple[str, str]:
     """The gold answer and a corrupted one, written as completions."""
     if answer_column not in sample.row:
         raise UserError(
-            f"data.answer_column={answer_column}: the rows have no such column but {', '.join(sample.row)}; a reward "
-            "with gold: true needs the gold answer"
+            f"{where} has gold: true and needs the gold answer, but data.answer_column={answer_column} is no column "
+            f"of the row {dict(sample.row)!r:.300}"
         )
-    answer = str(sample.row[answer_column])
+    answer = sample.row[answer_column]
+    wrong = corrupt(str(answer))
     try:
-        return [gold_template.format(**{**sample.row, answer_column: a}) for a in (answer, corrupt(answer))]
+        # a number stays one, for templates like {answer:d}
+        other = {**sample.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
+        return gold_template.format(**sample.row), gold_template.format(**other)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"data.gold_template={gold_template!r} does not fit the rows: {error!r}") from error
-
-
-def _judge_gold(name: str, sample: RewardItem, texts: Sequence[str], group: Sequence[Scored | Failed]) -> None:
-    gold, wrong = group[2], group[3]
-    if isinstance(gold, Failed):
-        raise UserError(
-            f"rewards[0]: {name} fails on the gold answer {texts[2]!r} of row {dict(sample.row)}: {gold.detail}"
-        )
-    wrong_value = wrong.value if isinstance(wrong, Scored) else 0.0
-    if gold.value <= 0 or wrong_value >= gold.value:
-        raise UserError(
-            f"rewards[0]: {name} gives the gold answer {texts[2]!r} {gold.value:g} and the corrupted {texts[3]!r} "
-            f"{wrong_value:g} on row {dict(sample.row)}; gold must score above 0 and above a corrupted answer"
-        )

@@ -1,214 +1,349 @@
-"""A reward worker: `python -m grpo.rewards.worker FD FD PID`, started by `grpo.rewards.pool`, one call at a time.
+"""A reward worker: `python -P worker.py FD PARENT`, started by `grpo.rewards.process`, one call at a time.
 
-Messages from the parent are pickled by us; answers are JSON, so that nothing a reward function touches is ever
-unpickled by the parent. Answers come in the order of the calls, and each batch of them also tells the parent that the
-next call has begun, which is when its deadline starts. Imports nothing heavy: starting a worker must be cheap.
+From the parent come pickles behind their length, made by us from the data set's rows. Back goes one line of JSON per
+call, in order, so that the parent unpickles nothing that a reward function touched. Each line also tells the parent
+that the next call begins, which is when that call's deadline starts. Imports nothing heavy: a worker that is killed
+must be replaced in a fraction of a second.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
-import difflib
 import importlib.util
 import inspect
 import json
 import math
-import mmap
 import os
 import pickle
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 PR_SET_PDEATHSIG = 1
-COALESCE_S = 0.005
-"""Answers to calls that take less are sent together; a deadline is late by this much at most."""
+HEADER_BYTES = 8
+"""Length of the pickle that follows, little endian."""
+NOT_GIVEN = ("completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric", "environments")
+"""What newer versions of TRL pass besides prompts, completions and columns, and we do not."""
 
-Answer = dict[str, Any]
-"""{"values": [one per item: number | None], "parts": [one mapping per item]} or {"failed": [kind, detail]}."""
+Result = dict[str, Any]
+"""{"value": number | None, "parts": {key: number}} or {"failed": kind, "detail": text}, of one completion."""
+
+
+class LoadError(Exception):
+    """A reward cannot be used. Its text is the sentence for the user."""
 
 
 class BadReturnError(Exception):
     """What a function returned is no reward. `args`: (kind, detail)."""
 
 
-def main(fd: int, begun_fd: int, parent: int) -> None:
-    """Answer the parent until it closes the connection. `begun_fd`: shared memory for the running call's number."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """A loaded reward function."""
+
+    function: Callable[..., Any]
+    names: frozenset[str] | None
+    """Names that it can be called with; None: any."""
+    style: str
+    file: str
+    """Absolute path."""
+    shown: str
+    """The path as the recipe gives it."""
+
+    def given(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `arguments` that the function takes."""
+        return {name: value for name, value in arguments.items() if self.names is None or name in self.names}
+
+
+def main(fd: int, parent: int) -> None:
+    """Load what the first message names, then answer calls until the parent closes the socket."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # it died before the line above, so that no signal will come
         return
-    connection = Connection(fd)
-    begun = memoryview(mmap.mmap(begun_fd, 8)).cast("q")
-    specs = pickle.loads(connection.recv_bytes())
+    sys.path.append(os.getcwd())  # reward files may import what lies there, but nothing there hides a module
+    os.set_inheritable(fd, False)  # a process that a reward function starts must not keep the socket open
+    stream = os.fdopen(fd, "rb", closefd=False)
     try:
-        functions = [load(spec) for spec in specs]
-    except BadReturnError as error:
-        connection.send_bytes(json.dumps({"load_error": error.args[0]}).encode())
-        return
-    connection.send_bytes(json.dumps({"ready": True}).encode())
-    while True:
-        try:
-            job = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        answers, sent = [], time.monotonic()
-        for position, (reward, items) in enumerate(job["calls"]):
-            begun[0] = position  # the parent reads it should this call be the last thing that happens here
-            answers.append(call(functions[reward], specs[reward]["style"], job, items))
-            if time.monotonic() - sent > COALESCE_S:
-                connection.send_bytes(json.dumps({"answers": answers}).encode())
-                answers, sent = [], time.monotonic()
-        connection.send_bytes(json.dumps({"answers": answers}).encode())
+        rewards = [load(spec) for spec in pickle.loads(receive(stream))]
+    except LoadError as error:
+        return send(fd, {"load_error": str(error)})
+    send(fd, {"ready": True})
+    while message := receive(stream):
+        job = pickle.loads(message)
+        for reward, items in job["calls"]:
+            send(fd, {"results": call(rewards[reward], job["context"], items)})
 
 
-def load(spec: Mapping[str, Any]) -> Callable[..., Any]:
-    """The function that `spec` (index, file, shown, name, style) names.
+def receive(stream: BinaryIO) -> bytes:
+    """The next message; empty when the parent has closed the socket."""
+    return stream.read(int.from_bytes(stream.read(HEADER_BYTES), "little"))
 
-    Raises BadReturnError with the sentence for the user.
+
+def send(fd: int, message: Mapping[str, Any]) -> None:
+    line = memoryview(json.dumps(message).encode() + b"\n")
+    while line:
+        line = line[os.write(fd, line) :]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(spec: Mapping[str, Any]) -> Reward:
+    """The function that `spec` (see `grpo.rewards.process.spec_of`) names.
+
+    The source comes with the spec, read once at the start of the run: a worker that is started later scores by the
+    same function although the file has been edited since.
+
+    Raises LoadError.
     """
-    where = f"rewards[{spec['index']}]: {spec['shown']}"
-    path = Path(spec["file"])
-    sys.path.insert(0, str(path.parent))
-    module_spec = importlib.util.spec_from_file_location(f"grpo_reward_{spec['index']}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
+    where, file, folder = f"rewards[{spec['index']}]: {spec['shown']}", spec["file"], str(Path(spec["file"]).parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # for imports of files beside it
+    module_spec = importlib.util.spec_from_file_location(f"grpo_reward_{spec['index']}", file)
+    if module_spec is None:
+        raise LoadError(f"{where} is not a Python file (.py)")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # dataclasses and pickle look the module up by name
     try:
-        module_spec.loader.exec_module(module)
+        exec(compile(spec["source"], file, "exec"), module.__dict__)
     except BaseException as error:  # the user's module may raise anything, SystemExit too
-        line = error.lineno if isinstance(error, SyntaxError) else user_line(error, path)
-        place = f"{where}:{line}" if line else where
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise BadReturnError(f"{place}: {type(error).__name__}: {reason}") from error
+        place = user_place(error, file, spec["shown"]) or spec["shown"]
+        raise LoadError(f"rewards[{spec['index']}]: {place}: {described(error)}") from error
     function = getattr(module, spec["name"], None)
     if not callable(function):
         known = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
-        near = difflib.get_close_matches(spec["name"], known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(known) or 'none'}"
-        raise BadReturnError(f"{where} has no function {spec['name']}{hint}")
-    check_signature(function, spec, where)
-    return accepting(function, module)
+        hint = nearest(spec["name"], known) or f"; it has {', '.join(known) or 'none'}"
+        raise LoadError(f"{where} has no function {spec['name']}{hint}")
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    names = checked_names(function, spec, f"{where}:{code.co_firstlineno}" if code else where)
+    return Reward(function=function, names=names, style=spec["style"], file=file, shown=spec["shown"])
 
 
-def check_signature(function: Callable[..., Any], spec: Mapping[str, Any], where: str) -> None:
-    """The parameters that the style will give must be enough to call it."""
-    parameters = inspect.signature(function).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if spec["style"] == "grpo":
-        extra = [name for name in required[2:] if name != "info"]
-        takes_two = len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) >= 2
-        if extra or not (takes_two or any(p.kind == p.VAR_POSITIONAL for p in parameters)):
-            shape = f"{spec['name']}(completion, row) or {spec['name']}(completion, row, info)"
-            raise BadReturnError(f"{where}: {spec['name']} must be {shape}, not {spec['name']}({', '.join(required)})")
+def checked_names(function: Callable[..., Any], spec: Mapping[str, Any], where: str) -> frozenset[str] | None:
+    """The names that `function` takes, None for any, after trying to bind what its style gives.
 
-
-def accepting(function: Callable[..., Any], module: ModuleType) -> Callable[..., Any]:
-    """`function`, noting which names it accepts, so that each style can give it no more than it takes."""
-    parameters = inspect.signature(function).parameters
-    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-
-    def run(*arguments: Any, **named: Any) -> Any:
-        if not takes_all:
-            named = {name: value for name, value in named.items() if name in parameters}
-        result = function(*arguments, **named)
-        return asyncio.run(result) if inspect.iscoroutine(result) else result
-
-    run.__module__ = module.__name__
-    return run
-
-
-def call(function: Callable[..., Any], style: str, job: Mapping[str, Any], items: Sequence[int]) -> Answer:
-    """One call of a reward function; whatever it does short of killing the process becomes an answer."""
+    Raises LoadError when it could never be called.
+    """
     try:
-        if style == "trl":
-            return call_trl(function, job, items)
-        row = pickle.loads(job["row"])  # a fresh one for every call: what a function does to it ends with the call
-        [i] = items
-        if style == "verl":
-            return number_or_parts(call_verl(function, job["completions"][i], row), score_key="score")
-        return number_or_parts(function(job["completions"][i], row, **{"info": dict(job["infos"][i])}), score_key=None)
-    except BadReturnError as error:
-        return {"failed": list(error.args)}
-    except BaseException as error:  # noqa: BLE001 - user code: SystemExit and KeyboardInterrupt are failures of this call, too
-        line = user_line(error, None)
-        place = f" at line {line}" if line else ""
-        return {"failed": ["exception", f"{type(error).__name__}: {error}{place}"[:300]]}
-
-
-def call_trl(function: Callable[..., Any], job: Mapping[str, Any], items: Sequence[int]) -> Answer:
-    """A whole group: f(prompts, completions, **columns) -> one number or None per completion."""
-    row = pickle.loads(job["row"])
-    texts = [job["completions"][i] for i in items]
-    messages = job["messages"]
-    prompts = [job["infos"][i]["prompt"] if messages is None else list(messages) for i in items]
-    completions = texts if messages is None else [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {name: [value] * len(items) for name, value in row.items() if name not in ("prompts", "completions")}
-    result = function(prompts=prompts, completions=completions, **columns)
-    if isinstance(result, str | bytes | Mapping) or not isinstance(result, Sequence):
-        raise BadReturnError(
-            "wrong_type", f"returned {type(result).__name__}, not a list with one number per completion"
-        )
-    if len(result) != len(items):
-        raise BadReturnError("wrong_count", f"returned {len(result)} rewards for {len(items)} completions")
-    return {"values": [None if value is None else number(value) for value in result], "parts": [{} for _ in items]}
-
-
-def call_verl(function: Callable[..., Any], completion: str, row: Mapping[str, Any]) -> Any:
-    """compute_score(data_source, solution_str, ground_truth, extra_info), by the names that it takes."""
-    nested = row.get("reward_model")
-    if isinstance(nested, Mapping) and "ground_truth" in nested:
-        truth = nested["ground_truth"]
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise LoadError(f"{where}: the parameters of {spec['name']} cannot be read: {described(error)}") from error
+    parameters = signature.parameters.values()
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    required = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    positional: tuple[str, ...] = ()
+    if spec["style"] == "grpo":
+        positional, given = ("completion", "row"), ["info"]
+        for style, name in (("trl", "completions"), ("verl", "solution_str")):
+            if name in required:  # it might bind, and then be called with other things than it means
+                raise LoadError(f"{where}: {spec['name']}{signature} is written for {style}; set its style: {style}")
+    elif spec["style"] == "verl":
+        given = ["data_source", "solution_str", "ground_truth", "extra_info"]
     else:
-        truth = row["ground_truth"] if "ground_truth" in row else row.get("answer")
-    return function(
-        data_source=row.get("data_source"),
-        solution_str=completion,
-        ground_truth=truth,
-        extra_info=row.get("extra_info"),
-    )
+        given = ["prompts", "completions", *checked_columns(required, spec, where)]
+    try:
+        signature.bind(*positional, **{name: None for name in given if takes_all or name in signature.parameters})
+    except TypeError as error:
+        shape = ", ".join([*positional, *given])
+        raise LoadError(
+            f"{where}: {spec['name']}{signature} does not fit style {spec['style']}, which gives ({shape}): {error}"
+        ) from error
+    return None if takes_all else frozenset(signature.parameters)
 
 
-def number_or_parts(result: Any, *, score_key: str | None) -> Answer:
-    """A number, None, or a mapping: with `score_key` its entry is the value, else the sum of the entries."""
-    if result is None:
-        return {"values": [None], "parts": [{}]}
-    if not isinstance(result, Mapping):
-        return {"values": [number(result)], "parts": [{}]}
-    if score_key is None:
-        parts = {str(name): number(value) for name, value in result.items()}
-        if not parts:
-            raise BadReturnError("wrong_type", "returned an empty mapping")
-        return {"values": [sum(parts.values())], "parts": [parts]}
-    if score_key not in result:
-        raise BadReturnError("wrong_type", f"returned a mapping without {score_key!r}")
-    logged = {str(n): float(v) for n, v in result.items() if n != score_key and isinstance(v, int | float)}
-    return {"values": [number(result[score_key])], "parts": [{n: v for n, v in logged.items() if math.isfinite(v)}]}
+def checked_columns(required: Sequence[str], spec: Mapping[str, Any], where: str) -> list[str]:
+    """Columns that a function of style trl will be given: the rows', or while they are unknown those it asks for.
+
+    Raises LoadError for a name that will not be given.
+    """
+    columns = spec["columns"]
+    known = list(required) if columns is None else list(columns)
+    for name in required:
+        if name in NOT_GIVEN and (columns is None or name not in columns):
+            raise LoadError(f"{where}: {spec['name']} asks for {name}, which is not given; give it a default")
+        if name not in ("prompts", "completions", *known):
+            hint = nearest(name, known) or f"; they have {', '.join(known)}"
+            raise LoadError(f"{where}: {spec['name']} asks for {name}, which is no column of the rows{hint}")
+    return [name for name in known if name not in ("prompts", "completions")]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?`, or nothing."""
+    import difflib  # noqa: PLC0415 - only for a sentence that ends the run
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# --- calling ---------------------------------------------------------------------------------------------------------
+
+
+def call(reward: Reward, context: bytes, items: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Result]:
+    """One call on `items` (completion, info); one result each, whatever the function does short of ending the process.
+
+    `context` is the pickle of (row, messages). Unpickling it for every call gives each its own deep copy, so that a
+    function which changes its row cannot affect another completion; it is quicker than copy.deepcopy.
+    """
+    try:
+        row, messages = pickle.loads(context)
+        if reward.style == "trl":
+            return call_trl(reward, row, messages, items)
+        [(completion, info)] = items
+        if reward.style == "verl":
+            return [score_of(awaited(call_verl(reward, completion, row)))]
+        return [value_of(awaited(reward.function(completion, row, **reward.given({"info": dict(info)}))))]
+    except BadReturnError as error:
+        return [failed(*error.args)] * len(items)
+    except BaseException as error:  # noqa: BLE001 - user code: SystemExit and KeyboardInterrupt fail this call only
+        place = user_place(error, reward.file, reward.shown)
+        return [failed("exception", described(error) + (f" at {place}" if place else ""))] * len(items)
+
+
+def call_trl(
+    reward: Reward,
+    row: Mapping[str, Any],
+    messages: Sequence[Mapping[str, str]] | None,
+    items: Sequence[tuple[str, Mapping[str, Any]]],
+) -> list[Result]:
+    """A whole group: f(prompts, completions, **columns) -> one number or None per completion."""
+    prompts: list[Any] = [info["prompt"] for _, info in items]
+    completions: list[Any] = [completion for completion, _ in items]
+    if messages is not None:
+        prompts = [[dict(turn) for turn in messages] for _ in items]
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    columns = {name: [value] * len(items) for name, value in row.items()}
+    arguments = columns | {"prompts": prompts, "completions": completions}
+    returned = awaited(reward.function(**reward.given(arguments)))
+    if not isinstance(returned, list | tuple):
+        raise BadReturnError("wrong_type", f"returned {type(returned).__name__}, not a list of numbers")
+    if len(returned) != len(items):
+        raise BadReturnError("wrong_count", f"returned {len(returned)} rewards for {len(items)} completions")
+    results = []
+    for value in returned:
+        try:
+            results.append(result(None if value is None else number(value)))
+        except BadReturnError as error:  # of this completion only
+            results.append(failed(*error.args))
+    return results
+
+
+def call_verl(reward: Reward, completion: str, row: Mapping[str, Any]) -> Any:
+    """compute_score(data_source, solution_str, ground_truth, extra_info), by the names that it takes."""
+    arguments = {
+        "data_source": row.get("data_source"),
+        "solution_str": completion,
+        "extra_info": row.get("extra_info"),
+    }
+    if reward.names is None or "ground_truth" in reward.names:
+        nested = row.get("reward_model")
+        if isinstance(nested, Mapping) and "ground_truth" in nested:
+            arguments["ground_truth"] = nested["ground_truth"]
+        elif "ground_truth" in row or "answer" in row:
+            arguments["ground_truth"] = row["ground_truth"] if "ground_truth" in row else row["answer"]
+        else:
+            raise BadReturnError("exception", "the row has no reward_model.ground_truth, ground_truth or answer")
+    return reward.function(**reward.given(arguments))
+
+
+def awaited(returned: Any) -> Any:
+    """The result of an async function. One event loop serves all calls, as clients kept between calls need."""
+    if not inspect.isawaitable(returned):
+        return returned
+    import asyncio  # noqa: PLC0415 - costs more than everything else here, and most functions are plain
+
+    global _runner
+    if _runner is None:
+        _runner = asyncio.Runner()
+
+    async def wait() -> Any:
+        return await returned
+
+    return _runner.run(wait())
+
+
+_runner: Any = None
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def result(value: float | None, parts: Mapping[str, float] | None = None) -> Result:
+    return {"value": value, "parts": parts or {}}
+
+
+def failed(kind: str, detail: str) -> Result:
+    return {"failed": kind, "detail": detail}
+
+
+def value_of(returned: Any) -> Result:
+    """Style grpo: a number, None, or a mapping whose entries are summed and logged."""
+    if not isinstance(returned, Mapping):
+        return result(None if returned is None else number(returned))
+    if not returned:
+        raise BadReturnError("wrong_type", "returned an empty mapping")
+    parts = {str(key): number(value) for key, value in returned.items()}
+    return result(number(sum(parts.values())), parts)
+
+
+def score_of(returned: Any) -> Result:
+    """Style verl: a number, None, or a mapping with `score`, whose other numbers are only logged."""
+    if not isinstance(returned, Mapping):
+        return result(None if returned is None else number(returned))
+    if "score" not in returned:
+        raise BadReturnError("wrong_type", f"returned a mapping without 'score', with {list(returned)!r:.100}")
+    parts: dict[str, float] = {}
+    for key, value in returned.items():
+        try:
+            if key != "score":
+                parts[str(key)] = number(value)
+        except BadReturnError:  # texts and the like: of no use in a log of numbers, and no part of the reward
+            continue
+    return result(number(returned["score"]), parts)
 
 
 def number(value: Any) -> float:
-    """`value` as a finite float; numpy's and torch's scalars have __float__ too."""
-    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise BadReturnError("wrong_type", f"returned {value!r:.80} ({type(value).__name__}), not a number")
-    result = float(value)
-    if not math.isfinite(result):
-        raise BadReturnError("not_finite", f"returned {result}")
-    return result
+    """`value` as a finite float: Python's numbers and the scalars of numpy and torch, but no arrays."""
+    is_array = getattr(value, "ndim", 0) != 0
+    if is_array or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise BadReturnError("wrong_type", f"returned {type(value).__name__} {value!r:.80}, not a number")
+    try:
+        converted = float(value)
+    except OverflowError as error:
+        raise BadReturnError("not_finite", "returned an integer beyond the range of floats") from error
+    if not math.isfinite(converted):
+        raise BadReturnError("not_finite", f"returned {converted}")
+    return converted
 
 
-def user_line(error: BaseException, path: Path | None) -> int | None:
-    """Line of the last frame outside this file (inside `path` if given) that `error` passed."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    if path is not None:
-        frames = [f for f in frames if f.filename == str(path)]
-    return frames[-1].lineno if frames else None
+def described(error: BaseException) -> str:
+    """Type and message on one line."""
+    try:
+        message = str(error.msg if isinstance(error, SyntaxError) else error)
+    except BaseException:  # noqa: BLE001 - the user's own exception class may fail to print
+        message = "(its message cannot be printed)"
+    message = " ".join(message.split())
+    return f"{type(error).__name__}: {message[:160]}" if message else type(error).__name__
+
+
+def user_place(error: BaseException, file: str, shown: str) -> str | None:
+    """`path:line` of the last frame that `error` passed in the reward file or its folder, else outside this file."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno or 1))
+    folder = str(Path(file).parent) + os.sep
+    theirs = [f for f in frames if f[0].startswith(folder) and "site-packages" not in f[0]]
+    others = [f for f in frames if f[0] != __file__ and not f[0].startswith("<frozen")]
+    if not theirs:
+        return f"{others[-1][0]}:{others[-1][1]}" if others else None
+    name, line = theirs[-1]
+    return f"{Path(shown).parent / Path(name).relative_to(folder)}:{line}"
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

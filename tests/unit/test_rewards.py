@@ -1,10 +1,16 @@
-"""Reward functions in real worker processes: every style, and every way to misbehave."""
+"""Reward workers: real child processes, hostile functions, outcomes written down by hand."""
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
+import subprocess
+import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -12,242 +18,691 @@ import psutil
 import pytest
 
 from grpo.config import RewardConfig
+from grpo.rewards import worker
 from grpo.rewards.pool import RewardItem, RewardPool, locate
-from grpo.rewards.preflight import corrupt, try_out
+from grpo.rewards.preflight import check_loads, corrupt, try_out
+from grpo.rewards.process import parse_answer, parse_greeting, spec_of
 from grpo.types import Failed, Scored, UserError
 
-FUNCTIONS = """
-    import asyncio, os, sys, time
-    def length(completion, row): return len(completion)
-    def parts(completion, row): return {"a": 1.0, "b": 0.25}
-    async def slow_but_async(completion, row):
-        await asyncio.sleep(0.01)
-        return 3.0
-    def with_info(completion, row, info): return info["token_count"] + info["step"]
-    def mutates(completion, row):
-        row["n"] += 1
-        row["deep"].append(1)
-        return row["n"] + len(row["deep"])
-    def misbehaves(completion, row):
-        if completion == "raise": raise ValueError("broken here")
-        if completion == "nan": return float("nan")
-        if completion == "inf": return float("inf")
-        if completion == "str": return "1.0"
-        if completion == "none": return None
-        if completion == "list": return [1.0]
-        if completion == "exit": os._exit(3)
-        if completion == "sysexit": sys.exit(1)
-        if completion == "loop":
-            while True: pass
-        if completion == "print": print("x" * 100000, flush=True)
-        if completion == "fork" and os.fork() == 0: time.sleep(60)
-        return True
-    def abstains(completion, row): return None if "skip" in completion else 2.0
-    def trl_length(prompts, completions, n, **kwargs): return [float(len(c)) * n[0] for c in completions]
-    def trl_chat(prompts, completions, **kwargs):
-        assert prompts[0] == [{"role": "user", "content": "hi"}], prompts
-        return [float(len(c[0]["content"])) for c in completions]
-    async def trl_some(completions, **kwargs): return [None if c == "skip" else 1.0 for c in completions]
-    def trl_short(completions, **kwargs): return [1.0]
-    def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-        return {"score": float(solution_str == ground_truth), "length": len(solution_str), "note": data_source}
-    def numpyish(completion, row):
-        class Scalar:
-            def __float__(self): return 0.5
-        return Scalar()
-    def zero(completion, row): return 0.0
-    def takes_three(completion, row, other): return 0.0
+ROOT = Path(__file__).resolve().parents[2]
+ROW = {"question": "1+1", "answer": "2", "sum": 2}
+PATIENCE_S = 60
+
+EVALUATE = """
+import os, signal, sys, time
+def f(completion, row):
+    return eval(completion)
 """
+"""A reward function that does what the completion says."""
 
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rewards") / "functions.py"
-    path.write_text(textwrap.dedent(FUNCTIONS))
-    return path
+Write = Callable[..., RewardConfig]
 
 
 @pytest.fixture
-def pool_of(file: Path, tmp_path: Path) -> Iterator[Callable[..., RewardPool]]:
-    pools: list[RewardPool] = []
+def write(tmp_path: Path) -> Write:
+    """write(source, file=..., **options) -> the config of a reward in tmp_path."""
 
-    def make(*rewards: dict[str, Any], workers: int = 1) -> RewardPool:
-        configs = [RewardConfig(file=str(file), **reward) for reward in rewards]
-        pools.append(RewardPool(configs, files=[file] * len(configs), workers=workers, log_dir=tmp_path))
-        return pools[-1]
+    def make(source: str, file: str = "f.py", **options: Any) -> RewardConfig:
+        path = tmp_path / file
+        path.write_text(textwrap.dedent(source))
+        return RewardConfig(file=str(path), **{"name": "f", **options})
 
-    yield make
-    for pool in pools:
-        pool.close()
+    return make
 
 
-def items(*completions: str, row: dict[str, Any] | None = None, messages: Any = None) -> list[RewardItem]:
+@pytest.fixture(autouse=True)
+def no_child_left() -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    assert set(psutil.Process().children(recursive=True)) == before
+
+
+def items(
+    texts: Sequence[str], row: Mapping[str, Any] = ROW, messages: Sequence[Mapping[str, str]] | None = None
+) -> list[RewardItem]:
+    info = {"token_count": 3, "finish_reason": "stop", "prompt": "1+1=", "step": 7}
     return [
-        RewardItem(
-            completion=completion,
-            row=row or {"n": 1, "deep": [], "answer": "7"},
-            messages=messages,
-            info={"token_count": len(completion), "finish_reason": "stop", "prompt": "p", "step": 5},
-        )
-        for completion in completions
+        RewardItem(completion=text, row=row, messages=messages, info={**info, "token_count": len(text)})
+        for text in texts
     ]
 
 
-def score(pool: RewardPool, group: list[RewardItem]) -> list[Scored | Failed]:
-    return pool.submit(group).result(timeout=60)
+def open_pool(rewards: Sequence[RewardConfig], tmp_path: Path, workers: int = 1) -> RewardPool:
+    return RewardPool(rewards, files=[Path(r.file) for r in rewards], workers=workers, log_dir=tmp_path / "logs")
 
 
-def values(outcomes: list[Scored | Failed]) -> list[float | str]:
+def scored(
+    rewards: RewardConfig | Sequence[RewardConfig], tmp_path: Path, texts: Sequence[str], **options: Any
+) -> list[Scored | Failed]:
+    """Outcomes of one group under a pool of its own."""
+    several = [rewards] if isinstance(rewards, RewardConfig) else rewards
+    with open_pool(several, tmp_path) as pool:
+        return pool.submit(items(texts, **options)).result(timeout=PATIENCE_S)
+
+
+def values(outcomes: Sequence[Scored | Failed]) -> list[float | str]:
+    """The value of each, or the kind of failure."""
     return [o.value if isinstance(o, Scored) else o.kind for o in outcomes]
 
 
-@pytest.mark.parametrize(
-    ("reward", "expected"),
-    [
-        ({"name": "length"}, [2, 3]),
-        ({"name": "slow_but_async"}, [3, 3]),
-        ({"name": "with_info"}, [7, 8]),
-        ({"name": "numpyish"}, [0.5, 0.5]),
-        ({"name": "parts"}, [1.25, 1.25]),
-        ({"name": "mutates"}, [3, 3]),  # 2 + 1 each time: a call cannot change the row of the next one
-        ({"name": "trl_length", "style": "trl"}, [2, 3]),
-        ({"name": "compute_score", "style": "verl"}, [0, 0]),
-    ],
-)
-def test_styles_and_returns(pool_of: Callable[..., RewardPool], reward: dict[str, Any], expected: list[float]) -> None:
-    row = {"n": 1, "deep": [], "answer": "7"}
-    assert values(score(pool_of(reward), items("ab", "abc", row=row))) == expected
-    assert row == {"n": 1, "deep": [], "answer": "7"}
+# --- what a function may return --------------------------------------------------------------------------------------
 
 
-def test_weights_parts_and_abstention(pool_of: Callable[..., RewardPool]) -> None:
-    pool = pool_of({"name": "length", "weight": 0.5}, {"name": "abstains", "weight": 2.0}, {"name": "parts"})
-    first, second = score(pool, items("ab", "skip"))
-    assert first == Scored(value=0.5 * 2 + 2 * 2 + 1.25, parts={"length": 2, "abstains": 2, "parts": 1.25, "parts/a": 1, "parts/b": 0.25})  # fmt: skip  # noqa: E501
-    assert second == Scored(value=0.5 * 4 + 1.25, parts={"length": 4, "parts": 1.25, "parts/a": 1, "parts/b": 0.25})
+def test_numbers_count_and_nothing_else_does(write: Write, tmp_path: Path) -> None:
+    expected: dict[str, float | str] = {
+        "1": 1.0, "0.25": 0.25, "-2": -2.0, "True": 1.0, "False": 0.0, "__import__('fractions').Fraction(1, 4)": 0.25,
+        "__import__('numpy').float32(0.5)": 0.5, "__import__('numpy').bool_(True)": 1.0,
+        "None": "abstained", "float('nan')": "not_finite", "float('inf')": "not_finite", "-float('inf')": "not_finite",
+        "10 ** 400": "not_finite", "__import__('numpy').float64('nan')": "not_finite", "'1.0'": "wrong_type",
+        "b'1'": "wrong_type", "[1.0]": "wrong_type", "(1.0,)": "wrong_type", "object()": "wrong_type",
+        "1j": "wrong_type", "__import__('numpy').array([1.0])": "wrong_type", "{}": "wrong_type",
+        "{'a': 'x'}": "wrong_type", "{'a': float('nan')}": "not_finite", "1 / 0": "exception",
+        "sys.exit(0)": "exception", "exec('raise KeyboardInterrupt')": "exception",
+    }  # fmt: skip
+    assert values(scored(write(EVALUATE), tmp_path, list(expected))) == list(expected.values())
 
 
-def test_all_parts_abstaining_is_a_failure_and_any_failed_part_fails_the_rollout(
-    pool_of: Callable[..., RewardPool],
-) -> None:
-    assert values(score(pool_of({"name": "abstains"}), items("skip", "x"))) == ["abstained", 2.0]
-    pool = pool_of({"name": "length"}, {"name": "misbehaves"})
-    assert values(score(pool, items("raise", "fine"))) == ["exception", 5.0]
+def test_failures_say_which_reward_what_and_where(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("def divide(n):\n    return 1 / n\n")
+    reward = write(
+        """
+        import json
+        from beside import divide
+
+        class Loud(Exception):
+            def __str__(self):
+                raise RuntimeError
+
+        def f(completion, row):
+            if completion == "loud":
+                raise Loud
+            if completion == "long":
+                raise ValueError("line one\\nline two " + "x" * 5000)
+            return json.loads("{") if completion == "json" else divide(0)
+        """
+    )
+    texts = ["", "json", "long", "loud"]
+    beside, inside, long, loud = scored(reward, tmp_path, texts)
+    assert beside == Failed(
+        kind="exception", detail=f"f: ZeroDivisionError: division by zero at {tmp_path / 'beside.py'}:2"
+    )
+    assert isinstance(inside, Failed)
+    assert inside.detail.startswith("f: JSONDecodeError: Expecting property name")
+    assert inside.detail.endswith(f" at {tmp_path / 'f.py'}:14")
+    assert isinstance(long, Failed)
+    assert long.detail.startswith("f: ValueError: line one line two xxx")
+    assert len(long.detail) <= 300
+    assert isinstance(loud, Failed)
+    assert "f: Loud: (its message cannot be printed)" in loud.detail
 
 
-def test_trl_gets_whole_groups_conversations_and_none(pool_of: Callable[..., RewardPool]) -> None:
-    chat = [{"role": "user", "content": "hi"}]
-    pool = pool_of({"name": "trl_chat", "style": "trl"}, {"name": "trl_some", "style": "trl"})
-    assert values(score(pool, items("skip", "abc", messages=chat))) == [5.0, 4.0]
-    assert values(score(pool_of({"name": "trl_short", "style": "trl"}), items("a", "b"))) == ["wrong_count"] * 2
-
-
-def test_verl_finds_the_ground_truth_and_logs_its_other_numbers(pool_of: Callable[..., RewardPool]) -> None:
-    pool = pool_of({"name": "compute_score", "style": "verl"})
-    for row in ({"reward_model": {"ground_truth": "42"}}, {"ground_truth": "42"}, {"answer": "42"}):
-        right, wrong = score(pool, items("42", "4", row={"data_source": "gsm8k", **row}))
-        assert right == Scored(value=1.0, parts={"compute_score": 1.0, "compute_score/length": 2.0})
-        assert wrong == Scored(value=0.0, parts={"compute_score": 0.0, "compute_score/length": 1.0})
-
-
-def test_whatever_one_call_does_the_others_are_scored(pool_of: Callable[..., RewardPool], tmp_path: Path) -> None:
-    completions = [
-        "fine",
-        "raise",
-        "nan",
-        "exit",
-        "inf",
-        "loop",
-        "str",
-        "fine",
-        "none",
-        "list",
-        "sysexit",
-        "print",
-        "fork",
+def test_a_mapping_is_summed_and_logged(write: Write, tmp_path: Path) -> None:
+    reward = write("def f(completion, row): return {'right': 1, 'form': 0.25}", name="f", weight=2.0)
+    assert scored(reward, tmp_path, ["x"]) == [
+        Scored(value=2.5, parts={"f": 1.25, "f/right": 1.0, "f/form": 0.25}),
     ]
-    started = time.monotonic()
-    outcomes = score(pool_of({"name": "misbehaves", "timeout_s": 1.0}), items(*completions))
-    assert time.monotonic() - started < 15
-    expected = [1.0, "exception", "not_finite", "worker_died", "not_finite", "timeout", "wrong_type", 1.0, "abstained",
-                "wrong_type", "exception", 1.0, 1.0]  # fmt: skip
-    assert values(outcomes) == expected
-    details = {c: o.detail for c, o in zip(completions, outcomes, strict=True) if isinstance(o, Failed)}
-    assert details["raise"].startswith("misbehaves: ValueError: broken here at line ")
-    assert "exited with code 3" in details["exit"]
-    assert "longer than 1 s" in details["loop"]
-    assert (tmp_path / "reward-worker-0.log").stat().st_size > 100000
 
 
-def test_no_process_is_left(pool_of: Callable[..., RewardPool]) -> None:
-    before = {p.pid for p in psutil.process_iter()}
-    pool = pool_of({"name": "misbehaves", "timeout_s": 30.0}, workers=2)
-    assert values(score(pool, items("fork", "fine"))) == [1.0, 1.0]
-    hanging = pool.submit(items("loop"))
-    time.sleep(0.3)
-    pool.close()
-    assert not hanging.done() or hanging.cancelled()
-    time.sleep(0.3)
-    new = [p for p in psutil.process_iter(["pid", "status", "cmdline"]) if p.info["pid"] not in before]
-    alive = [p for p in new if p.info["status"] != psutil.STATUS_ZOMBIE]
-    assert [p for p in alive if "grpo.rewards.worker" in " ".join(p.info["cmdline"] or [])] == []
+def test_parts_are_weighted_and_may_abstain(write: Write, tmp_path: Path) -> None:
+    a = write("def a(completion, row): return None if 'A' in completion else 3.0", file="a.py", name="a", weight=0.5)
+    b = write(
+        """
+        def b(completion, row):
+            if "!" in completion:
+                raise ValueError("no")
+            return None if "B" in completion else 4.0
+        """,
+        file="b.py", name=None, weight=-1.0,
+    )  # fmt: skip
+    both, only_b, only_a, neither, broken = scored([a, b], tmp_path, ["", "A", "B", "AB", "A!"])
+    assert both == Scored(value=0.5 * 3.0 - 4.0, parts={"a": 3.0, "b": 4.0})
+    assert only_b == Scored(value=-4.0, parts={"b": 4.0})
+    assert only_a == Scored(value=1.5, parts={"a": 3.0})
+    assert neither == Failed(kind="abstained", detail="a, b: returned None")
+    assert broken == Failed(kind="exception", detail=f"b: ValueError: no at {tmp_path / 'b.py'}:4")
 
 
-def test_many_groups_over_several_workers(pool_of: Callable[..., RewardPool]) -> None:
-    pool = pool_of({"name": "length"}, workers=2)
-    futures = [pool.submit(items(*["x" * n for n in range(20)])) for _ in range(30)]
-    assert all(values(f.result(timeout=60)) == list(range(20)) for f in futures)
+def test_a_sum_beyond_floats_is_not_finite(write: Write, tmp_path: Path) -> None:
+    assert values(scored(write(EVALUATE, weight=10.0), tmp_path, ["1e308", "1e307"])) == ["not_finite", 1e308]
+
+
+# --- what a function is given ----------------------------------------------------------------------------------------
+
+
+def test_row_survives_and_cannot_be_changed_for_others(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        """
+        def f(completion, row, *, info):
+            row["list"].append(0)
+            row["answer"] = None
+            info["step"] += 1
+            same = row["set"] == {1} and row["none"] is None
+            return {"length": len(row["list"]), "step": info["step"], "tokens": info["token_count"], "same": same}
+        """
+    )
+    row = {"answer": "2", "list": [1], "set": {1}, "none": None}
+    expected = {"f/length": 2.0, "f/step": 8.0, "f/same": 1.0}
+    outcomes = scored(reward, tmp_path, ["a", "bb"], row=row)
+    assert outcomes == [
+        Scored(value=2.0 + 8 + 1 + 1, parts={"f": 12.0, **expected, "f/tokens": 1.0}),
+        Scored(value=2.0 + 8 + 2 + 1, parts={"f": 13.0, **expected, "f/tokens": 2.0}),
+    ]
+    assert row == {"answer": "2", "list": [1], "set": {1}, "none": None}
+
+
+def test_async_functions_share_one_loop(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        """
+        import asyncio
+        loops = set()
+        async def f(completion, row):
+            await asyncio.sleep(0)
+            loops.add(id(asyncio.get_running_loop()))
+            if completion == "raise":
+                raise SystemExit(1)
+            return len(loops) + float(completion)
+        """
+    )
+    assert values(scored(reward, tmp_path, ["1", "raise", "2"])) == [2.0, "exception", 3.0]
+
+
+def test_trl_is_given_plain_groups_and_columns(write: Write, tmp_path: Path) -> None:
+    takes_all = write(
+        """
+        def f(prompts, completions, **columns):
+            assert prompts == ["1+1="] * 3, prompts
+            assert completions == ["a", "bb", ""], completions
+            assert columns == {"question": ["1+1"] * 3, "answer": ["2"] * 3, "sum": [2] * 3}, columns
+            return [len(c) for c in completions]
+        """,
+        style="trl",
+    )
+    assert values(scored(takes_all, tmp_path, ["a", "bb", ""])) == [1.0, 2.0, 0.0]
+    names = write(
+        """
+        async def f(completions, sum, completion_ids=None):
+            assert completion_ids is None
+            return [n + len(c) for n, c in zip(sum, completions)]
+        """,
+        style="trl",
+    )
+    assert values(scored(names, tmp_path, ["a", "bb"])) == [3.0, 4.0]
+
+
+def test_trl_is_given_turns_when_the_prompt_has_them(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        """
+        def f(prompts, completions, **kwargs):
+            turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+            assert prompts == [turns, turns], prompts
+            assert [c[0]["role"] for c in completions] == ["assistant"] * 2
+            prompts[0][0].clear()
+            return [len(c[0]["content"]) for c in completions]
+        """,
+        style="trl",
+    )
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert values(scored([reward, dataclasses.replace(reward)], tmp_path, ["a", "bb"], messages=messages)) == [2.0, 4.0]
+
+
+def test_trl_wrong_counts_fail_the_group_and_bad_values_their_own(write: Write, tmp_path: Path) -> None:
+    reward = write("def f(prompts, completions): return eval(completions[0])", style="trl")
+    cases: dict[str, list[float | str]] = {
+        "[1.0]": ["wrong_count"] * 3, "[1.0] * 4": ["wrong_count"] * 3, "[]": ["wrong_count"] * 3,
+        "1.0": ["wrong_type"] * 3, "None": ["wrong_type"] * 3, "'123'": ["wrong_type"] * 3,
+        "{0: 1, 1: 1, 2: 1}": ["wrong_type"] * 3, "1 / 0": ["exception"] * 3,
+        "[float('nan'), None, 2]": ["not_finite", "abstained", 2.0], "['1', 1, True]": ["wrong_type", 1.0, 1.0],
+    }  # fmt: skip
+    with open_pool([reward], tmp_path) as pool:
+        futures = [pool.submit(items([case, "", ""])) for case in cases]
+        assert [values(f.result(timeout=PATIENCE_S)) for f in futures] == list(cases.values())
+        [first, *_] = futures[0].result()
+    assert first == Failed(kind="wrong_count", detail="f: returned 1 rewards for 3 completions")
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "words"),
+    ("row", "truth"),
     [
-        ("def f(a, b):\n    return (1\n", "f", r"functions.py:2: SyntaxError: '\(' was never closed"),
-        ("import nothing_of_that_name\n", "f", r"bad_functions.py:1: ModuleNotFoundError"),
-        ("raise SystemExit(1)\n", "f", r"bad_functions.py:1: SystemExit"),
-        ("def score(a, b): return 0\n", "scores", r"has no function scores; did you mean score\?"),
-        ("def f(a): return 0\n", "f", r"f must be f\(completion, row\)"),
-        ("def f(a, b, c): return 0\n", "f", r"f must be f\(completion, row\)"),
-        ("def f(a, b): return 0\n", "f", r"gives the gold answer '7' 0 and the corrupted '8' 0"),
-        ("def f(a, b): return 1\n", "f", r"gives the gold answer '7' 1 and the corrupted '8' 1"),
-        ("def f(a, b): raise KeyError('x')\n", "f", r"f fails on every row tried; the first: exception: f: KeyError"),
+        ({"answer": "a", "ground_truth": "g", "reward_model": {"ground_truth": "r"}}, "r"),
+        ({"answer": "a", "ground_truth": "g", "reward_model": {}}, "g"),
+        ({"answer": "a"}, "a"),
     ],
 )
-def test_what_try_out_refuses(tmp_path: Path, text: str, name: str, words: str) -> None:
-    path = tmp_path / "bad_functions.py"
-    path.write_text(text)
-    good = tmp_path / "good.py"
-    good.write_text("def good(c, row): return float(c == row['answer'])\n")
-    rewards = [RewardConfig(file="good.py", gold=True), RewardConfig(file="bad_functions.py", name=name, gold=True)]
-    with pytest.raises(UserError, match=words) as caught:
-        try_out(rewards, [good, path], items(""), gold_template="{answer}", answer_column="answer", log_dir=tmp_path)
-    assert "rewards[1]" in str(caught.value)
+def test_verl_finds_the_ground_truth(write: Write, tmp_path: Path, row: Mapping[str, Any], truth: str) -> None:
+    reward = write(
+        """
+        def f(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+            assert (data_source, extra_info, kwargs) == ("set", {"i": 1}, {})
+            return {"score": solution_str == ground_truth, "length": 5, "text": "x", "nan": float("nan")}
+        """,
+        style="verl",
+    )
+    outcomes = scored(reward, tmp_path, [truth, "x"], row={"data_source": "set", "extra_info": {"i": 1}, **row})
+    assert outcomes == [
+        Scored(value=1.0, parts={"f": 1.0, "f/length": 5.0}),
+        Scored(value=0.0, parts={"f": 0.0, "f/length": 5.0}),
+    ]
 
 
-def test_try_out_reports_gold(tmp_path: Path) -> None:
-    path = tmp_path / "good.py"
-    path.write_text("def good(c, row): return float(c == '<' + row['answer'] + '>')\n")
-    reward = RewardConfig(file="good.py", gold=True)
-    kwargs = {"answer_column": "answer", "log_dir": tmp_path}
-    [line] = try_out([reward], [path], items(""), gold_template="<{answer}>", **kwargs)
-    assert line == "good: gold 1, corrupted 0, checked on 1 rows"
-    with pytest.raises(UserError, match="gives the gold answer"):
-        try_out([reward], [path], items(""), gold_template="{answer}", **kwargs)
-    with pytest.raises(UserError, match=r"data\.answer_column=gold"):
-        try_out([reward], [path], items(""), gold_template="{answer}", answer_column="gold", log_dir=tmp_path)
+def test_verl_scalars_and_missing_truth(write: Write, tmp_path: Path) -> None:
+    plain = write("def f(solution_str, ground_truth, scale=2.0): return scale * (solution_str == ground_truth)",
+                  style="verl")  # fmt: skip
+    assert values(scored(plain, tmp_path, ["2", "3"])) == [2.0, 0.0]
+    [outcome] = scored(plain, tmp_path, ["2"], row={"question": "?"})
+    assert outcome == Failed(
+        kind="exception", detail="f: the row has no reward_model.ground_truth, ground_truth or answer"
+    )
+    no_score = write("def f(solution_str): return {'reward': 1.0}", style="verl")
+    assert values(scored(no_score, tmp_path, ["2"])) == ["wrong_type"]
 
 
-def test_corrupted_answers_differ() -> None:
-    assert [corrupt(a) for a in ("799", "A", "-1/2", "zZ", "", "?")] == ["800", "B", "-2/3", "Aa", "x", "?x"]  # fmt: skip  # noqa: E501
+# --- functions that do not come back ---------------------------------------------------------------------------------
 
 
-def test_files_are_found_beside_the_recipe_and_near_misses_are_named(tmp_path: Path) -> None:
-    (tmp_path / "reward_fns").mkdir()
-    (tmp_path / "reward_fns" / "maths.py").write_text("")
-    recipe = tmp_path / "recipes" / "r.yaml"
-    recipe.parent.mkdir()
-    assert locate([RewardConfig(file="reward_fns/maths.py")], recipe) == [tmp_path / "reward_fns" / "maths.py"]
-    with pytest.raises(
-        UserError, match=r"rewards\[0\].file=reward_fns/math.py does not exist; did you mean .*maths.py"
-    ):
-        locate([RewardConfig(file="reward_fns/math.py")], recipe)
+def test_a_timeout_in_the_middle_fails_alone(write: Write, tmp_path: Path) -> None:
+    texts = ["1", "2", "exec('while True: pass')", "4", "time.sleep(60)", "6", "7", "8", "9", "10"]
+    started = time.monotonic()
+    outcomes = scored(write(EVALUATE, timeout_s=0.7), tmp_path, texts)
+    assert values(outcomes) == [1.0, 2.0, "timeout", 4.0, "timeout", 6.0, 7.0, 8.0, 9.0, 10.0]
+    assert outcomes[2] == Failed(kind="timeout", detail="f: ran longer than 0.7 s")
+    assert 1.4 <= time.monotonic() - started < 10.0
+
+
+def test_the_deadline_is_of_a_call_not_of_a_job(write: Write, tmp_path: Path) -> None:
+    reward = write("import time\ndef f(completion, row): time.sleep(0.25); return 1.0", timeout_s=1.0)
+    assert values(scored(reward, tmp_path, ["x"] * 5)) == [1.0] * 5  # 1.25 s in one job
+
+
+def test_a_trl_timeout_fails_its_group_only(write: Write, tmp_path: Path) -> None:
+    source = (
+        "import time\ndef f(completions): return [time.sleep(60) if c == 'hang' else float(c) for c in completions]"
+    )
+    with open_pool([write(source, style="trl", timeout_s=1.0)], tmp_path) as pool:
+        hang, fine = pool.submit(items(["1", "hang", "3"])), pool.submit(items(["1", "2"]))
+        assert values(hang.result(timeout=PATIENCE_S)) == ["timeout"] * 3
+        assert values(fine.result(timeout=PATIENCE_S)) == [1.0, 2.0]
+
+
+def test_a_death_is_told_by_code_or_signal_and_fails_alone(write: Write, tmp_path: Path) -> None:
+    texts = [
+        "1",
+        "os._exit(3)",
+        "3",
+        "os.kill(os.getpid(), signal.SIGSEGV)",
+        "5",
+        "os.closerange(3, 100)",
+        "7",
+        "os._exit(0)",
+    ]
+    outcomes = scored(write(EVALUATE), tmp_path, texts)
+    died = "worker_died"
+    assert values(outcomes) == [1.0, died, 3.0, died, 5.0, died, 7.0, died]
+    assert [o.detail for o in outcomes if isinstance(o, Failed)] == [
+        "f: the worker exited with code 3",
+        "f: the worker was killed by SIGSEGV",
+        "f: the worker exited with code 1",  # it could not answer
+        "f: the worker exited with code 0",
+    ]
+
+
+def test_a_death_is_seen_although_a_grandchild_holds_the_socket(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        """
+        import os, time
+        def f(completion, row):
+            if os.fork() == 0:
+                time.sleep(60)
+            os._exit(4)
+        """
+    )
+    started = time.monotonic()
+    assert scored(reward, tmp_path, ["x"]) == [Failed(kind="worker_died", detail="f: the worker exited with code 4")]
+    assert time.monotonic() - started < 10
+
+
+def test_prints_go_to_the_log_and_do_not_disturb(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        """
+        import os, sys, subprocess
+        def f(completion, row):
+            for _ in range(2000):
+                print('{"results": [{"value": 9.0, "parts": {}}]}')
+            os.write(1, b"raw\\n")
+            print("complaint", file=sys.stderr)
+            subprocess.run(["echo", "grandchild"], check=True)
+            assert sys.stdin.read() == ""
+            return float(completion)
+        """
+    )
+    assert values(scored(reward, tmp_path, ["1", "2"])) == [1.0, 2.0]
+    log = (tmp_path / "logs" / "reward-worker-0.log").read_text()
+    assert log.count("results") == 4000
+    assert log.count("raw\n") == log.count("complaint\n") == log.count("grandchild\n") == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", "[1]", '{"results": 1}', '{"results": []}', '{"results": [{"value": NaN, "parts": {}}]}',
+     '{"results": [{"value": 1.0, "parts": {"a": "b"}}]}', '{"results": [{"value": "1", "parts": {}}]}',
+     '{"results": [{"value": 1.0}]}', '{"results": [{"failed": "whatever"}]}', '{"results": [3]}'],
+)  # fmt: skip
+def test_what_is_no_answer_is_refused(line: str) -> None:
+    with pytest.raises(ValueError):
+        parse_answer(line.encode(), "f", 1)
+    with pytest.raises(ValueError):
+        parse_greeting(line.encode())
+
+
+def test_writing_to_the_socket_fails_the_call(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        """
+        import os, sys
+        def f(completion, row):
+            if completion == "forge":
+                os.write(int(sys.argv[1]), b"not an answer\\n")
+                import time; time.sleep(60)
+            return 1.0
+        """
+    )
+    assert values(scored(reward, tmp_path, ["x", "forge", "x"])) == [1.0, "worker_died", 1.0]
+
+
+# --- the pool --------------------------------------------------------------------------------------------------------
+
+
+def test_groups_from_many_threads_large_and_small(write: Write, tmp_path: Path) -> None:
+    reward = write("def f(completion, row): return len(completion) + row['i']")
+    sizes = [0, 1, 7, 8, 9, 33]
+    with open_pool([reward], tmp_path, workers=2) as pool:
+        futures: dict[tuple[int, int], Future[list[Scored | Failed]]] = {}
+
+        def submit(i: int) -> None:
+            for size in sizes:
+                futures[i, size] = pool.submit(items(["x" * n for n in range(size)], row={"i": i}))
+
+        threads = [threading.Thread(target=submit, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        big = pool.submit(items(["x" * 1_000_000] * 16, row={"i": 0.5, "pad": "y" * 3_000_000}))
+        for (i, size), future in futures.items():
+            assert values(future.result(timeout=PATIENCE_S)) == [float(n + i) for n in range(size)]
+        assert values(big.result(timeout=PATIENCE_S)) == [1_000_000.5] * 16
+
+
+def test_a_thousand_completions_take_a_moment(tmp_path: Path) -> None:
+    reward = RewardConfig(file=str(ROOT / "reward_fns" / "arithmetic.py"))
+    with open_pool([reward], tmp_path, workers=2) as pool:
+        pool.submit(items(["2"] * 64)).result(timeout=PATIENCE_S)
+        durations = []
+        for _ in range(5):
+            started = time.monotonic()
+            futures = [pool.submit(items(["2", " 2\n", "3", ""] * 5)) for _ in range(50)]
+            outcomes = [o for future in futures for o in future.result(timeout=PATIENCE_S)]
+            durations.append(time.monotonic() - started)
+            assert values(outcomes) == [1.0, 1.0, 0.0, 0.0] * 250
+    assert min(durations) < 0.1, durations
+
+
+def test_one_row_per_group(tmp_path: Path, write: Write) -> None:
+    with open_pool([write(EVALUATE)], tmp_path) as pool, pytest.raises(ValueError, match="one row"):
+        pool.submit([*items(["1"]), *items(["1"], row={"answer": "3"})])
+
+
+def test_close_leaves_nobody_and_ends_every_wait(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        """
+        import subprocess, time
+        def f(completion, row):
+            subprocess.Popen(["sleep", "600"])
+            time.sleep(600)
+        """
+    )
+    pool = open_pool([reward], tmp_path, workers=2)
+    futures = [pool.submit(items(["x"] * 20)) for _ in range(3)]
+    until = time.monotonic() + 30
+    children: list[psutil.Process] = []
+    while time.monotonic() < until and len(children) < 4:  # two workers and what each has started
+        children = psutil.Process().children(recursive=True)
+        time.sleep(0.05)
+    assert len(children) == 4
+    futures[2].cancel()
+    pool.close()
+    pool.close()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert alive == []
+    for future in futures:
+        with pytest.raises(CancelledError):
+            future.result(timeout=1)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(items(["x"]))
+
+
+def test_a_worker_dies_with_a_killed_parent(write: Write) -> None:
+    hang = write("import time\ndef f(completion, row): print('in the call', flush=True); time.sleep(600)")
+    specs = pickle.dumps([spec_of(0, hang, Path(hang.file))])
+    job = pickle.dumps({"context": pickle.dumps(({}, None)), "calls": [(0, [("", {})])]})
+    messages = b"".join(len(m).to_bytes(8, "little") + m for m in (specs, job))
+    code = f"""
+import os, socket, subprocess, sys, time
+ours, theirs = socket.socketpair()
+ours.sendall({messages!r})
+subprocess.Popen([sys.executable, {worker.__file__!r}, str(theirs.fileno()), str(os.getpid())],
+                 pass_fds=(theirs.fileno(), ours.fileno()), start_new_session=True)
+time.sleep(600)
+"""  # the worker holds both ends, so that only the signal can end it
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        assert parent.stdout.readline() == "in the call\n"
+    children = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    assert len(children) == 1
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert alive == []
+
+
+def test_an_edited_file_changes_nothing_in_a_started_run(write: Write, tmp_path: Path) -> None:
+    reward = write("import os\ndef f(completion, row): return 1.0 if completion else os._exit(1)")
+    with open_pool([reward], tmp_path) as pool:
+        assert values(pool.submit(items(["x"])).result(timeout=PATIENCE_S)) == [1.0]
+        Path(reward.file).write_text("def f(completion, row): return 2.0")
+        assert values(pool.submit(items(["", "x"])).result(timeout=PATIENCE_S)) == ["worker_died", 1.0]
+
+
+def test_a_pool_whose_files_do_not_load_says_so_to_everyone(write: Write, tmp_path: Path) -> None:
+    with open_pool([write("import missing_module")], tmp_path) as pool:
+        with pytest.raises(UserError, match="ModuleNotFoundError"):
+            pool.submit(items(["x"])).result(timeout=PATIENCE_S)
+        with pytest.raises(UserError, match="ModuleNotFoundError"):
+            pool.submit(items(["x"]))
+
+
+def test_the_worker_imports_nothing_heavy() -> None:
+    heavy = {"torch", "numpy", "asyncio", "omegaconf", "grpo.types", "grpo.config"}
+    code = f"import sys, grpo.rewards.worker; print(*{heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_the_working_directory_hides_nothing_but_can_be_imported(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("json", "grpo", "fractions"):
+        Path(f"{name}.py").write_text("raise SystemExit")
+    Path("mine.py").write_text("VALUE = 0.5")
+    reward = write("import fractions, mine\ndef f(completion, row): return fractions.Fraction(1, 2) + mine.VALUE")
+    assert values(scored(reward, tmp_path, ["x"])) == [1.0]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("style", "source", "sentence"),
+    [
+        ("grpo", "def f(completion, row):\n    x = (1\n", "rewards[0]: {file}:2: SyntaxError: '(' was never closed"),
+        ("grpo", "import os\nimport nowhere", "rewards[0]: {file}:2: ModuleNotFoundError: No module named 'nowhere'"),
+        ("grpo", "\n\nimport sys; sys.exit('bye')", "rewards[0]: {file}:3: SystemExit: bye"),
+        ("grpo", "import os; os._exit(5)", "rewards[0]: {file}: loading it ended the worker, which exited with code 5"),
+        ("grpo", "while True: pass", "rewards[0]: {file}: loading it took longer than 0.5 s"),
+        ("grpo", "def ff(completion, row): pass", "rewards[0]: {file} has no function f; did you mean ff?"),
+        ("grpo", "def other(completion, row): pass", "rewards[0]: {file} has no function f; it has other"),
+        (
+            "grpo",
+            "\ndef f(completion): pass",
+            "rewards[0]: {file}:2: f(completion) does not fit style grpo, which gives (completion, row, info): "
+            "too many positional arguments",
+        ),
+        (
+            "grpo",
+            "def f(completion, row, truth): pass",
+            "rewards[0]: {file}:1: f(completion, row, truth) does not fit style grpo, which gives "
+            "(completion, row, info): missing a required argument: 'truth'",
+        ),
+        (
+            "grpo",
+            "def f(prompts, completions, **kwargs): pass",
+            "rewards[0]: {file}:1: f(prompts, completions, **kwargs) is written for trl; set its style: trl",
+        ),
+        (
+            "trl",
+            "def f(prompts, completions, completion_ids): pass",
+            "rewards[0]: {file}:1: f asks for completion_ids, which is not given; give it a default",
+        ),
+        (
+            "trl",
+            "def f(prompts, completions, anwser): pass",
+            "rewards[0]: {file}:1: f asks for anwser, which is no column of the rows; did you mean answer?",
+        ),
+        (
+            "verl",
+            "def f(solution_str, truth): pass",
+            "rewards[0]: {file}:1: f(solution_str, truth) does not fit style verl, which gives (data_source, "
+            "solution_str, ground_truth, extra_info): missing a required argument: 'truth'",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_sentence(write: Write, style: Any, source: str, sentence: str) -> None:
+    reward = write(source, style=style)
+    limit = 0.5 if "while True" in source else 30.0
+    with pytest.raises(UserError) as caught:
+        check_loads([reward], [Path(reward.file)], columns=["question", "answer"], deadline_s=limit)
+    assert str(caught.value) == sentence.format(file=reward.file)
+
+
+def test_loading_names_the_reward_and_the_file_at_fault(write: Write, tmp_path: Path) -> None:
+    good = write(
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Record:\n    a: int\n"
+        "def good(completion, row): return 1.0\n",
+        file="good.py", name=None,
+    )  # fmt: skip
+    (tmp_path / "beside.py").write_text("\n\nx = [\n")
+    bad = write("import beside\ndef bad(completion, row): return 1.0", file="bad.py", name=None)
+    check_loads([good], [Path(good.file)])
+    with pytest.raises(UserError) as caught:
+        check_loads([good, bad], [Path(good.file), Path(bad.file)])
+    assert str(caught.value) == f"rewards[1]: {tmp_path / 'beside.py'}:3: SyntaxError: '[' was never closed"
+    with pytest.raises(UserError, match=r"rewards\[0\]: .*gone.py cannot be read: No such file"):
+        check_loads([dataclasses.replace(good, file="gone.py")], [tmp_path / "gone.py"])
+
+
+def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("here", "base/recipes", "base/reward_fns"):
+        (tmp_path / place).mkdir(parents=True)
+    recipe = tmp_path / "base" / "recipes" / "r.yaml"
+    above, beside = tmp_path / "base/reward_fns/x.py", tmp_path / "base/recipes/y.py"
+    above.touch()
+    beside.touch()
+    monkeypatch.chdir(tmp_path / "here")
+    rewards = [RewardConfig(file=f) for f in ("reward_fns/x.py", "y.py", str(above))]
+    assert [p.resolve() for p in locate(rewards, recipe)] == [above, beside, above]
+    (tmp_path / "here" / "y.py").touch()
+    assert locate(rewards[1:2], recipe)[0].resolve() == tmp_path / "here" / "y.py"
+    with pytest.raises(UserError) as caught:
+        locate([rewards[0], RewardConfig(file="reward_fns/xx.py")], recipe)
+    assert str(caught.value) == f"rewards[1].file=reward_fns/xx.py does not exist; did you mean {above}?"
+
+
+# --- trying out ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "wrong"),
+    [("12", "23"), ("-9.0 m", "-0.1 m"), ("Paris", "Qbsjt"), ("zZ", "Aa"), ("", "x"), ("²", "²x"), ("a1", "a2")],
+)
+def test_corrupt(answer: str, wrong: str) -> None:
+    assert corrupt(answer) == wrong
+
+
+def tried(
+    reward: RewardConfig, tmp_path: Path, rows: Sequence[Mapping[str, Any]] = (ROW,), **options: Any
+) -> list[str]:
+    samples = [items([""], row=row)[0] for row in rows]
+    settings: dict[str, Any] = {"gold_template": "{answer}", "answer_column": "answer", **options}
+    return try_out([reward], [Path(reward.file)], samples, log_dir=tmp_path, **settings)
+
+
+def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
+    exact = RewardConfig(file=str(ROOT / "reward_fns" / "arithmetic.py"), gold=True, weight=-1.0)
+    rows = [{"answer": "14"}, {"answer": 5}]
+    assert tried(exact, tmp_path, rows) == ["arithmetic: gold 1, corrupted 0 on 2 rows"]
+    boxed = write("def f(completion, row): return completion == f'[{row[\"sum\"]:03d}]'", gold=True)
+    assert tried(boxed, tmp_path, [{"sum": 7}], gold_template="[{sum:03d}]", answer_column="sum") == [
+        "f: gold 1, corrupted 0 on 1 rows"
+    ]
+    grouped = write(
+        "def f(completions, answer):\n    assert len(completions[0])\n"
+        "    return [float(c == a) for c, a in zip(completions, answer)]", style="trl", gold=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="AssertionError"):  # fails on the empty completion, so on the whole group
+        tried(grouped, tmp_path)
+    assert tried(write("def f(completion, row): return None"), tmp_path) == ["f: ran on 1 rows"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("return 0.0", "gives the gold answer '2' 0, the corrupted '3' 0 and an empty completion 0"),
+        ("return 1.0", "gives the gold answer '2' 1, the corrupted '3' 1 and an empty completion 1"),
+        ("return -1.0 if completion == '2' else -2.0", "gives the gold answer '2' -1, the corrupted '3' -2"),
+        ("return None if completion == '3' else 1.0", "the corrupted '3' abstained (f: returned None)"),
+        ("return 1 / 0 if completion == '2' else 0.0", "the gold answer '2' exception (f: ZeroDivisionError"),
+    ],
+)
+def test_a_gold_answer_that_does_not_stand_out_is_refused(write: Write, tmp_path: Path, source: str, said: str) -> None:
+    reward = write(f"def f(completion, row): {source}", gold=True)
+    with pytest.raises(UserError) as caught:
+        tried(reward, tmp_path)
+    assert str(caught.value).startswith("rewards[0]: f gives the gold answer '2' ")
+    assert said in str(caught.value)
+    assert "'question': '1+1'" in str(caught.value)
+
+
+def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path) -> None:
+    good = write("def good(completion, row): return 1.0", file="good.py", name=None)
+    source = "def bad(completion, row): return 1.0 if row['answer'] == completion else row['missing']"
+    bad = write(source, file="bad.py", name=None)
+    samples = items(["", ""])
+    with pytest.raises(UserError) as caught:
+        try_out([good, bad], [Path(good.file), Path(bad.file)], samples, gold_template="{answer}",
+                answer_column="answer", log_dir=tmp_path)  # fmt: skip
+    assert str(caught.value) == (
+        "rewards[1]: bad fails on every row tried; the first: exception: bad: KeyError: 'missing' at "
+        f"{tmp_path / 'bad.py'}:1"
+    )
+    assert tried(bad, tmp_path, [ROW, {"answer": "", "question": ""}]) == ["bad: ran on 2 rows"]
+    with pytest.raises(UserError, match=r"timeout: f: ran longer than 0\.5 s"):
+        tried(write("def f(completion, row):\n    while True: pass", timeout_s=0.5), tmp_path, [ROW] * 8)
+
+
+def test_gold_needs_its_column_and_template(write: Write, tmp_path: Path) -> None:
+    reward = write("def f(completion, row): return 1.0", gold=True)
+    with pytest.raises(UserError, match=r"rewards\[0\]: f has gold: true .* data\.answer_column=answer is no column"):
+        tried(reward, tmp_path, [{"solution": "2"}])
+    with pytest.raises(UserError, match=r"data\.gold_template='\{anwser\}' does not fit the rows: KeyError"):
+        tried(reward, tmp_path, gold_template="{anwser}")

@@ -1,0 +1,200 @@
+"""One reward worker as the parent sees it: start, send, receive, kill. Nothing here waits, `kill` but a moment.
+
+The socket carries pickles to the worker and lines of JSON back. What comes back was written by a process that runs
+other people's code: it is parsed into numbers and short texts, or refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from grpo.config import RewardConfig
+from grpo.rewards import worker
+from grpo.types import Failed, FailureKind, UserError
+
+START_S = 120.0
+"""Deadline for a worker to load the reward files."""
+MAX_LINE_BYTES = 1 << 22
+MAX_DETAIL = 300
+
+Part = tuple[float | None, Mapping[str, float]] | Failed
+"""What one reward function says of one completion: (value or None to abstain, entries to log) or what went wrong."""
+
+
+def part_name(reward: RewardConfig) -> str:
+    """The reward's name in parts and metrics, and its function's."""
+    return reward.name or Path(reward.file).stem
+
+
+def spec_of(index: int, reward: RewardConfig, file: Path, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a worker needs to load rewards[index]. `columns`: those of the rows, where they are known.
+
+    Raises UserError when the file cannot be read.
+    """
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"rewards[{index}]: {reward.file} cannot be read: {error.strerror}") from error
+    return {
+        "index": index,
+        "file": str(file.resolve()),
+        "shown": reward.file,
+        "source": source,
+        "name": part_name(reward),
+        "style": reward.style,
+        "columns": None if columns is None else list(columns),
+    }
+
+
+class WorkerProcess:
+    """A started worker, told to load `specs`. Its prints are appended to `log`, or dropped.
+
+    The thread that makes it must outlive it: Linux sends the parent-death signal when the starting *thread* ends.
+    """
+
+    def __init__(self, specs: Sequence[Mapping[str, Any]], *, log: Path | None) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.socket.setblocking(False)
+        self._outgoing = bytearray()
+        self._incoming = bytearray()
+        with theirs, (log or Path(os.devnull)).open("ab") as prints:
+            self._process = subprocess.Popen(
+                # By its path and with -P: another `grpo` or a `json.py` in the working directory is not picked up.
+                # -u: the prints of a function that is killed in the middle are those one wants to read.
+                [sys.executable, "-P", "-u", worker.__file__, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=prints,
+                stderr=prints,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # its own process group: killed whole, and Ctrl-C does not reach it
+            )
+        self.send(pickle.dumps(list(specs)))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._outgoing)
+
+    def send(self, message: bytes) -> None:
+        """Queue a message and send what the socket takes at once; `flush` sends the rest when it is writable."""
+        self._outgoing += len(message).to_bytes(worker.HEADER_BYTES, "little") + message
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            while self._outgoing:
+                del self._outgoing[: self.socket.send(self._outgoing)]
+        except BlockingIOError:
+            return
+        except OSError:  # it is gone; reading says so too, after what it still had to say
+            self._outgoing.clear()
+
+    def receive(self) -> tuple[list[bytes], bool]:
+        """(lines that have come, whether more can come)."""
+        more, size = True, 0
+        while size < MAX_LINE_BYTES:  # a bound, so that a flood cannot keep the parent here
+            try:
+                data = self.socket.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            if not data:
+                more = False
+                break
+            size += len(data)
+            self._incoming += data
+        *lines, rest = bytes(self._incoming).split(b"\n")
+        self._incoming = bytearray(rest)
+        return lines, more and len(rest) <= MAX_LINE_BYTES
+
+    def exited(self) -> bool:
+        """Whether it has ended; its status stays to be read by `kill`."""
+        if self._process.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def kill(self, *, patience_s: float = 0.0) -> str:
+        """Kill it and everything in its process group; says how it ended.
+
+        A worker whose socket has closed may need `patience_s` to be seen dead by its own doing rather than by ours.
+        """
+        until = time.monotonic() + patience_s
+        while not self.exited() and time.monotonic() < until:
+            time.sleep(0.002)
+        alone = self.exited()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self.socket.close()
+        if not alone:
+            return "closed or broke its connection"
+        if code >= 0:
+            return f"exited with code {code}"
+        memory = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"was killed by {signal.Signals(-code).name}{memory}"
+
+
+def parse_greeting(line: bytes) -> str | None:
+    """The first line of a worker: None when the files are loaded, else the sentence that says why not.
+
+    Raises ValueError when it is anything else.
+    """
+    message = json.loads(line)
+    if message == {"ready": True}:
+        return None
+    if not isinstance(message, dict) or not isinstance(message.get("load_error"), str):
+        raise ValueError("no greeting")
+    return cast(str, message["load_error"])
+
+
+def parse_answer(line: bytes, name: str, count: int) -> list[Part]:
+    """The answer to one call of the reward `name` on `count` completions.
+
+    Raises ValueError when it is anything else.
+    """
+    message = json.loads(line)
+    results = message.get("results") if isinstance(message, dict) else None
+    if not isinstance(results, list) or len(results) != count:
+        raise ValueError("no results of this call")
+    return [_parse_result(result, name) for result in results]
+
+
+def _parse_result(result: Any, name: str) -> Part:
+    if not isinstance(result, dict):
+        raise ValueError("a result is a mapping")
+    if "failed" in result:
+        if result["failed"] not in typing.get_args(FailureKind):
+            raise ValueError("no kind of failure")
+        return failed(name, cast(FailureKind, result["failed"]), str(result.get("detail")))
+    value, parts = result.get("value"), result.get("parts")
+    if not isinstance(parts, dict) or not all(_is_number(v) for v in parts.values()):
+        raise ValueError("parts are numbers")
+    if value is not None and not _is_number(value):
+        raise ValueError("a value is a finite number")
+    return value, {f"{name}/{key}": part for key, part in parts.items()}
+
+
+def failed(name: str, kind: FailureKind, detail: str) -> Failed:
+    """A failure of the reward `name`, on one line."""
+    return Failed(kind=kind, detail=" ".join(f"{name}: {detail}".split())[:MAX_DETAIL])
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
