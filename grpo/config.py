@@ -296,12 +296,26 @@ def _override(tree: DictConfig, text: str) -> DictConfig:
     if not equals or not re.fullmatch(r"[\w.\[\]]+", key):
         raise UserError(f"override {text!r} is not of the form section.option=value")
     bracketed = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
+    raw = text.partition("=")[2]
     try:
-        value = OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"])["value"]
+        value = raw if _is_text(key) else OmegaConf.from_dotlist([f"value={raw}"])["value"]
+        if raw == "null":
+            value = None
         OmegaConf.update(tree, bracketed, value, force_add=True)
     except Exception as error:  # a bad list index or an unparsable value, in omegaconf's or yaml's own words
         raise UserError(f"override {text!r}: {' '.join(str(error).split())}") from error
     return tree
+
+
+def _is_text(key: str) -> bool:
+    """Whether an option is a string, whose override is taken as it stands: templates are seldom valid YAML."""
+    kind: Any = Config
+    for part in re.sub(r"\[(\d+)\]", r".\1", key).split("."):
+        if part.isdigit():
+            kind = RewardConfig
+        elif dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(part)
+    return kind in (str, str | None)
 
 
 def _names(cls: type) -> list[str]:
