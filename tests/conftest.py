@@ -85,7 +85,7 @@ def make_recipe(tmp_path: Path) -> Callable[..., Path]:
             "cluster": {"reward_workers": 1},
         }
         for section, values in sections.items():
-            recipe[section] = {**recipe[section], **values} if isinstance(values, dict) else values
+            recipe[section] = {**recipe.get(section, {}), **values} if isinstance(values, dict) else values
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return path
