@@ -7,7 +7,8 @@ bash launch/setup.sh cpu
 .venv/bin/python recipes/arithmetic.py
 .venv/bin/grpo train recipes/arithmetic_cpu.yaml "$@"
 cat <<'NEXT'
-next: look at the completions   .venv/bin/python -c "import pyarrow.parquet as p; print(p.read_table('RUN/samples/step-000001.parquet').to_pandas()[['prompt','completion','reward']])"
-      change an option          .venv/bin/grpo train recipes/arithmetic_cpu.yaml algorithm.group_size=8
-      write your own reward     README.md, "Write a reward function"
+next: look at the plan of a run   .venv/bin/grpo check recipes/arithmetic_cpu.yaml
+      change an option            .venv/bin/grpo train recipes/arithmetic_cpu.yaml algorithm.kl_coef=0.01 run.name=anchored
+      see its curves              .venv/bin/tensorboard --logdir runs
+      write your own reward       README.md, "Write a reward function"; the completions are in the run folder's samples/
 NEXT

@@ -1,0 +1,79 @@
+"""How runs end when they are not allowed to finish: named, with the right exit code, and with nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def children_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def alive(processes: list[psutil.Process]) -> list[str]:
+    names = []
+    for process in processes:
+        try:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                names.append(" ".join(process.cmdline())[:80])
+        except psutil.NoSuchProcess:
+            continue
+    return names
+
+
+@pytest.mark.parametrize(
+    ("strike", "code", "words"),
+    [
+        ("kill sampler", 1, "sampler-0 died"),
+        ("SIGTERM", 1, "interrupted"),
+        ("SIGKILL", -signal.SIGKILL, ""),
+    ],
+)
+def test_an_end_in_mid_run(
+    strike: str, code: int, words: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    before = set(Path(tempfile.gettempdir()).glob("grpo-ray-*"))
+    recipe = make_recipe(make_model("qwen2"), run={"steps": 100000})
+    run = recipe.parent / "runs" / "run"
+    with (recipe.parent / "console.txt").open("w") as console:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "grpo", "train", str(recipe)], stdout=console, stderr=console, text=True, cwd=ROOT
+        )
+        try:
+            deadline = time.monotonic() + 180
+            while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+                assert process.poll() is None, (recipe.parent / "console.txt").read_text()[-3000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            family = children_of(process)
+            if strike == "kill sampler":
+                [sampler] = [p for p in family if "SamplerActor" in " ".join(p.cmdline())]
+                sampler.kill()
+            else:
+                process.send_signal(getattr(signal, strike))
+            assert process.wait(timeout=60) == code
+        finally:
+            if process.poll() is None:
+                process.kill()
+    said = (recipe.parent / "console.txt").read_text()
+    assert words in said
+    deadline = time.monotonic() + 15
+    while alive(family) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert alive(family) == []
+    if strike != "SIGKILL":
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["exit_reason"] != "done"
+        folders = [path for path in Path(tempfile.gettempdir()).glob("grpo-ray-*") if path not in before]
+        assert folders == []
