@@ -1,4 +1,4 @@
-"""A sampler and a plain model in one process: python sync_process.py MODEL FIXED; prints JSON. See test_sync_into_vllm.py.
+"""A sampler and a plain model in one process: sync_process.py MODEL FIXED; prints JSON. See test_sync_into_vllm.py.
 
 FIXED 0 takes out the re-packing of `lm_head` after a reload, to see that the sync's verification notices.
 """

@@ -1,0 +1,45 @@
+"""The one place for options and their defaults: a recipe (YAML) and `key=value` overrides become a frozen `Config`.
+
+    schema    every option, its type, its default and what it means
+    load      YAML and overrides -> Config; the only importer of omegaconf, with the schema's `MISSING`
+    validate  the batch algebra, ranges, and options that would have no effect
+
+Everyone else sees plain frozen dataclasses. Every mistake is a `UserError` that names the option, the value and the
+nearest valid one.
+"""
+
+from __future__ import annotations
+
+from grpo.config.load import dump, load, options_text
+from grpo.config.schema import (
+    AlgorithmConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LearnerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RunConfig,
+    SamplerConfig,
+    SamplingConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "SamplingConfig",
+    "dump",
+    "load",
+    "options_text",
+]

@@ -1,0 +1,160 @@
+"""A recipe and overrides -> `Config`. Unknown keys and wrong types fail here, with the nearest valid name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.config.schema import Config, RewardConfig, SamplingConfig
+from grpo.config.validate import validate
+from grpo.types import UserError
+
+REPLAYABLE = "temperature"
+NOT_REPLAYABLE = (
+    "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "min_tokens", "logit_bias", "bad_words", "allowed_token_ids", "n", "best_of", "logits_processors",
+)  # fmt: skip
+"""Sampling settings that the learner cannot replay on its own logits; refused by name in `sampling`."""
+
+
+def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read `recipe`, apply `section.option=value` overrides, check everything that needs no other file.
+
+    Raises UserError naming the file or option at fault.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"recipe {path} does not exist{hint}")
+    try:
+        tree = OmegaConf.load(path)
+    except Exception as error:  # yaml's error classes are many; each becomes the same sentence
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path} must be a mapping of sections: {', '.join(_names(Config))}")
+    for override in overrides:
+        tree = _override(tree, override)
+    _check_keys(OmegaConf.to_container(tree), Config, "", str(path))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        option = str(getattr(error, "full_key", None) or "")
+        reason = str(error).split("\n")[0]
+        if "Missing mandatory" in reason or "MissingMandatoryValue" in type(error).__name__:
+            raise UserError(f"{path}: {option} is required and not set") from error
+        raise UserError(f"{path}: {option}: {reason}") from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` of it gives the same config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _override(tree: DictConfig, text: str) -> DictConfig:
+    key, equals, _ = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w.\[\]]+", key):
+        raise UserError(f"override {text!r} is not of the form section.option=value")
+    bracketed = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
+    raw = text.partition("=")[2]
+    try:
+        value = raw if _is_text(key) else OmegaConf.from_dotlist([f"value={raw}"])["value"]
+        if raw == "null":
+            value = None
+        OmegaConf.update(tree, bracketed, value, force_add=True)
+    except Exception as error:  # a bad list index or an unparsable value, in omegaconf's or yaml's own words
+        raise UserError(f"override {text!r}: {' '.join(str(error).split())}") from error
+    return tree
+
+
+def _is_text(key: str) -> bool:
+    """Whether an option is a string, whose override is taken as it stands: templates are seldom valid YAML."""
+    kind: Any = Config
+    for part in re.sub(r"\[(\d+)\]", r".\1", key).split("."):
+        if part.isdigit():
+            kind = RewardConfig
+        elif dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(part)
+    return kind in (str, str | None)
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
+    """Every key of the tree must be an option; the error names the nearest one."""
+    if not isinstance(node, dict):
+        raise UserError(f"{source}: {prefix.rstrip('.') or 'the recipe'} must be a mapping, not {node!r}")
+    hints = typing.get_type_hints(cls)
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if cls is SamplingConfig and key in NOT_REPLAYABLE:
+            raise UserError(
+                f"{source}: {name} cannot be used in training: the learner replays only {REPLAYABLE}, so the ratio "
+                f"would be wrong; data.eval accepts top_p, top_k and min_p"
+            )
+        if key not in hints:
+            raise UserError(f"{source}: unknown option {name}; {_nearest(str(key), cls, prefix)}")
+        inner = hints[key]
+        if dataclasses.is_dataclass(inner):
+            _check_keys(value, typing.cast(type, inner), f"{name}.", source)
+        elif key == "rewards" and cls is Config:
+            if not isinstance(value, list):
+                raise UserError(f"{source}: rewards must be a list of {{file, name, weight, ...}}")
+            for i, item in enumerate(value):
+                _check_keys(item, RewardConfig, f"rewards[{i}].", source)
+        elif inner is str and not isinstance(value, str):
+            raise UserError(f"{source}: {name} must be a string, not {value!r}")
+
+
+def _nearest(key: str, cls: type, prefix: str) -> str:
+    """`did you mean ...?`, looking in this section first and then in all of them."""
+    here = difflib.get_close_matches(key, _names(cls), n=1, cutoff=0.5)
+    if here:
+        return f"did you mean {prefix}{here[0]}?"
+    everywhere = {
+        option: f"{section}.{option}"
+        for section, kind in typing.get_type_hints(Config).items()
+        if dataclasses.is_dataclass(kind)
+        for option in _names(typing.cast(type, kind))
+    }
+    far = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
+    if far:
+        return f"did you mean {everywhere[far[0]]}?"
+    return f"{prefix.rstrip('.') or 'a recipe'} has {', '.join(_names(cls))}"
+
+
+def options_text() -> str:
+    """Every option with its type and default, a line each."""
+    lines = []
+    for section, kind in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            lines += _option_lines(typing.cast(type, kind), f"{section}.")
+        else:
+            lines += _option_lines(RewardConfig, "rewards[i].")
+    return "\n".join(lines)
+
+
+def _option_lines(cls: type, prefix: str) -> list[str]:
+    lines = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            lines += _option_lines(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
+            continue
+        default = {} if f.default is dataclasses.MISSING else f.default
+        shown = "required" if default == MISSING else repr(default)
+        lines.append(f"{prefix}{f.name} = {shown}   ({str(f.type).replace('typing.', '')})")
+    return lines

@@ -1,0 +1,234 @@
+"""Every option: its type, its default and what it means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    path: str = MISSING
+    """Folder in Hugging Face layout, or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype of sampler and learner. With bfloat16 the optimizer keeps float32 master weights."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention of the learner's forward."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    path: str | None = None
+    """Held-out data, any form that `data.train` takes. None: no evaluation."""
+    split: str = "test"
+    limit: int | None = None
+    """Use the first N rows only."""
+    every: int = 0
+    """Evaluate every N steps, besides before the first and after the last. 0: only those two."""
+    samples_per_prompt: int = 1
+    """k of avg@k."""
+    temperature: float = 1.0
+    """0 is greedy: free here, refused in training."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    min_p: float = 0.0
+    max_tokens: int | None = None
+    """None: `sampling.max_tokens`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    train: str = MISSING
+    """A .jsonl or .parquet file, a folder in `datasets` layout, or a hub id."""
+    split: str = "train"
+    """Split of a folder or hub data set; files have none."""
+    style: Literal["template", "chat"] = "template"
+    """`chat`: the rendered template becomes a user turn under the tokenizer's chat template."""
+    template: str = "{question}"
+    """Python format string over the row's columns."""
+    system_prompt: str | None = None
+    """First turn of a chat prompt."""
+    messages_column: str | None = None
+    """With `style: chat`, take the turns from this column instead of the template."""
+    answer_column: str = "answer"
+    """Where a reward with `gold: true` finds the gold answer."""
+    gold_template: str = "{answer}"
+    """How a gold answer is written as a completion when rewards are tried out."""
+    max_prompt_tokens: int = 1024
+    overlong_prompts: Literal["refuse", "drop"] = "refuse"
+    """What to do with longer prompts. They are listed either way and never cut."""
+    seed: int = 0
+    """Seed of the shuffled order; independent of `run.seed`."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """The one record that the sampler samples by and the learner replays."""
+
+    temperature: float = 1.0
+    max_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; slower, since text must then be produced while sampling."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End tokens besides the model's own."""
+    seeded: bool | None = None
+    """One generator per completion: the same completions whatever the batch or the number of samplers.
+    None: on for CPU, off for GPU, where it costs a Python loop per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerConfig:
+    num_samplers: int = 1
+    cpus: float = 1.0
+    """CPUs that Ray reserves for each sampler."""
+    gpus: float = 0.0
+    """GPUs for each sampler; 0 runs vLLM's CPU build. Fractions let sampler and learner share one."""
+    threads: int | None = None
+    """Compute threads on CPU. None: all of the machine's (sampler and learner take turns)."""
+    gpu_memory_utilization: float = 0.4
+    kv_cache_gib: float | None = None
+    """Space for the KV cache. None: 0.25 on CPU; on GPU what `gpu_memory_utilization` leaves."""
+    max_num_seqs: int = 256
+    """Completions in flight at once in one sampler."""
+    enforce_eager: bool = True
+    prefix_caching: bool = True
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Passed to vLLM's EngineArgs as it is, unvalidated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    ranks: int = 1
+    cpus: float = 1.0
+    """CPUs that Ray reserves for each rank."""
+    gpus: float = 0.0
+    threads: int | None = None
+    """Compute threads on CPU. None: the machine's, divided by `ranks`."""
+    zero_stage: int = 0
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """`optimizer` keeps optimizer states in host memory (ZeRO 1-3), `parameters` the weights as well (ZeRO 3)."""
+    reference_offload: bool = False
+    """Keep the frozen reference in host memory while it is not used (ZeRO 0-2; at ZeRO 3 it is sharded)."""
+    gradient_checkpointing: bool = False
+    tokens_per_microbatch: int = 16384
+    """Padded tokens in one forward; rows are packed up to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlgorithmConfig:
+    prompts_per_step: int = MISSING
+    group_size: int = MISSING
+    minibatches_per_step: int = 1
+    epochs_per_step: int = 1
+    std_eps: float = 1e-6
+    """Added to the group's standard deviation."""
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    """The ratio is clipped to [1 - eps_low, 1 + eps_high]."""
+    kl_coef: float = 0.0
+    """Coefficient of the k3 KL to the frozen reference. 0: there is no reference."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    importance_weight_cap: float = 2.0
+    """Sampler/learner mismatch: exp(old - sampler) is truncated at this. 0 turns the correction off."""
+    max_failed_fraction: float = 0.1
+    """The run stops when more than this share of a step's rewards failed."""
+    max_mismatch: float | None = None
+    """The run stops when |sampler - learner| logprob exceeds this on any token. None: 1e-3 in float32; in bfloat16
+    it is measured and logged only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    file: str = MISSING
+    """Python file; relative paths are looked up from the working directory, then from the recipe's folder."""
+    name: str | None = None
+    """Function in the file. None: the file's own name."""
+    weight: float = 1.0
+    style: Literal["grpo", "trl", "verl"] = "grpo"
+    gold: bool = False
+    """Try it before the run: the gold answer must score, a corrupted one must not."""
+    timeout_s: float = 30.0
+    """Deadline of one call; the worker is killed when it passes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    """Optimizer steps over which lr rises linearly to its value."""
+    max_grad_norm: float = 1.0
+    """0: no clipping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    name: str | None = None
+    """None: the recipe's name, with a number behind it when that folder exists."""
+    dir: str = "runs"
+    steps: int = MISSING
+    seed: int = 0
+    save_every: int = 0
+    """Write a Hugging Face folder to checkpoints/ every N steps; the last step is always written to model/."""
+    verify_every: int = 50
+    """Repeat the start's full weight-sync check (perturb, compare, restore) every N steps. 0: only at start."""
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "grpo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    address: str | None = None
+    """A running Ray cluster. None: RAY_ADDRESS if set, else a private Ray for this run."""
+    cpus: int | None = None
+    """CPUs of the private Ray. None: the machine's."""
+    gpus: int | None = None
+    """GPUs of the private Ray. None: the machine's."""
+    reward_workers: int | None = None
+    """Processes that score completions. None: one per CPU of this machine, at most 8."""
+    start_timeout_s: float = 600.0
+    """Deadline for placing and loading the engines."""
+    step_timeout_s: float = 3600.0
+    """Deadline of any one wait inside a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rewards: list[RewardConfig] = field(default_factory=list)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.learner.gpus > 0
+
+    @property
+    def sampling_is_seeded(self) -> bool:
+        return not self.on_gpu if self.sampling.seeded is None else self.sampling.seeded
+
+    @property
+    def optimizer_steps_per_step(self) -> int:
+        return self.algorithm.minibatches_per_step * self.algorithm.epochs_per_step
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Longest row that a forward may see: prompt and completion, of training or evaluation."""
+        completion = max(self.sampling.max_tokens, self.data.eval.max_tokens or 0)
+        return self.data.max_prompt_tokens + completion
