@@ -22,6 +22,7 @@ from grpo import config as config_module
 from grpo.types import UserError
 
 DONE, OURS, USERS = 0, 1, 2
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -92,7 +93,7 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
         "exit_reason": "failed",
     }
     code, reason = OURS, "failed"
-    previous = [signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)]
+    previous = [signal.signal(number, _stop) for number in STOPPING]
     from grpo.console import Console  # noqa: PLC0415
 
     with Console(steps=config.run.steps, log=path / "log.txt") as console:
@@ -115,7 +116,7 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
                 f"grpo: {type(error).__name__}: {error}\n(traceback in {path / 'logs' / 'driver-traceback.txt'})"
             )
         finally:
-            for number, handler in zip((signal.SIGTERM, signal.SIGINT), previous, strict=True):
+            for number, handler in zip(STOPPING, previous, strict=True):
                 signal.signal(number, handler)
             summary |= {"wall_s": round(time.monotonic() - started, 3), "exit_reason": reason}
             folder.close()
@@ -143,6 +144,8 @@ def run(plan: Any, folder: Any, console: Any) -> dict[str, Any]:
         RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
         cluster.session(config, logs),
     ):
+        for number in STOPPING:  # Ray has put its own handlers in the place of ours
+            signal.signal(number, _stop)
         console.say(f"starting {config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks")
         engines = actors.Engines(config, logs)
         try:

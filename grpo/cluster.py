@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 import ray
 import torch
 
+from grpo import sweeper
 from grpo.config import Config
 from grpo.types import UserError
 
@@ -143,6 +145,13 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
 def _private_ray(node: Node) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="grpo-ray-"))  # short: socket paths below it are limited to 107 bytes
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ[sweeper.MARK] = str(folder)  # what Ray starts inherits it
+    sweeping = subprocess.Popen(
+        [sys.executable, "-m", "grpo.sweeper", str(folder)],
+        stdin=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != sweeper.MARK},
+        start_new_session=True,
+    )
     try:
         ray.init(
             address="local",
@@ -158,5 +167,8 @@ def _private_ray(node: Node) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        os.environ.pop("RAY_AUTH_TOKEN", None)
-        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("RAY_AUTH_TOKEN", sweeper.MARK):
+            os.environ.pop(name, None)
+        assert sweeping.stdin is not None
+        sweeping.stdin.close()
+        sweeping.wait(timeout=30)

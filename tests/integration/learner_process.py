@@ -50,6 +50,8 @@ def main(rank: int, ranks: int, job: dict) -> None:
         if rank == 0:
             torch.save({"state": state, "grad_norm": result.metrics["optim/grad_norm"]}, f"{job['out']}-{number}.pt")
         learner.destroy()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # else gloo's threads may be running when the process ends
 
 
 if __name__ == "__main__":
