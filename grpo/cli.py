@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"grpo: {error}", file=sys.stderr)
         return USERS
+    except KeyboardInterrupt:
+        print("grpo: interrupted before anything was started", file=sys.stderr)
+        return OURS
 
 
 def check_command(config: config_module.Config, recipe: Path) -> int:

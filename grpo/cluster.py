@@ -132,7 +132,7 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
         return
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace=f"grpo-{os.getpid()}")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"cluster.address={address}: {' '.join(str(error).split())[:300]}") from error
     try:
         check_fit(config, free_nodes(), f"the cluster at {address}")

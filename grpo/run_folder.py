@@ -54,8 +54,11 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
-        for sub in ("logs", "samples", "checkpoints"):
-            (path / sub).mkdir(parents=True, exist_ok=True)
+        try:
+            for sub in ("logs", "samples", "checkpoints"):
+                (path / sub).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir={config.run.dir}: {path} cannot be made: {error.strerror}") from error
         write_text(path / "config.yaml", config_module.dump(config))
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")

@@ -103,6 +103,21 @@ def test_a_taken_run_name_is_refused(
     assert (taken / "summary.json").read_text() == "{}"
 
 
+def test_a_run_folder_that_cannot_be_made_is_refused(
+    model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(model)
+    (recipe.parent / "file").write_text("")
+    assert "cannot be made: Not a directory" in refused(capsys, recipe, f"run.dir={recipe.parent / 'file'}")
+
+
+def test_a_cluster_that_is_not_there_is_refused(
+    model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, make_recipe(model), "cluster.address=127.0.0.1:1", command="check")
+    assert "cluster.address=127.0.0.1:1" in said
+
+
 def test_a_model_with_dropout_is_refused(
     make_model: Callable[..., Path], make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
