@@ -362,6 +362,8 @@ class Engines:
                 cause = error.cause
                 if isinstance(cause, (UserError, WeightSyncError, NonFiniteError)):
                     raise cause from None
+                if isinstance(cause, ray.exceptions.RayActorError):  # the learner waited for a sampler, and it died
+                    raise EngineFailure(f"while waiting for {what}: {self._dead(cause)}") from error
                 raise EngineFailure(f"{what} failed: {error}") from error
             except ray.exceptions.RayActorError as error:
                 raise EngineFailure(f"while waiting for {what}: {self._dead(error)}") from error

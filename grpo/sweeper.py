@@ -1,7 +1,7 @@
 """`python -m grpo.sweeper FOLDER`: outlives a driver that is killed, and takes what is left of its private Ray down.
 
-Waits until its standard input ends, which the kernel sees to however the driver dies. Then it kills every process whose
-environment carries the session's mark and removes the session's folder. Ray's own agents would linger for a while.
+Waits until its standard input ends, which the kernel sees to however the driver dies. Then it kills every process of
+the session and removes the session's folder. Ray's own agents would linger for a while.
 """
 
 from __future__ import annotations
@@ -16,29 +16,33 @@ from pathlib import Path
 MARK = "GRPO_RAY_SESSION"
 
 
-def marked(folder: str) -> list[int]:
-    """Processes that were started with MARK=folder in their environment."""
+def belonging(folder: str, spared: set[int]) -> list[int]:
+    """Processes of the session: with MARK=folder in their environment, or a file of the folder open.
+
+    Either alone is not enough: a process that sets its title, as Ray's do, may write it over its environment.
+    """
     wanted = f"{MARK}={folder}".encode()
     found = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+        if not entry.name.isdigit() or int(entry.name) in spared:
             continue
         try:
-            environment = (entry / "environ").read_bytes()
+            in_environment = wanted in (entry / "environ").read_bytes().split(b"\0")
+            if in_environment or any(os.readlink(fd).startswith(f"{folder}/") for fd in (entry / "fd").iterdir()):
+                found.append(int(entry.name))
         except OSError:  # gone meanwhile, or not ours
             continue
-        if wanted in environment.split(b"\0"):
-            found.append(int(entry.name))
     return found
 
 
 def main(folder: str) -> None:
     """Wait, then sweep; twice over, since a dying raylet may still start something."""
+    spared = {os.getpid(), os.getppid()}  # the driver ends by itself, with its own exit code
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
     for _ in range(3):
-        for pid in marked(folder):
+        for pid in belonging(folder, spared):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
