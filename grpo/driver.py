@@ -94,7 +94,7 @@ def train(loop: Loop) -> Outcome:
     loop.reporter.say("proving that the samplers use what the learner sends")
     engines.publish(0, probe, full_check=True)
     before = evaluate(loop, 0) if loop.eval_prompts else None
-    after = before
+    after, tokens = before, 0
     for step in range(1, config.run.steps + 1):
         started = time.monotonic()
         prompts = [loop.prompts[i] for i in cursor.take(config.algorithm.prompts_per_step)]
@@ -126,7 +126,9 @@ def train(loop: Loop) -> Outcome:
         }
         loop.folder.write_samples(f"step-{step:06d}", step, collected.groups, result.learner_logprob_sums)
         metrics["time/step_s"] = time.monotonic() - started
-        metrics["tokens/per_second"] = metrics["tokens/sampled"] / metrics["time/step_s"]
+        metrics |= throughput(config, minibatches, sync.nbytes, metrics)
+        tokens += int(metrics["tokens/sampled"])
+        metrics["progress/tokens"] = float(tokens)
         if eval_is_due(config, step) and loop.eval_prompts:
             after = evaluate(loop, step)
             metrics |= eval_metrics(after)
@@ -221,6 +223,26 @@ def step_metrics(
     }
 
 
+def throughput(
+    config: Config, minibatches: Sequence[Sequence[TrainingRow]], weight_bytes: int, metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """Tokens per second, and the model flops that the learner did: 6 per parameter and position for forward and
+    backward, 2 for each forward without gradient (arXiv 2001.08361 sec. 2.1; attention is left out). Padding and
+    recomputation do not count."""
+    a = config.algorithm
+    rate = metrics["tokens/sampled"] / metrics["time/step_s"]
+    out = {"tokens/per_second": rate}
+    if config.on_gpu:
+        reserved = config.learner.gpus * config.learner.ranks + config.sampler.gpus * config.sampler.num_samplers
+        out["tokens/per_second_per_gpu"] = rate / reserved
+    parameters = weight_bytes / (4 if config.model.dtype == "float32" else 2)
+    positions = sum(row.positions for rows in minibatches for row in rows)
+    forwards = (a.epochs_per_step if a.kl_coef > 0 else 0) + (config.optimizer_steps_per_step > 1)
+    flops = parameters * positions * (6 * a.epochs_per_step + 2 * forwards)
+    out["perf/learner_tflops_per_rank"] = flops / metrics["time/update_s"] / config.learner.ranks / 1e12
+    return out
+
+
 def eval_is_due(config: Config, step: int) -> bool:
     """After the last step, and every `data.eval.every` steps."""
     every = config.data.eval.every
@@ -260,6 +282,7 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
 def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
     return {
         "eval/accuracy": evaluation.accuracy,
+        "eval/pass_at_k": evaluation.pass_at_k,
         "eval/tokens_mean": evaluation.tokens_mean,
         "eval/truncated_fraction": evaluation.truncated_fraction,
         "eval/failed": float(evaluation.failed),

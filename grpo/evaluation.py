@@ -23,6 +23,8 @@ class Evaluation:
     """Completions without a reward; they are in no mean."""
     tokens_mean: float
     truncated_fraction: float
+    pass_at_k: float
+    """Share of the prompts with at least one right completion (part equal to its highest value, above 0) of k."""
 
     @property
     def accuracy(self) -> float:
@@ -41,15 +43,17 @@ def evaluate_groups(groups: Sequence[Group], part: str) -> Evaluation:
             r.outcome.parts[part] for r in group.rollouts if isinstance(r.outcome, Scored) and part in r.outcome.parts
         ]
         if values:
-            per_prompt[group.prompt.prompt_id] = float(np.mean(values))
+            per_prompt[group.prompt.prompt_id] = values
     if not per_prompt:
         raise ValueError("no completion of the evaluation was scored")
+    best = max(max(values) for values in per_prompt.values())
     rollouts: list[Rollout] = [rollout for group in groups for rollout in group.rollouts]
     return Evaluation(
-        per_prompt=per_prompt,
+        per_prompt={prompt_id: float(np.mean(values)) for prompt_id, values in per_prompt.items()},
         failed=sum(not isinstance(r.outcome, Scored) for r in rollouts),
         tokens_mean=float(np.mean([len(r.completion.token_ids) for r in rollouts])),
         truncated_fraction=fraction(rollouts, lambda r: r.completion.finish_reason == "length"),
+        pass_at_k=fraction(list(per_prompt.values()), lambda values: best > 0 and max(values) == best),
     )
 
 

@@ -6,6 +6,9 @@ dot products with `token_weights`, metrics are sums and counts that are added ov
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,6 +74,20 @@ class Tally:
     def maximum(self, name: str, value: float) -> None:
         self.extremes[name] = max(value, self.extremes.get(name, value))
 
+    @contextmanager
+    def timed(self, name: str, device: torch.device) -> Iterator[None]:
+        """Add the seconds that the block takes to this rank's total; the logged value is the slowest rank's."""
+        started = _clock(device)
+        yield
+        self.extremes[name] = self.extremes.get(name, 0.0) + _clock(device) - started
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once everything that was asked of `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
 
 def run_step(step: RankStep, engine: PolicyEngine, objective: Objective, device: torch.device) -> tuple[Tally, int]:
     """Every optimizer step of one driver step on this rank.
@@ -84,18 +101,24 @@ def run_step(step: RankStep, engine: PolicyEngine, objective: Objective, device:
     tally = Tally()
     old: dict[int, torch.Tensor] = {}
     if step.multiple_updates:
-        for batch in unique_batches(step):
-            with torch.no_grad():
-                logprobs, _ = policy_logprobs(engine, batch, objective, device)
-            old[id(batch)] = logprobs
-            _tally_mismatch(tally, batch, logprobs.cpu())
+        with tally.timed("time/old_logprobs_s", device):
+            for batch in unique_batches(step):
+                with torch.no_grad():
+                    logprobs, _ = policy_logprobs(engine, batch, objective, device)
+                old[id(batch)] = logprobs
+                _tally_mismatch(tally, batch, logprobs.cpu(), objective)
     for minibatch in step.minibatches:
         bad = False
         for position, batch in enumerate(minibatch):
             logprobs, entropy = policy_logprobs(engine, batch, objective, device)
             if not step.multiple_updates:
-                _tally_mismatch(tally, batch, logprobs.detach().cpu())
-            token_loss = _token_loss(engine, batch, objective, device, logprobs, old.get(id(batch), logprobs.detach()))
+                _tally_mismatch(tally, batch, logprobs.detach().cpu(), objective)
+            ref_logprobs = None
+            if objective.kl_coef > 0:
+                with tally.timed("time/ref_logprobs_s", device):
+                    ref_logprobs = reference_logprobs(engine, batch, objective, device)
+            old_logprobs = old.get(id(batch), logprobs.detach())
+            token_loss = _token_loss(batch, objective, device, logprobs, old_logprobs, ref_logprobs)
             weights = batch.token_weights.to(device)
             loss = (weights * token_loss.total).sum()
             bad = bad or not bool(torch.isfinite(loss))
@@ -123,21 +146,21 @@ def policy_logprobs(
     return selected_logprobs(logits, batch.target_ids.to(device), temperature=objective.temperature)
 
 
+@torch.no_grad()
+def reference_logprobs(engine: PolicyEngine, batch: Batch, objective: Objective, device: torch.device) -> torch.Tensor:
+    """Logprobs [B,T] of the targets under the frozen reference, at the sampling temperature."""
+    logits = engine.ref_logits(batch.input_ids.to(device))
+    return selected_logprobs(logits, batch.target_ids.to(device), temperature=objective.temperature)[0]
+
+
 def _token_loss(
-    engine: PolicyEngine,
     batch: Batch,
     objective: Objective,
     device: torch.device,
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor | None,
 ) -> TokenLoss:
-    ref_logprobs = None
-    if objective.kl_coef > 0:
-        with torch.no_grad():
-            ref_logits = engine.ref_logits(batch.input_ids.to(device))
-            ref_logprobs, _ = selected_logprobs(
-                ref_logits, batch.target_ids.to(device), temperature=objective.temperature
-            )
     return grpo_token_loss(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
@@ -182,7 +205,7 @@ def _tally_loss(
         tally.maximum("policy/ratio_max", float(token_loss.ratio[mask].max()))
 
 
-def _tally_mismatch(tally: Tally, batch: Batch, logprobs: torch.Tensor) -> None:
+def _tally_mismatch(tally: Tally, batch: Batch, logprobs: torch.Tensor, objective: Objective) -> None:
     """Sampler against learner, on the weights that sampled: the invariant that breaks first when anything is wrong."""
     mask = batch.completion_mask
     difference = (logprobs - batch.sampler_logprobs)[mask].double()
@@ -193,6 +216,9 @@ def _tally_mismatch(tally: Tally, batch: Batch, logprobs: torch.Tensor) -> None:
         tally.add("mismatch/kl", float((weight - 1 - difference).sum()), tokens)
         tally.add("mismatch/importance_weight_mean", float(weight.sum()), tokens)
         tally.add("mismatch/importance_weight_square", float((weight * weight).sum()), tokens)
+        if objective.importance_weight_cap > 0:
+            over = float((weight > objective.importance_weight_cap).sum())
+            tally.add("mismatch/importance_weight_truncated_fraction", over, tokens)
         largest = float(difference.abs().max())
         tally.maximum("mismatch/max", largest if largest == largest else float("inf"))
         tally.maximum("mismatch/importance_weight_max", float(weight.max()))

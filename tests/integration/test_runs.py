@@ -94,6 +94,32 @@ def test_every_step_is_on_policy_and_verified(first_run: Any) -> None:
     assert metrics[3]["policy/kl_ref"] > 1e-7
 
 
+def test_the_thirty_metrics_that_practitioners_expect_are_there(first_run: Any) -> None:
+    _, _, metrics, _ = first_run
+    groups = {
+        "policy/": "loss kl_ref kl_ref_loss total_loss kl_coef kl_old clip_fraction_low clip_fraction_high entropy",
+        "optim/": "grad_norm lr optimizer_steps",
+        "reward/": "mean std min max failed_fraction",
+        "reward_part/arithmetic/": "mean std",
+        "group/": "pass_at_group_size all_right_fraction all_wrong_fraction mixed_fraction reward_std_mean",
+        "advantage/": "mean std min max",
+        "completion/": "tokens_mean tokens_min tokens_max truncated_fraction tokens_right_mean tokens_wrong_mean",
+        "prompt/": "tokens_mean tokens_min tokens_max",
+        "mismatch/": "mean max kl importance_weight_mean importance_weight_min importance_weight_max "
+        "effective_sample_fraction importance_weight_truncated_fraction",
+        "staleness/": "mean max",
+        "time/": "sample_s reward_s ref_logprobs_s update_s sync_s step_s",
+        "tokens/": "sampled per_second",
+        "perf/": "learner_tflops_per_rank",
+        "progress/": "tokens rollouts epoch",
+    }
+    expected = {prefix + name for prefix, names in groups.items() for name in names.split()}
+    assert expected <= metrics[2].keys()
+    evaluated = {"eval/accuracy", "eval/pass_at_k", "eval/tokens_mean", "eval/truncated_fraction"}
+    assert all(evaluated <= metrics[step].keys() for step in (0, 2, 3))
+    assert metrics[3]["progress/tokens"] == sum(line["tokens/sampled"] for line in metrics[1:])
+
+
 def test_samples_agree_with_the_metrics_and_each_other(first_run: Any) -> None:
     folder, _, metrics, _ = first_run
     table = pq.read_table(folder / "samples" / "step-000002.parquet").to_pandas()
@@ -129,7 +155,7 @@ def test_two_samplers_and_the_same_seed_give_the_same_run(first_run: Any, arithm
     )
     assert folder.name == "arithmetic_test-2"
     assert again["weights_sha256"] == summary["weights_sha256"]
-    timings = ("time", "sync/", "tokens/per_second")
+    timings = ("time", "sync/", "tokens/per_second", "perf/")
     for one, two in zip(metrics, repeated, strict=True):
         assert {k: v for k, v in one.items() if not k.startswith(timings)} == {
             k: v for k, v in two.items() if not k.startswith(timings)

@@ -17,7 +17,7 @@ import torch
 
 from grpo import config as module
 from grpo.config import Config
-from grpo.driver import Loop, MismatchError, guard_mismatch, train, training_rows
+from grpo.driver import Loop, MismatchError, guard_mismatch, throughput, train, training_rows
 from grpo.run_folder import RunFolder
 from grpo.types import (
     Completion,
@@ -258,6 +258,19 @@ def test_rows_stay_in_the_minibatch_of_their_prompt(tmp_path: Path) -> None:
     groups = [group_of([1.0, 0.0], i) for i in range(4)]
     minibatches, _ = training_rows(groups, config)
     assert [[row.rollout_index for row in rows] for rows in minibatches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_throughput_by_hand(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "algorithm.group_size=2", "algorithm.epochs_per_step=3", "algorithm.kl_coef=0.1")
+    minibatches, _ = training_rows([group_of([1.0, 0.0], i) for i in range(4)], config)  # 8 rows of 2 positions
+    numbers = throughput(config, minibatches, 4 * 1000, {"tokens/sampled": 8, "time/step_s": 4, "time/update_s": 2})
+    assert numbers["tokens/per_second"] == 2
+    # three epochs forward and backward, the reference's forward in each, one forward for the old logprobs
+    assert numbers["perf/learner_tflops_per_rank"] == pytest.approx(1000 * 16 * (6 * 3 + 2 * 3 + 2) / 2 / 1e12)
+    config = module.load(tmp_path / "r.yaml", ["learner.gpus=0.5", "sampler.gpus=0.5", "learner.ranks=2"])
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, num_samplers=2))
+    numbers = throughput(config, minibatches, 4000, {"tokens/sampled": 8, "time/step_s": 4, "time/update_s": 2})
+    assert numbers["tokens/per_second_per_gpu"] == 1
 
 
 def test_the_mismatch_gate(tmp_path: Path) -> None:

@@ -96,6 +96,10 @@ def test_accuracy_is_the_mean_over_prompts_of_scored_samples() -> None:
     result = evaluate_groups([group(rollout(1.0), rollout(0.0)), group(rollout(1.0), rollout(None), prompt=other)], "f")
     assert result.per_prompt == {"d:0:x": 0.5, "d:1:y": 1.0}
     assert result.accuracy == 0.75
+    assert result.pass_at_k == 1.0
+    wrong = group(rollout(0.0), rollout(0.0), prompt=other)
+    assert evaluate_groups([group(rollout(1.0), rollout(0.0)), wrong], "f").pass_at_k == 0.5
+    assert evaluate_groups([wrong], "f").pass_at_k == 0.0  # nothing right, however equal
     assert result.failed == 1
     with pytest.raises(ValueError, match="no completion"):
         evaluate_groups([group(rollout(None), rollout(None))], "f")
@@ -108,8 +112,9 @@ def test_paired_interval_is_narrower_than_the_spread_between_prompts() -> None:
 
     def evaluation(values: np.ndarray) -> Evaluation:
         return Evaluation(
-            per_prompt={str(i): float(v) for i, v in enumerate(values)}, failed=0, tokens_mean=1, truncated_fraction=0
-        )
+            per_prompt={str(i): float(v) for i, v in enumerate(values)}, failed=0, tokens_mean=1, truncated_fraction=0,
+            pass_at_k=0,
+        )  # fmt: skip
 
     gain, low, high = paired_gain(evaluation(hard), evaluation(hard + 0.3 + noise))
     standard_error = noise.std(ddof=1) / np.sqrt(400)

@@ -121,6 +121,26 @@ def test_old_logprobs_are_those_of_the_step_start() -> None:
     assert tally.sums["policy/kl_old"][0] > 1e-3  # later updates see a moved policy
 
 
+def test_truncated_importance_weights_are_counted() -> None:
+    engine = PlainEngine()
+    made = rows(engine)
+    tokens = sum(len(row.completion_ids) for row in made)
+    made[0].sampler_logprobs[:] -= 1.0  # weight e on these tokens, 1 elsewhere
+    tally, _ = run_step(lay_out([made]), engine, objective(importance_weight_cap=2.0), CPU)
+    fraction = tally.sums["mismatch/importance_weight_truncated_fraction"]
+    assert fraction == [len(made[0].completion_ids), tokens]
+
+
+def test_forwards_without_gradient_are_timed() -> None:
+    engine = PlainEngine()
+    made = rows(engine)
+    tally, _ = run_step(lay_out([made]), engine, objective(), CPU)
+    assert not any(name.startswith("time/") for name in tally.extremes)
+    tally, _ = run_step(lay_out([made], epochs=2), engine, objective(kl_coef=0.1), CPU)
+    assert tally.extremes["time/old_logprobs_s"] > 0
+    assert tally.extremes["time/ref_logprobs_s"] > 0
+
+
 def test_temperature_is_replayed() -> None:
     for temperature, small in ((0.6, True), (1.0, False)):
         engine = PlainEngine()
