@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -329,13 +329,17 @@ class Engines:
         result: StepResult = self._wait(pending, "the learner's step", self._timeout)[0]
         return result
 
-    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> SyncResult:
-        """Bring the learner's weights to every sampler and verify that they arrived."""
+    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], SyncResult]:
+        """Start to bring the learner's weights to every sampler; what comes back waits until they are verified."""
         pending = [
             learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.learners
         ]
-        result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
-        return result
+
+        def finish() -> SyncResult:
+            result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
+            return result
+
+        return finish
 
     def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""

@@ -44,7 +44,9 @@ class EngineGroup(SamplerGroup, Protocol):
 
     def step(self, steps: Sequence[RankStep]) -> StepResult: ...
 
-    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Any: ...
+    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], Any]:
+        """Start a weight sync; what comes back waits for its end and gives its SyncResult."""
+        ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -92,7 +94,7 @@ def train(loop: Loop) -> Outcome:
     cursor = Cursor(len(loop.prompts), seed=config.data.seed)
     probe = make_probe(loop.prompts, tokens=min(32, config.max_row_tokens - 1))
     loop.reporter.say("proving that the samplers use what the learner sends")
-    engines.publish(0, probe, full_check=True)
+    engines.publish(0, probe, full_check=True)()
     before = evaluate(loop, 0) if loop.eval_prompts else None
     after, tokens = before, 0
     for step in range(1, config.run.steps + 1):
@@ -114,18 +116,20 @@ def train(loop: Loop) -> Outcome:
         guard_mismatch(result, config)
         synced = time.monotonic()
         every = config.run.verify_every
-        sync = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
+        syncing = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
+        loop.folder.write_samples(f"step-{step:06d}", step, collected.groups, result.learner_logprob_sums)
+        metrics = step_metrics(loop, step, collected, advantages, result, cursor)
+        sync = syncing()
         ended = time.monotonic()
-        metrics = step_metrics(loop, step, collected, advantages, result, cursor) | {
+        metrics |= {
             "sync/seconds": sync.seconds,
             "sync/bytes": float(sync.nbytes),
             "sync/probe_difference": sync.probe_difference,
             "time/batch_s": stepped - batched,
             "time/update_s": synced - stepped,
             "time/sync_s": ended - synced,
+            "time/step_s": ended - started,
         }
-        loop.folder.write_samples(f"step-{step:06d}", step, collected.groups, result.learner_logprob_sums)
-        metrics["time/step_s"] = time.monotonic() - started
         metrics |= throughput(config, minibatches, sync.nbytes, metrics)
         tokens += int(metrics["tokens/sampled"])
         metrics["progress/tokens"] = float(tokens)

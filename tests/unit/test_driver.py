@@ -100,7 +100,7 @@ class TablePolicy:
     def publish(self, policy_version: int, probe: Any, *, full_check: bool) -> Any:
         self.calls.append("publish")
         self.sampler, self.version = self.learner.weight.detach().clone(), policy_version
-        return SimpleNamespace(seconds=0.0, nbytes=0, probe_difference=0.0)
+        return lambda: SimpleNamespace(seconds=0.0, nbytes=0, probe_difference=0.0)
 
     def save(self, folder: Path) -> None:
         self.calls.append("save")
