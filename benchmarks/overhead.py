@@ -212,6 +212,7 @@ def main() -> None:
                     (BareLearner, actors.learner_environment(c, 0)),
                 )
             ]
+            (folder / "run").mkdir()
             run = RunFolder(folder / "run", dataclasses.replace(c, run=dataclasses.replace(c.run, tensorboard=True)))
             pairing = Pairing(engines, *bare, settings)
             loop = driver.Loop(

@@ -64,6 +64,14 @@ def _log_to(path: str) -> None:
     os.close(fd)
 
 
+def place() -> tuple[str, str]:
+    """The Ray node of this process, and the UUID of its GPU ("" without one)."""
+    import torch  # noqa: PLC0415 - the driver's import of this file stays light
+
+    node: str = ray.get_runtime_context().get_node_id()
+    return node, str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
+
+
 def freeze_garbage() -> None:
     """Keep what was loaded out of later garbage collections: walking it costs tenths of a second each time."""
     gc.collect()
@@ -73,15 +81,20 @@ def freeze_garbage() -> None:
 class SamplerActor:
     """A `grpo.sampler.engine.Sampler` behind Ray."""
 
-    def __init__(self, config: Config, transport: str, log: str) -> None:
+    def __init__(self, config: Config, index: int, log: str) -> None:
         _log_to(log)
+        self._config, self._index = config, index
+
+    def start(self, transport: str) -> None:
+        """Load the engine."""
         from grpo.sampler.engine import Sampler  # noqa: PLC0415 - keeps vllm out of the driver
 
-        self._sampler = Sampler(config, transport)
+        self._sampler = Sampler(self._config, transport, self._index)
         freeze_garbage()
 
-    def ready(self) -> None:
-        """Answers once the engine is loaded."""
+    def place(self) -> tuple[str, str]:
+        """The Ray node of this process, and the UUID of its GPU ("" without one)."""
+        return place()
 
     def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
         yield from self._sampler.sample(requests, settings, FLUSH_S)
@@ -133,8 +146,13 @@ class LearnerActor:
         freeze_garbage()
 
     def connect(self, samplers: Sequence[Any], transport: str, timeout_s: float) -> None:
-        """Rank 0: open the weight transfer to `samplers`, on both ends."""
+        """Rank 0: open the weight transfer to `samplers`, on both ends.
+
+        Raises UserError when the transport cannot reach from here to where a sampler was placed.
+        """
         self._samplers = samplers
+        if transport != "nccl":
+            refuse_distance(transport, place(), ray.get([s.place.remote() for s in samplers], timeout=timeout_s))
         if transport == "nccl":
             from grpo.sampler.nccl_sender import NcclSender  # noqa: PLC0415 - it needs vllm
 
@@ -200,6 +218,22 @@ class LearnerActor:
 
     def save(self, folder: str) -> None:
         self._learner.save(Path(folder))
+
+
+def refuse_distance(transport: str, learner: tuple[str, str], samplers: Sequence[tuple[str, str]]) -> None:
+    """Shared memory ends at the node, CUDA IPC at the GPU. Raises UserError naming the sampler beyond it."""
+    for i, (node, gpu) in enumerate(samplers):
+        if node != learner[0]:
+            raise UserError(
+                f"Ray placed sampler {i} on another node than learner rank 0, and {transport.replace('_', ' ')} does "
+                "not reach there; use a cluster with one node that holds them all, or whole GPUs (sampler.gpus=1 "
+                "learner.gpus=1), whose weights travel by NCCL"
+            )
+        if transport == "ipc" and gpu != learner[1]:
+            raise UserError(
+                f"Ray placed sampler {i} on GPU {gpu} and learner rank 0 on GPU {learner[1]}: sharing one GPU is what "
+                "sampler.gpus + learner.gpus <= 1 means; use cluster.gpus=1, or sampler.gpus=1 learner.gpus=1"
+            )
 
 
 def transport_of(config: Config) -> str:
@@ -276,7 +310,7 @@ class Engines:
         sampler_class: Any = ray.remote(SamplerActor)
         learner_class: Any = ray.remote(LearnerActor)
         self.samplers = [
-            self._make(sampler_class, f"sampler-{i}", config.sampler, sampler_environment(config), config, transport)
+            self._make(sampler_class, f"sampler-{i}", config.sampler, sampler_environment(config), config, i)
             for i in range(config.sampler.num_samplers)
         ]
         self.learners = [
@@ -284,7 +318,7 @@ class Engines:
             for i in range(config.learner.ranks)
         ]
         start = config.cluster.start_timeout_s
-        loading = [s.ready.remote() for s in self.samplers]
+        loading = [s.start.remote(transport) for s in self.samplers]
         host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
         loading += [learner.start.remote(host, port) for learner in self.learners]
         self._wait(loading, "the engines to load", start)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from grpo.rewards import preflight
 from grpo.types import Prompt, UserError
 
 TRIED_ROWS = 8
+SHOWN_DROPPED = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,8 @@ class Plan:
     reward_files: tuple[Path, ...]
     lines: tuple[str, ...]
     """The plan in words."""
+    dropped: tuple[str, ...]
+    """`<prompt id> (<n> tokens)` of every prompt left out for its length, of training and evaluation."""
 
 
 def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
@@ -42,6 +46,7 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
     Raises UserError at the first thing that would not work.
     """
     check_model(config)
+    check_trackers(config)
     tokenizer = data.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = data.end_token_ids(tokenizer, config.model.path, config.sampling.stop_token_ids)
     train = prompt_set(config, tokenizer, config.data.train, config.data.split, "data.train")
@@ -55,7 +60,7 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
             f"nearest: {len(train.prompts)}"
         )
     files = tuple(rewards.locate(config.rewards, recipe))
-    tried = try_rewards(config, files, train.prompts, log_dir)
+    tried = try_rewards(config, files, {"data.train": train.prompts, "data.eval.path": held_out.prompts}, log_dir)
     eval_prompts = held_out.prompts[: config.data.eval.limit]
     return Plan(
         config=config,
@@ -64,7 +69,8 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
         eval_prompts=eval_prompts,
         end_token_ids=ends,
         reward_files=files,
-        lines=tuple(describe(config, train, eval_prompts, ends) + tried),
+        lines=tuple(describe(config, train, held_out, ends) + tried),
+        dropped=train.dropped + held_out.dropped,
     )
 
 
@@ -73,9 +79,8 @@ def check_model(config: Config) -> None:
 
     Raises UserError.
     """
-    path = Path(config.model.path).expanduser()
-    looks_local = config.model.path.startswith((".", "/", "~")) or config.model.path.count("/") != 1
-    if not path.is_dir() and looks_local:
+    path = Path(config.model.path)
+    if not path.is_dir() and data.is_path(config.model.path):
         script = Path("recipes/arithmetic.py")
         hint = f"; make it with: python {script}" if "tiny/arithmetic" in config.model.path and script.exists() else ""
         raise UserError(f"model.path={config.model.path} is not a folder{hint}")
@@ -100,20 +105,33 @@ def check_model(config: Config) -> None:
 def prompt_set(config: Config, tokenizer: Any, path: str, split: str, option: str) -> data.PromptSet:
     """Read and tokenize one data set."""
     rows = data.read_rows(path, split=split, option=option)
-    return data.make_prompts(rows, data=config.data, tokenizer=tokenizer, dataset=Path(path).stem, option=option)
+    return data.make_prompts(
+        rows, data=config.data, tokenizer=tokenizer, dataset=data.dataset_name(path), option=option
+    )
 
 
-def try_rewards(config: Config, files: Sequence[Path], prompts: Sequence[Prompt], log_dir: Path) -> list[str]:
-    """Run every reward on a few real rows."""
-    samples = [
-        rewards.RewardItem(
-            completion="",
-            row=prompt.row,
-            messages=prompt.messages,
-            info={"token_count": 0, "finish_reason": "stop", "prompt": prompt.text, "step": 0},
-        )
-        for prompt in prompts[:TRIED_ROWS]
-    ]
+def check_trackers(config: Config) -> None:
+    """Raises UserError when W&B is asked for and not installed."""
+    if config.run.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("run.wandb=true needs the wandb package: pip install 'grpo[wandb]'")
+
+
+def try_rewards(
+    config: Config, files: Sequence[Path], prompts: Mapping[str, Sequence[Prompt]], log_dir: Path
+) -> list[str]:
+    """Run every reward on a few real rows of each data set."""
+    samples = {
+        option: [
+            rewards.RewardItem(
+                completion="",
+                row=prompt.row,
+                messages=prompt.messages,
+                info={"token_count": 0, "finish_reason": "stop", "prompt": prompt.text, "step": 0},
+            )
+            for prompt in some[:TRIED_ROWS]
+        ]
+        for option, some in prompts.items()
+    }
     report = preflight.try_out(
         config.rewards,
         files,
@@ -125,8 +143,9 @@ def try_rewards(config: Config, files: Sequence[Path], prompts: Sequence[Prompt]
     return [f"reward     {line}" for line in report]
 
 
-def describe(config: Config, train: data.PromptSet, eval_prompts: Sequence[Prompt], ends: Sequence[int]) -> list[str]:
+def describe(config: Config, train: data.PromptSet, held_out: data.PromptSet, ends: Sequence[int]) -> list[str]:
     """The plan: data, batch algebra, objective, engines."""
+    eval_prompts = held_out.prompts[: config.data.eval.limit]
     a = config.algorithm
     rollouts = a.prompts_per_step * a.group_size
     updates = config.optimizer_steps_per_step
@@ -137,10 +156,9 @@ def describe(config: Config, train: data.PromptSet, eval_prompts: Sequence[Promp
         if updates == 1
         else f"ratio clipped to [{1 - a.eps_low:g}, {1 + a.eps_high:g}]"
     )
-    dropped = f", {len(train.dropped)} too long dropped" if train.dropped else ""
     lines = [
         f"model      {config.model.path} in {config.model.dtype}",
-        f"data       {len(train.prompts)} prompts{dropped}, longest {longest} tokens; {epochs:.2f} epochs in "
+        f"data       {len(train.prompts)} prompts, longest {longest} tokens; {epochs:.2f} epochs in "
         f"{config.run.steps} steps",
         f"first      {train.prompts[0].text[-60:]!r} -> {list(train.prompts[0].token_ids[-12:])}, ends on {list(ends)}",
         f"step       {a.prompts_per_step} prompts x {a.group_size} completions = {rollouts} rollouts -> "
@@ -155,11 +173,18 @@ def describe(config: Config, train: data.PromptSet, eval_prompts: Sequence[Promp
         overlap = {p.token_ids for p in eval_prompts} & {p.token_ids for p in train.prompts}
         if overlap:
             lines.append(f"warning    {len(overlap)} evaluation prompts are also in data.train")
+    for option, dropped in (("data.train", train.dropped), ("data.eval.path", held_out.dropped)):
+        if dropped:
+            more = f" and {len(dropped) - SHOWN_DROPPED} more" if len(dropped) > SHOWN_DROPPED else ""
+            lines.append(
+                f"dropped    {len(dropped)} prompts of {option} with more than {config.data.max_prompt_tokens} tokens: "
+                f"{', '.join(dropped[:SHOWN_DROPPED])}{more}"
+            )
     return lines
 
 
 def resolve_paths(config: Config) -> Config:
-    """The model's path absolute where it is a folder: actors may run in another working directory."""
+    """The model's path absolute where it is a local one: actors may run in another working directory."""
     path = Path(config.model.path).expanduser()
     if not path.is_dir():
         return config

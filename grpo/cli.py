@@ -1,6 +1,6 @@
 """The `grpo` command: wiring only.
 
-Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped but resumable; 1 anything else.
+Exit codes: 0 done; 2 the user's mistake, said in one sentence; 1 anything else.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def check_command(config: config_module.Config, recipe: Path) -> int:
     """`grpo check`."""
     from grpo import check, cluster  # noqa: PLC0415 - transformers and ray take seconds to import
 
+    config = check.resolve_paths(config)
     with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
         plan = check.check(config, recipe, Path(log_dir))
     with cluster.session(config, None):
@@ -81,20 +82,14 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
     from grpo import check, cluster, run_folder  # noqa: PLC0415
 
     started = time.monotonic()
-    path = run_folder.choose(config, str(recipe))
-    cluster_ok = cluster.cluster_address(config) is not None
-    if not cluster_ok:
-        cluster.check_fit(config, [cluster.local_node(config)], "this machine")
-    with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+    run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
+    config = check.resolve_paths(config)
+    with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
         plan = check.check(config, recipe, Path(log_dir))
-    folder = run_folder.RunFolder(path, config)
-    summary: dict[str, Any] = {
-        "recipe": str(recipe),
-        "seed": config.run.seed,
-        "steps": 0,
-        "versions": run_folder.versions(),
-        "exit_reason": "failed",
-    }
+    folder = run_folder.create(config, str(recipe))
+    path = folder.path
+    if plan.dropped:
+        run_folder.write_text(path / "dropped_prompts.txt", "\n".join(plan.dropped) + "\n")
     code, reason = OURS, "failed"
     previous = [signal.signal(number, _stop) for number in STOPPING]
     from grpo.console import Console  # noqa: PLC0415
@@ -103,7 +98,8 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
         try:
             for line in plan.lines:
                 console.say(line)
-            summary |= run(plan, folder, console)
+            run(plan, folder, console)
+            folder.close()
             code, reason = DONE, "done"
         except UserError as error:
             code, reason = USERS, f"failed: {error}"
@@ -113,26 +109,42 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
             console.say("grpo: interrupted")
         except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
             code, reason = OURS, f"failed: {error}"
-            (path / "logs").mkdir(exist_ok=True)
-            (path / "logs" / "driver-traceback.txt").write_text(traceback.format_exc())
-            console.say(
-                f"grpo: {type(error).__name__}: {error}\n(traceback in {path / 'logs' / 'driver-traceback.txt'})"
-            )
+            console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(path)}")
         finally:
             for number, handler in zip(STOPPING, previous, strict=True):
                 signal.signal(number, handler)
-            summary |= {"wall_s": round(time.monotonic() - started, 3), "exit_reason": reason}
-            folder.close()
-            folder.write_summary(summary)
+        if code != DONE:
+            try:
+                folder.close()
+            except Exception as error:  # noqa: BLE001 - said beside the first failure, which stays the reason
+                console.say(f"grpo: besides, a file could not be written: {error}")
+        summary = {
+            "recipe": str(recipe),
+            "seed": config.run.seed,
+            "versions": run_folder.versions(),
+            **folder.facts,
+            "wall_s": round(time.monotonic() - started, 3),
+            "exit_reason": reason,
+        }
+        folder.write_summary(summary)
         report(summary, path, console, code)
     return code
 
 
-def run(plan: Any, folder: Any, console: Any) -> dict[str, Any]:
-    """Start what the plan needs, train, and take everything down. Returns what the summary adds."""
+def keep_traceback(path: Path) -> str:
+    """Write the present exception's traceback to the run folder, where that can still be written to; says where."""
+    target = path / "logs" / "driver-traceback.txt"
+    try:
+        target.write_text(traceback.format_exc())
+    except OSError as error:
+        return f"(its traceback could not be written: {error})\n{traceback.format_exc()}"
+    return f"(traceback in {target})"
+
+
+def run(plan: Any, folder: Any, console: Any) -> None:
+    """Start what the plan needs, train, and take everything down; what came of it is in the folder's facts."""
     from grpo import (  # noqa: PLC0415
         actors,
-        check,
         cluster,
         driver,
         run_folder,
@@ -140,8 +152,8 @@ def run(plan: Any, folder: Any, console: Any) -> dict[str, Any]:
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
 
-    config = check.resolve_paths(plan.config)
-    logs = folder.path.resolve() / "logs"
+    config = plan.config
+    logs = folder.path / "logs"
     workers = config.cluster.reward_workers or min(8, os.cpu_count() or 1)
     with (
         RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
@@ -168,19 +180,10 @@ def run(plan: Any, folder: Any, console: Any) -> dict[str, Any]:
             outcome = driver.train(loop)
         finally:
             engines.close()
-    summary: dict[str, Any] = {
-        "steps": outcome.steps,
-        "weights_sha256": run_folder.weights_sha256(folder.path / "model"),
-    }
+    folder.facts["weights_sha256"] = run_folder.weights_sha256(folder.path / "model")
     if outcome.before is not None and outcome.after is not None:
         gain, low, high = paired_gain(outcome.before, outcome.after)
-        summary |= {
-            "accuracy_before": outcome.before.accuracy,
-            "accuracy_after": outcome.after.accuracy,
-            "accuracy_gain": gain,
-            "accuracy_gain_interval": [low, high],
-        }
-    return summary
+        folder.facts |= {"accuracy_gain": gain, "accuracy_gain_interval": [low, high]}
 
 
 def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:

@@ -101,23 +101,27 @@ def train(loop: Loop) -> Outcome:
         started = time.monotonic()
         prompts = [loop.prompts[i] for i in cursor.take(config.algorithm.prompts_per_step)]
         collected = rollouts_of(loop, prompts, step)
-        enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
         batched = time.monotonic()
-        minibatches, advantages = training_rows(collected.groups, config)
-        steps = rank_steps(
-            minibatches,
-            ranks=config.learner.ranks,
-            tokens_per_microbatch=config.learner.tokens_per_microbatch,
-            aggregation=config.algorithm.aggregation,
-            epochs=config.algorithm.epochs_per_step,
-        )
-        stepped = time.monotonic()
-        result = engines.step(steps)
+        result: StepResult | None = None
+        try:
+            enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
+            minibatches, advantages = training_rows(collected.groups, config)
+            steps = rank_steps(
+                minibatches,
+                ranks=config.learner.ranks,
+                tokens_per_microbatch=config.learner.tokens_per_microbatch,
+                aggregation=config.algorithm.aggregation,
+                epochs=config.algorithm.epochs_per_step,
+            )
+            stepped = time.monotonic()
+            result = engines.step(steps)
+        finally:  # the completions of a step that fails are the ones to look at
+            sums = result.learner_logprob_sums if result else {}
+            loop.folder.write_samples(f"step-{step:06d}", step, collected.groups, sums)
         guard_mismatch(result, config)
         synced = time.monotonic()
         every = config.run.verify_every
         syncing = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
-        loop.folder.write_samples(f"step-{step:06d}", step, collected.groups, result.learner_logprob_sums)
         metrics = step_metrics(loop, step, collected, advantages, result, cursor)
         sync = syncing()
         ended = time.monotonic()
@@ -137,6 +141,7 @@ def train(loop: Loop) -> Outcome:
             after = evaluate(loop, step)
             metrics |= eval_metrics(after)
         loop.folder.log_metrics(step, metrics)
+        loop.folder.facts["steps"] = step
         loop.reporter.step(step, metrics)
         if config.run.save_every and step % config.run.save_every == 0:
             engines.save(loop.folder.path / "checkpoints" / f"step-{step:06d}")
@@ -218,7 +223,7 @@ def step_metrics(
         **m.spread_of("advantage/", advantages, ("mean", "std", "min", "max")),
         **m.staleness_metrics(rollouts, step - 1),
         **m.learner_metrics(result),
-        "policy/kl_coef": loop.config.algorithm.kl_coef,
+        **({"policy/kl_coef": loop.config.algorithm.kl_coef} if loop.config.algorithm.kl_coef > 0 else {}),
         "optim/optimizer_steps": float(result.optimizer_steps),
         "progress/epoch": cursor.epoch + cursor.position / len(loop.prompts),
         "progress/rollouts": float(step * len(rollouts)),
@@ -271,12 +276,14 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
         step=step,
         reward_timeout_s=config.cluster.step_timeout_s,
     )
-    enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
     loop.folder.write_samples(f"eval-{step:06d}", step, collected.groups, {})
+    enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
     first = config.rewards[0].name or Path(config.rewards[0].file).stem
     evaluation = evaluate_groups(collected.groups, first)
     if step == 0:
         loop.folder.log_metrics(0, eval_metrics(evaluation))
+        loop.folder.facts["accuracy_before"] = evaluation.accuracy
+    loop.folder.facts["accuracy_after"] = evaluation.accuracy
     count = len(loop.eval_prompts)
     k = config.data.eval.samples_per_prompt
     loop.reporter.say(f"step {step}: accuracy {evaluation.accuracy:.3f} (avg@{k} on {count} held-out prompts)")

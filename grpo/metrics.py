@@ -51,7 +51,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     out = spread_of("reward/", [outcome.value for _, outcome in scored], four)
     for name in sorted({name for _, outcome in scored for name in outcome.parts}):
         part = [outcome.parts[name] for _, outcome in scored if name in outcome.parts]
-        out |= spread_of(f"reward_part/{name}/", part, ("mean", "std"))
+        out |= spread_of(f"reward_part/{name}/", part, four)
     failures = Counter(r.outcome.kind for r in rollouts if isinstance(r.outcome, Failed))
     out["reward/failed_fraction"] = sum(failures.values()) / len(rollouts)
     out |= {f"reward/failed_{kind}": float(count) for kind, count in sorted(failures.items())}

@@ -88,11 +88,21 @@ def collect(
     if missing:
         raise RuntimeError(f"the samplers returned too few completions for {len(missing)} prompts: {missing[:3]}")
     groups = tuple(
-        make_group(prompts[p], completions[p], texts[p], future.result(timeout=reward_timeout_s))
+        make_group(prompts[p], completions[p], texts[p], rewards_of(future, prompts[p], reward_timeout_s))
         for p, future in enumerate(scores)
         if future is not None
     )
     return Collected(groups=groups, sample_s=sampled - started, reward_s=time.monotonic() - sampled)
+
+
+def rewards_of(future: Future[list[Scored | Failed]], prompt: Prompt, timeout_s: float) -> list[Scored | Failed]:
+    """The outcomes of a group. Raises RuntimeError naming what was awaited when they do not come."""
+    try:
+        return future.result(timeout=timeout_s)
+    except TimeoutError as error:
+        raise RuntimeError(
+            f"waited {timeout_s:g} s (cluster.step_timeout_s) for the reward workers to score prompt {prompt.prompt_id}"
+        ) from error
 
 
 def completions_of(block: SampledBlock, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, int, Completion]]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from numpy.typing import NDArray
 
 from grpo import config as config_module
@@ -32,15 +33,16 @@ PACKAGES = ("torch", "transformers", "ray", "deepspeed", "omegaconf", "datasets"
 
 
 def choose(config: Config, recipe: str) -> Path:
-    """The folder of this run, not yet made. A name given by the user must be free; the recipe's own gets a number.
+    """The folder of this run, absolute and not yet made: a name given by the user must be free, the recipe's own gets
+    a number.
 
     Raises UserError when `run.name` is taken.
     """
-    root = Path(config.run.dir)
+    root = Path(config.run.dir).expanduser().resolve()
     if config.run.name is not None:
         folder = root / config.run.name
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"run.name={config.run.name}: {folder} holds a run already; choose another run.name")
+        if folder.exists():
+            raise UserError(f"run.name={config.run.name}: {folder} exists already; choose another run.name")
         return folder
     stem = Path(recipe).stem
     number = 1
@@ -49,16 +51,33 @@ def choose(config: Config, recipe: str) -> Path:
     return root / (stem if number == 1 else f"{stem}-{number}")
 
 
+def create(config: Config, recipe: str) -> RunFolder:
+    """Make the run's folder. Of two runs that want the same one only one gets it.
+
+    Raises UserError when `run.name` is taken or the folder cannot be made.
+    """
+    while True:
+        path = choose(config, recipe)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if not path.exists():  # something above it is a file
+                raise UserError(f"run.dir={config.run.dir}: {path} cannot be made: a file is in the way") from None
+            continue
+        except OSError as error:
+            raise UserError(f"run.dir={config.run.dir}: {path} cannot be made: {error.strerror}") from error
+        return RunFolder(path, config)
+
+
 class RunFolder:
-    """Writers of one run."""
+    """Writers of one run, in a folder that exists and is its own."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
-        try:
-            for sub in ("logs", "samples", "checkpoints"):
-                (path / sub).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir={config.run.dir}: {path} cannot be made: {error.strerror}") from error
+        self.facts: dict[str, Any] = {"steps": 0}
+        """What the summary says of a run however it ends."""
+        for sub in ("logs", "samples", "checkpoints"):
+            (path / sub).mkdir()
         write_text(path / "config.yaml", config_module.dump(config))
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
@@ -95,11 +114,11 @@ class RunFolder:
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Finish what is being written."""
-        for writing in self._writing:
-            writing.result()
+        """Finish what is being written. Raises what failed last of it."""
         self._writer.shutdown()
         self._metrics.close()
+        for writing in self._writing:
+            writing.result()
 
 
 def write_groups(target: Path, step: int, groups: Sequence[Group], learner_logprob_sums: Mapping[int, float]) -> None:
@@ -175,11 +194,17 @@ def make_trackers(config: Config, path: Path) -> list[Any]:
 
         trackers.append(to_tensorboard)
     if config.run.wandb:
+        import wandb  # noqa: PLC0415 - optional; the check has seen that it is installed
+
         try:
-            import wandb  # noqa: PLC0415 - optional
-        except ImportError as error:
-            raise UserError("run.wandb=true needs the wandb package: pip install 'grpo[wandb]'") from error
-        run = wandb.init(project=config.run.wandb_project, name=path.name, dir=str(path), config={"recipe": str(path)})
+            run = wandb.init(
+                project=config.run.wandb_project,
+                name=path.name,
+                dir=str(path),
+                config=yaml.safe_load(config_module.dump(config)),
+            )
+        except wandb.Error as error:
+            raise UserError(f"run.wandb=true: {' '.join(str(error).split())[:300]}") from error
         trackers.append(lambda step, metrics: run.log(dict(metrics), step=step))
     return trackers
 
@@ -192,9 +217,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of a model folder's safetensors files in name order, as `cat *.safetensors | sha256sum` gives it."""
+    """SHA-256 of a model folder's safetensors files in name order, as `cat *.safetensors | sha256sum` gives it.
+
+    Raises RuntimeError when there are none.
+    """
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RuntimeError(f"{folder} holds no weights: the learner wrote them elsewhere, or another machine did")
+    for file in files:
         with file.open("rb") as handle:
             while chunk := handle.read(1 << 24):
                 digest.update(chunk)

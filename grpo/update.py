@@ -123,7 +123,7 @@ def run_step(step: RankStep, engine: PolicyEngine, objective: Objective, device:
             loss = (weights * token_loss.total).sum()
             bad = bad or not bool(torch.isfinite(loss))
             engine.backward(loss, last=position == len(minibatch) - 1)
-            _tally_loss(tally, batch, token_loss, weights, entropy)
+            _tally_loss(tally, batch, token_loss, weights, entropy, anchored=ref_logprobs is not None)
         if engine.any_rank(bad):
             raise NonFiniteError("the loss is not finite; the weights have not been touched by this minibatch")
         norm = engine.optimizer_step()
@@ -176,10 +176,13 @@ def _token_loss(
 
 
 def _tally_loss(
-    tally: Tally, batch: Batch, token_loss: TokenLoss, weights: torch.Tensor, entropy: torch.Tensor
+    tally: Tally, batch: Batch, token_loss: TokenLoss, weights: torch.Tensor, entropy: torch.Tensor, *, anchored: bool
 ) -> None:
-    """Sums of one microbatch. The weighted terms are shares of a sum over the optimizer step: they have no count of
-    their own and are divided by the number of updates."""
+    """Sums of one microbatch; of the reference only where there is one (`anchored`).
+
+    The weighted terms are shares of a sum over the optimizer step: they have no count of their own and are divided by
+    the number of updates.
+    """
     mask = batch.completion_mask.to(weights.device)
     tokens = float(mask.sum())
     log_ratio = torch.log(token_loss.ratio)
@@ -197,10 +200,12 @@ def _tally_loss(
         ]
     ).tolist()
     for name, value in zip(("policy/loss", "policy/kl_ref_loss", "policy/total_loss"), sums[:3], strict=True):
-        tally.add(name, value, 0)
+        if anchored or name != "policy/kl_ref_loss":
+            tally.add(name, value, 0)
     names = ("kl_ref", "entropy", "clip_fraction_low", "clip_fraction_high", "ratio_mean", "kl_old")
     for name, value in zip(names, sums[3:], strict=True):
-        tally.add(f"policy/{name}", value, tokens)
+        if anchored or name != "kl_ref":
+            tally.add(f"policy/{name}", value, tokens)
     if tokens:
         tally.maximum("policy/ratio_max", float(token_loss.ratio[mask].max()))
 

@@ -8,19 +8,21 @@ lock=${1:-cpu}
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
-  for candidate in python3.11 python3.12 python3 python; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+  for candidate in python3.11 python3 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
       python=$candidate
       break
     fi
   done
 fi
-[ -n "$python" ] || { echo "Python 3.11 or 3.12 is needed and was not found; set PYTHON=/path/to/python" >&2; exit 2; }
+[ -n "$python" ] || { echo "Python 3.11 is needed (the lock files are made for it) and was not found; set PYTHON=/path/to/python" >&2; exit 2; }
 
-want=$(cat "locks/$lock.txt" pyproject.toml | sha256sum | cut -c1-16)
-have=$(cat ".venv/.installed-$lock" 2>/dev/null || true)
-dev=$(cat ".venv/.installed-dev" 2>/dev/null || true)
-if [ "$have" != "$want" ] && ! { [ "$lock" = cpu ] && [ -n "$dev" ]; }; then
+fingerprint() { cat "locks/$1.txt" pyproject.toml | sha256sum | cut -c1-16; }
+installed() { [ "$(cat ".venv/.installed-$1" 2>/dev/null)" = "$(fingerprint "$1")" ]; }
+if [ "$lock" = cpu ] && [ -f .venv/.installed-dev ]; then
+  lock=dev # holds all of cpu; one environment is kept at one lock
+fi
+if ! installed "$lock"; then
   echo "installing locks/$lock.txt into .venv (a few minutes the first time)"
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   log=.venv/install.log
@@ -32,5 +34,5 @@ if [ "$have" != "$want" ] && ! { [ "$lock" = cpu ] && [ -n "$dev" ]; }; then
     { tail -n 5 "$log" >&2; echo "torch could not be installed; see $log" >&2; exit 1; }
   install -r "locks/$lock.txt" || { tail -n 5 "$log" >&2; echo "installation failed; see $log" >&2; exit 1; }
   install -e . || { tail -n 5 "$log" >&2; echo "installation failed; see $log" >&2; exit 1; }
-  echo "$want" >".venv/.installed-$lock"
+  fingerprint "$lock" >".venv/.installed-$lock"
 fi

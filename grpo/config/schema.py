@@ -98,7 +98,7 @@ class SamplerConfig:
     enforce_eager: bool = True
     prefix_caching: bool = True
     engine: dict[str, Any] = field(default_factory=dict)
-    """Passed to vLLM's EngineArgs as it is, unvalidated."""
+    """Further arguments of vLLM's EngineArgs, by its own names; what other options set is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,8 @@ class LearnerConfig:
     gpus: float = 0.0
     threads: int | None = None
     """Compute threads on CPU. None: the machine's, divided by `ranks`."""
-    zero_stage: int = 0
+    zero_stage: int = 1
+    """0 keeps everything on every rank (float32 only), 1 shards optimizer states, 2 gradients too, 3 weights too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """`optimizer` keeps optimizer states in host memory (ZeRO 1-3), `parameters` the weights as well (ZeRO 3)."""
     reference_offload: bool = False

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
-from grpo.config.schema import Config, EvalConfig
+from grpo.config.schema import ClusterConfig, Config, DataConfig, EvalConfig, OptimizerConfig, RunConfig, SamplerConfig
 from grpo.types import UserError
+
+ENGINE_ARGUMENTS_TAKEN = frozenset(
+    (
+        "model", "tokenizer", "skip_tokenizer_init", "trust_remote_code", "dtype", "seed", "max_model_len",
+        "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "kv_cache_memory_bytes",
+        "gpu_memory_utilization", "distributed_executor_backend", "disable_log_stats", "generation_config",
+        "override_generation_config", "logprobs_mode", "logits_processors", "weight_transfer_config",
+    )
+)  # fmt: skip
+"""What `sampler.engine` may not set: other options do, or the learner could not replay it."""
 
 
 def validate(c: Config) -> None:
     """Raises UserError at the first option that cannot be, with the nearest value that can."""
+    _validate_numbers(c)
     _validate_ranges(c)
     _validate_objective(c)
+    _validate_optimizer(c)
     _validate_batch(c)
     _validate_engines(c)
     _validate_rewards(c)
@@ -23,6 +37,29 @@ def need(ok: bool, sentence: str) -> None:
     """Raises UserError with `sentence` unless `ok`."""
     if not ok:
         raise UserError(sentence)
+
+
+def inert(section: Any, defaults: Any, names: tuple[str, ...], prefix: str, why: str) -> None:
+    """Options that would change nothing must be left at their defaults. Raises UserError naming the first."""
+    for name in names:
+        value, default = getattr(section, name), getattr(defaults, name)
+        need(value == default, f"{prefix}{name}={value} has no effect {why}; leave it out (default {default})")
+
+
+def _validate_numbers(c: Config) -> None:
+    """No NaN and no infinity anywhere: every comparison below would let one through."""
+
+    def walk(name: str, value: Any) -> None:
+        if dataclasses.is_dataclass(value):
+            for f in dataclasses.fields(value):
+                walk(f"{name}.{f.name}", getattr(value, f.name))
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                walk(f"{name}[{i}]", item)
+        elif isinstance(value, float):
+            need(math.isfinite(value), f"{name.removeprefix('.')} must be a finite number, not {value}")
+
+    walk("", c)
 
 
 def _validate_ranges(c: Config) -> None:
@@ -58,17 +95,25 @@ def _validate_ranges(c: Config) -> None:
         "data.eval.every": c.data.eval.every,
         "data.eval.temperature": c.data.eval.temperature,
         "data.eval.top_k": c.data.eval.top_k,
+        "data.seed": c.data.seed,
         "algorithm.kl_coef": c.algorithm.kl_coef,
         "algorithm.std_eps": c.algorithm.std_eps,
         "optimizer.lr": c.optimizer.lr,
         "optimizer.warmup_steps": c.optimizer.warmup_steps,
         "optimizer.max_grad_norm": c.optimizer.max_grad_norm,
         "optimizer.weight_decay": c.optimizer.weight_decay,
+        "sampler.cpus": c.sampler.cpus,
+        "learner.cpus": c.learner.cpus,
         "sampler.gpus": c.sampler.gpus,
         "learner.gpus": c.learner.gpus,
     }
     for name, number in not_negative.items():
         need(number >= 0, f"{name} must not be negative, not {number}")
+    for name, share in {"data.eval.top_p": c.data.eval.top_p, "data.eval.min_p": c.data.eval.min_p}.items():
+        need(0 <= share <= 1, f"{name} must lie between 0 and 1, not {share}")
+    need(c.data.eval.top_p > 0, "data.eval.top_p must be above 0; 1 turns it off")
+    kv = c.sampler.kv_cache_gib
+    need(kv is None or kv > 0, f"sampler.kv_cache_gib must be above 0, not {kv}")
 
 
 def _validate_objective(c: Config) -> None:
@@ -86,12 +131,27 @@ def _validate_objective(c: Config) -> None:
     need(0 <= fraction <= 1, f"algorithm.max_failed_fraction must lie between 0 and 1, not {fraction}")
 
 
+def _validate_optimizer(c: Config) -> None:
+    o = c.optimizer
+    need(o.eps > 0, f"optimizer.eps must be above 0, not {o.eps}")
+    need(len(o.betas) == 2, f"optimizer.betas must be two numbers, not {list(o.betas)}")
+    for i, beta in enumerate(o.betas):
+        need(0 <= beta < 1, f"optimizer.betas[{i}] must be at least 0 and below 1, not {beta}")
+    if o.name == "sgd":
+        inert(o, OptimizerConfig(), ("betas", "eps"), "optimizer.", "with optimizer.name=sgd")
+
+
 def _validate_engines(c: Config) -> None:
     stage, offload = c.learner.zero_stage, c.learner.offload
     need(stage in (0, 1, 2, 3), f"learner.zero_stage must be 0, 1, 2 or 3, not {stage}")
     need(
         offload == "none" or (offload == "optimizer" and stage >= 1) or stage == 3,
         f"learner.offload={offload} needs learner.zero_stage={'3' if offload == 'parameters' else '1, 2 or 3'}",
+    )
+    need(
+        stage > 0 or c.model.dtype == "float32",
+        "learner.zero_stage=0 cannot accumulate bfloat16 gradients in float32 (DeepSpeed has no such optimizer); "
+        "nearest: learner.zero_stage=1, which on one rank takes no more memory",
     )
     need(
         not c.learner.reference_offload or (c.algorithm.kl_coef > 0 and stage < 3),
@@ -103,6 +163,36 @@ def _validate_engines(c: Config) -> None:
         f"sampler.gpus={c.sampler.gpus} and learner.gpus={c.learner.gpus}: both run on GPUs or both on CPUs",
     )
     need(0 < c.sampler.gpu_memory_utilization < 1, "sampler.gpu_memory_utilization must lie between 0 and 1")
+    for name in c.sampler.engine:
+        need(
+            name not in ENGINE_ARGUMENTS_TAKEN,
+            f"sampler.engine.{name} is set by other options of the recipe and cannot be given here",
+        )
+    if c.on_gpu:
+        _validate_gpus(c)
+        inert(c.sampler, SamplerConfig(), ("threads",), "sampler.", "on a GPU")
+        need(c.learner.threads is None, f"learner.threads={c.learner.threads} has no effect on a GPU; leave it out")
+    else:
+        inert(c.sampler, SamplerConfig(), ("gpu_memory_utilization",), "sampler.", "on CPU")
+
+
+def _validate_gpus(c: Config) -> None:
+    """One GPU for an engine, or one sampler and one learner rank that share one."""
+    for name, gpus in (("sampler.gpus", c.sampler.gpus), ("learner.gpus", c.learner.gpus)):
+        need(gpus <= 1, f"{name} must be at most 1, not {gpus:g}: an engine runs on one GPU")
+    shared = c.sampler.gpus + c.learner.gpus
+    if c.sampler.gpus == 1 and c.learner.gpus == 1:
+        return
+    need(
+        shared <= 1,
+        f"sampler.gpus={c.sampler.gpus:g} and learner.gpus={c.learner.gpus:g} neither share one GPU (together at most "
+        "1) nor have one each; nearest: 0.5 and 0.5, or 1 and 1",
+    )
+    need(
+        c.sampler.num_samplers == 1 and c.learner.ranks == 1,
+        f"sharing a GPU takes sampler.num_samplers=1 and learner.ranks=1, not {c.sampler.num_samplers} and "
+        f"{c.learner.ranks}; give each engine a GPU of its own with sampler.gpus=1 learner.gpus=1",
+    )
 
 
 def _validate_rewards(c: Config) -> None:
@@ -123,6 +213,12 @@ def _validate_data(c: Config) -> None:
         c.data.system_prompt is None or (c.data.style == "chat" and c.data.messages_column is None),
         "data.system_prompt has no effect without data.style=chat or when data.messages_column gives the turns",
     )
+    if not any(reward.gold for reward in c.rewards):
+        inert(c.data, DataConfig(), ("gold_template",), "data.", "without a reward that has gold: true")
+    if not c.run.wandb:
+        inert(c.run, RunConfig(), ("wandb_project",), "run.", "without run.wandb=true")
+    if c.cluster.address is not None:
+        inert(c.cluster, ClusterConfig(), ("cpus", "gpus"), "cluster.", "on a cluster that runs already")
     if c.data.eval.path is None:
         plain = EvalConfig()
         for f in dataclasses.fields(EvalConfig):

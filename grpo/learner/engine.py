@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grpo.config import Config
 from grpo.learner import setup
@@ -28,6 +29,8 @@ from grpo.logprobs import selected_logprobs
 from grpo.types import RankStep, StepResult, UserError
 from grpo.update import Objective, Tally, run_step
 from grpo.weight_sync import Probe, buckets_of, torch_dtype
+
+OTHER_FILES = (".json", ".jinja", ".model", ".txt")
 
 
 class Learner:
@@ -95,8 +98,7 @@ class Learner:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """DeepSpeed averages gradients over ranks; the losses are shares of one sum, so the average is undone."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self.world_size)
+        setup.backward(self._engine, loss, last=last, world_size=self.world_size)
 
     def optimizer_step(self) -> float:
         if self._config.learner.zero_stage == 0 and self._dtype == torch.float32:
@@ -143,7 +145,7 @@ class Learner:
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every parameter under its Hugging Face name, tied ones once; gathered at ZeRO-3.
 
-        A yielded tensor is valid until the next one of another bucket is asked for.
+        A yielded tensor stays valid as long as it is held: at ZeRO-3 the gathered storage is its own.
         """
         parameters = list(self._engine.module.named_parameters())
         if self._config.learner.zero_stage < 3:
@@ -200,8 +202,11 @@ class Learner:
         if self.rank == 0:
             aside = folder.with_name(folder.name + ".partial")
             shutil.rmtree(aside, ignore_errors=True)
+            # a model's own sampling settings need not pass transformers' checks to be kept: the file is copied as it is
+            self._engine.module.generation_config = GenerationConfig()
             self._engine.module.save_pretrained(aside, state_dict=state)
-            copy_tokenizer_files(Path(self._config.model.path), aside)
+            (aside / "generation_config.json").unlink(missing_ok=True)
+            copy_other_files(self._config.model.path, aside)
             os.replace(aside, folder)
         if self.world_size > 1:
             dist.barrier()
@@ -239,12 +244,15 @@ def refuse_dropout(config: Any) -> None:
             raise UserError(f"model.path: the model's config has {name}={value}; train with dropout 0 (set it to 0.0)")
 
 
-def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Everything beside the weights that a folder needs to be used: tokenizer, chat template, generation config."""
-    if source.is_dir():
-        for file in source.iterdir():
-            wanted = file.suffix in {".json", ".jinja", ".model", ".txt"} and "index" not in file.name
-            if file.is_file() and wanted and not (target / file.name).exists():
-                shutil.copy2(file, target / file.name)
-        return
-    AutoTokenizer.from_pretrained(str(source)).save_pretrained(target)
+def copy_other_files(source: str, target: Path) -> None:
+    """Everything beside the weights that a folder needs to be used: tokenizer, chat template, generation config.
+
+    `source`: the model's folder or hub id.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=[f"*{suffix}" for suffix in OTHER_FILES]))
+    for file in folder.iterdir():
+        wanted = file.suffix in OTHER_FILES and "index" not in file.name
+        if file.is_file() and wanted and not (target / file.name).exists():
+            shutil.copy2(file, target / file.name)

@@ -117,8 +117,14 @@ def plain_grad_norm(module: torch.nn.Module) -> float:
     return float(torch.stack(norms).norm())
 
 
+def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) -> None:
+    """DeepSpeed averages gradients over ranks; the losses are shares of one sum, so the average is undone here."""
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss * world_size)
+
+
 def prove_gradient_scale(config: Config) -> None:
-    """See, on a throwaway parameter, that shares of a loss times the world size add up to the gradient of their sum.
+    """See, on a throwaway parameter, that `backward` of shares of a loss adds up to the gradient of their sum.
 
     Each rank gives two microbatches of w/(2*ranks), whose sum over ranks and microbatches is w: one SGD step at lr 1
     must move w by exactly -1 under this very config. Raises RuntimeError with what it moved by instead.
@@ -142,8 +148,7 @@ def prove_gradient_scale(config: Config) -> None:
         dist_init_required=False,
     )
     for last in (False, True):
-        engine.set_gradient_accumulation_boundary(last)
-        engine.backward(engine() / (2 * world) * world)
+        backward(engine, engine() / (2 * world), last=last, world_size=world)
     engine.step()
     with deepspeed.zero.GatheredParameters([engine.module.w], enabled=config.learner.zero_stage == 3):
         moved = engine.module.w.detach().float().cpu()

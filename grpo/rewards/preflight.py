@@ -6,7 +6,7 @@ import dataclasses
 import select
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from grpo.config import RewardConfig
@@ -64,28 +64,32 @@ def check_loads(
 def try_out(
     rewards: Sequence[RewardConfig],
     files: Sequence[Path],
-    samples: Sequence[RewardItem],
+    samples: Mapping[str, Sequence[RewardItem]],
     *,
     gold_template: str,
     answer_column: str,
     log_dir: Path,
 ) -> list[str]:
-    """Load every reward and run it by itself, unweighted, on `samples` (items of real rows; their completions are
-    ignored). Returns a line about each.
+    """Load every reward and run it by itself, unweighted, on real rows. Returns a line about each.
+
+    Args:
+        samples: data set (the option that names it) -> items of some of its rows; their completions are ignored.
 
     Raises UserError when a file does not load, a function fails on every row, or a reward with `gold: true` does not
     score the gold answer above 0 or scores a corrupted one as highly.
     """
-    columns = list(samples[0].row) if samples else None
+    columns = next((list(items[0].row) for items in samples.values() if items), None)
     check_loads(rewards, files, columns=columns)
     lines = []
     for i, (reward, file) in enumerate(zip(rewards, files, strict=True)):
         where, alone = f"rewards[{i}]: {part_name(reward)}", dataclasses.replace(reward, weight=1.0)
         with RewardPool([alone], files=[file], workers=1, log_dir=log_dir) as pool:
-            run_on_any(pool, where, samples)
-            lines.append(f"{part_name(reward)}: ran on {len(samples)} rows")
+            for option, items in samples.items():
+                run_on_any(pool, f"{where} on {option}", items)
+            every = [item for items in samples.values() for item in items]
+            lines.append(f"{part_name(reward)}: ran on {len(every)} rows")
             if reward.gold:
-                lines[-1] = f"{part_name(reward)}: {run_on_gold(pool, where, samples, gold_template, answer_column)}"
+                lines[-1] = f"{part_name(reward)}: {run_on_gold(pool, where, every, gold_template, answer_column)}"
     return lines
 
 

@@ -6,6 +6,9 @@ Receives weights as one transaction (`begin_sync`, `load_bucket`, `finish_sync`)
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -20,14 +23,21 @@ from vllm.sampling_params import RequestOutputKind
 
 from grpo.config import Config
 from grpo.sampler import shared_memory
-from grpo.types import SampledBlock, SampleRequest, SamplingSettings
+from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
 from grpo.weight_sync import Bucket, Probe, SyncReport, checksum
 
 
 class Sampler:
     """One vLLM engine. `transport` is "shared_memory", "ipc" or "nccl"."""
 
-    def __init__(self, config: Config, transport: str) -> None:
+    def __init__(self, config: Config, transport: str, index: int) -> None:
+        """`index`: which of the run's samplers this is. Raises UserError for an unknown `sampler.engine` option."""
+        known = [f.name for f in dataclasses.fields(EngineArgs)]
+        for name in config.sampler.engine:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f"sampler.engine.{name} is no argument of vLLM's EngineArgs{hint}")
         backend = transport
         if transport == "shared_memory":
             shared_memory.register()
@@ -43,7 +53,7 @@ class Sampler:
             skip_tokenizer_init=not config.sampling.stop,
             trust_remote_code=config.model.trust_remote_code,
             dtype=config.model.dtype,
-            seed=config.run.seed,
+            seed=engine_seed(config.run.seed, index),
             max_model_len=config.max_row_tokens,
             max_num_seqs=config.sampler.max_num_seqs,
             max_num_batched_tokens=max(8192, config.max_row_tokens),
@@ -138,6 +148,11 @@ class Sampler:
         for name, parameter in self._model.named_parameters():
             if substring in name:
                 parameter.data.mul_(factor)
+
+
+def engine_seed(run_seed: int, index: int) -> int:
+    """Seed of a sampler's own generator, which unseeded requests draw from: two samplers must not draw the same."""
+    return int.from_bytes(hashlib.blake2b(f"{run_seed}/{index}".encode(), digest_size=4).digest(), "big") >> 1
 
 
 def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:

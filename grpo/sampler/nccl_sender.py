@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-from vllm.distributed.utils import StatelessProcessGroup
+from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
 from grpo.weight_sync import Bucket, describe
 
@@ -38,8 +37,9 @@ class NcclSender:
 
     def connect(self) -> None:
         """Join as rank 0; returns when every sampler has joined."""
-        group = StatelessProcessGroup.create(host=self._host, port=self._port, rank=0, world_size=self._world_size)
-        self._group = PyNcclCommunicator(group, device=torch.cuda.current_device())
+        self._group = trainer_init(
+            {"master_address": self._host, "master_port": self._port, "world_size": self._world_size}
+        )
 
     def pack(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Announce the tensors; the bytes follow in `transmit`."""

@@ -30,7 +30,7 @@ def main(model_path: str, fixed: bool) -> dict[str, object]:
         algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
         run=RunConfig(steps=1),
     )
-    sampler = Sampler(config, "shared_memory")
+    sampler = Sampler(config, "shared_memory", 0)
     sampler.init_transfer({})
     model = AutoModelForCausalLM.from_pretrained(model_path)
     probe = Probe(token_ids=((1, 2, 3, 4, 5), tuple(range(1, 13))))

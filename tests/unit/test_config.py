@@ -88,10 +88,42 @@ def test_the_saved_config_loads_to_the_same_config(recipe: Path, tmp_path: Path)
         ("algorithm.importance_weight_cap=0.5", "must be 0 (off) or at least 1"),
         ("rewards=[]", "rewards is empty"),
         ("run.steps", "not of the form section.option=value"),
+        ("optimizer.lr=inf", "optimizer.lr must be a finite number"),
+        ("rewards.0.weight=nan", "rewards[0].weight must be a finite number"),
+        ("optimizer.betas=[2,3]", "optimizer.betas[0] must be at least 0 and below 1"),
+        ("optimizer.eps=-1", "optimizer.eps must be above 0"),
+        ("data.seed=-1", "data.seed must not be negative"),
+        ("sampler.cpus=-3", "sampler.cpus must not be negative"),
+        ("sampler.engine={logprobs_mode: raw_logprobs}", "sampler.engine.logprobs_mode is set by other options"),
+        ("run.wandb_project=p", "run.wandb_project=p has no effect without run.wandb=true"),
+        ("data.gold_template=[{answer}]", "has no effect without a reward that has gold: true"),
+        ("sampler.gpu_memory_utilization=0.5", "has no effect on CPU"),
     ],
 )
 def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, words: str) -> None:
     assert words in refusal(recipe, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.dtype=bfloat16", "learner.zero_stage=0"], "nearest: learner.zero_stage=1"),
+        (["optimizer.name=sgd", "optimizer.betas=[0.9,0.99]"], "has no effect with optimizer.name=sgd"),
+        (["cluster.address=auto", "cluster.cpus=4"], "cluster.cpus=4 has no effect on a cluster that runs already"),
+        (["data.eval.path=x", "data.eval.top_p=7"], "data.eval.top_p must lie between 0 and 1"),
+        (["sampler.gpus=2", "learner.gpus=1"], "sampler.gpus must be at most 1"),
+        (["sampler.gpus=1", "learner.gpus=0.5"], "neither share one GPU (together at most 1) nor have one each"),
+        (["sampler.gpus=0.5", "learner.gpus=0.5", "learner.ranks=2"], "sharing a GPU takes sampler.num_samplers=1"),
+        (["sampler.gpus=1", "learner.gpus=1", "learner.threads=2"], "learner.threads=2 has no effect on a GPU"),
+    ],
+)
+def test_pairs_that_do_not_go_together(recipe: Path, overrides: list[str], words: str) -> None:
+    assert words in refusal(recipe, *overrides)
+
+
+@pytest.mark.parametrize(("sampler", "learner"), [(0.5, 0.5), (1, 1), (0.3, 0.6)])
+def test_gpu_layouts_that_work(recipe: Path, sampler: float, learner: float) -> None:
+    assert load(recipe, [f"sampler.gpus={sampler}", f"learner.gpus={learner}"]).on_gpu
 
 
 def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:

@@ -153,6 +153,7 @@ def make_loop(tmp_path: Path, config: Config, scorer: CountTwos | None = None) -
     ]
     policy = TablePolicy()
     settings = SimpleNamespace(max_tokens=6)
+    (tmp_path / "run").mkdir()
     loop = Loop(
         config=config, prompts=prompts, eval_prompts=prompts[:3] if config.data.eval.path else [], engines=policy,
         scorer=scorer or CountTwos(), folder=RunFolder(tmp_path / "run", config), reporter=Silent(),
@@ -176,6 +177,7 @@ def test_it_learns_and_records_every_step(tmp_path: Path) -> None:
     assert all(line["mismatch/max"] < 1e-6 for line in metrics)
     assert all(line["policy/clip_fraction"] == 0 for line in metrics)  # one update per batch
     assert all(line["staleness/max"] == 0 for line in metrics)
+    assert not any("kl_ref" in name or "kl_coef" in name for name in metrics[0])  # there is no reference
     assert outcome.steps == 25
     assert policy.calls[:4] == ["publish", "sample", "step", "publish"]
     assert policy.calls[-1] == "save"
@@ -207,6 +209,9 @@ def test_checkpoints_and_evaluation_fall_due(tmp_path: Path) -> None:
     assert outcome.before is not None
     assert outcome.after is not None
     assert outcome.before is not outcome.after
+    assert loop.folder.facts == {
+        "steps": 5, "accuracy_before": outcome.before.accuracy, "accuracy_after": outcome.after.accuracy,
+    }  # fmt: skip
 
 
 def test_failed_rewards_are_counted_and_never_trained_on(tmp_path: Path) -> None:
@@ -227,6 +232,30 @@ def test_too_many_failures_stop_the_run_and_show_the_first(tmp_path: Path) -> No
         train(loop)
     loop.folder.close()
     assert "step" not in policy.calls
+    table = pq.read_table(tmp_path / "run" / "samples" / "step-000001.parquet").to_pandas()
+    assert len(table) == 32  # the step that stopped the run is the one to look at
+    assert (table.failed == "exception").sum() == 8
+    assert loop.folder.facts["steps"] == 0
+
+
+def test_the_samples_of_a_step_with_a_mismatch_are_kept(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path))
+    publish = policy.publish
+
+    def publish_other_weights(version: int, probe: Any, *, full_check: bool) -> Any:
+        done = publish(version, probe, full_check=full_check)
+        if version == 2:
+            policy.sampler += torch.randn(policy.sampler.shape)
+        return done
+
+    policy.publish = publish_other_weights  # type: ignore[method-assign]
+    with pytest.raises(MismatchError):
+        train(loop)
+    loop.folder.close()
+    table = pq.read_table(tmp_path / "run" / "samples" / "step-000003.parquet").to_pandas()
+    assert abs(table.sampler_logprob_sum - table.learner_logprob_sum).max() > 1e-3
+    assert loop.folder.facts["steps"] == 2
+    assert len(lines(tmp_path)) == 2
 
 
 def group_of(rewards: list[float | None], index: int) -> Group:
@@ -267,10 +296,11 @@ def test_throughput_by_hand(tmp_path: Path) -> None:
     assert numbers["tokens/per_second"] == 2
     # three epochs forward and backward, the reference's forward in each, one forward for the old logprobs
     assert numbers["perf/learner_tflops_per_rank"] == pytest.approx(1000 * 16 * (6 * 3 + 2 * 3 + 2) / 2 / 1e12)
-    config = module.load(tmp_path / "r.yaml", ["learner.gpus=0.5", "sampler.gpus=0.5", "learner.ranks=2"])
-    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, num_samplers=2))
+    config = module.load(
+        tmp_path / "r.yaml", ["learner.gpus=1", "sampler.gpus=1", "learner.ranks=2", "sampler.num_samplers=2"]
+    )
     numbers = throughput(config, minibatches, 4000, {"tokens/sampled": 8, "time/step_s": 4, "time/update_s": 2})
-    assert numbers["tokens/per_second_per_gpu"] == 1
+    assert numbers["tokens/per_second_per_gpu"] == 0.5
 
 
 def test_the_mismatch_gate(tmp_path: Path) -> None:

@@ -644,7 +644,7 @@ def tried(
 ) -> list[str]:
     samples = [items([""], row=row)[0] for row in rows]
     settings: dict[str, Any] = {"gold_template": "{answer}", "answer_column": "answer", **options}
-    return try_out([reward], [Path(reward.file)], samples, log_dir=tmp_path, **settings)
+    return try_out([reward], [Path(reward.file)], {"data.train": samples}, log_dir=tmp_path, **settings)
 
 
 def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
@@ -689,13 +689,17 @@ def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path
     bad = write(source, file="bad.py", name=None)
     samples = items(["", ""])
     with pytest.raises(UserError) as caught:
-        try_out([good, bad], [Path(good.file), Path(bad.file)], samples, gold_template="{answer}",
+        try_out([good, bad], [Path(good.file), Path(bad.file)], {"data.train": samples}, gold_template="{answer}",
                 answer_column="answer", log_dir=tmp_path)  # fmt: skip
     assert str(caught.value) == (
-        "rewards[1]: bad fails on every row tried; the first: exception: bad: KeyError: 'missing' at "
+        "rewards[1]: bad on data.train fails on every row tried; the first: exception: bad: KeyError: 'missing' at "
         f"{tmp_path / 'bad.py'}:1"
     )
-    assert tried(bad, tmp_path, [ROW, {"answer": "", "question": ""}]) == ["bad: ran on 2 rows"]
+    fitting = [items([""], row=row)[0] for row in (ROW, {"answer": "", "question": ""})]
+    options: Any = {"gold_template": "{answer}", "answer_column": "answer", "log_dir": tmp_path}
+    assert try_out([bad], [Path(bad.file)], {"data.train": fitting}, **options) == ["bad: ran on 2 rows"]
+    with pytest.raises(UserError, match=r"bad on data\.eval\.path fails on every row"):
+        try_out([bad], [Path(bad.file)], {"data.train": fitting, "data.eval.path": samples}, **options)
     with pytest.raises(UserError, match=r"timeout: f: ran longer than 0\.5 s"):
         tried(write("def f(completion, row):\n    while True: pass", timeout_s=0.5), tmp_path, [ROW] * 8)
 

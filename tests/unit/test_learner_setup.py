@@ -1,0 +1,35 @@
+"""The learning-rate schedule and the transport's reach, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo.actors import refuse_distance
+from grpo.learner.setup import lr_factor
+from grpo.types import UserError
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 1, (1 + 3**0.5 / 2) / 2, 0.75, 0.5, 0.25, (1 - 3**0.5 / 2) / 2]),
+    ],
+)
+def test_warm_up_then_decay(schedule: str, expected: list[float]) -> None:
+    factors = [lr_factor(step, schedule=schedule, warmup=4, total=10) for step in range(10)]
+    assert factors == pytest.approx(expected)
+
+
+def test_without_warm_up_the_first_step_is_whole() -> None:
+    assert lr_factor(0, schedule="linear", warmup=0, total=4) == 1.0
+
+
+def test_samplers_out_of_the_transports_reach_are_named() -> None:
+    refuse_distance("shared_memory", ("n1", ""), [("n1", ""), ("n1", "")])
+    refuse_distance("ipc", ("n1", "GPU-a"), [("n1", "GPU-a")])
+    with pytest.raises(UserError, match=r"sampler 1 on another node than learner rank 0, and shared memory"):
+        refuse_distance("shared_memory", ("n1", ""), [("n1", ""), ("n2", "")])
+    with pytest.raises(UserError, match=r"sampler 0 on GPU GPU-b and learner rank 0 on GPU GPU-a"):
+        refuse_distance("ipc", ("n1", "GPU-a"), [("n1", "GPU-b")])
