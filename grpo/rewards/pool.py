@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import pickle
 import selectors
 import socket
@@ -97,6 +98,8 @@ class RewardPool:
         self._log_dir = log_dir
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._count = workers
+        self._environment = dict(os.environ)
+        """Of now: a child started while another thread changes the environment may find none at all (EFAULT)."""
         self._workers: dict[int, _Worker] = {}
         self._queue: deque[_Job] = deque()
         self._stopped: Exception | None = None
@@ -319,7 +322,9 @@ class RewardPool:
         self._start(number)
 
     def _start(self, number: int) -> None:
-        process = WorkerProcess(self._specs, log=self._log_dir / f"reward-worker-{number}.log")
+        process = WorkerProcess(
+            self._specs, environment=self._environment, log=self._log_dir / f"reward-worker-{number}.log"
+        )
         self._workers[number] = _Worker(process=process, since=time.monotonic())
         unsent = selectors.EVENT_WRITE if process.has_unsent else 0
         self._selector.register(process.socket, selectors.EVENT_READ | unsent, number)

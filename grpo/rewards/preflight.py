@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import select
 import string
 import time
@@ -43,7 +44,7 @@ def check_loads(
     """
     for i, (reward, file) in enumerate(zip(rewards, files, strict=True)):
         where = f"rewards[{i}]: {reward.file}"
-        worker = WorkerProcess([spec_of(i, reward, file, columns)], log=None)
+        worker = WorkerProcess([spec_of(i, reward, file, columns)], environment=dict(os.environ), log=None)
         until, lines, more = time.monotonic() + deadline_s, list[bytes](), True
         try:
             while not lines and more and time.monotonic() < until:

@@ -65,7 +65,7 @@ class WorkerProcess:
     The thread that makes it must outlive it: Linux sends the parent-death signal when the starting *thread* ends.
     """
 
-    def __init__(self, specs: Sequence[Mapping[str, Any]], *, log: Path | None) -> None:
+    def __init__(self, specs: Sequence[Mapping[str, Any]], *, environment: Mapping[str, str], log: Path | None) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
         self._outgoing = bytearray()
@@ -75,6 +75,7 @@ class WorkerProcess:
                 # By its path and with -P: another `grpo` or a `json.py` in the working directory is not picked up.
                 # -u: the prints of a function that is killed in the middle are those one wants to read.
                 [sys.executable, "-P", "-u", worker.__file__, str(theirs.fileno()), str(os.getpid())],
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=prints,
                 stderr=prints,

@@ -1,5 +1,6 @@
 """A sampler and a plain model in one process: sync_process.py MODEL FIXED; prints JSON. See test_sync_into_vllm.py.
 
+FIXED "load" only compares what vLLM loaded from the folder by itself.
 FIXED 0 takes out the re-packing of `lm_head` after a reload, to see that the sync's verification notices.
 """
 
@@ -10,7 +11,7 @@ import os
 import sys
 
 
-def main(model_path: str, fixed: bool) -> dict[str, object]:
+def main(model_path: str, fixed: str) -> dict[str, object]:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "2"}
     import torch
     from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ def main(model_path: str, fixed: bool) -> dict[str, object]:
     from grpo.types import SampleRequest, SamplingSettings
     from grpo.weight_sync import Probe, SharedMemorySender, WeightSyncError, buckets_of, verify
 
-    if not fixed:
+    if fixed == "0":
         shared_memory.repack_lm_head = lambda model: None
     config = Config(
         model=ModelConfig(path=model_path, dtype="float32"),
@@ -43,6 +44,14 @@ def main(model_path: str, fixed: bool) -> dict[str, object]:
             logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
             out.append(logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
         return out
+
+    def distance() -> float:
+        return float(
+            max(abs(a - b).max() for a, b in zip(sampler.probe_logprobs(probe), learner_logprobs(), strict=True))
+        )
+
+    if fixed == "load":
+        return {"loaded": distance()}
 
     def sync(version: int, skip: str | None = None, extra: bool = False, corrupt: bool = False, limit: int = 1 << 14):
         sent = {}
@@ -83,7 +92,7 @@ def main(model_path: str, fixed: bool) -> dict[str, object]:
     greedy()  # fills the prefix cache under the first weights
     move(1.1)
     result["moved"] = outcome(version=1)
-    if fixed:
+    if fixed == "1":
         after = greedy()
         sampler._engine.reset_prefix_cache()
         result["cache_dropped"] = after == greedy()
@@ -97,11 +106,9 @@ def main(model_path: str, fixed: bool) -> dict[str, object]:
         result["corrupt"] = outcome(version=3, corrupt=True)
         result["recovered"] = outcome(version=4)
         sampler.perturb_for_test("norm", 1.01)
-        result["perturbed"] = float(
-            max(abs(a - b).max() for a, b in zip(sampler.probe_logprobs(probe), learner_logprobs(), strict=True))
-        )
+        result["perturbed"] = distance()
     return result
 
 
 if __name__ == "__main__":
-    print("RESULT " + json.dumps(main(sys.argv[1], bool(int(sys.argv[2])))))
+    print("RESULT " + json.dumps(main(sys.argv[1], sys.argv[2])))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,11 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train(recipe: Path, *overrides: str) -> tuple[Path, dict[str, Any], list[dict[str, Any]], str]:
+def train(
+    recipe: Path, *overrides: str, cwd: Path = ROOT, **environment: str
+) -> tuple[Path, dict[str, Any], list[dict[str, Any]], str]:
     """Run `grpo train`; returns the run folder, its summary, its metrics and what the console said."""
     done = subprocess.run(
         [sys.executable, "-m", "grpo", "train", str(recipe), *overrides],
-        capture_output=True, text=True, timeout=400, cwd=ROOT,
+        capture_output=True, text=True, timeout=400, cwd=cwd, env=os.environ | environment,
     )  # fmt: skip
     folder = Path(done.stdout.strip().splitlines()[-1].removeprefix("run folder "))
     logs = "".join(f"\n--- {log.name}\n{log.read_text()[-2000:]}" for log in (folder / "logs").glob("*.log"))
@@ -162,21 +170,168 @@ def test_two_samplers_and_the_same_seed_give_the_same_run(first_run: Any, arithm
         }
 
 
-@pytest.mark.parametrize(("family", "stage", "ranks"), [("llama", 3, 2), ("qwen3", 2, 1), ("qwen2", 1, 1)])
+def loaded_by_vllm(folder: Path) -> float:
+    """Largest difference of logprobs between vLLM, having loaded `folder` itself, and transformers."""
+    script = Path(__file__).with_name("sync_process.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), "load"], capture_output=True, text=True, timeout=300
+    )
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))["loaded"]
+
+
+def test_vllm_loads_the_final_model(first_run: Any) -> None:
+    assert loaded_by_vllm(first_run[0] / "model") < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "ranks", "minibatches"), [("llama", 3, 2, 1), ("qwen3", 2, 1, 1), ("qwen2", 1, 1, 2)]
+)
 def test_families_stages_and_a_hostile_generation_config(
-    family: str, stage: int, ranks: int, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+    family: str,
+    stage: int,
+    ranks: int,
+    minibatches: int,
+    make_model: Callable[..., Path],
+    make_recipe: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     model = make_model(family)
-    settings = {"eos_token_id": 0, "do_sample": True, "top_k": 2, "repetition_penalty": 1.5, "temperature": 0.3}
-    (model / "generation_config.json").write_text(json.dumps(settings))
+    hostile = json.dumps({"eos_token_id": 0, "top_k": 2, "repetition_penalty": 1.5, "temperature": 0.3})
+    (model / "generation_config.json").write_text(hostile)
     recipe = make_recipe(
-        model, learner={"zero_stage": stage, "ranks": ranks, "cpus": 0.5}, algorithm={"minibatches_per_step": 2},
-        sampling={"temperature": 1.3}, sampler={"cpus": 0.5},
+        model, learner={"zero_stage": stage, "ranks": ranks, "cpus": 0.5},
+        algorithm={"minibatches_per_step": minibatches}, sampling={"temperature": 1.3}, sampler={"cpus": 0.5},
     )  # fmt: skip
-    folder, summary, metrics, _ = train(recipe)
+    if family == "qwen3":  # by hub id, out of a cache in the hub's own layout
+        snapshot = tmp_path / "hub" / "models--tiny--qwen3" / "snapshots" / "abc"
+        snapshot.parent.mkdir(parents=True)
+        shutil.copytree(model, snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("abc")
+        run = train(recipe, "model.path=tiny/qwen3", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    else:
+        run = train(recipe)
+    folder, summary, metrics, _ = run
     assert summary["steps"] == 2
     for line in metrics:
         assert line["mismatch/max"] < 1e-3
-        assert line["policy/ratio_mean"] == pytest.approx(1.0, abs=0.2)
+        if minibatches == 1:
+            assert line["policy/ratio_max"] == line["policy/ratio_mean"] == 1.0
         assert line["mismatch/importance_weight_mean"] == pytest.approx(1.0, abs=1e-4)
-    assert sorted(p.name for p in (folder / "model").glob("*.json"))
+    assert metrics[-1]["optim/optimizer_steps"] == 2 * minibatches
+    assert (folder / "model" / "generation_config.json").read_text() == hostile
+    assert AutoTokenizer.from_pretrained(folder / "model").eos_token_id == 0
+    if family == "llama":  # untied
+        assert loaded_by_vllm(folder / "model") < 1e-4
+
+
+REWARDS = """
+import asyncio
+
+def trl(prompts, completions, answer, **columns):
+    assert prompts[0][0]["role"] == "user" and completions[0][0]["role"] == "assistant"
+    return [float(turns[0]["content"][:1] == gold[:1]) for turns, gold in zip(completions, answer, strict=True)]
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(len(solution_str) < 4), "short": 1.0}
+
+async def told(completion, row, info):
+    await asyncio.sleep(0)
+    assert info["step"] >= 0 and info["finish_reason"] in ("stop", "length")
+    return {"tokens": info["token_count"] / 10, "question": len(row["question"]) / 10}
+"""
+
+
+def test_the_less_usual_options_together(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """bfloat16, offloads, checkpointing, epochs, stop strings, no seeds, chat, parquet, three styles of rewards."""
+    model = make_model("qwen2")
+    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}=")
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(REWARDS)
+    rows = [
+        {"question": f"{a}+41", "answer": str(a + 41), "data_source": "sums", "reward_model": {"ground_truth": "1"}}
+        for a in range(10, 40)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    recipe = make_recipe(
+        model,
+        data={"train": str(tmp_path / "rows.parquet"), "style": "chat", "template": "{question}", "eval": {
+            "path": str(tmp_path / "rows.parquet"), "limit": 6, "samples_per_prompt": 2, "temperature": 0.7,
+            "top_p": 0.9, "top_k": 5, "min_p": 0.01, "max_tokens": 4,
+        }},
+        sampling={"stop": ["3"], "seeded": False, "temperature": 0.8},
+        learner={"zero_stage": 2, "offload": "optimizer", "reference_offload": True, "gradient_checkpointing": True},
+        algorithm={"minibatches_per_step": 2, "epochs_per_step": 2, "kl_coef": 0.05, "aggregation": "sequence_mean"},
+        rewards=[
+            {"file": str(rewards), "name": "trl", "style": "trl"},
+            {"file": str(rewards), "name": "verl", "style": "verl", "weight": 0.5},
+            {"file": str(rewards), "name": "told", "weight": 0.1},
+        ],
+    )  # fmt: skip
+    folder, summary, metrics, _ = train(recipe, "model.dtype=bfloat16")
+    assert summary["steps"] == 2
+    assert metrics[1]["optim/optimizer_steps"] == 4
+    assert metrics[2]["policy/ratio_max"] > 1.0
+    assert metrics[2]["mismatch/mean"] < 0.1
+    table = pq.read_table(folder / "samples" / "step-000002.parquet").to_pandas()
+    parts = [json.loads(text) for text in table.reward_parts]
+    assert {"trl", "verl", "told"} <= {name.split("/")[0] for name in parts[0]}
+    stopped = table[table.completion.str.endswith("3")]
+    assert len(stopped) > 0
+    assert not table.completion.str[:-1].str.contains("3").any()  # nothing goes on behind a stop string
+    assert table.seed.isna().all()
+    evaluated = pq.read_table(folder / "samples" / "eval-000002.parquet").to_pandas()
+    assert evaluated.completion_token_ids.map(len).max() <= 4
+
+
+def test_a_run_joins_a_cluster_and_leaves_it_as_it_was(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """From another working directory than the cluster's, with a relative run.dir."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}
+    scratch = tempfile.mkdtemp(prefix="ray-")  # a short path: sockets live below it
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    head = subprocess.Popen(
+        [*ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false",
+         "--node-ip-address=127.0.0.1", f"--temp-dir={scratch}", "--disable-usage-stats"],
+        cwd=elsewhere, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        recipe = make_recipe(make_model("qwen2"), run={"dir": "here", "steps": 1})
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        folder, summary, _, _ = train(recipe, cwd=tmp_path, RAY_ADDRESS=f"127.0.0.1:{port}", **environment)
+        assert folder == tmp_path / "here" / "run"
+        assert summary["exit_reason"] == "done"
+        assert list((folder / "model").glob("*.safetensors"))
+        again = subprocess.run(
+            [sys.executable, "-m", "grpo", "check", str(recipe), "run.name=again", "sampler.cpus=1", "learner.cpus=1"],
+            cwd=tmp_path, env=os.environ | environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, capture_output=True,
+            text=True, timeout=200,
+        )  # fmt: skip
+        assert again.returncode == 0, again.stdout + again.stderr  # both CPUs are free again
+        over = subprocess.run(
+            [sys.executable, "-m", "grpo", "train", str(recipe), "run.name=over", "learner.cpus=2"],
+            cwd=tmp_path, env=os.environ | environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, capture_output=True,
+            text=True, timeout=200,
+        )  # fmt: skip
+        assert over.returncode == 2
+        assert "ask for 3 CPUs" in over.stderr
+        assert not (tmp_path / "here" / "over").exists()
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -504,6 +504,18 @@ time.sleep(600)
     assert alive == []
 
 
+def test_workers_keep_the_environment_that_the_pool_was_made_in(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started while another thread changes the environment, a child may find none at all and not start (EFAULT)."""
+    reward = write(
+        "import os\ndef f(completion, row): return float('LATER' in os.environ) if completion else os._exit(1)"
+    )
+    with RewardPool([reward], files=[Path(reward.file)], workers=1, log_dir=tmp_path) as pool:
+        monkeypatch.setenv("LATER", "1")
+        assert values(pool.submit(items(["", "x"])).result(timeout=PATIENCE_S)) == ["worker_died", 0.0]
+
+
 def test_an_edited_file_changes_nothing_in_a_started_run(write: Write, tmp_path: Path) -> None:
     reward = write("import os\ndef f(completion, row): return 1.0 if completion else os._exit(1)")
     with open_pool([reward], tmp_path) as pool:
