@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grpo.loss import Aggregation, aggregation_weights
+from grpo.objective.aggregation import Aggregation, aggregation_weights
 from grpo.types import Batch, RankStep
 
 
@@ -37,7 +37,13 @@ class TrainingRow:
     """[C] float32"""
     sampled_mask: np.ndarray
     """[C] bool; tokens the policy did not sample are context, not targets."""
+    prompt: int
+    """Which prompt of the step this is a completion of."""
     advantage: float
+    reward: float
+    """What token-level advantages are made from."""
+    has_spread: bool
+    truncated: bool
 
     @property
     def positions(self) -> int:
@@ -54,7 +60,9 @@ def rank_steps(
     ranks: int,
     tokens_per_microbatch: int,
     aggregation: Aggregation,
+    constant_length: int,
     epochs: int,
+    kl_coef: float,
 ) -> list[RankStep]:
     """Lay out a step for every rank.
 
@@ -69,22 +77,27 @@ def rank_steps(
     per_rank: list[list[tuple[Batch, ...]]] = [[] for _ in range(ranks)]
     for rows in minibatches:
         if rows:
-            for rank, batches in enumerate(_minibatch(rows, ranks, tokens_per_microbatch, aggregation)):
+            for rank, batches in enumerate(
+                _minibatch(rows, ranks, tokens_per_microbatch, aggregation, constant_length)
+            ):
                 per_rank[rank].append(batches)
     updates = len(per_rank[0]) * epochs
-    return [RankStep(minibatches=tuple(batches) * epochs, multiple_updates=updates > 1) for batches in per_rank]
+    return [
+        RankStep(minibatches=tuple(batches) * epochs, kl_coef=kl_coef, multiple_updates=updates > 1)
+        for batches in per_rank
+    ]
 
 
 def _minibatch(
-    rows: Sequence[TrainingRow], ranks: int, budget: int, aggregation: Aggregation
+    rows: Sequence[TrainingRow], ranks: int, budget: int, aggregation: Aggregation, constant_length: int
 ) -> list[tuple[Batch, ...]]:
     """One optimizer step: [ranks][microbatches], the same number of microbatches everywhere."""
     trained = [row for row in rows if row.trained_tokens > 0]
     weights = aggregation_weights(
         [row.trained_tokens for row in trained],
+        [row.prompt for row in trained],
         aggregation=aggregation,
-        denominator_tokens=sum(row.trained_tokens for row in trained),
-        denominator_rows=len(trained),
+        constant_length=constant_length,
     )
     weighted = sorted(zip(trained, weights, strict=True), key=lambda pair: (-pair[0].positions, pair[0].rollout_index))
     packed = [_pack(weighted[rank::ranks], budget) for rank in range(ranks)]
@@ -126,6 +139,9 @@ def _batch(rows: Sequence[tuple[TrainingRow, float]]) -> Batch:
         target_ids=torch.from_numpy(np.ascontiguousarray(target_ids)),
         completion_mask=torch.from_numpy(mask),
         advantages=torch.from_numpy(advantages),
+        rewards=torch.tensor([row.reward for row, _ in rows], dtype=torch.float32),
+        has_spread=torch.tensor([row.has_spread for row, _ in rows]),
+        truncated=torch.tensor([row.truncated for row, _ in rows]),
         sampler_logprobs=torch.from_numpy(sampler_logprobs),
         token_weights=torch.from_numpy(token_weights),
         rollout_index=torch.tensor([row.rollout_index for row, _ in rows]),
@@ -141,6 +157,9 @@ def _filler() -> Batch:
         target_ids=ids,
         completion_mask=torch.zeros(1, 1, dtype=torch.bool),
         advantages=zeros,
+        rewards=torch.zeros(1),
+        has_spread=torch.zeros(1, dtype=torch.bool),
+        truncated=torch.zeros(1, dtype=torch.bool),
         sampler_logprobs=zeros,
         token_weights=zeros,
         rollout_index=torch.tensor([-1]),

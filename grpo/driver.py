@@ -24,14 +24,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo import metrics as m
-from grpo.advantages import group_normalized
 from grpo.batching import TrainingRow, rank_steps
 from grpo.config import Config
+from grpo.credit import Credit, account, members_needed, training_rows
 from grpo.data import Cursor, sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
+from grpo.objective.advantages import has_spread
+from grpo.objective.kl import adapted_coefficient
+from grpo.objective.legal import GROUP_RELATIVE
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
 from grpo.run_folder import RunFolder
-from grpo.types import Group, Prompt, RankStep, Scored, StepResult
+from grpo.types import Group, Prompt, RankStep, StepResult
 from grpo.weight_sync import Probe
 
 
@@ -96,33 +99,44 @@ def train(loop: Loop) -> Outcome:
     loop.reporter.say("proving that the samplers use what the learner sends")
     engines.publish(0, probe, full_check=True)()
     before = evaluate(loop, 0) if loop.eval_prompts else None
-    after, tokens = before, 0
+    after, kl_coef, retired = before, config.algorithm.kl_coef, set[int]()
+    tokens = rollouts = 0
     for step in range(1, config.run.steps + 1):
         started = time.monotonic()
-        prompts = [loop.prompts[i] for i in cursor.take(config.algorithm.prompts_per_step)]
-        collected = rollouts_of(loop, prompts, step)
+        sampled = sample_step(loop, cursor, retired, step)
+        if not sampled.groups and not sampled.unused:
+            loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {step - 1} steps")
+            break
         batched = time.monotonic()
         result: StepResult | None = None
         try:
-            enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
-            minibatches, advantages = training_rows(collected.groups, config)
+            enforce_failure_budget(sampled.every, config.algorithm.max_failed_fraction)
+            credit = training_rows(sampled.groups, sampled.unused, config, step - 1)
             steps = rank_steps(
-                minibatches,
+                credit.minibatches,
                 ranks=config.learner.ranks,
                 tokens_per_microbatch=config.learner.tokens_per_microbatch,
                 aggregation=config.algorithm.aggregation,
+                constant_length=config.algorithm.constant_length or config.sampling.max_tokens,
                 epochs=config.algorithm.epochs_per_step,
+                kl_coef=kl_coef,
             )
             stepped = time.monotonic()
             result = engines.step(steps)
         finally:  # the completions of a step that fails are the ones to look at
             sums = result.learner_logprob_sums if result else {}
-            loop.folder.write_samples(f"step-{step:06d}", step, collected.groups, sums)
+            loop.folder.write_samples(f"step-{step:06d}", step, sampled.every, sums)
         guard_mismatch(result, config)
         synced = time.monotonic()
         every = config.run.verify_every
         syncing = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
-        metrics = step_metrics(loop, step, collected, advantages, result, cursor)
+        metrics = step_metrics(loop, step, sampled, credit, result, cursor)
+        if config.algorithm.kl_coef > 0:
+            metrics |= {"policy/kl_coef": kl_coef}
+            kl_coef = next_kl_coef(kl_coef, metrics, config)
+        if config.algorithm.retire_reward is not None:
+            retired |= solved(loop, sampled.every)
+            metrics["progress/retired_prompts"] = float(len(retired))
         sync = syncing()
         ended = time.monotonic()
         metrics |= {
@@ -134,9 +148,10 @@ def train(loop: Loop) -> Outcome:
             "time/sync_s": ended - synced,
             "time/step_s": ended - started,
         }
-        metrics |= throughput(config, minibatches, sync.nbytes, metrics)
+        metrics |= throughput(config, credit.minibatches, sync.nbytes, metrics)
         tokens += int(metrics["tokens/sampled"])
-        metrics["progress/tokens"] = float(tokens)
+        rollouts += sum(len(group.rollouts) for group in sampled.every)
+        metrics |= {"progress/tokens": float(tokens), "progress/rollouts": float(rollouts)}
         if eval_is_due(config, step) and loop.eval_prompts:
             after = evaluate(loop, step)
             metrics |= eval_metrics(after)
@@ -146,15 +161,84 @@ def train(loop: Loop) -> Outcome:
         if config.run.save_every and step % config.run.save_every == 0:
             engines.save(loop.folder.path / "checkpoints" / f"step-{step:06d}")
     engines.save(loop.folder.path / "model")
-    return Outcome(steps=config.run.steps, before=before, after=after)
+    return Outcome(steps=loop.folder.facts["steps"], before=before, after=after)
 
 
-def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int) -> Collected:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """The groups of a step."""
+
+    groups: tuple[Group, ...]
+    """At most prompts_per_step; the ones to train on."""
+    unused: tuple[Group, ...]
+    """Sampled, found without spread or with too few members, and replaced."""
+    attempts: int
+    sample_s: float
+    reward_s: float
+
+    @property
+    def every(self) -> tuple[Group, ...]:
+        return self.groups + self.unused
+
+
+def sample_step(loop: Loop, cursor: Cursor, retired: set[int], step: int) -> Sampled:
+    """Groups of prompts_per_step prompts. With `max_refills`, groups that would teach nothing are replaced by those
+    of the next prompts (dynamic sampling; DAPO, arXiv 2503.14476 sec. 3.2), until the step is full or the refills
+    are used up."""
+    a = loop.config.algorithm
+    wanted = min(a.prompts_per_step, len(loop.prompts) - len(retired))
+    kept: list[Group] = []
+    unused: list[Group] = []
+    sample_s = reward_s = 0.0
+    attempt = 0
+    while len(kept) < wanted and attempt <= a.max_refills:
+        prompts = [loop.prompts[i] for i in draw(cursor, retired, wanted - len(kept))]
+        collected = rollouts_of(loop, prompts, step, attempt)
+        for group in collected.groups:
+            rewards = m.scored_rewards(group)
+            teaches = not a.max_refills or (len(rewards) >= members_needed(a) and has_spread(rewards))
+            (kept if teaches else unused).append(group)
+        sample_s, reward_s = sample_s + collected.sample_s, reward_s + collected.reward_s
+        attempt += 1
+    return Sampled(groups=tuple(kept), unused=tuple(unused), attempts=attempt, sample_s=sample_s, reward_s=reward_s)
+
+
+def draw(cursor: Cursor, retired: set[int], count: int) -> list[int]:
+    """The next `count` different prompts that are not retired."""
+    if not retired:
+        return cursor.take(count)
+    taken: list[int] = []
+    while len(taken) < count:
+        [index] = cursor.take(1)
+        if index not in retired and index not in taken:
+            taken.append(index)
+    return taken
+
+
+def solved(loop: Loop, groups: Sequence[Group]) -> set[int]:
+    """Indices of the prompts whose completions all reach `retire_reward`."""
+    bar = loop.config.algorithm.retire_reward
+    assert bar is not None
+    done = {g.prompt.prompt_id for g in groups if (r := m.scored_rewards(g)) and min(r) >= bar and not m.failures(g)}
+    return {i for i, prompt in enumerate(loop.prompts) if prompt.prompt_id in done}
+
+
+def next_kl_coef(kl_coef: float, metrics: Mapping[str, float], config: Config) -> float:
+    """The following step's coefficient: the same, or moved towards `kl_target`."""
+    a = config.algorithm
+    if a.kl_target is None or "policy/kl_ref" not in metrics:
+        return kl_coef
+    return adapted_coefficient(kl_coef, metrics["policy/kl_ref"], target=a.kl_target, horizon=a.kl_horizon)
+
+
+def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int, attempt: int) -> Collected:
     """Sample and score the groups of a training step."""
     config = loop.config
 
     def seed_of(prompt: Prompt, index: int) -> int | None:
-        return sample_seed(config.run.seed, step, prompt.prompt_id, index) if config.sampling_is_seeded else None
+        if not config.sampling_is_seeded:
+            return None
+        return sample_seed(config.run.seed, step, prompt.prompt_id, index, attempt)
 
     return collect(
         prompts,
@@ -167,36 +251,6 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int) -> Collected:
         step=step,
         reward_timeout_s=config.cluster.step_timeout_s,
     )
-
-
-def training_rows(groups: Sequence[Group], config: Config) -> tuple[list[list[TrainingRow]], list[float]]:
-    """Rows of each minibatch, with advantages over the scored members of each group.
-
-    Failed rollouts are in no row and no statistic; a group with fewer than two scored ones is dropped. Rollouts of
-    groups without spread stay: their advantage is 0, and they count in the denominator.
-
-    Returns:
-        [minibatches_per_step][rows] and the advantages of all rows.
-    """
-    size = config.algorithm.group_size
-    usable = [(p, group) for p, group in enumerate(groups) if len(m.scored_rewards(group)) >= 2]
-    advantages = group_normalized([m.scored_rewards(group) for _, group in usable], std_eps=config.algorithm.std_eps)
-    per_minibatch = config.algorithm.prompts_per_step // config.algorithm.minibatches_per_step
-    minibatches: list[list[TrainingRow]] = [[] for _ in range(config.algorithm.minibatches_per_step)]
-    for (p, group), values in zip(usable, advantages, strict=True):
-        scored = [(i, r) for i, r in enumerate(group.rollouts) if isinstance(r.outcome, Scored)]
-        for (i, rollout), advantage in zip(scored, values, strict=True):
-            minibatches[p // per_minibatch].append(
-                TrainingRow(
-                    rollout_index=p * size + i,
-                    prompt_ids=group.prompt.token_ids,
-                    completion_ids=rollout.completion.token_ids,
-                    sampler_logprobs=rollout.completion.sampler_logprobs,
-                    sampled_mask=rollout.completion.sampled_mask,
-                    advantage=advantage,
-                )
-            )
-    return minibatches, [value for group_values in advantages for value in group_values]
 
 
 def guard_mismatch(result: StepResult, config: Config) -> None:
@@ -213,23 +267,31 @@ def guard_mismatch(result: StepResult, config: Config) -> None:
 
 
 def step_metrics(
-    loop: Loop, step: int, collected: Collected, advantages: Sequence[float], result: StepResult, cursor: Cursor
+    loop: Loop, step: int, sampled: Sampled, credit: Credit, result: StepResult, cursor: Cursor
 ) -> dict[str, float]:
     """Everything known about a step but its later timings."""
-    groups = collected.groups
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    return {
-        **m.rollout_metrics(groups),
-        **m.spread_of("advantage/", advantages, ("mean", "std", "min", "max")),
+    a = loop.config.algorithm
+    rollouts = [rollout for group in sampled.every for rollout in group.rollouts]
+    learner = m.learner_metrics(result)
+    out = {
+        **m.rollout_metrics(sampled.every),
         **m.staleness_metrics(rollouts, step - 1),
-        **m.learner_metrics(result),
-        **({"policy/kl_coef": loop.config.algorithm.kl_coef} if loop.config.algorithm.kl_coef > 0 else {}),
+        **learner,
+        **account(credit.uses, learner),
         "optim/optimizer_steps": float(result.optimizer_steps),
         "progress/epoch": cursor.epoch + cursor.position / len(loop.prompts),
-        "progress/rollouts": float(step * len(rollouts)),
-        "time/sample_s": collected.sample_s,
-        "time/reward_s": collected.reward_s,
+        "time/sample_s": sampled.sample_s,
+        "time/reward_s": sampled.reward_s,
     }
+    if a.advantage in GROUP_RELATIVE:
+        out |= m.spread_of("advantage/", credit.advantages, ("mean", "std", "min", "max"))
+    if a.max_refills:
+        out |= {
+            "refill/attempts": float(sampled.attempts - 1),
+            "refill/replaced_groups": float(len(sampled.unused)),
+            "refill/missing_groups": float(a.prompts_per_step - len(sampled.groups)),
+        }
+    return out
 
 
 def throughput(
@@ -246,7 +308,7 @@ def throughput(
         out["tokens/per_second_per_gpu"] = rate / reserved
     parameters = weight_bytes / (4 if config.model.dtype == "float32" else 2)
     positions = sum(row.positions for rows in minibatches for row in rows)
-    forwards = (a.epochs_per_step if a.kl_coef > 0 else 0) + (config.optimizer_steps_per_step > 1)
+    forwards = (a.kl_coef > 0) + (config.optimizer_steps_per_step > 1)
     flops = parameters * positions * (6 * a.epochs_per_step + 2 * forwards)
     out["perf/learner_tflops_per_rank"] = flops / metrics["time/update_s"] / config.learner.ranks / 1e12
     return out

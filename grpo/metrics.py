@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from grpo.advantages import has_spread
+from grpo.objective.advantages import has_spread
 from grpo.types import Failed, Group, Rollout, Scored, StepResult
 
 T = TypeVar("T")
@@ -43,6 +43,11 @@ def scored_rewards(group: Group) -> list[float]:
     return [r.outcome.value for r in group.rollouts if isinstance(r.outcome, Scored)]
 
 
+def failures(group: Group) -> int:
+    """Rollouts of a group that have no reward."""
+    return sum(isinstance(r.outcome, Failed) for r in group.rollouts)
+
+
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards, groups, lengths and failures of a step's rollouts."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -52,9 +57,9 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     for name in sorted({name for _, outcome in scored for name in outcome.parts}):
         part = [outcome.parts[name] for _, outcome in scored if name in outcome.parts]
         out |= spread_of(f"reward_part/{name}/", part, four)
-    failures = Counter(r.outcome.kind for r in rollouts if isinstance(r.outcome, Failed))
-    out["reward/failed_fraction"] = sum(failures.values()) / len(rollouts)
-    out |= {f"reward/failed_{kind}": float(count) for kind, count in sorted(failures.items())}
+    kinds = Counter(r.outcome.kind for r in rollouts if isinstance(r.outcome, Failed))
+    out["reward/failed_fraction"] = sum(kinds.values()) / len(rollouts)
+    out |= {f"reward/failed_{kind}": float(count) for kind, count in sorted(kinds.items())}
     lengths = [float(len(r.completion.token_ids)) for r in rollouts]
     out |= spread_of("completion/tokens_", lengths, four)
     out["completion/truncated_fraction"] = fraction(rollouts, lambda r: r.completion.finish_reason == "length")
@@ -98,10 +103,13 @@ def learner_metrics(result: StepResult) -> dict[str, float]:
     """The learner's sums as means, with what follows from them."""
     pairs = dict(result.metrics)
     square = pairs.pop("mismatch/importance_weight_square", None)
-    updates = pairs.pop("policy/updates", (0.0, 0.0))[0]
+    value = {name: pairs.pop(f"value/{name}", None) for name in ("error", "error_square", "return_square")}
+    updates = result.extremes.get("policy/updates", 0.0)
     out: dict[str, float] = {}
     for name, (total, count) in pairs.items():
-        if name.endswith("_loss") or name == "policy/loss":
+        if name.startswith("gradient/"):
+            out[name] = total
+        elif name.endswith(("_loss", "/loss")):
             if updates:
                 out[name] = total / updates
         elif count:
@@ -109,11 +117,17 @@ def learner_metrics(result: StepResult) -> dict[str, float]:
     if square is not None and square[0] > 0:
         weight_sum, count = pairs["mismatch/importance_weight_mean"]
         out["mismatch/effective_sample_fraction"] = weight_sum**2 / (count * square[0])
-    for name, value in result.extremes.items():
+    if value["error"] is not None and value["error_square"] is not None and value["return_square"] is not None:
+        count = value["error"][1]
+        spread = value["return_square"][0] / count - out["value/return_mean"] ** 2
+        if spread > 0:
+            left = value["error_square"][0] / count - (value["error"][0] / count) ** 2
+            out["value/explained_variance"] = 1 - left / spread
+    for name, number in result.extremes.items():
         if name.endswith("_negated"):
-            out[name.removesuffix("_negated")] = -value
+            out[name.removesuffix("_negated")] = -number
         else:
-            out[name] = value
+            out[name] = number
     if "policy/clip_fraction_low" in out:
         out["policy/clip_fraction"] = out["policy/clip_fraction_low"] + out["policy/clip_fraction_high"]
     return out

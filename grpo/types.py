@@ -156,7 +156,13 @@ class Batch:
     completion_mask: torch.Tensor
     """[B,T] bool; true where the target is a sampled token of the completion."""
     advantages: torch.Tensor
-    """[B,T] float32; 0 off the mask."""
+    """[B,T] float32; 0 off the mask. Of the reward-only family; the learner makes token-level ones from `rewards`."""
+    rewards: torch.Tensor
+    """[B] float32; what the row's completion is worth in a token-level advantage."""
+    has_spread: torch.Tensor
+    """[B] bool; false where the row's group has no spread and so no advantage."""
+    truncated: torch.Tensor
+    """[B] bool; the completion ran out of `max_tokens`."""
     sampler_logprobs: torch.Tensor
     """[B,T] float32; 0 off the mask."""
     token_weights: torch.Tensor
@@ -171,6 +177,8 @@ class RankStep:
 
     minibatches: tuple[tuple[Batch, ...], ...]
     """[optimizer steps][microbatches]; the same shape on every rank. Epochs are unrolled."""
+    kl_coef: float
+    """Coefficient of the KL to the reference in this step."""
     multiple_updates: bool
     """Whether weights move before the last minibatch is used, so that old logprobs must be computed first."""
 

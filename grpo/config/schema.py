@@ -14,6 +14,8 @@ class ModelConfig:
     """Folder in Hugging Face layout, or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype of sampler and learner. With bfloat16 the optimizer keeps float32 master weights."""
+    float32_head: bool = False
+    """Compute the vocabulary projection in float32, in sampler and learner."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention of the learner's forward."""
     trust_remote_code: bool = False
@@ -122,20 +124,79 @@ class LearnerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
+    """docs/objectives.md has the formula, paper and use of every choice; which go together is in
+    `grpo.objective.legal`."""
+
     prompts_per_step: int = MISSING
     group_size: int = MISSING
     minibatches_per_step: int = 1
     epochs_per_step: int = 1
+
+    advantage: Literal[
+        "group_normalized", "group_centered", "leave_one_out", "batch_normalized", "optimal_baseline", "pass_at_k",
+        "reinforce_pp", "reinforce_pp_baseline", "gae",
+    ] = "group_normalized"  # fmt: skip
     std_eps: float = 1e-6
-    """Added to the group's standard deviation."""
+    """Added to the standard deviation."""
+    pass_k: int = 4
+    """k of `pass_at_k`."""
+    gamma: float = 1.0
+    """Discount per token of `reinforce_pp` and `gae`."""
+    gae_lambda: float = 1.0
+
+    loss: Literal["ppo_clip", "gspo", "cispo", "sapo", "gmpo", "reinforce"] = "ppo_clip"
     eps_low: float = 0.2
     eps_high: float = 0.2
-    """The ratio is clipped to [1 - eps_low, 1 + eps_high]."""
+    """The ratio is clipped to [1 - eps_low, 1 + eps_high]; gmpo clips the log ratio to [-eps_low, eps_high]."""
+    dual_clip: float | None = None
+    """With a negative advantage the ratio counts no further than this; above 1."""
+    sapo_tau_positive: float = 1.0
+    sapo_tau_negative: float = 1.05
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"] = "token_mean"
+    constant_length: int | None = None
+    """Tokens that `constant_length` divides every row by. None: `sampling.max_tokens`."""
+    entropy_coef: float = 0.0
+    """The loss falls by this times the entropy."""
+    max_kl_old: float | None = None
+    """Before each further minibatch of a step: the step ends when the KL from the step's start exceeds this."""
+
     kl_coef: float = 0.0
-    """Coefficient of the k3 KL to the frozen reference. 0: there is no reference."""
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
-    importance_weight_cap: float = 2.0
-    """Sampler/learner mismatch: exp(old - sampler) is truncated at this. 0 turns the correction off."""
+    """Coefficient of the KL to the frozen reference. 0: there is no reference."""
+    kl_place: Literal["loss", "reward"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_gradient: Literal["autodiff", "k2", "ratio_weighted"] = "autodiff"
+    """Gradient of the estimator in the loss."""
+    kl_clamp: float | None = None
+    """The log ratio to the reference is held within +- this, in the loss."""
+    kl_target: float | None = None
+    """Adapt `kl_coef` after every step so that the measured KL goes towards this."""
+    kl_horizon: float = 10.0
+    """Steps in which `kl_coef` may change by a fifth."""
+    reference_refresh_every: int = 0
+    """Copy the policy to the reference every N steps. 0: never."""
+    reference_average: float = 0.0
+    """After every step the reference moves this share of the way to the policy. 0: never."""
+
+    importance_level: Literal["none", "token", "sequence"] = "token"
+    """Sampler/learner mismatch: the policy term is weighted by exp(old - sampler) of the token or the sequence,"""
+    importance_mode: Literal["truncate", "mask"] = "truncate"
+    """clamped to the bounds, or set to 0 beyond them."""
+    importance_low: float = 0.0
+    importance_high: float = 2.0
+    rejection_low: float | None = None
+    rejection_high: float | None = None
+    """Rows whose geometric mean of exp(old - sampler) lies beyond these take no part in the policy term."""
+
+    mask_truncated: bool = False
+    """Leave out completions that ran out of `max_tokens`: they are in no loss and no denominator."""
+    length_penalty_tokens: int = 0
+    """Within this many tokens of `max_tokens` the reward falls linearly, by `length_penalty` at the end. 0: off."""
+    length_penalty: float = 1.0
+    max_refills: int = 0
+    """Replace groups without spread by sampling further prompts, up to N times a step. 0: off."""
+    retire_reward: float | None = None
+    """A prompt whose completions all reach this reward is not drawn again. None: off."""
+
     max_failed_fraction: float = 0.1
     """The run stops when more than this share of a step's rewards failed."""
     max_mismatch: float | None = None
@@ -169,6 +230,21 @@ class OptimizerConfig:
     """Optimizer steps over which lr rises linearly to its value."""
     max_grad_norm: float = 1.0
     """0: no clipping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticConfig:
+    """The value model of `algorithm.advantage=gae`."""
+
+    path: str | None = None
+    """Folder or hub id of its weights; a head of zeros is put on. None: `model.path`."""
+    coef: float = 1.0
+    """c_v: the value loss is multiplied by it."""
+    clip: float | None = 0.2
+    """Values are clipped to this distance from their old ones, as in PPO's code. None: off."""
+    truncated: Literal["zero", "bootstrap"] = "zero"
+    """Value of the state behind a truncated completion: 0, or the critic's estimate."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +289,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     run: RunConfig = field(default_factory=RunConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 

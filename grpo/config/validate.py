@@ -7,7 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from grpo.config.schema import ClusterConfig, Config, DataConfig, EvalConfig, OptimizerConfig, RunConfig, SamplerConfig
+from grpo.config.schema import (
+    AlgorithmConfig,
+    ClusterConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplerConfig,
+)
+from grpo.objective import legal
 from grpo.types import UserError
 
 ENGINE_ARGUMENTS_TAKEN = frozenset(
@@ -15,7 +26,7 @@ ENGINE_ARGUMENTS_TAKEN = frozenset(
         "model", "tokenizer", "skip_tokenizer_init", "trust_remote_code", "dtype", "seed", "max_model_len",
         "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "kv_cache_memory_bytes",
         "gpu_memory_utilization", "distributed_executor_backend", "disable_log_stats", "generation_config",
-        "override_generation_config", "logprobs_mode", "logits_processors", "weight_transfer_config",
+        "override_generation_config", "hf_overrides", "logprobs_mode", "logits_processors", "weight_transfer_config",
     )
 )  # fmt: skip
 """What `sampler.engine` may not set: other options do, or the learner could not replay it."""
@@ -26,7 +37,10 @@ def validate(c: Config) -> None:
     _validate_numbers(c)
     _validate_ranges(c)
     _validate_objective(c)
-    _validate_optimizer(c)
+    _validate_optimizer(c.optimizer, "optimizer.")
+    _validate_optimizer(c.critic.optimizer, "critic.optimizer.")
+    need(c.critic.coef > 0, f"critic.coef must be above 0, not {c.critic.coef}")
+    need(c.critic.clip is None or c.critic.clip > 0, f"critic.clip must be above 0, not {c.critic.clip}")
     _validate_batch(c)
     _validate_engines(c)
     _validate_rewards(c)
@@ -97,11 +111,9 @@ def _validate_ranges(c: Config) -> None:
         "data.eval.top_k": c.data.eval.top_k,
         "data.seed": c.data.seed,
         "algorithm.kl_coef": c.algorithm.kl_coef,
+        "algorithm.entropy_coef": c.algorithm.entropy_coef,
+        "algorithm.reference_refresh_every": c.algorithm.reference_refresh_every,
         "algorithm.std_eps": c.algorithm.std_eps,
-        "optimizer.lr": c.optimizer.lr,
-        "optimizer.warmup_steps": c.optimizer.warmup_steps,
-        "optimizer.max_grad_norm": c.optimizer.max_grad_norm,
-        "optimizer.weight_decay": c.optimizer.weight_decay,
         "sampler.cpus": c.sampler.cpus,
         "learner.cpus": c.learner.cpus,
         "sampler.gpus": c.sampler.gpus,
@@ -117,28 +129,134 @@ def _validate_ranges(c: Config) -> None:
 
 
 def _validate_objective(c: Config) -> None:
+    a = c.algorithm
     need(
         c.sampling.temperature > 0,
         f"sampling.temperature must be above 0 in training, not {c.sampling.temperature}: greedy completions have no "
         "distribution to learn from (data.eval.temperature may be 0)",
     )
-    need(c.algorithm.group_size >= 2, f"algorithm.group_size must be at least 2, not {c.algorithm.group_size}")
-    need(0 < c.algorithm.eps_low < 1, f"algorithm.eps_low must lie between 0 and 1, not {c.algorithm.eps_low}")
-    need(c.algorithm.eps_high > 0, f"algorithm.eps_high must be above 0, not {c.algorithm.eps_high}")
-    cap = c.algorithm.importance_weight_cap
-    need(cap == 0 or cap >= 1, f"algorithm.importance_weight_cap must be 0 (off) or at least 1, not {cap}")
-    fraction = c.algorithm.max_failed_fraction
+    least = a.pass_k if a.advantage == "pass_at_k" else 2 if a.advantage in legal.NEEDS_GROUPS else 1
+    need(
+        a.group_size >= least,
+        f"algorithm.group_size must be at least {least} with algorithm.advantage={a.advantage}, not {a.group_size}",
+    )
+    need(a.pass_k >= 2, f"algorithm.pass_k must be at least 2, not {a.pass_k}")
+    for name in ("gamma", "gae_lambda"):
+        need(0 <= getattr(a, name) <= 1, f"algorithm.{name} must lie between 0 and 1, not {getattr(a, name)}")
+    need(0 < a.eps_low < 1, f"algorithm.eps_low must lie between 0 and 1, not {a.eps_low}")
+    need(a.eps_high > 0, f"algorithm.eps_high must be above 0, not {a.eps_high}")
+    need(a.dual_clip is None or a.dual_clip > 1, f"algorithm.dual_clip must be above 1, not {a.dual_clip}")
+    for name in ("sapo_tau_positive", "sapo_tau_negative"):
+        need(getattr(a, name) > 0, f"algorithm.{name} must be above 0, not {getattr(a, name)}")
+    allowed = legal.LEGAL_AGGREGATIONS[a.loss]
+    need(
+        a.aggregation in allowed,
+        f"algorithm.aggregation={a.aggregation} does not go with algorithm.loss={a.loss}, whose terms are the same at "
+        f"every token of a row; it takes {' or '.join(allowed)}",
+    )
+    for table, choice, chooser in (
+        (legal.LOSSES_THAT_REACH, a.loss, "loss"),
+        (legal.ADVANTAGES_THAT_REACH, a.advantage, "advantage"),
+    ):
+        for name, users in table.items():
+            if choice not in users:
+                inert(a, AlgorithmConfig(), (name,), "algorithm.", f"with algorithm.{chooser}={choice}")
+    if a.aggregation != "constant_length":
+        inert(a, AlgorithmConfig(), ("constant_length",), "algorithm.", f"with algorithm.aggregation={a.aggregation}")
+    if c.optimizer_steps_per_step == 1:
+        inert(a, AlgorithmConfig(), ("max_kl_old",), "algorithm.", "with one optimizer step per step")
+    if a.advantage != "gae":
+        need(c.critic == CriticConfig(), "critic has no effect without algorithm.advantage=gae; leave the section out")
+    _validate_kl(c)
+    _validate_corrections(c)
+
+
+def _validate_kl(c: Config) -> None:
+    a = c.algorithm
+    need(a.kl_target is None or a.kl_target > 0, f"algorithm.kl_target must be above 0, not {a.kl_target}")
+    need(a.kl_clamp is None or a.kl_clamp > 0, f"algorithm.kl_clamp must be above 0, not {a.kl_clamp}")
+    need(a.kl_horizon > 0, f"algorithm.kl_horizon must be above 0, not {a.kl_horizon}")
+    need(a.max_kl_old is None or a.max_kl_old > 0, f"algorithm.max_kl_old must be above 0, not {a.max_kl_old}")
+    need(
+        0 <= a.reference_average < 1, f"algorithm.reference_average must be at least 0 and below 1, not "
+        f"{a.reference_average}",
+    )  # fmt: skip
+    plain, without = AlgorithmConfig(), "without a reference (algorithm.kl_coef is 0)"
+    if a.kl_coef == 0:
+        names = ("kl_place", "kl_estimator", "kl_gradient", "kl_clamp", "kl_target", "reference_refresh_every")
+        inert(a, plain, (*names, "reference_average"), "algorithm.", without)
+    if a.kl_target is None:
+        inert(a, plain, ("kl_horizon",), "algorithm.", "without algorithm.kl_target")
+    if a.kl_place == "reward":
+        inert(a, plain, ("kl_gradient", "kl_clamp"), "algorithm.", "with algorithm.kl_place=reward")
+    elif a.kl_coef > 0:
+        why = legal.ILLEGAL_KL.get((a.kl_estimator, a.kl_gradient))
+        need(
+            why is None,
+            f"algorithm.kl_estimator={a.kl_estimator} with algorithm.kl_gradient={a.kl_gradient} in the loss: {why}",
+        )
+    need(
+        not (a.reference_refresh_every and a.reference_average),
+        "algorithm.reference_refresh_every and algorithm.reference_average both move the reference; choose one",
+    )
+    need(
+        a.reference_average == 0 or c.model.dtype == "float32",
+        "algorithm.reference_average needs model.dtype=float32: in bfloat16 small moves round to none; take "
+        "algorithm.reference_refresh_every",
+    )
+
+
+def _validate_corrections(c: Config) -> None:
+    """Mismatch, length and dynamic sampling."""
+    a, plain = c.algorithm, AlgorithmConfig()
+    if a.importance_level == "none":
+        names = ("importance_mode", "importance_low", "importance_high")
+        inert(a, plain, names, "algorithm.", "with algorithm.importance_level=none")
+    need(
+        0 <= a.importance_low <= 1 <= a.importance_high,
+        f"algorithm.importance_low={a.importance_low} and algorithm.importance_high={a.importance_high} must lie on "
+        "either side of 1, the weight of equal policies",
+    )
+    low, high = a.rejection_low, a.rejection_high
+    need(
+        (low is None or 0 < low < 1) and (high is None or high > 1),
+        f"algorithm.rejection_low={low} and algorithm.rejection_high={high} must lie on either side of 1",
+    )
+    buffer = a.length_penalty_tokens
+    need(
+        0 <= buffer <= c.sampling.max_tokens,
+        f"algorithm.length_penalty_tokens={buffer} must lie between 0 and sampling.max_tokens={c.sampling.max_tokens}",
+    )
+    need(a.length_penalty > 0, f"algorithm.length_penalty must be above 0, not {a.length_penalty}")
+    if buffer == 0:
+        inert(a, plain, ("length_penalty",), "algorithm.", "without algorithm.length_penalty_tokens")
+    need(
+        not (buffer and a.mask_truncated),
+        "algorithm.mask_truncated leaves out the completions that algorithm.length_penalty_tokens would punish most; "
+        "choose one",
+    )
+    need(a.max_refills >= 0, f"algorithm.max_refills must not be negative, not {a.max_refills}")
+    need(
+        a.max_refills == 0 or a.advantage in legal.NEEDS_GROUPS,
+        f"algorithm.max_refills replaces groups without spread, which algorithm.advantage={a.advantage} can learn from",
+    )
+    fraction = a.max_failed_fraction
     need(0 <= fraction <= 1, f"algorithm.max_failed_fraction must lie between 0 and 1, not {fraction}")
+    need(a.constant_length is None or a.constant_length > 0, "algorithm.constant_length must be above 0")
+    need(a.max_mismatch is None or a.max_mismatch > 0, f"algorithm.max_mismatch must be above 0, not {a.max_mismatch}")
 
 
-def _validate_optimizer(c: Config) -> None:
-    o = c.optimizer
-    need(o.eps > 0, f"optimizer.eps must be above 0, not {o.eps}")
-    need(len(o.betas) == 2, f"optimizer.betas must be two numbers, not {list(o.betas)}")
+def _validate_optimizer(o: OptimizerConfig, prefix: str) -> None:
+    need(o.lr >= 0, f"{prefix}lr must not be negative, not {o.lr}")
+    need(o.warmup_steps >= 0, f"{prefix}warmup_steps must not be negative, not {o.warmup_steps}")
+    need(o.max_grad_norm >= 0, f"{prefix}max_grad_norm must not be negative, not {o.max_grad_norm}")
+    need(o.weight_decay >= 0, f"{prefix}weight_decay must not be negative, not {o.weight_decay}")
+    need(o.eps > 0, f"{prefix}eps must be above 0, not {o.eps}")
+    need(len(o.betas) == 2, f"{prefix}betas must be two numbers, not {list(o.betas)}")
     for i, beta in enumerate(o.betas):
-        need(0 <= beta < 1, f"optimizer.betas[{i}] must be at least 0 and below 1, not {beta}")
+        need(0 <= beta < 1, f"{prefix}betas[{i}] must be at least 0 and below 1, not {beta}")
     if o.name == "sgd":
-        inert(o, OptimizerConfig(), ("betas", "eps"), "optimizer.", "with optimizer.name=sgd")
+        inert(o, OptimizerConfig(), ("betas", "eps"), prefix, f"with {prefix}name=sgd")
 
 
 def _validate_engines(c: Config) -> None:

@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grpo.config import Config
-from grpo.learner import setup
-from grpo.logprobs import selected_logprobs
+from grpo.learner import heads, setup
 from grpo.types import RankStep, StepResult, UserError
-from grpo.update import Objective, Tally, run_step
+from grpo.update import Model, Tally, run_step
 from grpo.weight_sync import Probe, buckets_of, torch_dtype
 
 OTHER_FILES = (".json", ".jinja", ".model", ".txt")
@@ -47,25 +46,18 @@ class Learner:
         model = self._load()
         if config.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = setup.make_optimizer(config, model)
-        self._engine, _, _, self._schedule = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=setup.deepspeed_config(config),
-            lr_scheduler=lambda o: setup.make_schedule(config, o),
-            dist_init_required=False,
-        )
-        self._engine.train()
-        self._reference = self._make_reference() if config.algorithm.kl_coef > 0 else None
-        self._optimizer_steps = 0
-        algorithm = config.algorithm
-        self._objective = Objective(
-            temperature=config.sampling.temperature,
-            eps_low=algorithm.eps_low,
-            eps_high=algorithm.eps_high,
-            kl_coef=algorithm.kl_coef,
-            importance_weight_cap=algorithm.importance_weight_cap,
-        )
+        self._head = heads.install(model, config)
+        self._engine = setup.train_engine(config, model, config.optimizer)
+        self._critic = None
+        if config.algorithm.advantage == "gae":
+            critic = heads.load_critic(config)
+            if config.learner.gradient_checkpointing:
+                critic.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._critic = setup.train_engine(config, critic, config.critic.optimizer)
+        self._reference: Any = None
+        if config.algorithm.kl_coef > 0:
+            self._make_reference()
+        self._optimizer_steps = self._steps = 0
 
     def _load(self) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
@@ -77,77 +69,104 @@ class Learner:
         refuse_dropout(model.config)
         return model
 
-    def _make_reference(self) -> Any:
+    def _make_reference(self) -> None:
+        """A frozen copy of the starting policy: sharded at ZeRO 3, else whole on every rank."""
         model = self._load().eval().requires_grad_(False)
+        self._ref_head = heads.install(model, self._config)
         if self._config.learner.zero_stage == 3:
-            engine, *_ = deepspeed.initialize(
+            self._reference, *_ = deepspeed.initialize(
                 model=model, config=setup.reference_config(self._config), dist_init_required=False
             )
-            return engine
-        return model.to("cpu" if self._config.learner.reference_offload else self.device)
-
-    # --- grpo.update.PolicyEngine ------------------------------------------------------------------------------------
-
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Right padding needs no attention mask: causal attention keeps it from every real position."""
-        return self._engine(input_ids=input_ids, use_cache=False).logits
-
-    def ref_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        assert self._reference is not None
-        return self._reference(input_ids=input_ids, use_cache=False).logits
-
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """DeepSpeed averages gradients over ranks; the losses are shares of one sum, so the average is undone."""
-        setup.backward(self._engine, loss, last=last, world_size=self.world_size)
-
-    def optimizer_step(self) -> float:
-        if self._config.learner.zero_stage == 0 and self._dtype == torch.float32:
-            norm = setup.plain_grad_norm(self._engine.module)
         else:
-            norm = None
-        self._engine.step()
-        self._optimizer_steps += 1
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+            self._reference = model.to("cpu" if self._config.learner.reference_offload else self.device)
 
-    def any_rank(self, flag: bool) -> bool:
+    # --- grpo.update.StepEngine --------------------------------------------------------------------------------------
+
+    def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right padding needs no attention mask: causal attention keeps it from every real position."""
+        if self._config.learner.reference_offload and torch.is_grad_enabled():
+            self._reference.to("cpu")  # the memory is for the activations now
+        with self._head.targets(target_ids, self._config.sampling.temperature):
+            return heads.unpack(self._engine(input_ids=input_ids, use_cache=False).logits)
+
+    @torch.no_grad()
+    def ref_logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        if self._config.learner.reference_offload:
+            self._reference.to(self.device)
+        with self._ref_head.targets(target_ids, self._config.sampling.temperature):
+            return heads.unpack(self._reference(input_ids=input_ids, use_cache=False).logits)[0]
+
+    def values(self, token_ids: torch.Tensor) -> torch.Tensor:
+        assert self._critic is not None
+        values: torch.Tensor = self._critic(input_ids=token_ids, use_cache=False).logits[..., 0]
+        return values
+
+    def backward(self, model: Model, loss: torch.Tensor, *, last: bool) -> None:
+        setup.backward(self._engine_of(model), loss, last=last, world_size=self.world_size)
+
+    def optimizer_step(self, model: Model) -> float:
+        engine = self._engine_of(model)
+        norm = None
+        if self._config.learner.zero_stage == 0:
+            norm = setup.plain_grad_norm(engine.module)
+        engine.step()
+        if model == "policy":
+            self._optimizer_steps += 1
+        return float(engine.get_global_grad_norm() if norm is None else norm)
+
+    def all_sum(self, values: Sequence[float]) -> list[float]:
         if self.world_size == 1:
-            return flag
-        vote = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(vote)
-        return bool(vote > 0)
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        summed: list[float] = total.tolist()
+        return summed
+
+    def _engine_of(self, model: Model) -> Any:
+        return self._engine if model == "policy" else self._critic
 
     # --- verbs -------------------------------------------------------------------------------------------------------
 
     def step(self, step: RankStep) -> StepResult:
         """Train on one driver step's minibatches. The result covers all ranks and is the same on each."""
         learning_rate = float(self._engine.optimizer.param_groups[0]["lr"])
-        with self._reference_in_place():
-            tally, _ = run_step(step, self, self._objective, self.device)
+        tally = run_step(step, self, self._config.algorithm, self._config.critic, self.device)
         tally.add("optim/lr", learning_rate, 1)
-        tally.add("policy/updates", len(step.minibatches) / self.world_size, 1)
         tallies: list[Tally | None] = [tally]
         if self.world_size > 1:
             tallies = [None] * self.world_size
             dist.all_gather_object(tallies, tally)
+        self._steps += 1
+        self._move_reference()
         return merge(tallies, self._optimizer_steps)
 
-    @contextmanager
-    def _reference_in_place(self) -> Iterator[None]:
-        """Bring an offloaded reference to the device for one step."""
-        if not self._config.learner.reference_offload:
-            yield
+    @torch.no_grad()
+    def _move_reference(self) -> None:
+        """After a step: copy the policy to the reference when that is due, or move it a share of the way. At ZeRO 3
+        each rank does so with its own shards, which are cut alike in both."""
+        a = self._config.algorithm
+        due = a.reference_refresh_every and self._steps % a.reference_refresh_every == 0
+        share = 1.0 if due else a.reference_average
+        if not share or self._reference is None:
             return
-        assert self._reference is not None
-        self._reference.to(self.device)
-        yield
-        self._reference.to("cpu")
+        ours, theirs = (
+            self._engine.module.parameters(),
+            getattr(self._reference, "module", self._reference).parameters(),
+        )
+        for p, r in zip(ours, theirs, strict=True):
+            target, source = getattr(r, "ds_tensor", r).data, getattr(p, "ds_tensor", p).data
+            target.lerp_(source.to(target.device), share)
+        self._drop_gathered(list(getattr(self._reference, "module", self._reference).parameters()))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every parameter under its Hugging Face name, tied ones once; gathered at ZeRO-3.
 
         A yielded tensor stays valid as long as it is held: at ZeRO-3 the gathered storage is its own.
         """
-        parameters = list(self._engine.module.named_parameters())
+        yield from self._weights_of(self._engine)
+
+    def _weights_of(self, engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        parameters = list(engine.module.named_parameters())
         if self._config.learner.zero_stage < 3:
             yield from ((name, p.detach()) for name, p in parameters)
             return
@@ -188,17 +207,16 @@ class Learner:
         out = []
         for ids in probe.token_ids:
             tokens = torch.tensor([ids], device=self.device)
-            logits = self.logits(tokens[:, :-1])
-            logprobs, _ = selected_logprobs(logits, tokens[:, 1:], temperature=1.0)
+            with self._head.targets(tokens[:, 1:], 1.0):
+                logprobs, _ = heads.unpack(self._engine(input_ids=tokens[:, :-1], use_cache=False).logits)
             out.append(logprobs[0].float().cpu().numpy())
         return tuple(out)
 
     def save(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder (model, config, tokenizer files): aside first, then renamed."""
-        state: dict[str, torch.Tensor] = {}
-        for name, tensor in self.weights():
-            if self.rank == 0:
-                state[name] = tensor.to("cpu", copy=True)
+        """Write the policy as a Hugging Face folder (model, config, tokenizer files), the critic in a folder of its own
+        below it: aside first, then renamed."""
+        state = self._state_of(self._engine)
+        critic = None if self._critic is None else self._state_of(self._critic)
         if self.rank == 0:
             aside = folder.with_name(folder.name + ".partial")
             shutil.rmtree(aside, ignore_errors=True)
@@ -207,13 +225,26 @@ class Learner:
             self._engine.module.save_pretrained(aside, state_dict=state)
             (aside / "generation_config.json").unlink(missing_ok=True)
             copy_other_files(self._config.model.path, aside)
+            if critic is not None:
+                assert self._critic is not None
+                self._critic.module.save_pretrained(aside / "critic", state_dict=critic)
             os.replace(aside, folder)
         if self.world_size > 1:
             dist.barrier()
 
+    def _state_of(self, engine: Any) -> dict[str, torch.Tensor]:
+        """Weights on the CPU at rank 0, nothing elsewhere; a collective."""
+        state = {}
+        for name, tensor in self._weights_of(engine):
+            if self.rank == 0:
+                state[name] = tensor.to("cpu", copy=True)
+        return state
+
     def destroy(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""
-        self._engine.destroy()
+        for engine in (self._engine, self._critic):
+            if engine is not None:
+                engine.destroy()
 
 
 def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:

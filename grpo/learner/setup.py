@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from grpo.config import Config
+from grpo.config import Config, OptimizerConfig
 from grpo.weight_sync import torch_dtype
 
 
@@ -54,7 +54,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.max_grad_norm,
+        "gradient_clipping": 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's optimizers everywhere: no extension is compiled at run time
         "zero_allow_untested_optimizer": True,
@@ -69,12 +69,24 @@ def reference_config(config: Config) -> dict[str, Any]:
     """A ZeRO-3 engine without optimizer: the frozen reference, sharded like the policy."""
     whole = deepspeed_config(config)
     zero = {key: value for key, value in whole["zero_optimization"].items() if key != "offload_optimizer"}
-    return whole | {"zero_optimization": zero, "gradient_clipping": 0.0}
+    return whole | {"zero_optimization": zero}
 
 
-def make_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+def train_engine(config: Config, model: torch.nn.Module, o: OptimizerConfig) -> Any:
+    """A DeepSpeed engine that trains `model` with the optimizer and schedule of `o`."""
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(o, model),
+        config=deepspeed_config(config) | {"gradient_clipping": o.max_grad_norm},
+        lr_scheduler=lambda optimizer: make_schedule(config, o, optimizer),
+        dist_init_required=False,
+    )
+    engine.train()
+    return engine
+
+
+def make_optimizer(o: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     """torch's AdamW or SGD; weight decay on matrices only, as usual for transformers."""
-    o = config.optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": o.weight_decay},
@@ -100,14 +112,14 @@ def lr_factor(optimizer_step: int, *, schedule: str, warmup: int, total: int) ->
     return max(0.0, 1 - done) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+def make_schedule(
+    config: Config, o: OptimizerConfig, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning-rate schedule over all optimizer steps of the run."""
     total = config.run.steps * config.optimizer_steps_per_step
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: lr_factor(
-            step, schedule=config.optimizer.schedule, warmup=config.optimizer.warmup_steps, total=total
-        ),
+        lambda step: lr_factor(step, schedule=o.schedule, warmup=o.warmup_steps, total=total),
     )
 
 
@@ -140,7 +152,7 @@ def prove_gradient_scale(config: Config) -> None:
             return self.w.float().sum()
 
     model = Scalar()
-    settings = deepspeed_config(config) | {"gradient_clipping": 0.0}
+    settings = deepspeed_config(config)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),

@@ -45,6 +45,8 @@ class Sampler:
         options: dict[str, Any] = {}
         if config.sampler.gpus == 0 or config.sampler.kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int((config.sampler.kv_cache_gib or 0.25) * 2**30)
+        if config.model.float32_head:
+            options["hf_overrides"] = {"head_dtype": "float32"}
         if config.sampler.gpus > 0:
             options["gpu_memory_utilization"] = config.sampler.gpu_memory_utilization
         arguments = EngineArgs(

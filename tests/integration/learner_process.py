@@ -27,7 +27,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
     class Unscaled(Learner):
         """What the learner would be without the world-size factor."""
 
-        def backward(self, loss, *, last):
+        def backward(self, model, loss, *, last):
             self._engine.set_gradient_accumulation_boundary(last)
             self._engine.backward(loss)
 
@@ -38,17 +38,28 @@ def main(rank: int, ranks: int, job: dict) -> None:
         learner_section = dataclasses.replace(
             base.learner, zero_stage=case["stage"], tokens_per_microbatch=case["budget"], offload=case["offload"]
         )
-        config = dataclasses.replace(base, learner=learner_section)
-        learner = (Unscaled if case["unscaled"] else Learner)(config, rank, device)
-        steps = rank_steps(
-            [rows], ranks=ranks, tokens_per_microbatch=case["budget"], aggregation=case["aggregation"], epochs=1
+        config = dataclasses.replace(
+            base,
+            learner=learner_section,
+            algorithm=dataclasses.replace(base.algorithm, aggregation=case["aggregation"], **case["algorithm"]),
         )
+        learner = (Unscaled if case["unscaled"] else Learner)(config, rank, device)
+        half = len(rows) // 2
+        steps = rank_steps(
+            [rows] if case["minibatches"] == 1 else [rows[:half], rows[half:]], ranks=ranks,
+            tokens_per_microbatch=case["budget"], aggregation=case["aggregation"], constant_length=8,
+            epochs=case["epochs"], kl_coef=config.algorithm.kl_coef,
+        )  # fmt: skip
         result = learner.step(steps[rank])
         state = {name: tensor.clone() for name, tensor in learner.weights()}
         if case["save"]:
             learner.save(Path(case["save"]))
         if rank == 0:
-            torch.save({"state": state, "grad_norm": result.metrics["optim/grad_norm"]}, f"{job['out']}-{number}.pt")
+            out = {
+                "state": state, "grad_norm": result.metrics["optim/grad_norm"], "metrics": dict(result.metrics),
+                "extremes": dict(result.extremes),
+            }  # fmt: skip
+            torch.save(out, f"{job['out']}-{number}.pt")
         learner.destroy()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # else gloo's threads may be running when the process ends

@@ -6,6 +6,7 @@ Adam and clipping would hide a wrong gradient scale, so neither is used. Each ra
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grpo.batching import TrainingRow
+from grpo.objective.legal import LEGAL_AGGREGATIONS
 
 LR = 0.5
+SMALL_LR = 0.05  # two steps: a large first one would magnify float32's rounding in the second
 KL_COEF = 0.1
 STAGES = (0, 1, 2, 3)
 BUDGETS = (10, 40, 4096)
@@ -42,6 +46,10 @@ def recorded_rows(rows: int, seed: int = 0) -> list[TrainingRow]:
                 completion_ids=completion,
                 sampler_logprobs=rng.uniform(-2, -1, size=len(completion)).astype(np.float32),
                 sampled_mask=mask,
+                prompt=index // 2,
+                reward=0.0,
+                has_spread=True,
+                truncated=False,
                 advantage=0.0 if index == 2 else float(rng.normal()),
             )
         )
@@ -77,7 +85,8 @@ def run_cases(tmp_path: Path, recipe: Path, rows: list[TrainingRow], ranks: int,
         "recipe": str(recipe), "rows": str(tmp_path / "rows.pt"), "store": str(tmp_path / f"store-{ranks}"),
         "out": str(tmp_path / f"out-{ranks}"),
         "cases": [
-            {"aggregation": "token_mean", "offload": "none", "unscaled": False, "save": None, "budget": 4096, **case}
+            {"aggregation": "token_mean", "offload": "none", "unscaled": False, "save": None, "budget": 4096,
+             "algorithm": {}, "minibatches": 1, "epochs": 1, **case}
             for case in cases
         ],
     }  # fmt: skip
@@ -107,10 +116,10 @@ def distance(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 @pytest.fixture
-def sgd_recipe(make_recipe: Callable[..., Path]) -> Callable[[Path], Path]:
-    def make(model: Path) -> Path:
+def sgd_recipe(make_recipe: Callable[..., Path]) -> Callable[..., Path]:
+    def make(model: Path, lr: float = LR) -> Path:
         return make_recipe(
-            model, optimizer={"name": "sgd", "lr": LR, "max_grad_norm": 0.0}, algorithm={"kl_coef": KL_COEF}
+            model, optimizer={"name": "sgd", "lr": lr, "max_grad_norm": 0.0}, algorithm={"kl_coef": KL_COEF}
         )
 
     return make
@@ -118,7 +127,7 @@ def sgd_recipe(make_recipe: Callable[..., Path]) -> Callable[[Path], Path]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_one_sgd_step_is_the_same_however_it_is_split(
-    ranks: int, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[[Path], Path]
+    ranks: int, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
 ) -> None:
     model = make_model("qwen2")
     rows = recorded_rows(7)
@@ -134,7 +143,7 @@ def test_one_sgd_step_is_the_same_however_it_is_split(
 
 
 def test_the_invariance_test_notices_a_missing_world_size_factor(
-    tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[[Path], Path]
+    tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
 ) -> None:
     model = make_model("qwen2")
     rows = recorded_rows(7)
@@ -144,7 +153,7 @@ def test_the_invariance_test_notices_a_missing_world_size_factor(
 
 
 def test_more_ranks_than_rows_sequence_mean_untied_and_offload(
-    tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[[Path], Path]
+    tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
 ) -> None:
     model = make_model("llama")
     rows = recorded_rows(1)
@@ -157,9 +166,105 @@ def test_more_ranks_than_rows_sequence_mean_untied_and_offload(
         assert distance(result["state"], expected) < 1e-6, case
 
 
+EPS_LOW, EPS_HIGH = 0.05, 0.1
+
+
+def naive_policy_loss(loss: str, new: list[Tensor], old: list[float], advantage: float) -> list[Tensor]:
+    """Loss of each token of a row, from the papers' formulas."""
+    ratios = [torch.exp(n - o) for n, o in zip(new, old, strict=True)]
+    clipped = [r.clamp(1 - EPS_LOW, 1 + EPS_HIGH) for r in ratios]
+    if loss == "ppo_clip":
+        return [-torch.minimum(r * advantage, c * advantage) for r, c in zip(ratios, clipped, strict=True)]
+    if loss == "cispo":
+        return [-c.detach() * advantage * n for c, n in zip(clipped, new, strict=True)]
+    if loss == "reinforce":
+        return [-advantage * n for n in new]
+    if loss == "sapo":
+        tau = 1.0 if advantage > 0 else 1.05
+        return [-(4 / tau) / (1 + torch.exp(-tau * (r - 1))) * advantage for r in ratios]
+    logs = [n - o for n, o in zip(new, old, strict=True)]
+    if loss == "gspo":
+        # the token form, eq. 14: the sequence's ratio, with the gradient of each token's own logprob
+        sequence = math.exp(sum(float(x.detach()) for x in logs) / len(logs))
+        tokens = [sequence * torch.exp(n - n.detach()) for n in new]
+        return [-torch.minimum(r * advantage, r.clamp(1 - EPS_LOW, 1 + EPS_HIGH) * advantage) for r in tokens]
+    assert loss == "gmpo"
+    kept = [
+        torch.minimum(x, x.clamp(-EPS_LOW, EPS_HIGH))
+        if advantage > 0
+        else torch.maximum(x, x.clamp(-EPS_LOW, EPS_HIGH))
+        for x in logs
+    ]
+    return [-torch.exp(sum(kept) / len(kept)) * advantage] * len(new)
+
+
+def naive_two_updates(
+    model_path: Path, rows: list[TrainingRow], loss: str, aggregation: str, kl_coef: float, entropy_coef: float
+) -> dict[str, Tensor]:
+    """Two SGD steps on halves of the rows in float64, old logprobs and reference from before the first."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+
+    def row_logprobs(row: TrainingRow) -> tuple[list[Tensor], list[Tensor]]:
+        ids = [*row.prompt_ids, *row.completion_ids.tolist()]
+        every = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], -1)
+        places = [(len(row.prompt_ids) + i - 1, t) for i, t in enumerate(row.completion_ids.tolist())]
+        kept = [place for place, taken in zip(places, row.sampled_mask, strict=True) if taken]
+        return [every[i, t] for i, t in kept], [-(every[i].exp() * every[i]).sum() for i, _ in kept]
+
+    old = {row.rollout_index: [float(x.detach()) for x in row_logprobs(row)[0]] for row in rows}
+    for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        tokens = {row.rollout_index: int(row.sampled_mask.sum()) for row in part}
+        total = torch.zeros((), dtype=torch.float64)
+        for row in part:
+            new, entropy = row_logprobs(row)
+            of_prompt = [tokens[r.rollout_index] for r in part if r.prompt == row.prompt]
+            share = {
+                "token_mean": 1 / sum(tokens.values()),
+                "sequence_mean": 1 / (len(part) * tokens[row.rollout_index]),
+                "sequence_sum": 1 / len(part),
+                "constant_length": 1 / (len(part) * 8),
+                "prompt_mean": 1 / (len({r.prompt for r in part}) * sum(of_prompt)),
+            }[aggregation]
+            sampler = [x for x, taken in zip(row.sampler_logprobs.tolist(), row.sampled_mask, strict=True) if taken]
+            terms = naive_policy_loss(loss, new, old[row.rollout_index], row.advantage)
+            for term, n, h, o, s in zip(terms, new, entropy, old[row.rollout_index], sampler, strict=True):
+                anchor = torch.exp(o - n) - (o - n) - 1  # the reference is the policy before the first step
+                weight = min(math.exp(o - s), 2.0)
+                total = total + share * (weight * term + kl_coef * anchor - entropy_coef * h)
+        model.zero_grad()
+        total.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= SMALL_LR * p.grad
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("family", "stage"), [("qwen2", 2), ("llama", 3)])
+def test_every_loss_and_aggregation_moves_the_weights_as_written_out(
+    family: str, stage: int, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
+) -> None:
+    """Two updates, so that ratios leave 1 and clips act; tied and untied, on two ranks."""
+    model = make_model(family)
+    rows = recorded_rows(8)
+    pairs = [(loss, aggregation) for loss, legal in LEGAL_AGGREGATIONS.items() for aggregation in legal]
+    extra = {"kl_coef": KL_COEF, "entropy_coef": 0.03}
+    cases = [
+        {"stage": stage, "aggregation": aggregation, "minibatches": 2, "budget": 24,
+         "algorithm": {"loss": loss, "eps_low": EPS_LOW, "eps_high": EPS_HIGH, **extra}}
+        for loss, aggregation in pairs
+    ]  # fmt: skip
+    results = run_cases(tmp_path, sgd_recipe(model, SMALL_LR), rows, 2, cases)
+    clipped = 0.0
+    for (loss, aggregation), result in zip(pairs, results, strict=True):
+        expected = naive_two_updates(model, rows, loss, aggregation, **extra)
+        assert distance(result["state"], expected) < 1e-5, (loss, aggregation)
+        clipped += result["metrics"]["policy/clip_fraction_low"][0] + result["metrics"]["policy/clip_fraction_high"][0]
+    assert clipped > 0
+
+
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_saved_folders_load_to_the_learners_weights(
-    family: str, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[[Path], Path]
+    family: str, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
 ) -> None:
     model = make_model(family)
     cases = [{"stage": stage, "save": str(tmp_path / f"saved-{stage}")} for stage in (0, 3)]

@@ -114,7 +114,7 @@ def test_the_thirty_metrics_that_practitioners_expect_are_there(first_run: Any) 
         "completion/": "tokens_mean tokens_min tokens_max truncated_fraction tokens_right_mean tokens_wrong_mean",
         "prompt/": "tokens_mean tokens_min tokens_max",
         "mismatch/": "mean max kl importance_weight_mean importance_weight_min importance_weight_max "
-        "effective_sample_fraction importance_weight_truncated_fraction",
+        "effective_sample_fraction importance_weight_bounded_fraction",
         "staleness/": "mean max",
         "time/": "sample_s reward_s ref_logprobs_s update_s sync_s step_s",
         "tokens/": "sampled per_second",

@@ -13,20 +13,28 @@ from grpo.types import Batch
 
 
 def row(
-    index: int, prompt: list[int], completion: list[int], advantage: float = 1.0, sampled: list[bool] | None = None
-):
+    index: int, prompt: list[int], completion: list[int], advantage: float = 1.0, sampled: list[bool] | None = None,
+    of: int = 0, reward: float = 0.5, has_spread: bool = True, truncated: bool = False,
+):  # fmt: skip
     return TrainingRow(
         rollout_index=index,
         prompt_ids=prompt,
         completion_ids=np.asarray(completion, dtype=np.int32),
         sampler_logprobs=-np.arange(1, len(completion) + 1, dtype=np.float32),
         sampled_mask=np.asarray(sampled if sampled is not None else [True] * len(completion)),
+        prompt=of,
         advantage=advantage,
+        reward=reward,
+        has_spread=has_spread,
+        truncated=truncated,
     )
 
 
 def lay_out(minibatches, *, ranks=1, budget=10**6, aggregation="token_mean", epochs=1):
-    return rank_steps(minibatches, ranks=ranks, tokens_per_microbatch=budget, aggregation=aggregation, epochs=epochs)
+    return rank_steps(
+        minibatches, ranks=ranks, tokens_per_microbatch=budget, aggregation=aggregation, constant_length=8,
+        epochs=epochs, kl_coef=0.25,
+    )  # fmt: skip
 
 
 def batches_of(steps) -> list[Batch]:
@@ -44,6 +52,24 @@ def test_shift_and_mask_by_hand() -> None:
     assert batch.advantages.tolist() == [[0, 0, 1, 1], [0, 2, 2, 0]]
     assert batch.sampler_logprobs.tolist() == [[0, 0, -1, -2], [0, -1, -2, 0]]
     assert batch.token_weights.tolist() == [[0, 0, 0.25, 0.25], [0, 0.25, 0.25, 0]]
+
+
+def test_what_belongs_to_a_row_stays_with_it() -> None:
+    [step] = lay_out(
+        [[row(0, [7], [9], reward=3.0, truncated=True), row(1, [5, 6], [3, 4], reward=-1.0, has_spread=False)]]
+    )
+    [[batch]] = step.minibatches
+    assert batch.rewards.tolist() == [-1.0, 3.0]
+    assert batch.has_spread.tolist() == [False, True]
+    assert batch.truncated.tolist() == [False, True]
+    assert step.kl_coef == 0.25
+
+
+def test_prompt_mean_counts_every_prompt_the_same_over_all_microbatches() -> None:
+    rows = [row(0, [7], [9, 9, 9]), row(1, [7], [9]), row(2, [8], [9, 9], of=1)]
+    steps = lay_out([rows], ranks=2, budget=3, aggregation="prompt_mean")
+    weights = {int(b.rollout_index[0]): b.token_weights[b.completion_mask].tolist() for b in batches_of(steps)}
+    assert weights == {0: [0.125] * 3, 1: [0.125], 2: [0.25] * 2, -1: []}  # and a filler on the other rank
 
 
 def test_tokens_that_the_policy_did_not_sample_are_context() -> None:

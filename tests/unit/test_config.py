@@ -85,7 +85,21 @@ def test_the_saved_config_loads_to_the_same_config(recipe: Path, tmp_path: Path)
         ("learner.gpus=1", "both run on GPUs or both on CPUs"),
         ("data.eval.every=5", "data.eval.every has no effect without data.eval.path"),
         ("data.system_prompt=hi", "data.system_prompt has no effect"),
-        ("algorithm.importance_weight_cap=0.5", "must be 0 (off) or at least 1"),
+        ("algorithm.importance_high=0.5", "must lie on either side of 1"),
+        ("algorithm.rejection_low=1.5", "must lie on either side of 1"),
+        ("algorithm.dual_clip=0.5", "algorithm.dual_clip must be above 1"),
+        ("algorithm.gamma=0.9", "algorithm.gamma=0.9 has no effect with algorithm.advantage=group_normalized"),
+        ("algorithm.pass_k=2", "algorithm.pass_k=2 has no effect"),
+        ("algorithm.sapo_tau_negative=2", "has no effect with algorithm.loss=ppo_clip"),
+        ("algorithm.constant_length=9", "has no effect with algorithm.aggregation=token_mean"),
+        ("algorithm.max_kl_old=0.1", "has no effect with one optimizer step per step"),
+        ("algorithm.kl_estimator=k1", "has no effect without a reference"),
+        ("algorithm.kl_target=0.1", "has no effect without a reference"),
+        ("algorithm.reference_refresh_every=5", "has no effect without a reference"),
+        ("algorithm.length_penalty=2", "has no effect without algorithm.length_penalty_tokens"),
+        ("algorithm.length_penalty_tokens=2000", "must lie between 0 and sampling.max_tokens"),
+        ("critic.coef=0.5", "critic has no effect without algorithm.advantage=gae"),
+        ("critic.optimizer.lr=1", "critic has no effect without algorithm.advantage=gae"),
         ("rewards=[]", "rewards is empty"),
         ("run.steps", "not of the form section.option=value"),
         ("optimizer.lr=inf", "optimizer.lr must be a finite number"),
@@ -111,6 +125,36 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         (["optimizer.name=sgd", "optimizer.betas=[0.9,0.99]"], "has no effect with optimizer.name=sgd"),
         (["cluster.address=auto", "cluster.cpus=4"], "cluster.cpus=4 has no effect on a cluster that runs already"),
         (["data.eval.path=x", "data.eval.top_p=7"], "data.eval.top_p must lie between 0 and 1"),
+        (["algorithm.loss=gspo"], "algorithm.aggregation=token_mean does not go with algorithm.loss=gspo"),
+        (["algorithm.loss=gmpo", "algorithm.aggregation=sequence_sum"], "it takes sequence_mean"),
+        (["algorithm.loss=reinforce", "algorithm.eps_low=0.1"], "no effect with algorithm.loss=reinforce"),
+        (
+            ["algorithm.loss=gspo", "algorithm.aggregation=sequence_mean", "algorithm.dual_clip=3"],
+            "algorithm.loss=gspo",
+        ),
+        (["algorithm.advantage=leave_one_out", "algorithm.std_eps=0.1"], "with algorithm.advantage=leave_one_out"),
+        (["algorithm.advantage=pass_at_k", "algorithm.pass_k=5"], "algorithm.group_size must be at least 5"),
+        (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], "its expected gradient is 0"),
+        (
+            ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k2", "algorithm.kl_gradient=ratio_weighted"],
+            "another quantity than the KL",
+        ),
+        (
+            ["algorithm.kl_coef=0.1", "algorithm.kl_place=reward", "algorithm.kl_gradient=k2"],
+            "no effect with algorithm.kl_place=reward",
+        ),
+        (["algorithm.kl_coef=0.1", "algorithm.kl_horizon=5"], "has no effect without algorithm.kl_target"),
+        (
+            ["algorithm.kl_coef=0.1", "algorithm.reference_refresh_every=2", "algorithm.reference_average=0.1"],
+            "both move the reference",
+        ),
+        (
+            ["algorithm.kl_coef=0.1", "algorithm.reference_average=0.1", "model.dtype=bfloat16"],
+            "needs model.dtype=float32",
+        ),
+        (["algorithm.importance_level=none", "algorithm.importance_mode=mask"], "with algorithm.importance_level=none"),
+        (["algorithm.mask_truncated=true", "algorithm.length_penalty_tokens=4"], "choose one"),
+        (["algorithm.advantage=gae", "algorithm.max_refills=2"], "which algorithm.advantage=gae can learn from"),
         (["sampler.gpus=2", "learner.gpus=1"], "sampler.gpus must be at most 1"),
         (["sampler.gpus=1", "learner.gpus=0.5"], "neither share one GPU (together at most 1) nor have one each"),
         (["sampler.gpus=0.5", "learner.gpus=0.5", "learner.ranks=2"], "sharing a GPU takes sampler.num_samplers=1"),
@@ -119,6 +163,20 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
 )
 def test_pairs_that_do_not_go_together(recipe: Path, overrides: list[str], words: str) -> None:
     assert words in refusal(recipe, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.advantage=gae", "algorithm.group_size=1", "critic.coef=0.5", "critic.optimizer.lr=1e-3"],
+        ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1", "algorithm.kl_gradient=k2"],
+        ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1", "algorithm.kl_place=reward"],
+        ["algorithm.loss=gspo", "algorithm.aggregation=sequence_mean", "algorithm.eps_low=3e-4"],
+        ["algorithm.advantage=pass_at_k", "algorithm.pass_k=2"],
+    ],
+)
+def test_objectives_that_go_together(recipe: Path, overrides: list[str]) -> None:
+    load(recipe, overrides)
 
 
 @pytest.mark.parametrize(("sampler", "learner"), [(0.5, 0.5), (1, 1), (0.3, 0.6)])
@@ -166,4 +224,4 @@ def test_options_lists_every_option_once() -> None:
     names = [line.split(" = ")[0] for line in module.options_text().splitlines()]
     assert len(names) == len(set(names))
     assert {"model.path", "data.eval.top_k", "rewards[i].gold", "run.steps"} <= set(names)
-    assert len(Config.__dataclass_fields__) == 10
+    assert len(Config.__dataclass_fields__) == 11

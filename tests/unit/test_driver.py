@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ import torch
 
 from grpo import config as module
 from grpo.config import Config
-from grpo.driver import Loop, MismatchError, guard_mismatch, throughput, train, training_rows
+from grpo.credit import account, training_rows
+from grpo.driver import Loop, MismatchError, guard_mismatch, throughput, train
 from grpo.run_folder import RunFolder
 from grpo.types import (
     Completion,
@@ -31,7 +32,7 @@ from grpo.types import (
     StepResult,
     UserError,
 )
-from grpo.update import Objective, Tally, run_step
+from grpo.update import run_step
 
 VOCABULARY, END = 5, 0
 
@@ -39,11 +40,14 @@ VOCABULARY, END = 5, 0
 class TablePolicy:
     """Next-token table by the previous token: sampler and learner at once, each with its own copy of the weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
         torch.manual_seed(0)
+        self.config = config
+        self.kl_coefs: list[float] = []
         self.learner = torch.nn.Embedding(VOCABULARY, VOCABULARY)
         torch.nn.init.normal_(self.learner.weight, std=0.1)
         self.sampler = self.learner.weight.detach().clone()
+        self.reference = self.sampler.clone()
         self.version = -1
         self.optimizer = torch.optim.SGD(self.learner.parameters(), lr=3.0)
         self.calls: list[str] = []
@@ -69,31 +73,36 @@ class TablePolicy:
                 truncated=np.asarray([tokens[-1] != END]),
             )
 
-    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.learner(input_ids)
+    def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        every = torch.log_softmax(self.learner(input_ids), -1)
+        return every.gather(-1, target_ids[..., None])[..., 0], -(every.exp() * every).sum(-1)
 
-    ref_logits = logits
+    def ref_logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        every = torch.log_softmax(self.reference[input_ids], -1)
+        return every.gather(-1, target_ids[..., None])[..., 0]
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+    def values(self, token_ids: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("there is no critic")
+
+    def backward(self, model: str, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def optimizer_step(self) -> float:
+    def optimizer_step(self, model: str) -> float:
         norm = self.learner.weight.grad.norm().item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
-    def any_rank(self, flag: bool) -> bool:
-        return flag
+    def all_sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
     def step(self, steps: Sequence[Any]) -> StepResult:
         self.calls.append("step")
-        objective = Objective(temperature=1.0, eps_low=0.2, eps_high=0.2, kl_coef=0.0, importance_weight_cap=2.0)
-        tally: Tally
-        tally, updates = run_step(steps[0], self, objective, torch.device("cpu"))
-        metrics = {name: (pair[0], pair[1]) for name, pair in tally.sums.items()} | {"policy/updates": (updates, 1.0)}
+        self.kl_coefs.append(steps[0].kl_coef)
+        tally = run_step(steps[0], self, self.config.algorithm, self.config.critic, torch.device("cpu"))
+        metrics = {name: (pair[0], pair[1]) for name, pair in tally.sums.items()}
         return StepResult(
-            optimizer_steps=updates, metrics=metrics, extremes=tally.extremes,
+            optimizer_steps=1, metrics=metrics, extremes=tally.extremes,
             learner_logprob_sums=tally.learner_logprob_sums,
         )  # fmt: skip
 
@@ -127,6 +136,23 @@ class CountTwos:
         return future
 
 
+class Scripted:
+    """Reward of the n-th completion that is scored, by a function of n."""
+
+    def __init__(self, reward: Callable[[int], float]) -> None:
+        self.reward, self.seen = reward, 0
+
+    def submit(self, items: Sequence[Any]) -> Future[list[Scored | Failed]]:
+        outcomes: list[Scored | Failed] = []
+        for _ in items:
+            value = self.reward(self.seen)
+            outcomes.append(Scored(value=value, parts={"scripted": value}))
+            self.seen += 1
+        future: Future[list[Scored | Failed]] = Future()
+        future.set_result(outcomes)
+        return future
+
+
 class Silent:
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -147,11 +173,11 @@ def make_config(tmp_path: Path, *overrides: str) -> Config:
     return module.load(recipe, overrides)
 
 
-def make_loop(tmp_path: Path, config: Config, scorer: CountTwos | None = None) -> tuple[Loop, TablePolicy]:
+def make_loop(tmp_path: Path, config: Config, scorer: CountTwos | Scripted | None = None) -> tuple[Loop, TablePolicy]:
     prompts = [
         Prompt(prompt_id=f"d:{i}:h", token_ids=(1, i % 4 + 1), text=str(i), row={}, messages=None) for i in range(12)
     ]
-    policy = TablePolicy()
+    policy = TablePolicy(config)
     settings = SimpleNamespace(max_tokens=6)
     (tmp_path / "run").mkdir()
     loop = Loop(
@@ -275,27 +301,150 @@ def test_survivors_get_the_advantages_of_a_group_that_never_had_the_others(tmp_p
     groups = [
         group_of(r, i) for i, r in enumerate([[1.0, None, 0.0, 0.0], [None, None, None, 1.0], [1.0] * 4, [0.0] * 4])
     ]
-    [[*rows]], advantages = training_rows(groups, config)
+    credit = training_rows(groups, [], config, 0)
+    [[*rows]], advantages = credit.minibatches, credit.advantages
     mean, std = 1 / 3, (3 / 9) ** 0.5
     assert advantages[:3] == pytest.approx([(1 - mean) / std, -mean / std, -mean / std], rel=1e-5)
     assert [row.rollout_index for row in rows] == [0, 2, 3, *range(8, 16)]  # the second group is dropped whole
-    assert advantages[3:] == [0.0] * 8
+    assert advantages[3:] == (0.0,) * 8
+    assert credit.uses == {"sampled": 16, "failed": 1 + 4, "truncated": 0, "no_spread": 8, "stale": 0}
 
 
 def test_rows_stay_in_the_minibatch_of_their_prompt(tmp_path: Path) -> None:
     config = make_config(tmp_path, "algorithm.minibatches_per_step=2", "algorithm.group_size=2")
     groups = [group_of([1.0, 0.0], i) for i in range(4)]
-    minibatches, _ = training_rows(groups, config)
+    minibatches = training_rows(groups, [], config, 0).minibatches
     assert [[row.rollout_index for row in rows] for rows in minibatches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_groups_without_spread_are_replaced_until_the_step_is_full(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run.steps=1", "algorithm.max_refills=3", "algorithm.group_size=2")
+    scorer = Scripted(lambda n: 1.0 if n < 6 else float(n % 2))  # the first three groups are dull
+    loop, policy = make_loop(tmp_path, config, scorer)
+    train(loop)
+    loop.folder.close()
+    [line] = lines(tmp_path)
+    assert line["refill/attempts"] == 1
+    assert line["refill/replaced_groups"] == 3
+    assert line["refill/missing_groups"] == 0
+    assert line["group/count"] == 7  # all that was sampled is in the metrics
+    assert policy.calls.count("sample") == 2
+    table = pq.read_table(tmp_path / "run" / "samples" / "step-000001.parquet").to_pandas()
+    assert len(table) == 14
+    assert table.learner_logprob_sum.isna().sum() == 6
+    assert line["gradient/no_spread"] > 0
+    columns = [v for k, v in line.items() if k.startswith("gradient/") and k != "gradient/sampled"]
+    assert sum(columns) == line["gradient/sampled"] == line["tokens/sampled"]
+
+
+def test_refills_are_bounded_and_what_is_missing_is_said(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run.steps=1", "algorithm.max_refills=2", "algorithm.group_size=2")
+    loop, policy = make_loop(tmp_path, config, Scripted(lambda n: float(n == 0)))  # one group only ever differs
+    train(loop)
+    loop.folder.close()
+    [line] = lines(tmp_path)
+    assert line["refill/attempts"] == 2
+    assert line["refill/missing_groups"] == 3
+    assert policy.calls.count("sample") == 3
+
+
+def test_a_step_with_nothing_to_learn_moves_nothing(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run.steps=2", "algorithm.max_refills=1")
+    loop, policy = make_loop(tmp_path, config, Scripted(lambda n: 1.0))
+    before = policy.learner.weight.detach().clone()
+    train(loop)
+    loop.folder.close()
+    assert torch.equal(policy.learner.weight, before)
+    assert [line["refill/missing_groups"] for line in lines(tmp_path)] == [4, 4]
+
+
+def test_solved_prompts_are_not_drawn_again_and_the_run_ends_when_none_is_left(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "algorithm.retire_reward=1.0")
+    loop, _ = make_loop(tmp_path, config, Scripted(lambda n: 1.0))
+    outcome = train(loop)
+    loop.folder.close()
+    assert outcome.steps == 3  # twelve prompts, four a step
+    assert [line["progress/retired_prompts"] for line in lines(tmp_path)] == [4, 8, 12]
+    seen = [
+        prompt_id
+        for step in range(1, 4)
+        for prompt_id in pq.read_table(tmp_path / "run" / "samples" / f"step-{step:06d}.parquet")[
+            "prompt_id"
+        ].to_pylist()
+    ]
+    assert len(set(seen)) == 12
+
+
+def test_the_kl_coefficient_follows_its_target(tmp_path: Path) -> None:
+    overrides = ["run.steps=6", "algorithm.kl_coef=0.1", "algorithm.kl_target=1e6", "algorithm.kl_horizon=1"]
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, *overrides))
+    train(loop)
+    loop.folder.close()
+    assert policy.kl_coefs == pytest.approx([0.1 * 0.8**n for n in range(6)])  # far below target: a fifth less a step
+    assert [line["policy/kl_coef"] for line in lines(tmp_path)] == policy.kl_coefs
+
+
+def test_truncated_completions_are_compared_with_but_not_trained_on(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "algorithm.group_size=4", "algorithm.mask_truncated=true")
+    group = group_of([1.0, 0.0, 0.0, 0.0], 0)
+    cut = dataclasses.replace(group.rollouts[3].completion, finish_reason="length")
+    cut_rollout = dataclasses.replace(group.rollouts[3], completion=cut)
+    group = dataclasses.replace(group, rollouts=(*group.rollouts[:3], cut_rollout))
+    credit = training_rows([group], [], config, 0)
+    assert [row.rollout_index for row in credit.minibatches[0]] == [0, 1, 2]
+    assert credit.advantages == pytest.approx([1.5, -0.5, -0.5], rel=1e-4)  # still one of four
+    assert credit.uses["truncated"] == 1
+
+
+def test_the_length_penalty_shapes_rewards_and_never_makes_spread(tmp_path: Path) -> None:
+    """max_tokens 6, the last 4 of which cost up to 0.5: 2 tokens cost 0, 4 cost 0.25, 6 cost 0.5."""
+    config = make_config(
+        tmp_path, "algorithm.group_size=3", "algorithm.length_penalty_tokens=4", "algorithm.length_penalty=0.5",
+        "algorithm.advantage=group_centered",
+    )  # fmt: skip
+
+    def long_group(rewards: list[float], index: int) -> Group:
+        group = group_of(list(rewards), index)
+        rollouts = []
+        for rollout, tokens in zip(group.rollouts, (2, 4, 6), strict=True):
+            completion = dataclasses.replace(
+                rollout.completion, token_ids=np.zeros(tokens, dtype=np.int32),
+                sampled_mask=np.ones(tokens, dtype=bool), sampler_logprobs=np.zeros(tokens, dtype=np.float32),
+                policy_versions=np.zeros(tokens, dtype=np.int32),
+            )  # fmt: skip
+            rollouts.append(dataclasses.replace(rollout, completion=completion))
+        return dataclasses.replace(group, rollouts=tuple(rollouts))
+
+    credit = training_rows([long_group([1.0, 1.0, 0.0], 0), long_group([1.0, 1.0, 1.0], 1)], [], config, 0)
+    mean = (1.0 + 0.75 - 0.5) / 3
+    assert credit.advantages[:3] == pytest.approx([1.0 - mean, 0.75 - mean, -0.5 - mean])
+    assert credit.advantages[3:] == (0.0, 0.0, 0.0)
+    assert credit.uses["no_spread"] == 12
+
+
+def test_a_stale_row_is_left_out_and_counted(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "algorithm.group_size=2")
+    credit = training_rows([group_of([1.0, 0.0], 0)], [], config, policy_version=1)
+    assert credit.minibatches[0] == ()
+    assert credit.uses["stale"] == 2
+
+
+def test_an_account_that_does_not_add_up_stops_the_run() -> None:
+    uses = {"sampled": 10, "failed": 1, "truncated": 0, "no_spread": 2, "stale": 0}
+    assert account(uses, {"gradient/contributing": 7.0})["gradient/contributing"] == 7
+    with pytest.raises(RuntimeError, match="does not add up"):
+        account(uses, {"gradient/contributing": 6.0})
 
 
 def test_throughput_by_hand(tmp_path: Path) -> None:
     config = make_config(tmp_path, "algorithm.group_size=2", "algorithm.epochs_per_step=3", "algorithm.kl_coef=0.1")
-    minibatches, _ = training_rows([group_of([1.0, 0.0], i) for i in range(4)], config)  # 8 rows of 2 positions
+    minibatches = training_rows(
+        [group_of([1.0, 0.0], i) for i in range(4)], [], config, 0
+    ).minibatches  # 8 rows of 2 positions
     numbers = throughput(config, minibatches, 4 * 1000, {"tokens/sampled": 8, "time/step_s": 4, "time/update_s": 2})
     assert numbers["tokens/per_second"] == 2
-    # three epochs forward and backward, the reference's forward in each, one forward for the old logprobs
-    assert numbers["perf/learner_tflops_per_rank"] == pytest.approx(1000 * 16 * (6 * 3 + 2 * 3 + 2) / 2 / 1e12)
+    # three epochs forward and backward, one forward of the reference, one for the old logprobs
+    assert numbers["perf/learner_tflops_per_rank"] == pytest.approx(1000 * 16 * (6 * 3 + 2 + 2) / 2 / 1e12)
     config = module.load(
         tmp_path / "r.yaml", ["learner.gpus=1", "sampler.gpus=1", "learner.ranks=2", "sampler.num_samplers=2"]
     )

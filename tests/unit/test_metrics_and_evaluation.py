@@ -70,7 +70,6 @@ def test_learner_sums_become_means_and_shares() -> None:
         optimizer_steps=4,
         metrics={
             "policy/loss": (0.6, 0.0),
-            "policy/updates": (2.0, 1.0),
             "policy/entropy": (30.0, 10.0),
             "policy/clip_fraction_low": (1.0, 10.0),
             "policy/clip_fraction_high": (2.0, 10.0),
@@ -78,7 +77,7 @@ def test_learner_sums_become_means_and_shares() -> None:
             "mismatch/importance_weight_square": (20.0, 4.0),
             "policy/kl_ref": (0.0, 0.0),
         },
-        extremes={"mismatch/max": 0.1, "mismatch/importance_weight_min_negated": -0.5},
+        extremes={"policy/updates": 2.0, "mismatch/max": 0.1, "mismatch/importance_weight_min_negated": -0.5},
         learner_logprob_sums={},
     )
     numbers = learner_metrics(result)

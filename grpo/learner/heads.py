@@ -1,0 +1,94 @@
+"""The ends of the models: a projection that gives logprobs instead of logits, and the critic's head of zeros.
+
+The projection's module keeps its place and its parameters and gets another `forward`. Calling it as a module is what
+makes ZeRO 3 gather its weight, forward and backward; calling the weight by chunks around it would find it empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForTokenClassification
+
+from grpo.config import Config
+from grpo.objective.logprobs import selected_logprobs
+from grpo.types import UserError
+from grpo.weight_sync import torch_dtype
+
+LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+"""Settings of model families that change logits behind the projection, with the values that do not."""
+
+
+class LogprobHead:
+    """What replaces the projection's `forward`: hidden [B,T,H] -> [B,T,2] logprob of the target and entropy."""
+
+    def __init__(self, head: torch.nn.Module, *, float32_head: bool) -> None:
+        self._head = head
+        self._float32_head = float32_head
+        self._targets: tuple[torch.Tensor, float] | None = None
+        head.forward = self.forward  # type: ignore[method-assign]
+
+    @contextmanager
+    def targets(self, target_ids: torch.Tensor, temperature: float) -> Iterator[None]:
+        """[B,T] what the model's next forward is asked the logprobs of, and at which temperature."""
+        self._targets = (target_ids, temperature)
+        yield
+        self._targets = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self._targets is not None, "the model is called without targets"
+        target_ids, temperature = self._targets
+        weight, bias = self._head.weight, getattr(self._head, "bias", None)
+        return torch.stack(
+            selected_logprobs(
+                hidden,
+                weight,  # type: ignore[arg-type]
+                bias,
+                target_ids,
+                temperature=temperature,
+                float32_head=self._float32_head,
+            ),
+            dim=-1,
+        )
+
+
+def unpack(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model with a `LogprobHead` calls logits -> logprobs, entropy."""
+    return logits[..., 0], logits[..., 1]
+
+
+def install(model: Any, config: Config) -> LogprobHead:
+    """Give `model` a `LogprobHead`. Raises UserError for a family that changes its logits afterwards."""
+    for name, harmless in LOGIT_CHANGES.items():
+        value = getattr(model.config, name, harmless)
+        if value not in (harmless, None):
+            raise UserError(
+                f"model.path: the model's config has {name}={value}, which changes logits behind the vocabulary "
+                "projection; models of this family are not supported"
+            )
+    return LogprobHead(model.get_output_embeddings(), float32_head=config.model.float32_head)
+
+
+def load_critic(config: Config) -> Any:
+    """The value model of `critic.path`; a backbone without a head gets one of zeros: every value starts as 0."""
+    path = config.critic.path or config.model.path
+    settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    settings.num_labels = 1
+    settings.classifier_dropout = 0.0
+    critic, report = AutoModelForTokenClassification.from_pretrained(
+        path,
+        config=settings,
+        dtype=torch_dtype(config.model.dtype),
+        attn_implementation=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+        output_loading_info=True,
+    )
+    if "score.weight" in report["missing_keys"]:
+        with torch.no_grad():
+            critic.score.weight.zero_()
+            if critic.score.bias is not None:
+                critic.score.bias.zero_()
+    return critic

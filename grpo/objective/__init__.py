@@ -1,0 +1,1 @@
+"""The objective: pure functions on tensors. Imports torch and nothing of this package but itself."""

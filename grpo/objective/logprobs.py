@@ -1,0 +1,139 @@
+"""Hidden states -> logprob of each target token and entropy of each distribution, without the logits.
+
+The vocabulary projection is computed by chunks of tokens and computed again in the backward pass, so that memory
+grows neither with tokens x vocabulary nor with the graph: one chunk of float32 logits and its gradient at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+CHUNK_ELEMENTS = 1 << 26
+"""Logits held at once: 256 MiB in float32."""
+
+
+def selected_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target_ids: torch.Tensor,
+    *,
+    temperature: float,
+    float32_head: bool,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(hidden @ weight^T / temperature) at the targets, and the entropy of that distribution.
+
+    The sampler reports its logprobs after the same division (`logprobs_mode=processed_logprobs`). The projection is
+    in the dtype of `hidden`, or in float32 with `float32_head`; all that follows is in float32 at least.
+
+    Args:
+        hidden: [B,T,H].
+        weight: [V,H]; bias: [V].
+        target_ids: [B,T] int64.
+        chunk_elements: bound on tokens x V computed at once, at least one token.
+
+    Returns:
+        logprobs [B,T] and entropy [B,T] in nats, both with gradient to hidden, weight and bias.
+    """
+    size = max(1, chunk_elements // weight.shape[0])
+    logprobs, entropy = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, 1), weight, bias, target_ids.flatten(), temperature, float32_head, size
+    )
+    return logprobs.view(target_ids.shape), entropy.view(target_ids.shape)
+
+
+def _log_softmax(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """[n,H] -> [n,V] in float32 at least, in place where it can be."""
+    logits = linear(hidden, weight, bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """d logprob / d logit_j = [j = target] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        temperature: float,
+        float32_head: bool,
+        size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix, offset = _in_head_dtype(weight, bias, float32_head)
+        logprobs, entropies = [], []
+        for part, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
+            all_logprobs = _log_softmax(part.to(matrix.dtype), matrix, offset, temperature)
+            logprobs.append(all_logprobs.gather(-1, ids[:, None])[:, 0])
+            entropies.append(-all_logprobs.exp().mul_(all_logprobs).sum(-1))
+        entropy = torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
+        ctx.settings = (temperature, float32_head, size)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        temperature, float32_head, size = ctx.settings
+        matrix, offset = _in_head_dtype(weight, bias, float32_head)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        with_entropy = bool(grad_entropy.any())
+        for start in range(0, len(hidden), size):
+            here = slice(start, start + size)
+            part = hidden[here].to(matrix.dtype)
+            all_logprobs = _log_softmax(part, matrix, offset, temperature)
+            upstream = grad_logprobs[here].to(wide)
+            if with_entropy:
+                probabilities = all_logprobs.exp()
+                scale = grad_entropy[here].to(wide)[:, None]
+                grad = all_logprobs.add_(entropy[here, None]).mul_(scale).add_(upstream[:, None]).mul_(probabilities)
+                grad = grad.neg_()
+            else:
+                grad = all_logprobs.exp_().mul_(-upstream[:, None])
+            rows = torch.arange(len(part), device=part.device)
+            grad[rows, targets[here]] += upstream
+            if temperature != 1.0:
+                grad.div_(temperature)
+            narrow = grad.to(matrix.dtype)
+            grad_hidden[here] = narrow @ matrix
+            if grad_weight is not None:
+                if narrow.dtype == wide:
+                    grad_weight.addmm_(narrow.t(), part)
+                else:
+                    grad_weight += narrow.t() @ part
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _in_head_dtype(
+    weight: torch.Tensor, bias: torch.Tensor | None, float32_head: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The projection's parameters in the dtype that it is computed in."""
+    if not float32_head or weight.dtype == torch.float64:
+        return weight, bias
+    return weight.float(), None if bias is None else bias.float()

@@ -1,0 +1,51 @@
+"""Corrections for sampling from a slightly other policy than the learner's: numerics, quantization, staleness.
+
+All take old_logprobs (the learner's at the step's start) and sampler_logprobs (as vLLM reported them), [B,T], and give
+detached tensors that multiply the policy term and nothing else. They never renormalise: what is masked here stays in
+every denominator. fengyao.notion.site/off-policy-rl; masked form arXiv 2510.18855 sec. 3 (IcePop).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Level = Literal["none", "token", "sequence"]
+Mode = Literal["truncate", "mask"]
+
+
+def importance_weight(
+    old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: torch.Tensor, *, level: Level
+) -> torch.Tensor:
+    """exp(old - sampler) of each token, or of the whole row (their product) at every token of it; 1 off the mask.
+
+    Args:
+        level: "token" is biased by what the prefix weighs and has little variance; "sequence" is exact and its
+            variance grows with length. "none": all ones.
+    """
+    if level == "none":
+        return torch.ones_like(old_logprobs)
+    difference = torch.where(mask, old_logprobs.detach() - sampler_logprobs, 0.0)
+    if level == "sequence":
+        difference = torch.where(mask, difference.sum(1, keepdim=True), 0.0)
+    return difference.exp()
+
+
+def bounded_weight(weight: torch.Tensor, *, mode: Mode, low: float, high: float) -> torch.Tensor:
+    """Truncate: clamp to [low, high]. Mask: the weight itself within [low, high], 0 outside."""
+    if mode == "truncate":
+        return weight.clamp(low, high)
+    return torch.where((weight >= low) & (weight <= high), weight, 0.0)
+
+
+def kept_sequences(
+    old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: torch.Tensor, *, low: float, high: float
+) -> torch.Tensor:
+    """[B,1] bool: whether the geometric mean of a row's token weights lies within [low, high].
+
+    The mean over tokens makes the band independent of length; arXiv 2510.18855 and verl's rollout correction use it.
+    """
+    difference = torch.where(mask, old_logprobs.detach() - sampler_logprobs, 0.0)
+    mean = (difference.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()
+    return (mean >= low) & (mean <= high)

@@ -1,0 +1,147 @@
+"""The policy term of each objective, per token. Every function takes and gives [B,T]; aggregate with token weights.
+
+`log_ratio` is logprobs - old_logprobs with gradient through logprobs. With one update per batch old_logprobs are
+logprobs.detach(): then every ratio is exactly 1, nothing is clipped, and each of these but SAPO's scale has the
+gradient of REINFORCE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+PolicyLoss = Literal["ppo_clip", "gspo", "cispo", "sapo", "gmpo", "reinforce"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTerm:
+    """[B,T] each."""
+
+    loss: torch.Tensor
+    """With gradient; 0 off the mask."""
+    clipped_low: torch.Tensor
+    clipped_high: torch.Tensor
+    """bool; the ratio left its range on this side and the clip acted. CISPO bounds a token's weight then, and the
+    token still has a gradient; under every other objective it has none."""
+
+
+def ppo_clip(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float, eps_high: float, dual_clip: float | None
+) -> PolicyTerm:
+    """-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A); PPO arXiv 1707.06347, two ranges as in DAPO 2503.14476.
+
+    Args:
+        dual_clip: with a negative advantage the term is held at or below -dual_clip * A, which stops a token whose
+            ratio grew large; arXiv 1912.09729 eq. 5. None: off.
+    """
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
+    objective = torch.minimum(unclipped, clipped)
+    stopped = clipped < unclipped
+    if dual_clip is not None:
+        floor = dual_clip * advantages
+        bounded = (advantages < 0) & (objective < floor)
+        objective = torch.where(bounded, floor, objective)
+        stopped = stopped | bounded
+    return PolicyTerm(loss=-objective, clipped_low=stopped & (ratio < 1), clipped_high=stopped & (ratio > 1))
+
+
+def gspo(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, eps_low: float, eps_high: float
+) -> PolicyTerm:
+    """PPO's clip of the sequence's ratio, the geometric mean of its tokens' ratios; GSPO, arXiv 2507.18071 eq. 5.
+
+    The token form (eq. 14): the value is the sequence's, the gradient goes through each token's own logprob, so
+    advantages may differ from token to token.
+    """
+    mean = _row_mean(log_ratio, mask).detach()
+    return ppo_clip(
+        mean + log_ratio - log_ratio.detach(), advantages, eps_low=eps_low, eps_high=eps_high, dual_clip=None
+    )
+
+
+def cispo(
+    logprobs: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float, eps_high: float
+) -> PolicyTerm:
+    """-sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi: a bounded weight instead of a stopped gradient; CISPO, arXiv
+    2506.13585 eq. 4."""
+    ratio = log_ratio.detach().exp()
+    weight = ratio.clamp(1 - eps_low, 1 + eps_high)
+    acted = advantages != 0
+    return PolicyTerm(
+        loss=-weight * advantages * logprobs,
+        clipped_low=acted & (ratio < 1 - eps_low),
+        clipped_high=acted & (ratio > 1 + eps_high),
+    )
+
+
+def sapo(log_ratio: torch.Tensor, advantages: torch.Tensor, *, tau_positive: float, tau_negative: float) -> PolicyTerm:
+    """-(4 / tau) sigmoid(tau (r - 1)) A, tau by the advantage's sign: a soft gate whose slope at r = 1 is 1; SAPO,
+    arXiv 2511.20347 eq. 5. Nothing is clipped."""
+    tau = torch.where(advantages > 0, advantages.new_tensor(tau_positive), advantages.new_tensor(tau_negative))
+    gate = torch.sigmoid(tau * (log_ratio.exp() - 1)) * 4 / tau
+    nothing = torch.zeros_like(advantages, dtype=torch.bool)
+    return PolicyTerm(loss=-gate * advantages, clipped_low=nothing, clipped_high=nothing)
+
+
+def gmpo(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, eps_low: float, eps_high: float
+) -> PolicyTerm:
+    """-(geometric mean of the clipped token ratios) * A; GMPO, arXiv 2507.20673 eq. 4.
+
+    Each token's log ratio is clipped to [-eps_low, eps_high] on the side that its advantage would push it to, then
+    averaged; the row's mean advantage multiplies, and the loss is the same at every token of the row.
+    """
+    sign = torch.sign(advantages)
+    bounded = log_ratio.clamp(-eps_low, eps_high)
+    pessimistic = sign * torch.minimum(sign * log_ratio, sign * bounded)
+    objective = _row_mean(pessimistic, mask).exp() * _row_mean(advantages, mask)
+    stopped = sign * bounded < sign * log_ratio
+    return PolicyTerm(
+        loss=torch.where(mask, -objective, 0.0), clipped_low=stopped & (log_ratio < 0),
+        clipped_high=stopped & (log_ratio > 0),
+    )  # fmt: skip
+
+
+def reinforce(logprobs: torch.Tensor, advantages: torch.Tensor) -> PolicyTerm:
+    """-A log pi; no ratio, so it is right only for tokens that the present policy sampled."""
+    nothing = torch.zeros_like(advantages, dtype=torch.bool)
+    return PolicyTerm(loss=-advantages * logprobs, clipped_low=nothing, clipped_high=nothing)
+
+
+def _row_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[B,1] mean over a row's masked tokens; 0 for a row without any."""
+    return torch.where(mask, values, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def policy_term(
+    loss: PolicyLoss,
+    *,
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    eps_low: float,
+    eps_high: float,
+    dual_clip: float | None,
+    tau_positive: float,
+    tau_negative: float,
+) -> PolicyTerm:
+    """The named objective. All tensors are [B,T] and 0 off the mask; `logprobs` has gradient."""
+    log_ratio = logprobs - old_logprobs.detach()
+    match loss:
+        case "ppo_clip":
+            return ppo_clip(log_ratio, advantages, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip)
+        case "gspo":
+            return gspo(log_ratio, advantages, mask, eps_low=eps_low, eps_high=eps_high)
+        case "cispo":
+            return cispo(logprobs, log_ratio, advantages, eps_low=eps_low, eps_high=eps_high)
+        case "sapo":
+            return sapo(log_ratio, advantages, tau_positive=tau_positive, tau_negative=tau_negative)
+        case "gmpo":
+            return gmpo(log_ratio, advantages, mask, eps_low=eps_low, eps_high=eps_high)
+        case "reinforce":
+            return reinforce(logprobs, advantages)

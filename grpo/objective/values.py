@@ -1,0 +1,24 @@
+"""The critic's loss, per token."""
+
+from __future__ import annotations
+
+import torch
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, eps: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """max((v - R)^2, (clip(v, v_old - eps, v_old + eps) - R)^2) / 2, as in the code of PPO (arXiv 2005.12729 sec. 3).
+
+    Args:
+        values: [B,T] with gradient; the others without.
+        eps: None: no clipping.
+
+    Returns:
+        loss [B,T]; clipped [B,T] bool, where the clipped square is the greater one and stops the gradient.
+    """
+    plain = (values - returns).square()
+    if eps is None:
+        return plain / 2, torch.zeros_like(values, dtype=torch.bool)
+    bounded = (old_values + (values - old_values).clamp(-eps, eps) - returns).square()
+    return torch.maximum(plain, bounded) / 2, bounded > plain

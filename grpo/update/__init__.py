@@ -1,0 +1,12 @@
+"""One learner rank's arithmetic in a step. Pure torch against the `StepEngine` it is given; DeepSpeed stays in
+`grpo.learner`. Losses are dot products with `token_weights`: nothing here divides by a batch.
+
+    prepare   old and reference logprobs, values -> token-level advantages, whitened over the step
+    step      microbatches -> backward, optimizer steps, metric sums
+"""
+
+from grpo.update.engine import Model, NonFiniteError, StepEngine
+from grpo.update.step import run_step
+from grpo.update.tally import Tally
+
+__all__ = ["Model", "NonFiniteError", "StepEngine", "Tally", "run_step"]

@@ -1,0 +1,155 @@
+"""Before the first update of a step: old and reference logprobs, values, and the advantages made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from grpo.config import AlgorithmConfig, CriticConfig
+from grpo.objective.kl import estimate
+from grpo.objective.legal import WHITENED
+from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
+from grpo.types import Batch, RankStep
+from grpo.update.engine import StepEngine
+from grpo.update.tally import Tally
+
+WHITEN_EPS = 1e-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a microbatch is trained with, [B,T] each and without gradient."""
+
+    advantages: torch.Tensor
+    old_logprobs: torch.Tensor | None
+    """None: the step has one update, and its own logprobs are the old ones."""
+    ref_logprobs: torch.Tensor | None
+    """None: there is no reference."""
+    old_values: torch.Tensor | None
+    returns: torch.Tensor | None
+    """None: there is no critic."""
+
+
+def unique_batches(step: RankStep) -> list[Batch]:
+    """Each microbatch once: later epochs repeat the first one's."""
+    return list({id(batch): batch for minibatch in step.minibatches for batch in minibatch}.values())
+
+
+@torch.no_grad()
+def prepare(
+    step: RankStep,
+    engine: StepEngine,
+    algorithm: AlgorithmConfig,
+    critic: CriticConfig,
+    device: torch.device,
+    tally: Tally,
+) -> dict[int, Prepared]:
+    """id(microbatch) -> what it is trained with. A collective where advantages are whitened."""
+    batches = unique_batches(step)
+    in_reward = algorithm.kl_coef > 0 and algorithm.kl_place == "reward"
+    old: list[torch.Tensor | None] = [None] * len(batches)
+    ref: list[torch.Tensor | None] = [None] * len(batches)
+    if step.multiple_updates or in_reward:
+        with tally.timed("time/old_logprobs_s", device):
+            old = [engine.logprobs(b.input_ids.to(device), b.target_ids.to(device))[0] for b in batches]
+    if algorithm.kl_coef > 0:
+        with tally.timed("time/ref_logprobs_s", device):
+            ref = [engine.ref_logprobs(b.input_ids.to(device), b.target_ids.to(device)) for b in batches]
+    penalties = [
+        kl_penalty(batch, old_logprobs, ref_logprobs, step.kl_coef, algorithm, device, tally) if in_reward else None
+        for batch, old_logprobs, ref_logprobs in zip(batches, old, ref, strict=True)
+    ]
+    values = returns = [None] * len(batches)
+    if algorithm.advantage == "gae":
+        with tally.timed("time/values_s", device):
+            triples = [
+                critic_advantages(batch, penalty, engine, algorithm, critic, device)
+                for batch, penalty in zip(batches, penalties, strict=True)
+            ]
+        advantages, values, returns = (list(column) for column in zip(*triples, strict=True)) if triples else ([],) * 3
+    else:
+        advantages = [
+            token_advantages(batch, penalty, algorithm, device)
+            for batch, penalty in zip(batches, penalties, strict=True)
+        ]
+    if algorithm.advantage in WHITENED:
+        masks = [batch.completion_mask.to(device) for batch in batches]
+        advantages = whiten(advantages, masks, eps=WHITEN_EPS, all_sum=engine.all_sum)
+    return {
+        id(batch): Prepared(
+            advantages=advantages[i],
+            # with one update the ratio is exactly 1: the same logprobs, not a second pass's
+            old_logprobs=old[i] if step.multiple_updates else None,
+            ref_logprobs=ref[i],
+            old_values=values[i],
+            returns=returns[i],
+        )
+        for i, batch in enumerate(batches)
+    }
+
+
+def kl_penalty(
+    batch: Batch,
+    old_logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    kl_coef: float,
+    algorithm: AlgorithmConfig,
+    device: torch.device,
+    tally: Tally,
+) -> torch.Tensor:
+    """[B,T] reward of each token: -kl_coef times the KL estimate of the policy at the step's start."""
+    assert old_logprobs is not None
+    assert ref_logprobs is not None
+    mask = batch.completion_mask.to(device)
+    kl = torch.where(mask, estimate(old_logprobs, ref_logprobs, estimator=algorithm.kl_estimator), 0.0)
+    tally.add("policy/kl_ref", float(kl.sum()), float(mask.sum()))
+    return -kl_coef * kl
+
+
+def token_advantages(
+    batch: Batch, penalty: torch.Tensor | None, algorithm: AlgorithmConfig, device: torch.device
+) -> torch.Tensor:
+    """[B,T] without a critic: the row's advantage or discounted reward, plus what the KL's penalty adds up to from
+    each token on, which makes it the gradient of the sequence's KL."""
+    mask = batch.completion_mask.to(device)
+    gamma = algorithm.gamma if algorithm.advantage == "reinforce_pp" else 1.0
+    if algorithm.advantage == "reinforce_pp":
+        advantages = rewards_to_go(at_last_token(batch.rewards.to(device), mask), mask, gamma=gamma)
+    elif algorithm.advantage == "reinforce_pp_baseline":
+        advantages = torch.where(mask, batch.rewards.to(device)[:, None], 0.0)
+    else:
+        advantages = batch.advantages.to(device)
+    return advantages if penalty is None else advantages + rewards_to_go(penalty, mask, gamma=gamma)
+
+
+def critic_advantages(
+    batch: Batch,
+    penalty: torch.Tensor | None,
+    engine: StepEngine,
+    algorithm: AlgorithmConfig,
+    critic: CriticConfig,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Advantages before whitening, old values and returns, [B,T] each."""
+    mask = batch.completion_mask.to(device)
+    every = engine.values(critic_ids(batch).to(device)).float()
+    values = torch.where(mask, every[:, :-1], 0.0)
+    token_rewards = at_last_token(batch.rewards.to(device), mask)
+    if penalty is not None:
+        token_rewards = token_rewards + penalty
+    final = torch.zeros(len(every), device=device)
+    if critic.truncated == "bootstrap":
+        # a row's last target is at its last masked position; the state behind it is one further in `every`
+        positions = torch.arange(1, every.shape[1], device=device)
+        last = torch.where(mask, positions, 0).amax(1, keepdim=True)
+        final = torch.where(batch.truncated.to(device), every.gather(1, last)[:, 0], final)
+    advantages, returns = generalized_advantages(
+        token_rewards, values, mask, gamma=algorithm.gamma, lam=algorithm.gae_lambda, final_values=final
+    )
+    return advantages, values, returns
+
+
+def critic_ids(batch: Batch) -> torch.Tensor:
+    """[B,T+1] the rows unshifted: value t is that of the state in which target t is sampled, value t+1 of the next."""
+    return torch.cat([batch.input_ids[:, :1], batch.target_ids], dim=1)

@@ -1,0 +1,297 @@
+"""The optimizer steps of one driver step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grpo.config import AlgorithmConfig, CriticConfig
+from grpo.objective.kl import anchor_kl, estimate, k3
+from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
+from grpo.objective.policy import PolicyTerm, policy_term
+from grpo.objective.values import clipped_value_loss
+from grpo.types import Batch, RankStep
+from grpo.update.engine import NonFiniteError, StepEngine
+from grpo.update.prepare import Prepared, critic_ids, prepare
+from grpo.update.tally import Tally
+
+
+def run_step(
+    step: RankStep, engine: StepEngine, algorithm: AlgorithmConfig, critic: CriticConfig, device: torch.device
+) -> Tally:
+    """Every optimizer step of one driver step on this rank; returns this rank's metric sums.
+
+    Raises:
+        NonFiniteError: on every rank, before the optimizer step that would have spread it.
+    """
+    tally = Tally()
+    prepared = prepare(step, engine, algorithm, critic, device, tally)
+    updates = 0
+    for minibatch in step.minibatches:
+        limit = algorithm.max_kl_old
+        if updates and limit is not None and measured_kl_old(minibatch, prepared, engine, device) > limit:
+            break
+        for position, batch in enumerate(minibatch):
+            last = position == len(minibatch) - 1
+            _policy_microbatch(batch, prepared[id(batch)], last, step, engine, algorithm, device, tally)
+        for position, batch in enumerate(minibatch if algorithm.advantage == "gae" else ()):
+            last = position == len(minibatch) - 1
+            _critic_microbatch(batch, prepared[id(batch)], last, engine, critic, device, tally)
+        if engine.all_sum([tally.sums.get("not_finite", [0.0])[0]])[0]:
+            raise NonFiniteError("the loss is not finite; the weights have not been touched by this minibatch")
+        tally.add("optim/grad_norm", _finite_norm(engine.optimizer_step("policy"), "gradient"), 1)
+        if algorithm.advantage == "gae":
+            tally.add("value/grad_norm", _finite_norm(engine.optimizer_step("critic"), "critic's gradient"), 1)
+        updates += 1
+    for minibatch in step.minibatches[updates:]:
+        tally.add("gradient/stopped", float(sum(_accounted(batch).sum() for batch in minibatch)), 0)
+    tally.extremes["policy/updates"] = float(updates)
+    tally.extremes["policy/stopped_minibatches"] = float(len(step.minibatches) - updates)
+    return tally
+
+
+@torch.no_grad()
+def measured_kl_old(
+    minibatch: Sequence[Batch], prepared: dict[int, Prepared], engine: StepEngine, device: torch.device
+) -> float:
+    """KL from the step's start to the policy of now per token of `minibatch` on all ranks (k3). A collective.
+
+    A pass of its own: the gradient of a minibatch that will not be used is never accumulated.
+    """
+    total = count = 0.0
+    for batch in minibatch:
+        logprobs, _ = engine.logprobs(batch.input_ids.to(device), batch.target_ids.to(device))
+        old = prepared[id(batch)].old_logprobs
+        assert old is not None
+        mask = batch.completion_mask.to(device)
+        total += float(k3(old, logprobs)[mask].double().sum())
+        count += float(mask.sum())
+    total, count = engine.all_sum([total, count])
+    return total / count if count else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """The parts of a microbatch's loss, [B,T] each."""
+
+    total: torch.Tensor
+    """With gradient."""
+    policy: PolicyTerm
+    weight: torch.Tensor
+    """What multiplies the policy term: the bounded importance weight, 0 where the row was rejected."""
+    raw_weight: torch.Tensor
+    """The importance weight before its bounds."""
+    rejected: torch.Tensor
+    """[B,1] bool"""
+    kl_ref: torch.Tensor | None
+    log_ratio: torch.Tensor
+
+
+def objective_terms(
+    *,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor | None,
+    sampler_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    kl_coef: float,
+    algorithm: AlgorithmConfig,
+) -> Terms:
+    """policy * weight + kl_coef * kl_ref - entropy_coef * entropy, per token.
+
+    Off the mask every value is replaced by a neutral one first, so that padding gives neither NaN nor gradient.
+    """
+    a = algorithm
+    current = torch.where(mask, logprobs, 0.0)
+    old = torch.where(mask, old_logprobs, 0.0)
+    advantages = torch.where(mask, advantages, 0.0)
+    policy = policy_term(
+        a.loss, logprobs=current, old_logprobs=old, advantages=advantages, mask=mask, eps_low=a.eps_low,
+        eps_high=a.eps_high, dual_clip=a.dual_clip, tau_positive=a.sapo_tau_positive, tau_negative=a.sapo_tau_negative,
+    )  # fmt: skip
+    raw = importance_weight(old, sampler_logprobs, mask, level=a.importance_level)
+    weight = raw
+    if a.importance_level != "none":
+        weight = bounded_weight(raw, mode=a.importance_mode, low=a.importance_low, high=a.importance_high)
+    rejected = torch.zeros(len(mask), 1, dtype=torch.bool, device=mask.device)
+    if a.rejection_low is not None or a.rejection_high is not None:
+        low, high = a.rejection_low or 0.0, a.rejection_high or math.inf
+        rejected = ~kept_sequences(old, sampler_logprobs, mask, low=low, high=high)
+        weight = torch.where(rejected, 0.0, weight)
+    total = policy.loss * weight
+    kl_ref = None
+    if ref_logprobs is not None and a.kl_place == "loss":
+        ref = torch.where(mask, ref_logprobs, 0.0)
+        kl_ref = estimate(current.detach(), ref, estimator=a.kl_estimator)
+        total = total + kl_coef * anchor_kl(
+            current, old, ref, estimator=a.kl_estimator, gradient=a.kl_gradient, clamp=a.kl_clamp
+        )
+    if a.entropy_coef:
+        total = total - a.entropy_coef * torch.where(mask, entropy, 0.0)
+    return Terms(
+        total=total, policy=policy, weight=weight, raw_weight=raw, rejected=rejected, kl_ref=kl_ref,
+        log_ratio=(current - old).detach(),
+    )  # fmt: skip
+
+
+def _policy_microbatch(
+    batch: Batch,
+    prepared: Prepared,
+    last: bool,
+    step: RankStep,
+    engine: StepEngine,
+    algorithm: AlgorithmConfig,
+    device: torch.device,
+    tally: Tally,
+) -> None:
+    logprobs, entropy = engine.logprobs(batch.input_ids.to(device), batch.target_ids.to(device))
+    old = logprobs.detach() if prepared.old_logprobs is None else prepared.old_logprobs
+    mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
+    terms = objective_terms(
+        logprobs=logprobs, entropy=entropy, old_logprobs=old, ref_logprobs=prepared.ref_logprobs,
+        sampler_logprobs=batch.sampler_logprobs.to(device), advantages=prepared.advantages, mask=mask,
+        kl_coef=step.kl_coef, algorithm=algorithm,
+    )  # fmt: skip
+    loss = (weights * terms.total).sum()
+    if not bool(torch.isfinite(loss)):
+        tally.add("not_finite", 1, 0)
+    engine.backward("policy", loss, last=last)
+    with torch.no_grad():
+        if int(batch.rollout_index[0]) not in tally.learner_logprob_sums:  # once a step, whatever the epochs
+            _tally_mismatch(tally, batch, old, terms, algorithm)
+        _tally_objective(tally, terms, mask, weights, entropy.detach(), algorithm)
+        _tally_uses(tally, batch, prepared.advantages, terms, algorithm)
+
+
+def _critic_microbatch(
+    batch: Batch,
+    prepared: Prepared,
+    last: bool,
+    engine: StepEngine,
+    critic: CriticConfig,
+    device: torch.device,
+    tally: Tally,
+) -> None:
+    assert prepared.old_values is not None
+    assert prepared.returns is not None
+    mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
+    values = torch.where(mask, engine.values(critic_ids(batch).to(device)).float()[:, :-1], 0.0)
+    token_loss, clipped = clipped_value_loss(values, prepared.old_values, prepared.returns, eps=critic.clip)
+    loss = (weights * token_loss).sum()
+    if not bool(torch.isfinite(loss)):
+        tally.add("not_finite", 1, 0)
+    engine.backward("critic", critic.coef * loss, last=last)
+    with torch.no_grad():
+        tokens = float(mask.sum())
+        error = (prepared.returns - values)[mask].double()
+        returns = prepared.returns[mask].double()
+        tally.add("value/loss", float(loss), 0)
+        tally.add("value/clip_fraction", float((clipped & mask).sum()), tokens)
+        tally.add("value/mean", float(values[mask].sum()), tokens)
+        tally.add("value/return_mean", float(returns.sum()), tokens)
+        tally.add("value/return_square", float(returns.square().sum()), tokens)
+        tally.add("value/error", float(error.sum()), tokens)
+        tally.add("value/error_square", float(error.square().sum()), tokens)
+
+
+def _finite_norm(norm: float, what: str) -> float:
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"the {what} norm is {norm}; no weights of this step have been published")
+    return norm
+
+
+def _accounted(batch: Batch) -> torch.Tensor:
+    """[B,T] bool: the tokens whose use is accounted for here; those of groups without spread are by the driver."""
+    return batch.completion_mask & batch.has_spread[:, None]
+
+
+def _tally_objective(
+    tally: Tally,
+    terms: Terms,
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    entropy: torch.Tensor,
+    algorithm: AlgorithmConfig,
+) -> None:
+    """Sums of one microbatch. The weighted terms are shares of a sum over the optimizer step."""
+    tokens = float(mask.sum())
+    ratio = terms.log_ratio.exp()
+    shares = {
+        "policy/loss": (weights * terms.policy.loss.detach() * terms.weight).sum(),
+        "policy/total_loss": (weights * terms.total.detach()).sum(),
+        "policy/entropy_loss": -algorithm.entropy_coef * (weights * entropy).sum(),
+    }
+    means = {
+        "policy/entropy": entropy[mask].sum(),
+        "policy/clip_fraction_low": (terms.policy.clipped_low & mask).sum(),
+        "policy/clip_fraction_high": (terms.policy.clipped_high & mask).sum(),
+        "policy/ratio_mean": ratio[mask].sum(),
+        "policy/kl_old": (ratio - 1 - terms.log_ratio)[mask].sum(),
+    }
+    if terms.kl_ref is not None:
+        shares["policy/kl_ref_loss"] = (weights * terms.kl_ref).sum()
+        means["policy/kl_ref"] = terms.kl_ref[mask].sum()
+    if not algorithm.entropy_coef:
+        del shares["policy/entropy_loss"]
+    numbers = torch.stack([value.double() for value in (*shares.values(), *means.values())]).tolist()
+    for name, number in zip((*shares, *means), numbers, strict=True):
+        tally.add(name, number, 0 if name in shares else tokens)
+    if tokens:
+        tally.maximum("policy/ratio_max", float(ratio[mask].max()))
+
+
+def _tally_uses(tally: Tally, batch: Batch, advantages: torch.Tensor, terms: Terms, algorithm: AlgorithmConfig) -> None:
+    """What became of each use of a token, the first reason that applies."""
+    left = _accounted(batch).to(advantages.device)
+    clipped = terms.policy.clipped_low | terms.policy.clipped_high
+    if algorithm.loss == "cispo":  # bounds the weight of such a token and keeps its gradient
+        clipped = torch.zeros_like(clipped)
+    reasons = {
+        "gradient/zero_advantage": advantages == 0,
+        "gradient/mismatch_masked": terms.weight == 0,
+        "gradient/clipped": clipped,
+    }
+    for name, applies in reasons.items():
+        tally.add(name, float((left & applies).sum()), 0)
+        left = left & ~applies
+    tally.add("gradient/contributing", float(left.sum()), 0)
+
+
+def _tally_mismatch(
+    tally: Tally, batch: Batch, old_logprobs: torch.Tensor, terms: Terms, algorithm: AlgorithmConfig
+) -> None:
+    """Sampler against learner, on the weights that sampled: the invariant that breaks first when anything is wrong."""
+    mask = batch.completion_mask
+    logprobs = old_logprobs.cpu()
+    difference = (logprobs - batch.sampler_logprobs)[mask].double()
+    tokens = float(difference.numel())
+    if tokens:
+        token_weight = difference.exp()
+        tally.add("mismatch/mean", float(difference.abs().sum()), tokens)
+        tally.add("mismatch/kl", float((token_weight - 1 - difference).sum()), tokens)
+        largest = float(difference.abs().max())
+        tally.maximum("mismatch/max", largest if largest == largest else float("inf"))
+        raw, weight = terms.raw_weight.cpu()[mask].double(), terms.weight.cpu()[mask]
+        if algorithm.importance_level == "none":
+            raw = token_weight
+        tally.add("mismatch/importance_weight_mean", float(raw.sum()), tokens)
+        tally.add("mismatch/importance_weight_square", float(raw.square().sum()), tokens)
+        tally.maximum("mismatch/importance_weight_max", float(raw.max()))
+        tally.maximum("mismatch/importance_weight_min_negated", -float(raw.min()))
+        if algorithm.importance_level != "none":
+            bounded = (raw < algorithm.importance_low) | (raw > algorithm.importance_high)
+            tally.add("mismatch/importance_weight_bounded_fraction", float(bounded.sum()), tokens)
+        tally.add("mismatch/masked_fraction", float((weight == 0).sum()), tokens)
+        rows = mask.any(1)
+        tally.add(
+            "mismatch/rejected_sequence_fraction", float((terms.rejected.cpu()[:, 0] & rows).sum()), float(rows.sum())
+        )
+    row_sums = torch.where(mask, logprobs, 0.0).sum(1).tolist()
+    for index, value in zip(batch.rollout_index.tolist(), row_sums, strict=True):
+        if index >= 0:
+            tally.learner_logprob_sums[index] = value

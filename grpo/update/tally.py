@@ -1,0 +1,42 @@
+"""Metric sums of one learner rank. Nothing is divided here: sums and counts are added over ranks, then logged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums, counts and maxima by metric name."""
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    extremes: dict[str, float] = field(default_factory=dict)
+    learner_logprob_sums: dict[int, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """`count` 0: a share of a sum over the optimizer step, which is divided by the number of updates."""
+        pair = self.sums.setdefault(name, [0.0, 0.0])
+        pair[0] += total
+        pair[1] += count
+
+    def maximum(self, name: str, value: float) -> None:
+        self.extremes[name] = max(value, self.extremes.get(name, value))
+
+    @contextmanager
+    def timed(self, name: str, device: torch.device) -> Iterator[None]:
+        """Add the seconds that the block takes to this rank's total; the logged value is the slowest rank's."""
+        started = _clock(device)
+        yield
+        self.extremes[name] = self.extremes.get(name, 0.0) + _clock(device) - started
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once everything that was asked of `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
