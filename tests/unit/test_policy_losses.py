@@ -1,0 +1,402 @@
+"""Each policy loss against a naive loop of its formula, its gradient, and that no layout of a step changes either."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo.objective.aggregation import Aggregation, aggregation_weights
+from grpo.objective.legal import LEGAL_AGGREGATIONS
+from grpo.objective.policy import PolicyLoss, PolicyTerm, policy_term, ppo_clip
+
+EPS_LOW, EPS_HIGH, DUAL_CLIP, TAU_POSITIVE, TAU_NEGATIVE = 0.2, 0.3, 1.7, 1.0, 1.4
+OPTIONS: dict[str, Any] = {
+    "eps_low": EPS_LOW, "eps_high": EPS_HIGH, "dual_clip": None, "tau_positive": TAU_POSITIVE,
+    "tau_negative": TAU_NEGATIVE,
+}  # fmt: skip
+LOSSES: tuple[PolicyLoss, ...] = get_args(PolicyLoss)
+PAIRS = [(loss, aggregation) for loss in LOSSES for aggregation in LEGAL_AGGREGATIONS[loss]]
+
+Rows = list[list[float]]
+every_loss = pytest.mark.parametrize("loss", LOSSES)
+
+
+def example(seed: int, *, token_advantages: bool = False, rows: int = 5, positions: int = 7) -> dict[str, torch.Tensor]:
+    """[B,T] inputs in float64, 0 off a mask with holes; ratios far outside the clip range among them."""
+    generator = torch.Generator().manual_seed(seed)
+    new = -2 * torch.rand(rows, positions, generator=generator, dtype=torch.float64)
+    old = new + 0.5 * torch.randn(rows, positions, generator=generator, dtype=torch.float64)
+    old = old + 0.3 * torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+    columns = positions if token_advantages else 1
+    advantages = torch.randn(rows, columns, generator=generator, dtype=torch.float64).expand(rows, positions)
+    mask = torch.rand(rows, positions, generator=generator) < 0.7
+    mask[:, 2] = True
+    tensors = {"logprobs": new, "old_logprobs": old, "advantages": advantages}
+    return {name: torch.where(mask, value, 0.0) for name, value in tensors.items()} | {"mask": mask}
+
+
+def clip(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def naive(
+    loss: PolicyLoss,
+    new: Rows,
+    old: Rows,
+    advantages: Rows,
+    mask: list[list[bool]],
+    *,
+    frozen: Rows | None = None,
+    dual_clip: float | None = None,
+) -> Rows:
+    """Token losses from the formulas. `frozen`: the logprobs where a formula stops the gradient; the same by default,
+    kept still while `new` moves to differentiate the surrogate."""
+    still = new if frozen is None else frozen
+    out = [[0.0] * len(row) for row in new]
+    for b in range(len(new)):
+        taken = [t for t in range(len(new[b])) if mask[b][t]]
+        n = len(taken)
+        sequence = math.exp(sum(still[b][t] - old[b][t] for t in taken) / n) if n else 1.0
+        bounded = []
+        for t in taken:
+            difference, advantage = new[b][t] - old[b][t], advantages[b][t]
+            kept = min(difference, EPS_HIGH) if advantage > 0 else max(difference, -EPS_LOW)
+            bounded.append(kept if advantage != 0 else 0.0)
+        for t in taken:
+            advantage = advantages[b][t]
+            ratio = math.exp(new[b][t] - old[b][t])
+            if loss == "gspo":
+                ratio = sequence * math.exp(new[b][t] - still[b][t])
+            if loss in ("ppo_clip", "gspo"):
+                objective = min(ratio * advantage, clip(ratio, 1 - EPS_LOW, 1 + EPS_HIGH) * advantage)
+                if dual_clip is not None and advantage < 0:
+                    objective = max(objective, dual_clip * advantage)
+                out[b][t] = -objective
+            elif loss == "cispo":
+                weight = clip(math.exp(still[b][t] - old[b][t]), 1 - EPS_LOW, 1 + EPS_HIGH)
+                out[b][t] = -weight * advantage * new[b][t]
+            elif loss == "sapo":
+                tau = TAU_POSITIVE if advantage > 0 else TAU_NEGATIVE
+                out[b][t] = -4 / tau * sigmoid(tau * (ratio - 1)) * advantage
+            elif loss == "gmpo":
+                row_advantage = sum(advantages[b][s] for s in taken) / n
+                out[b][t] = -math.exp(sum(bounded) / n) * row_advantage
+            else:
+                out[b][t] = -advantage * new[b][t]
+    return out
+
+
+def lists(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    short = {"logprobs": "new", "old_logprobs": "old", "advantages": "advantages", "mask": "mask"}
+    return {short[name]: value.tolist() for name, value in inputs.items()}
+
+
+def difference_quotients(value: Callable[[Rows], Rows], at: Rows, weights: Rows) -> Rows:
+    """d sum(weights * value(x)) / d x by central differences."""
+
+    def total(rows: Rows) -> float:
+        losses = value(rows)
+        return math.fsum(w * x for ws, xs in zip(weights, losses, strict=True) for w, x in zip(ws, xs, strict=True))
+
+    step, out = 1e-6, [[0.0] * len(row) for row in at]
+    for b in range(len(at)):
+        for t in range(len(at[b])):
+            up, down = [list(row) for row in at], [list(row) for row in at]
+            up[b][t] += step
+            down[b][t] -= step
+            out[b][t] = (total(up) - total(down)) / (2 * step)
+    return out
+
+
+def gradient(
+    loss: PolicyLoss, inputs: dict[str, torch.Tensor], weights: torch.Tensor, **changes: Any
+) -> tuple[torch.Tensor, PolicyTerm]:
+    new = inputs["logprobs"].clone().requires_grad_()
+    term = policy_term(loss, **{**OPTIONS, **inputs, "logprobs": new, **changes})
+    [grad] = torch.autograd.grad((weights * term.loss).sum(), new)
+    return grad, term
+
+
+def random_weights(mask: torch.Tensor, seed: int) -> torch.Tensor:
+    return torch.where(mask, torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)).double(), 0.0)
+
+
+VARIANTS = [(loss, None) for loss in LOSSES] + [("ppo_clip", DUAL_CLIP)]
+
+
+@pytest.mark.parametrize("token_advantages", [False, True])
+@pytest.mark.parametrize(("loss", "dual_clip"), VARIANTS)
+def test_values_equal_a_naive_loop(loss: PolicyLoss, dual_clip: float | None, token_advantages: bool) -> None:
+    for seed in range(4):
+        inputs = example(seed, token_advantages=token_advantages)
+        result = policy_term(loss, **inputs, **{**OPTIONS, "dual_clip": dual_clip}).loss
+        expected = torch.tensor(naive(loss, **lists(inputs), dual_clip=dual_clip), dtype=torch.float64)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+        assert (result[~inputs["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("token_advantages", [False, True])
+@pytest.mark.parametrize(("loss", "dual_clip"), VARIANTS)
+def test_gradients_equal_finite_differences(loss: PolicyLoss, dual_clip: float | None, token_advantages: bool) -> None:
+    inputs = example(11, token_advantages=token_advantages)
+    weights = random_weights(inputs["mask"], 0)
+    grad, _ = gradient(loss, inputs, weights, dual_clip=dual_clip)
+    fixed = lists(inputs)
+    at = fixed.pop("new")
+    numeric = difference_quotients(
+        lambda new: naive(loss, new, **fixed, frozen=at, dual_clip=dual_clip), at, weights.tolist()
+    )
+    torch.testing.assert_close(grad, torch.tensor(numeric, dtype=torch.float64), rtol=0, atol=1e-7)
+    assert grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("loss", ["gspo", "gmpo"])
+def test_under_its_aggregation_a_sequence_loss_has_the_gradient_of_the_sequence_objective(loss: PolicyLoss) -> None:
+    inputs = example(12)
+    mask = inputs["mask"]
+    weights = mask / (len(mask) * mask.sum(1, keepdim=True))
+    grad, _ = gradient(loss, inputs, weights)
+    fixed = lists(inputs)
+    at = fixed.pop("new")
+    # nothing frozen: the whole row's ratio moves with each of its tokens
+    numeric = difference_quotients(lambda new: naive(loss, new, **fixed), at, weights.tolist())
+    torch.testing.assert_close(grad, torch.tensor(numeric, dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+@every_loss
+@pytest.mark.parametrize("token_advantages", [False, True])
+def test_ratio_one_gives_the_gradient_of_reinforce(loss: PolicyLoss, token_advantages: bool) -> None:
+    inputs = example(0, token_advantages=token_advantages)
+    mask, advantages = inputs["mask"], inputs["advantages"]
+    lengths = mask.sum(1, keepdim=True)
+    if "token_mean" in LEGAL_AGGREGATIONS[loss]:
+        weights = mask / mask.sum().double()
+    else:
+        weights = mask / (len(mask) * lengths).double()
+    if loss == "gmpo":
+        advantages = torch.where(mask, advantages.sum(1, keepdim=True) / lengths, 0.0)
+    new = inputs["logprobs"].clone().requires_grad_()
+    term = policy_term(loss, **{**OPTIONS, **inputs, "logprobs": new, "old_logprobs": new.detach()})
+    [grad] = torch.autograd.grad((weights * term.loss).sum(), new)
+    torch.testing.assert_close(grad, -advantages * weights, rtol=0, atol=1e-15)
+    assert not term.clipped_low.any()
+    assert not term.clipped_high.any()
+
+
+@every_loss
+def test_old_logprobs_are_detached(loss: PolicyLoss) -> None:
+    inputs = example(1)
+    new = inputs["logprobs"].clone().requires_grad_()
+    arguments = {**OPTIONS, **inputs, "logprobs": new, "old_logprobs": new}
+    [grad] = torch.autograd.grad(policy_term(loss, **arguments).loss.sum(), new)
+    assert (grad[inputs["mask"]] != 0).all()
+
+
+@pytest.mark.parametrize(("loss", "dual_clip"), VARIANTS)
+def test_zero_advantage_gives_exactly_zero(loss: PolicyLoss, dual_clip: float | None) -> None:
+    inputs = example(2)
+    inputs["advantages"] = torch.zeros_like(inputs["advantages"])
+    grad, term = gradient(loss, inputs, torch.ones_like(inputs["logprobs"]), dual_clip=dual_clip)
+    assert (grad == 0).all()
+    assert (term.loss == 0).all()
+    assert not term.clipped_low.any()
+    assert not term.clipped_high.any()
+
+
+@every_loss
+def test_a_row_with_zero_advantage_has_no_gradient_beside_others(loss: PolicyLoss) -> None:
+    inputs = example(3)
+    inputs["advantages"][1] = 0.0
+    grad, _ = gradient(loss, inputs, torch.ones_like(inputs["logprobs"]))
+    assert (grad[1] == 0).all()
+    assert (grad[0] != 0).any()
+
+
+# ratio below, below, above, above, within, within its range, with both signs of the advantage
+SIDES = [(0.5, 1.0), (0.5, -1.0), (2.0, 1.0), (2.0, -1.0), (1.1, 1.0), (0.9, -1.0)]
+STOPPED_LOW = [False, True, False, False, False, False]
+STOPPED_HIGH = [False, False, True, False, False, False]
+BOUNDED_LOW = [True, True, False, False, False, False]
+BOUNDED_HIGH = [False, False, True, True, False, False]
+NOTHING = [False] * 6
+
+
+@pytest.mark.parametrize(
+    ("loss", "low", "high"),
+    [
+        ("ppo_clip", STOPPED_LOW, STOPPED_HIGH),
+        ("gspo", STOPPED_LOW, STOPPED_HIGH),
+        ("gmpo", STOPPED_LOW, STOPPED_HIGH),
+        ("cispo", BOUNDED_LOW, BOUNDED_HIGH),
+        ("sapo", NOTHING, NOTHING),
+        ("reinforce", NOTHING, NOTHING),
+    ],
+)
+def test_clip_sides_are_told_apart(loss: PolicyLoss, low: list[bool], high: list[bool]) -> None:
+    ratio = torch.tensor([[r, r] for r, _ in SIDES], dtype=torch.float64)
+    inputs = {
+        "logprobs": ratio.log(), "old_logprobs": torch.zeros(6, 2, dtype=torch.float64),
+        "advantages": torch.tensor([[a, a] for _, a in SIDES], dtype=torch.float64),
+        "mask": torch.ones(6, 2, dtype=torch.bool),
+    }  # fmt: skip
+    grad, term = gradient(loss, inputs, torch.ones(6, 2, dtype=torch.float64))
+    assert term.clipped_low.tolist() == [[x, x] for x in low]
+    assert term.clipped_high.tolist() == [[x, x] for x in high]
+    stopped = term.clipped_low | term.clipped_high
+    if loss == "cispo":  # bounded, not stopped
+        weight = [0.8, 0.8, 1.3, 1.3, 1.1, 0.9]
+        expected = [[-w * a, -w * a] for w, (_, a) in zip(weight, SIDES, strict=True)]
+        torch.testing.assert_close(grad, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    else:
+        assert torch.equal(grad == 0, stopped)
+
+
+def test_the_two_clip_ranges_are_not_confused() -> None:
+    ratio = torch.tensor([[0.75, 1.25, 1.35]], dtype=torch.float64)
+    term = ppo_clip(ratio.log(), torch.tensor([[-1.0, 1.0, 1.0]]).double(), eps_low=0.2, eps_high=0.3, dual_clip=None)
+    assert term.loss.tolist()[0] == pytest.approx([0.8, -1.25, -1.3], abs=1e-12)
+    assert term.clipped_low.tolist() == [[True, False, False]]
+    assert term.clipped_high.tolist() == [[False, False, True]]
+
+
+def test_dual_clip_stops_large_ratios_of_negative_advantages_alone() -> None:
+    ratio = torch.tensor([[4.0, 2.0, 4.0, 0.5]], dtype=torch.float64)
+    log_ratio = ratio.log().requires_grad_()
+    advantages = torch.tensor([[-2.0, -2.0, 2.0, -2.0]], dtype=torch.float64)
+    term = ppo_clip(log_ratio, advantages, eps_low=0.2, eps_high=0.3, dual_clip=3.0)
+    # 3 * 2 instead of 4 * 2; 2 * 2 as it is; -1.3 * 2; 0.8 * 2
+    assert term.loss.tolist()[0] == pytest.approx([6.0, 4.0, -2.6, 1.6], abs=1e-12)
+    assert term.clipped_high.tolist() == [[True, False, True, False]]
+    assert term.clipped_low.tolist() == [[False, False, False, True]]
+    term.loss.sum().backward()
+    assert log_ratio.grad is not None
+    assert log_ratio.grad.tolist()[0] == pytest.approx([0.0, 4.0, 0.0, 0.0], abs=1e-12)
+
+
+def test_gspo_clips_the_row_and_not_its_tokens() -> None:
+    log_ratio = [math.log(3.0), -math.log(3.0), 0.0]  # each far outside or at 1, their mean exactly 1
+    inputs = {
+        "logprobs": torch.tensor([log_ratio], dtype=torch.float64), "mask": torch.ones(1, 3, dtype=torch.bool),
+        "old_logprobs": torch.zeros(1, 3, dtype=torch.float64), "advantages": torch.ones(1, 3, dtype=torch.float64),
+    }  # fmt: skip
+    grad, term = gradient("gspo", inputs, torch.ones(1, 3, dtype=torch.float64))
+    assert term.loss.tolist()[0] == pytest.approx([-1.0] * 3, abs=1e-12)
+    assert grad.tolist()[0] == pytest.approx([-1.0] * 3, abs=1e-12)
+    assert not (term.clipped_low | term.clipped_high).any()
+
+
+def test_gmpo_by_hand() -> None:
+    inputs = {
+        "logprobs": torch.tensor([[1.0, 0.1, -1.0, 9.0]], dtype=torch.float64),
+        "old_logprobs": torch.zeros(1, 4, dtype=torch.float64),
+        "advantages": torch.tensor([[2.0, 2.0, 2.0, 0.0]], dtype=torch.float64),
+        "mask": torch.tensor([[True, True, True, False]]),
+    }
+    # log ratios 0.3 (clipped), 0.1, -1 (the advantage does not push it down): mean -0.2
+    _, term = gradient("gmpo", inputs, torch.ones(1, 4, dtype=torch.float64))
+    assert term.loss.tolist()[0] == pytest.approx([-2 * math.exp(-0.2)] * 3 + [0.0], abs=1e-12)
+    assert term.clipped_high.tolist() == [[True, False, False, False]]
+    inputs["advantages"] = -inputs["advantages"]
+    # log ratios 1, 0.1, -0.2 (clipped): mean 0.3
+    _, term = gradient("gmpo", inputs, torch.ones(1, 4, dtype=torch.float64))
+    assert term.loss.tolist()[0] == pytest.approx([2 * math.exp(0.3)] * 3 + [0.0], abs=1e-12)
+    assert term.clipped_low.tolist() == [[False, False, True, False]]
+
+
+@every_loss
+def test_nan_behind_the_mask_reaches_neither_value_nor_gradient(loss: PolicyLoss) -> None:
+    inputs = example(4)
+    mask = inputs["mask"]
+    poison = torch.where(mask, 0.0, float("nan"))
+    leaf = (inputs["logprobs"] + poison).requires_grad_()
+    cleaned = {
+        name: torch.where(mask, value, 0.0)
+        for name, value in {
+            "logprobs": leaf, "old_logprobs": inputs["old_logprobs"] + poison,
+            "advantages": inputs["advantages"] + poison,
+        }.items()
+    }  # fmt: skip
+    term = policy_term(loss, **OPTIONS, **cleaned, mask=mask)
+    [grad] = torch.autograd.grad(term.loss.sum(), leaf)
+    clean, _ = gradient(loss, inputs, torch.ones_like(inputs["logprobs"]))
+    torch.testing.assert_close(grad, clean, rtol=0, atol=0)
+    assert torch.isfinite(term.loss).all()
+    assert (grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("loss", ["gspo", "gmpo"])
+def test_a_row_without_tokens_is_no_nan(loss: PolicyLoss) -> None:
+    inputs = example(5)
+    inputs["mask"][0] = False
+    inputs = {name: torch.where(inputs["mask"], value, 0) for name, value in inputs.items()}
+    grad, term = gradient(loss, inputs, torch.ones_like(inputs["logprobs"]))
+    assert (term.loss[0] == 0).all()
+    assert (grad[0] == 0).all()
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> dict[str, Any]:
+    """A step's rows and another layout of them: order, cuts into microbatches and extra padding on either side."""
+    rows = draw(st.integers(2, 6))
+    inputs = example(draw(st.integers(0, 10**6)), token_advantages=draw(st.booleans()), rows=rows, positions=4)
+    prompts = draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows))
+    order = draw(st.permutations(range(rows)))
+    if draw(st.booleans()):  # whole groups change places
+        order = sorted(range(rows), key=lambda i: (-prompts[i], i))
+    cuts = sorted(draw(st.sets(st.integers(1, rows - 1), max_size=3)))
+    padding = draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=4, max_size=4))
+    return {"inputs": inputs, "prompts": prompts, "order": order, "cuts": cuts, "padding": padding}
+
+
+@pytest.mark.parametrize(("loss", "aggregation"), PAIRS)
+@settings(deadline=None, max_examples=20)
+@given(steps())
+def test_no_layout_of_a_step_changes_loss_or_gradient(
+    loss: PolicyLoss, aggregation: Aggregation, step: dict[str, Any]
+) -> None:
+    inputs, prompts, order = step["inputs"], step["prompts"], step["order"]
+
+    def weigh(rows: list[int]) -> torch.Tensor:
+        lengths = [int(inputs["mask"][i].sum()) for i in rows]
+        weights = aggregation_weights(lengths, [prompts[i] for i in rows], aggregation=aggregation, constant_length=11)
+        return torch.tensor(weights, dtype=torch.float64)[:, None] * inputs["mask"][rows]
+
+    def evaluate(rows: list[int], weights: torch.Tensor, left: int, right: int) -> tuple[float, torch.Tensor]:
+        def pad(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x, (left, right))
+
+        padded = {name: pad(value[rows]) for name, value in inputs.items()}
+        grad, term = gradient(loss, padded, pad(weights))
+        outside = torch.cat([grad[:, :left], grad[:, left + 4 :]], 1)
+        assert (outside == 0).all()
+        return float((pad(weights) * term.loss.detach()).sum()), grad[:, left : left + 4]
+
+    all_rows = list(range(len(prompts)))
+    whole, whole_grad = evaluate(all_rows, weigh(all_rows), 0, 0)
+    weights = weigh(order)  # once, over the whole step in its new order
+    edges = [0, *step["cuts"], len(order)]
+    total, grads = 0.0, []
+    for (start, stop), (left, right) in zip(itertools.pairwise(edges), step["padding"], strict=False):
+        part, grad = evaluate(order[start:stop], weights[start:stop], left, right)
+        total += part
+        grads.append(grad)
+    assert total == pytest.approx(whole, abs=1e-12)
+    torch.testing.assert_close(torch.cat(grads), whole_grad[order], rtol=0, atol=1e-12)
+
+
+def test_every_loss_has_its_legal_aggregations() -> None:
+    assert set(LEGAL_AGGREGATIONS) == set(LOSSES)
+    assert len(PAIRS) == 4 * 5 + 2
+    for loss in ("gspo", "gmpo"):
+        assert LEGAL_AGGREGATIONS[loss] == ("sequence_mean",)
