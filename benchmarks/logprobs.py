@@ -101,9 +101,8 @@ def main() -> None:
     print(f"fused, most over least memory: {spread:.3f}")
     ours, theirs = pairs(min(a.tokens), a.hidden, a.vocabulary, a.pairs)
     ratios = sorted(x / y for x, y in zip(ours, theirs, strict=True))
-    print(
-        f"time at {min(a.tokens)} tokens: fused {statistics.median(ours):.2f} s, plain {statistics.median(theirs):.2f} s"
-    )
+    mine, its = statistics.median(ours), statistics.median(theirs)
+    print(f"time at {min(a.tokens)} tokens: fused {mine:.2f} s, plain {its:.2f} s")
     print(f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
 
 

@@ -20,5 +20,6 @@ def clipped_value_loss(
     plain = (values - returns).square()
     if eps is None:
         return plain / 2, torch.zeros_like(values, dtype=torch.bool)
-    bounded = (old_values + (values - old_values).clamp(-eps, eps) - returns).square()
+    # clamped to bounds, not by its distance from the old value: what lies within must come out bit for bit
+    bounded = (torch.clamp(values, old_values - eps, old_values + eps) - returns).square()
     return torch.maximum(plain, bounded) / 2, bounded > plain

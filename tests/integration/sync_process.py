@@ -1,5 +1,6 @@
 """A sampler and a plain model in one process: sync_process.py MODEL FIXED; prints JSON. See test_sync_into_vllm.py.
 
+FIXED "head" compares a bfloat16 sampler's float32 head with both ways of computing the projection.
 FIXED "load" only compares what vLLM loaded from the folder by itself.
 FIXED 0 takes out the re-packing of `lm_head` after a reload, to see that the sync's verification notices.
 """
@@ -25,7 +26,9 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     if fixed == "0":
         shared_memory.repack_lm_head = lambda model: None
     config = Config(
-        model=ModelConfig(path=model_path, dtype="float32"),
+        model=ModelConfig(
+            path=model_path, dtype="bfloat16" if fixed == "head" else "float32", float32_head=fixed == "head"
+        ),
         sampling=SamplingConfig(max_tokens=8),
         data=DataConfig(train="", max_prompt_tokens=24),
         algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
@@ -33,7 +36,7 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     )
     sampler = Sampler(config, "shared_memory", 0)
     sampler.init_transfer({})
-    model = AutoModelForCausalLM.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=config.model.dtype)
     probe = Probe(token_ids=((1, 2, 3, 4, 5), tuple(range(1, 13))))
     sender = SharedMemorySender()
 
@@ -41,7 +44,7 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     def learner_logprobs():
         out = []
         for ids in probe.token_ids:
-            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
+            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float(), -1)
             out.append(logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
         return out
 
@@ -50,6 +53,14 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
             max(abs(a - b).max() for a, b in zip(sampler.probe_logprobs(probe), learner_logprobs(), strict=True))
         )
 
+    if fixed == "head":
+        weight = model.get_output_embeddings().weight
+        hidden = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        with torch.no_grad():
+            logits = sampler._model.compute_logits(hidden)[:, : len(weight)]
+            exact = hidden.float() @ weight.float().t()
+            rough = (hidden @ weight.t()).float()
+        return {"sampler": float((logits - exact).abs().max()), "rounding": float((rough - exact).abs().max())}
     if fixed == "load":
         return {"loaded": distance()}
 

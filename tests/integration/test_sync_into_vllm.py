@@ -14,10 +14,9 @@ import pytest
 SCRIPT = Path(__file__).with_name("sync_process.py")
 
 
-def run(model: Path, *, fixed: bool) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(model), str(int(fixed))], capture_output=True, text=True, timeout=300
-    )
+def run(model: Path, *, fixed: bool | str) -> dict[str, Any]:
+    mode = fixed if isinstance(fixed, str) else str(int(fixed))
+    done = subprocess.run([sys.executable, str(SCRIPT), str(model), mode], capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(lines[-1].removeprefix("RESULT "))
@@ -40,3 +39,9 @@ def test_a_sync_is_complete_and_verified(family: str, make_model: Callable[..., 
 def test_without_repacking_a_tied_head_the_sync_is_refused(make_model: Callable[..., Path]) -> None:
     result = run(make_model("qwen2"), fixed=False)
     assert "does not use them" in result["moved"]
+
+
+def test_a_float32_head_is_one_in_the_sampler_too(make_model: Callable[..., Path]) -> None:
+    result = run(make_model("qwen2"), fixed="head")
+    assert result["sampler"] < 1e-4
+    assert result["rounding"] > 1e-3  # what the projection in bfloat16 would be off by

@@ -149,9 +149,10 @@ def test_without_eps_it_is_half_the_squared_error() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_value_within_its_band_is_never_called_clipped(dtype: torch.dtype) -> None:
+    # near 0, as a new critic's: v_old + (v - v_old) is not always v in floating point
     generator = torch.Generator().manual_seed(0)
-    old = torch.randn(50_000, generator=generator, dtype=dtype)
-    values = old + 0.1 * (torch.rand(50_000, generator=generator, dtype=dtype) - 0.5)
-    returns = torch.randn(50_000, generator=generator, dtype=dtype)
+    old = 0.18 * torch.rand(10_000, generator=generator, dtype=dtype) - 0.09
+    values = 0.18 * torch.rand(10_000, generator=generator, dtype=dtype) - 0.09
+    returns = torch.rand(10_000, generator=generator, dtype=dtype)
     _, clipped = clipped_value_loss(values, old, returns, eps=0.2)
     assert int(clipped.sum()) == 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -339,7 +339,7 @@ def test_nan_behind_the_mask_reaches_neither_value_nor_gradient(loss: PolicyLoss
 def test_a_row_without_tokens_is_no_nan(loss: PolicyLoss) -> None:
     inputs = example(5)
     inputs["mask"][0] = False
-    inputs = {name: torch.where(inputs["mask"], value, 0) for name, value in inputs.items()}
+    inputs = {name: torch.where(inputs["mask"], value, value.new_zeros(())) for name, value in inputs.items()}
     grad, term = gradient(loss, inputs, torch.ones_like(inputs["logprobs"]))
     assert (term.loss[0] == 0).all()
     assert (grad[0] == 0).all()
@@ -387,7 +387,7 @@ def test_no_layout_of_a_step_changes_loss_or_gradient(
     weights = weigh(order)  # once, over the whole step in its new order
     edges = [0, *step["cuts"], len(order)]
     total, grads = 0.0, []
-    for (start, stop), (left, right) in zip(itertools.pairwise(edges), step["padding"], strict=False):
+    for (start, stop), (left, right) in zip(pairwise(edges), step["padding"], strict=False):
         part, grad = evaluate(order[start:stop], weights[start:stop], left, right)
         total += part
         grads.append(grad)
