@@ -252,7 +252,7 @@ def sampler_environment(config: Config) -> dict[str, str]:
     }
     if config.sampler.gpus == 0:
         threads = config.sampler.threads or os.cpu_count() or 1
-        environment |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
     return environment
 
 
@@ -261,9 +261,15 @@ def learner_environment(config: Config, rank: int) -> dict[str, str]:
     environment = QUIET | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.learner.ranks)}
     if config.learner.gpus == 0:
         threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= CPU_ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     return environment
 
+
+CPU_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    # threads that wait for each other sleep instead of spinning: whatever else runs on these cores would pay for it
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",

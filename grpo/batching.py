@@ -67,7 +67,7 @@ def rank_steps(
     """Lay out a step for every rank.
 
     Args:
-        minibatches: rows of each optimizer step of one epoch; empty ones are left out.
+        minibatches: rows of each optimizer step of one epoch; those without a trained token are left out.
         tokens_per_microbatch: bound on B*T; a single longer row goes alone.
         epochs: times that the minibatches are gone through.
 
@@ -75,7 +75,8 @@ def rank_steps(
         [ranks] RankSteps with the same numbers of minibatches and microbatches.
     """
     per_rank: list[list[tuple[Batch, ...]]] = [[] for _ in range(ranks)]
-    for rows in minibatches:
+    for given in minibatches:
+        rows = [row for row in given if row.trained_tokens > 0]
         if rows:
             for rank, batches in enumerate(
                 _minibatch(rows, ranks, tokens_per_microbatch, aggregation, constant_length)
@@ -92,14 +93,13 @@ def _minibatch(
     rows: Sequence[TrainingRow], ranks: int, budget: int, aggregation: Aggregation, constant_length: int
 ) -> list[tuple[Batch, ...]]:
     """One optimizer step: [ranks][microbatches], the same number of microbatches everywhere."""
-    trained = [row for row in rows if row.trained_tokens > 0]
     weights = aggregation_weights(
-        [row.trained_tokens for row in trained],
-        [row.prompt for row in trained],
+        [row.trained_tokens for row in rows],
+        [row.prompt for row in rows],
         aggregation=aggregation,
         constant_length=constant_length,
     )
-    weighted = sorted(zip(trained, weights, strict=True), key=lambda pair: (-pair[0].positions, pair[0].rollout_index))
+    weighted = sorted(zip(rows, weights, strict=True), key=lambda pair: (-pair[0].positions, pair[0].rollout_index))
     packed = [_pack(weighted[rank::ranks], budget) for rank in range(ranks)]
     count = max(len(microbatches) for microbatches in packed)
     return [tuple(microbatches + [_filler()] * (count - len(microbatches))) for microbatches in packed]

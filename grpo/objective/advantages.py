@@ -74,6 +74,8 @@ def optimal_baseline(rewards: Rewards, lengths: Sequence[Sequence[int]]) -> list
     """
     out = []
     for group, tokens in zip(_checked(rewards), lengths, strict=True):
+        if len(group) != len(tokens):
+            raise ValueError(f"a group of {len(group)} rewards came with {len(tokens)} lengths")
         weight = torch.tensor(list(tokens), dtype=torch.float64)
         out.append(_relative(group, lambda r, w=weight: r - (w * r).sum() / w.sum()))  # type: ignore[misc]
     return out

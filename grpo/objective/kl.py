@@ -70,8 +70,8 @@ def anchor_kl(
     Args:
         logprobs: with gradient.
         old_logprobs: [B,T] of the policy that sampled, for the ratio.
-        clamp: the log ratio to the reference is held within +-clamp first, whatever lies beyond has no gradient. None:
-            off.
+        clamp: the log ratio to the reference is held within +-clamp first; beyond it the estimator has no gradient,
+            while the ratio of `ratio_weighted` keeps its own. None: off.
     """
     difference = logprobs - ref_logprobs
     if clamp is not None:

@@ -1,8 +1,8 @@
 """The policy term of each objective, per token. Every function takes and gives [B,T]; aggregate with token weights.
 
 `log_ratio` is logprobs - old_logprobs with gradient through logprobs. With one update per batch old_logprobs are
-logprobs.detach(): then every ratio is exactly 1, nothing is clipped, and each of these but SAPO's scale has the
-gradient of REINFORCE.
+logprobs.detach(): then every ratio is exactly 1, nothing is clipped, and each of these has the gradient of REINFORCE
+(GMPO's with the row's mean advantage).
 """
 
 from __future__ import annotations

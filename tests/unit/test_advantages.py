@@ -236,3 +236,8 @@ def test_optimal_baseline_refuses_lengths_of_other_groups() -> None:
 @every_method
 def test_no_groups_give_no_advantages(method: Callable[[Groups], Groups]) -> None:
     assert method([]) == []
+
+
+def test_lengths_that_do_not_fit_their_group_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 rewards came with 1 lengths"):
+        optimal_baseline([[0.0, 1.0, 2.0]], [[5]])

@@ -104,6 +104,13 @@ def test_an_empty_minibatch_is_left_out_on_every_rank() -> None:
     assert [len(step.minibatches) for step in steps] == [1, 1]
 
 
+def test_rows_without_a_trained_token_are_in_no_minibatch() -> None:
+    empty = row(0, [1], [2], sampled=[False])
+    [step] = lay_out([[empty], [empty, row(1, [1], [2])]])
+    [[batch]] = step.minibatches
+    assert batch.rollout_index.tolist() == [1]
+
+
 rows = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=12)
 
 

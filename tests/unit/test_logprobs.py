@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -187,11 +188,13 @@ def test_far_logits_overflow_nowhere() -> None:
 
 def test_no_chunk_exceeds_its_bound_and_no_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
+    logits: list[weakref.ref[torch.Tensor]] = []
     kept: list[int] = []
 
     def counted(*arguments: torch.Tensor | None) -> torch.Tensor:
         result = linear(*arguments)
         made.append(result.numel())
+        logits.append(weakref.ref(result))
         return result
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,6 +207,7 @@ def test_no_chunk_exceeds_its_bound_and_no_logits_are_kept(monkeypatch: pytest.M
         logprobs, entropy = selected_logprobs(
             hidden, weight, bias, targets, temperature=0.9, float32_head=False, chunk_elements=4 * V + 5
         )
+    assert [ref for ref in logits if ref() is not None] == []
     (logprobs.sum() + entropy.sum()).backward()
     # 15 tokens by 4, forward and backward
     assert made == [4 * V, 4 * V, 4 * V, 3 * V] * 2
