@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rich.columns import Columns
 from rich.console import Console as RichConsole
 from rich.console import Group as Stack
 from rich.live import Live
@@ -47,7 +48,7 @@ class Console:
         """The ten numbers of a finished step."""
         shown = {name: metrics[name] for name in HEADLINE if name in metrics}
         line = " ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in shown.items())
-        text = f"step {step}/{self._steps}: {line}"
+        text = f"step {step}/{self._steps}: {line}; {where_the_gradient_went(metrics)}"
         self._write(text)
         if not self._rich.is_terminal:
             self._rich.print(text, markup=False)
@@ -55,11 +56,15 @@ class Console:
         table = Table(box=None, show_header=False)
         for name, value in shown.items():
             table.add_row(name, f"{value:.4g}")
+        uses = Table(box=None, show_header=False)
+        for name, value in metrics.items():
+            if name.startswith("gradient/"):
+                uses.add_row(name, f"{value:.0f}", f"{value / max(1.0, metrics['gradient/sampled']):.1%}")
         self._progress.update(self._task, completed=step)
         if self._live is None:
             self._live = Live(console=self._rich, refresh_per_second=4)
             self._live.start()
-        self._live.update(Stack(self._progress, table))
+        self._live.update(Stack(self._progress, Columns([table, uses], padding=(0, 4))))
         if step == self._steps:
             self._stop()
 
@@ -73,3 +78,10 @@ class Console:
             stamp = datetime.now(UTC).isoformat(timespec="seconds")
             self._log.write(f"{stamp} {text}\n")
             self._log.flush()
+
+
+def where_the_gradient_went(metrics: Mapping[str, float]) -> str:
+    """The account of a step's sampled tokens in a line; columns without any are left out."""
+    names = [name for name in metrics if name.startswith("gradient/") and name != "gradient/sampled"]
+    parts = [f"{metrics[name]:.0f} {name.removeprefix('gradient/')}" for name in names if metrics[name]]
+    return f"{metrics['gradient/sampled']:.0f} token uses = {' + '.join(parts) or '0'}"

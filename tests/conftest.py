@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -64,30 +65,29 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> Callable[..., Path]:
     """make_recipe(model, **sections) -> a small complete recipe on two-digit addition."""
+    return functools.partial(write_recipe, tmp_path)
 
-    def make(model: Path, **sections: dict[str, Any]) -> Path:
-        rows = [
-            {"question": f"{a}+{b}", "answer": str(a + b)[::-1], "sum": a + b}
-            for a in range(10, 30)
-            for b in range(40, 44)
-        ]
-        for name, part in (("train", rows[:64]), ("eval", rows[64:])):
-            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-        recipe: dict[str, Any] = {
-            "model": {"path": str(model), "dtype": "float32"},
-            "data": {"train": str(tmp_path / "train.jsonl"), "template": "{question}=", "max_prompt_tokens": 6},
-            "sampling": {"max_tokens": 5},
-            "learner": {"tokens_per_microbatch": 256},
-            "algorithm": {"prompts_per_step": 8, "group_size": 4},
-            "rewards": [{"file": str(ROOT / "reward_fns" / "arithmetic.py"), "gold": True}],
-            "optimizer": {"lr": 1e-3},
-            "run": {"steps": 2, "dir": str(tmp_path / "runs"), "name": "run", "tensorboard": False},
-            "cluster": {"reward_workers": 1},
-        }
-        for section, values in sections.items():
-            recipe[section] = {**recipe.get(section, {}), **values} if isinstance(values, dict) else values
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        return path
 
-    return make
+def write_recipe(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
+    """The recipe and its data, in `folder`."""
+    rows = [
+        {"question": f"{a}+{b}", "answer": str(a + b)[::-1], "sum": a + b} for a in range(10, 30) for b in range(40, 44)
+    ]
+    for name, part in (("train", rows[:64]), ("eval", rows[64:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    recipe: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": str(folder / "train.jsonl"), "template": "{question}=", "max_prompt_tokens": 6},
+        "sampling": {"max_tokens": 5},
+        "learner": {"tokens_per_microbatch": 256},
+        "algorithm": {"prompts_per_step": 8, "group_size": 4},
+        "rewards": [{"file": str(ROOT / "reward_fns" / "arithmetic.py"), "gold": True}],
+        "optimizer": {"lr": 1e-3},
+        "run": {"steps": 2, "dir": str(folder / "runs"), "name": "run", "tensorboard": False},
+        "cluster": {"reward_workers": 1},
+    }
+    for section, values in sections.items():
+        recipe[section] = {**recipe.get(section, {}), **values} if isinstance(values, dict) else values
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path

@@ -41,6 +41,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
         config = dataclasses.replace(
             base,
             learner=learner_section,
+            critic=dataclasses.replace(base.critic, optimizer=base.optimizer),
             algorithm=dataclasses.replace(base.algorithm, aggregation=case["aggregation"], **case["algorithm"]),
         )
         learner = (Unscaled if case["unscaled"] else Learner)(config, rank, device)
@@ -50,12 +51,16 @@ def main(rank: int, ranks: int, job: dict) -> None:
             tokens_per_microbatch=case["budget"], aggregation=case["aggregation"], constant_length=8,
             epochs=case["epochs"], kl_coef=config.algorithm.kl_coef,
         )  # fmt: skip
-        result = learner.step(steps[rank])
+        for _ in range(case["driver_steps"]):
+            result = learner.step(steps[rank])
         state = {name: tensor.clone() for name, tensor in learner.weights()}
+        critic = None if learner._critic is None else dict(learner._weights_of(learner._critic))
+        critic = critic and {name: tensor.clone() for name, tensor in critic.items()}
         if case["save"]:
             learner.save(Path(case["save"]))
         if rank == 0:
             out = {
+                "critic": critic,
                 "state": state, "grad_norm": result.metrics["optim/grad_norm"], "metrics": dict(result.metrics),
                 "extremes": dict(result.extremes),
             }  # fmt: skip

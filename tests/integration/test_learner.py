@@ -5,6 +5,7 @@ Adam and clipping would hide a wrong gradient scale, so neither is used. Each ra
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -86,7 +87,7 @@ def run_cases(tmp_path: Path, recipe: Path, rows: list[TrainingRow], ranks: int,
         "out": str(tmp_path / f"out-{ranks}"),
         "cases": [
             {"aggregation": "token_mean", "offload": "none", "unscaled": False, "save": None, "budget": 4096,
-             "algorithm": {}, "minibatches": 1, "epochs": 1, **case}
+             "algorithm": {}, "minibatches": 1, "epochs": 1, "driver_steps": 1, **case}
             for case in cases
         ],
     }  # fmt: skip
@@ -260,6 +261,41 @@ def test_every_loss_and_aggregation_moves_the_weights_as_written_out(
         assert distance(result["state"], expected) < 1e-5, (loss, aggregation)
         clipped += result["metrics"]["policy/clip_fraction_low"][0] + result["metrics"]["policy/clip_fraction_high"][0]
     assert clipped > 0
+
+
+MOVING = {
+    "refreshed": {"kl_coef": 0.3, "reference_refresh_every": 2},
+    "averaged": {"kl_coef": 0.3, "reference_average": 0.3},
+    "fixed": {"kl_coef": 0.3},
+    "penalised": {"kl_coef": 0.3, "kl_place": "reward", "kl_estimator": "k1", "advantage": "reinforce_pp"},
+    "critic": {"kl_coef": 0.0, "advantage": "gae"},
+}
+
+
+def test_a_moving_reference_and_a_critic_are_the_same_at_every_stage(
+    tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
+) -> None:
+    """Four driver steps on two ranks; one rank at stage 0 is what the others must equal."""
+    model = make_model("qwen2")
+    rows = [dataclasses.replace(row, reward=float(row.rollout_index % 2)) for row in recorded_rows(7)]
+    cases = {
+        (name, stage): {"stage": stage, "budget": 24, "driver_steps": 4, "algorithm": algorithm}
+        for name, algorithm in MOVING.items()
+        for stage in STAGES
+    }
+    recipe = sgd_recipe(model, SMALL_LR)
+    alone = run_cases(tmp_path, recipe, rows, 1, [cases[name, 0] for name in MOVING])
+    expected = dict(zip(MOVING, alone, strict=True))
+    for (name, stage), result in zip(cases, run_cases(tmp_path, recipe, rows, 2, list(cases.values())), strict=True):
+        assert distance(result["state"], expected[name]["state"]) < 1e-5, (name, stage)
+        if name == "critic":
+            # the score starts as zeros: its first steps are as small as its relative error is large
+            assert distance(result["critic"], expected[name]["critic"]) < 1e-4, stage
+            assert float(result["critic"]["score.weight"].abs().max()) > 0
+            explained = result["metrics"]["value/error_square"][0], result["metrics"]["value/return_square"][0]
+            assert explained[0] < explained[1]
+    for one, other in (("refreshed", "fixed"), ("averaged", "fixed"), ("averaged", "refreshed")):
+        assert distance(expected[one]["state"], expected[other]["state"]) > 1e-4, (one, other)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])

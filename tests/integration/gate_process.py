@@ -1,0 +1,75 @@
+"""Loops on the real engines that are tampered with: gate_process.py RECIPE FOLDER; prints JSON. See test_gate.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def main(recipe: Path, folder: Path) -> dict[str, Any]:
+    from grpo import actors, check, cluster, config, driver
+    from grpo.console import Console
+    from grpo.rewards.pool import RewardPool
+    from grpo.run_folder import RunFolder
+
+    import numpy as np  # isort: skip
+    import ray  # isort: skip - after grpo, which sets its environment
+
+    c = check.resolve_paths(config.load(recipe))
+    plan = check.check(c, recipe, folder)
+
+    class Tampered:
+        """The engines, with something done to them in the third step."""
+
+        def __init__(self, engines: actors.Engines, how: str) -> None:
+            self._engines, self._how, self.steps = engines, how, 0
+
+        def sample(self, requests: Any, settings: Any) -> Iterator[Any]:
+            self.steps += 1
+            if self.steps == 3 and self._how == "perturb":
+                ray.get(self._engines.samplers[0].perturb_for_test.remote("norm", 1.05))
+            for block in self._engines.sample(requests, settings):
+                if self.steps == 3 and self._how == "swap":  # the completions of two prompts change places
+                    index = block.index.copy()
+                    index[block.index == 0], index[block.index == 1] = 1, 0
+                    block = dataclasses.replace(block, index=np.asarray(index, dtype=np.int32))
+                yield block
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._engines, name)
+
+    found: dict[str, Any] = {}
+    with (
+        RewardPool(c.rewards, files=plan.reward_files, workers=1, log_dir=folder) as scorer,
+        cluster.session(c, folder),
+    ):
+        engines = actors.Engines(c, folder)
+        for how in ("nothing", "swap", "perturb"):
+            (folder / how).mkdir()
+            run = RunFolder(folder / how, c)
+            tampered = Tampered(engines, how)
+            loop = driver.Loop(
+                config=c, prompts=plan.prompts, eval_prompts=(), engines=tampered, scorer=scorer, folder=run,
+                reporter=Console(steps=c.run.steps, log=None),
+                decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
+                train_settings=actors.train_settings(c, plan.end_token_ids),
+                eval_settings=actors.eval_settings(c, plan.end_token_ids),
+            )  # fmt: skip
+            error = ""
+            try:
+                driver.train(loop)
+            except driver.MismatchError as mismatch:
+                error = str(mismatch)
+            run.close()
+            lines = [json.loads(line) for line in (folder / how / "metrics.jsonl").read_text().splitlines()]
+            found[how] = {"error": error, "sampled": tampered.steps, "metrics": lines}
+        engines.close()
+    return found
+
+
+if __name__ == "__main__":
+    print("RESULT " + json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -1,0 +1,42 @@
+"""What a person sees of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grpo.console import Console, where_the_gradient_went
+
+METRICS = {
+    "reward/mean": 0.5, "optim/grad_norm": 1.25, "time/step_s": 2.0, "gradient/sampled": 40.0, "gradient/failed": 0.0,
+    "gradient/no_spread": 10.0, "gradient/contributing": 30.0,
+}  # fmt: skip
+
+
+def test_the_account_is_one_sum() -> None:
+    assert where_the_gradient_went(METRICS) == "40 token uses = 10 no_spread + 30 contributing"
+    assert where_the_gradient_went({"gradient/sampled": 0.0}) == "0 token uses = 0"
+
+
+def test_a_step_is_one_line_off_a_terminal_and_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(steps=3, log=tmp_path / "log.txt") as console:
+        console.say("[not markup]")
+        console.step(1, METRICS)
+    line = "step 1/3: mean 0.5 grad_norm 1.25 step_s 2; 40 token uses = 10 no_spread + 30 contributing"
+    assert capsys.readouterr().out.splitlines() == ["[not markup]", line]
+    logged = (tmp_path / "log.txt").read_text().splitlines()
+    assert [entry.split(" ", 1)[1] for entry in logged] == ["[not markup]", line]
+
+
+def test_on_a_terminal_there_is_a_live_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with Console(steps=1, log=None) as console:
+        console.step(1, METRICS)
+    shown = capsys.readouterr().out
+    for part in ("1/1", "reward/mean", "0.5", "gradient/no_spread", "25.0%", "75.0%"):
+        assert part in shown
