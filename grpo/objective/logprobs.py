@@ -46,15 +46,11 @@ def selected_logprobs(
     return logprobs.view(target_ids.shape), entropy.view(target_ids.shape)
 
 
-def _log_softmax(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
-) -> torch.Tensor:
-    """[n,H] -> [n,V] in float32 at least, in place where it can be."""
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:
+    """[n,H] -> [n,V] in float32 at least, owned by the caller."""
     logits = linear(hidden, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if temperature != 1.0:
-        logits.div_(temperature)
-    return logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -72,13 +68,16 @@ class _SelectedLogprobs(torch.autograd.Function):
         size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         matrix, offset = _in_head_dtype(weight, bias, float32_head)
-        logprobs, entropies = [], []
+        logprobs, entropies, norms = [], [], []
         for part, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
-            all_logprobs = _log_softmax(part.to(matrix.dtype), matrix, offset, temperature)
-            logprobs.append(all_logprobs.gather(-1, ids[:, None])[:, 0])
-            entropies.append(-all_logprobs.exp().mul_(all_logprobs).sum(-1))
+            logits = _logits(part.to(matrix.dtype), matrix, offset, temperature)
+            norm = torch.logsumexp(logits, dim=-1)
+            logprobs.append(logits.gather(-1, ids[:, None])[:, 0] - norm)
+            all_logprobs = logits.sub_(norm[:, None])
+            entropies.append(-torch.linalg.vecdot(all_logprobs.exp(), all_logprobs))
+            norms.append(norm)
         entropy = torch.cat(entropies)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, torch.cat(norms))
         ctx.settings = (temperature, float32_head, size)
         return torch.cat(logprobs), entropy
 
@@ -86,7 +85,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, entropy, norms = ctx.saved_tensors
         temperature, float32_head, size = ctx.settings
         matrix, offset = _in_head_dtype(weight, bias, float32_head)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -97,7 +96,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             here = slice(start, start + size)
             part = hidden[here].to(matrix.dtype)
-            all_logprobs = _log_softmax(part, matrix, offset, temperature)
+            all_logprobs = _logits(part, matrix, offset, temperature).sub_(norms[here, None])
             upstream = grad_logprobs[here].to(wide)
             if with_entropy:
                 probabilities = all_logprobs.exp()
