@@ -99,7 +99,7 @@ def test_a_taken_run_name_is_refused(
     taken = recipe.parent / "elsewhere" / "run"
     taken.mkdir(parents=True)
     (taken / "summary.json").write_text("{}")
-    assert "holds a run already" in refused(capsys, recipe, f"run.dir={taken.parent}")
+    assert "exists already; choose another run.name" in refused(capsys, recipe, f"run.dir={taken.parent}")
     assert (taken / "summary.json").read_text() == "{}"
 
 
