@@ -408,7 +408,8 @@ class Engines:
                     raise cause from None
                 if isinstance(cause, ray.exceptions.RayActorError):  # the learner waited for a sampler, and it died
                     raise EngineFailure(f"while waiting for {what}: {self._dead(cause)}") from error
-                raise EngineFailure(f"{what} failed: {error}") from error
+                said = " ".join(str(cause).split())[:500]
+                raise EngineFailure(f"while waiting for {what}: {type(cause).__name__}: {said}") from error
             except ray.exceptions.RayActorError as error:
                 raise EngineFailure(f"while waiting for {what}: {self._dead(error)}") from error
         results: list[Any] = ray.get(list(references))

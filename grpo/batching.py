@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from grpo.objective.aggregation import Aggregation, aggregation_weights
+from grpo.objective.aggregation import aggregation_weights
+from grpo.objective.legal import Aggregation
 from grpo.types import Batch, RankStep
 
 

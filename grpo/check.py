@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from grpo import data
@@ -88,6 +90,10 @@ def check_model(config: Config) -> None:
         model = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={config.model.path}: {' '.join(str(error).split())[:300]}") from error
+    if path.is_dir():
+        check_weights(path)
+    if config.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("model.attention=flash_attention_2 needs the flash-attn package; nearest: model.attention=sdpa")
     limit = getattr(model, "max_position_embeddings", None)
     if limit is not None and config.max_row_tokens > limit:
         raise UserError(
@@ -100,6 +106,32 @@ def check_model(config: Config) -> None:
                 f"model.path: the model's config.json has {name}={value}; the learner needs dropout 0.0, or its "
                 "logprobs differ from the sampler's"
             )
+
+
+def check_weights(folder: Path) -> None:
+    """The folder's safetensors must be there, with all their bytes.
+
+    Raises UserError naming the file.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file() and index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"model.path: {index} is damaged: {error!r}") from error
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            raise UserError(
+                f"model.path: {file} does not exist; weights are read from safetensors only"
+                + (f", and {index.name} lists {len(names)} files of them" if len(names) > 1 else "")
+            )
+        try:
+            with safe_open(file, "pt"):
+                continue
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.path: {file} is damaged or cut short: {error}") from error
 
 
 def prompt_set(config: Config, tokenizer: Any, path: str, split: str, option: str) -> data.PromptSet:
@@ -173,6 +205,10 @@ def describe(config: Config, train: data.PromptSet, held_out: data.PromptSet, en
         overlap = {p.token_ids for p in eval_prompts} & {p.token_ids for p in train.prompts}
         if overlap:
             lines.append(f"warning    {len(overlap)} evaluation prompts are also in data.train")
+    for option, prompts in (("data.train", train.prompts), ("data.eval.path", held_out.prompts)):
+        doubles = len(prompts) - len({prompt.token_ids for prompt in prompts})
+        if doubles:
+            lines.append(f"warning    {doubles} of {len(prompts)} prompts of {option} stand there more than once")
     for option, dropped in (("data.train", train.dropped), ("data.eval.path", held_out.dropped)):
         if dropped:
             more = f" and {len(dropped) - SHOWN_DROPPED} more" if len(dropped) > SHOWN_DROPPED else ""

@@ -66,8 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check_command(config: config_module.Config, recipe: Path) -> int:
     """`grpo check`."""
-    from grpo import check, cluster  # noqa: PLC0415 - transformers and ray take seconds to import
+    from grpo import check, cluster, run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
 
+    run_folder.choose(config, str(recipe))  # refuses a taken name
     config = check.resolve_paths(config)
     with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
         plan = check.check(config, recipe, Path(log_dir))
@@ -91,6 +92,7 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
     if plan.dropped:
         run_folder.write_text(path / "dropped_prompts.txt", "\n".join(plan.dropped) + "\n")
     code, reason = OURS, "failed"
+    _signals.clear()
     previous = [signal.signal(number, _stop) for number in STOPPING]
     from grpo.console import Console  # noqa: PLC0415
 
@@ -108,8 +110,12 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
             code, reason = OURS, "interrupted"
             console.say("grpo: interrupted")
         except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
-            code, reason = OURS, f"failed: {error}"
-            console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(path)}")
+            if _signals:  # raised through somebody's C code, Stopped may come out as that code's own error
+                code, reason = OURS, "interrupted"
+                console.say(f"grpo: interrupted {keep_traceback(path)}")
+            else:
+                code, reason = OURS, f"failed: {error}"
+                console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(path)}")
         finally:
             for number, handler in zip(STOPPING, previous, strict=True):
                 signal.signal(number, handler)
@@ -197,8 +203,14 @@ def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None
     console.say(f"run folder {path}")
 
 
+_signals: list[str] = []
+"""Signals that asked this process to stop. The first one stops the run; its taking down is not interrupted again."""
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(signal.Signals(number).name)
+    _signals.append(signal.Signals(number).name)
+    if len(_signals) == 1:
+        raise Stopped(_signals[0])
 
 
 if __name__ == "__main__":

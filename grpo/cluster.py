@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,9 @@ import torch
 from grpo import sweeper
 from grpo.config import Config
 from grpo.types import UserError
+
+CONNECT_S = 5.0
+"""How long a Ray cluster may take to accept a connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,17 @@ def check_fit(config: Config, nodes: list[Node], place: str) -> None:
             )
 
 
+def check_memory(config: Config) -> None:
+    """Raises UserError when the KV caches of a run on this machine's CPUs exceed its memory."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    each, count = config.sampler.kv_cache_gib, config.sampler.num_samplers
+    if each is not None and not config.on_gpu and each * count > total:
+        raise UserError(
+            f"sampler.kv_cache_gib={each:g} for {count} samplers is {each * count:g} GiB; this machine has "
+            f"{total:.1f} GiB of memory"
+        )
+
+
 def _sum(config: Config) -> str:
     return f"{config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks"
 
@@ -114,6 +129,20 @@ def free_nodes() -> list[Node]:
     ]
 
 
+def refuse_silent(address: str) -> None:
+    """Ray waits for minutes where nothing listens; one connection tells at once.
+
+    Raises UserError when `address` is a host and port where nothing answers.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon:  # "auto", which Ray looks up in a file of this machine
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"cluster.address={address}: nothing answers there ({error})") from error
+
+
 @contextmanager
 def session(config: Config, log_dir: Path | None) -> Iterator[None]:
     """Ray for the duration of the block, with enough resources for the run.
@@ -124,12 +153,14 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
     if address is None:
         node = local_node(config)
         check_fit(config, [node], "this machine")
+        check_memory(config)
         if log_dir is None:
             yield
             return
         with _private_ray(node):
             yield
         return
+    refuse_silent(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace=f"grpo-{os.getpid()}")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:

@@ -47,7 +47,7 @@ class Console:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The ten numbers of a finished step."""
         shown = {name: metrics[name] for name in HEADLINE if name in metrics}
-        line = " ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in shown.items())
+        line = " ".join(f"{name} {value:.4g}" for name, value in shown.items())
         text = f"step {step}/{self._steps}: {line}; {where_the_gradient_went(metrics)}"
         self._write(text)
         if not self._rich.is_terminal:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # `grpo --help` and a misspelt option need not wait for torch
+    import torch
 
 FinishReason = Literal["stop", "length"]
 """Why the engine ended a completion: it sampled an end token or stop string, or ran out of `max_tokens`."""

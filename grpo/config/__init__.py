@@ -25,6 +25,7 @@ from grpo.config.schema import (
     RunConfig,
     SamplerConfig,
     SamplingConfig,
+    part_names,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "dump",
     "load",
     "options_text",
+    "part_names",
 ]

@@ -51,7 +51,7 @@ def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         reason = str(error).split("\n")[0]
         if "Missing mandatory" in reason or "MissingMandatoryValue" in type(error).__name__:
             raise UserError(f"{path}: {option} is required and not set") from error
-        raise UserError(f"{path}: {option}: {reason}") from error
+        raise UserError(f"{path}: {_misfit(OmegaConf.to_container(tree), Config, '') or reason}") from error
     assert isinstance(config, Config)
     validate(config)
     return config
@@ -68,6 +68,10 @@ def _override(tree: DictConfig, text: str) -> DictConfig:
         raise UserError(f"override {text!r} is not of the form section.option=value")
     bracketed = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
     raw = text.partition("=")[2]
+    index = re.match(r"rewards\[(\d+)\]", bracketed)
+    count = len(tree.get("rewards") or [])
+    if index and int(index[1]) >= count:
+        raise UserError(f"override {text!r}: the recipe has {count} rewards, counted from 0")
     try:
         value = raw if _is_text(key) else OmegaConf.from_dotlist([f"value={raw}"])["value"]
         if raw == "null":
@@ -117,6 +121,34 @@ def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
                 _check_keys(item, RewardConfig, f"rewards[{i}].", source)
         elif inner is str and not isinstance(value, str):
             raise UserError(f"{source}: {name} must be a string, not {value!r}")
+
+
+def _misfit(node: Any, cls: type, prefix: str) -> str | None:
+    """Which option does not fit its type: omegaconf says it of a whole tree, so each option is tried by itself."""
+    hints = typing.get_type_hints(cls)
+    for key, value in node.items():
+        if dataclasses.is_dataclass(hints[key]):
+            found = _misfit(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
+        elif key == "rewards":
+            items = (_misfit(item, RewardConfig, f"rewards[{i}].") for i, item in enumerate(value))
+            found = next((item for item in items if item), None)
+        else:
+            found = None
+            try:
+                OmegaConf.merge(OmegaConf.structured(cls), {key: value})
+            except OmegaConfBaseException:
+                choices = [str(choice) for choice in typing.get_args(hints[key])]
+                if typing.get_origin(hints[key]) is typing.Literal:
+                    near = [choice for choice in choices if str(value) in choice]
+                    near = near or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+                    hint = f"; did you mean {near[0]}?" if near else ""
+                    found = f"{prefix}{key} must be one of {', '.join(choices)}, not {value!r}{hint}"
+                else:
+                    wanted = next(f.type for f in dataclasses.fields(cls) if f.name == key)
+                    found = f"{prefix}{key} must be of type {wanted}, not {value!r}"
+        if found:
+            return found
+    return None
 
 
 def _nearest(key: str, cls: type, prefix: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import MISSING
@@ -216,6 +218,21 @@ class RewardConfig:
     """Try it before the run: the gold answer must score, a corrupted one must not."""
     timeout_s: float = 30.0
     """Deadline of one call; the worker is killed when it passes."""
+
+    @property
+    def function(self) -> str:
+        """The function's name."""
+        return self.name or Path(self.file).stem
+
+
+def part_names(rewards: Sequence[RewardConfig]) -> list[str]:
+    """What the rewards are called in metrics and samples: the function's name, with the file's name before it where
+    two functions are called the same."""
+    functions = [reward.function for reward in rewards]
+    return [
+        f"{Path(reward.file).stem}.{reward.function}" if functions.count(reward.function) > 1 else reward.function
+        for reward in rewards
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from grpo.config.schema import (
     OptimizerConfig,
     RunConfig,
     SamplerConfig,
+    part_names,
 )
 from grpo.objective import legal
 from grpo.types import UserError
@@ -121,6 +122,8 @@ def _validate_ranges(c: Config) -> None:
     }
     for name, number in not_negative.items():
         need(number >= 0, f"{name} must not be negative, not {number}")
+    for name, seed in {"run.seed": c.run.seed, "data.seed": c.data.seed}.items():
+        need(seed < 2**32, f"{name} must be below 2**32 = {2**32}, not {seed}")
     for name, share in {"data.eval.top_p": c.data.eval.top_p, "data.eval.min_p": c.data.eval.min_p}.items():
         need(0 <= share <= 1, f"{name} must lie between 0 and 1, not {share}")
     need(c.data.eval.top_p > 0, "data.eval.top_p must be above 0; 1 turns it off")
@@ -291,6 +294,10 @@ def _validate_engines(c: Config) -> None:
         inert(c.sampler, SamplerConfig(), ("threads",), "sampler.", "on a GPU")
         need(c.learner.threads is None, f"learner.threads={c.learner.threads} has no effect on a GPU; leave it out")
     else:
+        need(
+            c.model.attention != "flash_attention_2",
+            "model.attention=flash_attention_2 runs on GPUs only; nearest on CPU: model.attention=sdpa",
+        )
         inert(c.sampler, SamplerConfig(), ("gpu_memory_utilization",), "sampler.", "on CPU")
 
 
@@ -317,9 +324,20 @@ def _validate_rewards(c: Config) -> None:
     need(len(c.rewards) > 0, "rewards is empty: give at least one {file: reward_fns/x.py}")
     for i, reward in enumerate(c.rewards):
         need(reward.timeout_s > 0, f"rewards[{i}].timeout_s must be above 0, not {reward.timeout_s}")
-    names = [reward.name or Path(reward.file).stem for reward in c.rewards]
+    names = part_names(c.rewards)
     for name in names:
-        need(names.count(name) == 1, f"rewards: two parts are called {name}; give one of them another function name")
+        twice = [i for i, other in enumerate(names) if other == name]
+        need(
+            len(twice) == 1,
+            f"rewards[{twice[0]}] and rewards[{twice[-1]}] are both {name}: the same function twice, or files of the "
+            "same name with functions of the same name; rename one",
+        )
+    if c.run.name is not None:
+        need(
+            c.run.name not in ("", ".", "..") and "/" not in c.run.name and "\0" not in c.run.name,
+            f"run.name={c.run.name} must be the name of a folder inside run.dir, without slashes; "
+            f"nearest: run.name={Path(c.run.name).name or 'run'}",
+        )
 
 
 def _validate_data(c: Config) -> None:

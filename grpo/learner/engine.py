@@ -43,7 +43,7 @@ class Learner:
         self._dtype = torch_dtype(config.model.dtype)
         torch.manual_seed(config.run.seed)
         setup.prove_gradient_scale(config)
-        model = self._load()
+        model = load_policy(config)
         if config.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._head = heads.install(model, config)
@@ -59,19 +59,9 @@ class Learner:
             self._make_reference()
         self._optimizer_steps = self._steps = 0
 
-    def _load(self) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            self._config.model.path,
-            dtype=self._dtype,
-            attn_implementation=self._config.model.attention,
-            trust_remote_code=self._config.model.trust_remote_code,
-        )
-        refuse_dropout(model.config)
-        return model
-
     def _make_reference(self) -> None:
         """A frozen copy of the starting policy: sharded at ZeRO 3, else whole on every rank."""
-        model = self._load().eval().requires_grad_(False)
+        model = load_policy(self._config).eval().requires_grad_(False)
         self._ref_head = heads.install(model, self._config)
         if self._config.learner.zero_stage == 3:
             self._reference, *_ = deepspeed.initialize(
@@ -263,6 +253,30 @@ def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:
     return StepResult(
         optimizer_steps=optimizer_steps, metrics=sums, extremes=extremes, learner_logprob_sums=logprob_sums
     )
+
+
+def load_policy(config: Config) -> Any:
+    """The model of `model.path`, as a causal language model of transformers.
+
+    Raises UserError when the folder lacks weights that the model has: transformers fills them with random numbers and
+    a warning.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        config.model.path,
+        dtype=torch_dtype(config.model.dtype),
+        attn_implementation=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.path={config.model.path} lacks {len(missing)} of the model's weights: "
+            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
+        )
+    refuse_dropout(model.config)
+    return model
 
 
 def refuse_dropout(config: Any) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"]
+from grpo.objective.legal import Aggregation
 
 
 def aggregation_weights(

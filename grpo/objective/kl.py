@@ -23,12 +23,9 @@ KL in the reward, with the sum of what follows as return, has its gradient.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-Estimator = Literal["k1", "k2", "k3"]
-Gradient = Literal["autodiff", "k2", "ratio_weighted"]
+from grpo.objective.legal import Estimator, Gradient
 
 
 def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""Which choices go together, and which options reach a term: the tables that recipes are held against."""
+"""The choices, which of them go together, and which options reach a term: the tables that recipes are held against."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from grpo.objective.aggregation import Aggregation
-from grpo.objective.kl import Estimator, Gradient
-from grpo.objective.policy import PolicyLoss
-
+PolicyLoss = Literal["ppo_clip", "gspo", "cispo", "sapo", "gmpo", "reinforce"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"]
+Estimator = Literal["k1", "k2", "k3"]
+Gradient = Literal["autodiff", "k2", "ratio_weighted"]
 Advantage = Literal[
     "group_normalized", "group_centered", "leave_one_out", "batch_normalized", "optimal_baseline", "pass_at_k",
     "reinforce_pp", "reinforce_pp_baseline", "gae",

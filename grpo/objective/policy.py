@@ -8,11 +8,10 @@ logprobs.detach(): then every ratio is exactly 1, nothing is clipped, and each o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-PolicyLoss = Literal["ppo_clip", "gspo", "cispo", "sapo", "gmpo", "reinforce"]
+from grpo.objective.legal import PolicyLoss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

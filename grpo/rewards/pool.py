@@ -25,7 +25,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from grpo.config import RewardConfig
+from grpo.config import RewardConfig, part_names
 from grpo.rewards.process import (
     START_S,
     Part,
@@ -33,7 +33,6 @@ from grpo.rewards.process import (
     failed,
     parse_answer,
     parse_greeting,
-    part_name,
     spec_of,
 )
 from grpo.types import Failed, FailureKind, Scored, UserError
@@ -93,7 +92,7 @@ class RewardPool:
 
     def __init__(self, rewards: Sequence[RewardConfig], *, files: Sequence[Path], workers: int, log_dir: Path) -> None:
         self._rewards = list(rewards)
-        self._names = [part_name(reward) for reward in rewards]
+        self._names = part_names(rewards)
         self._specs = [spec_of(i, reward, file) for i, (reward, file) in enumerate(zip(rewards, files, strict=True))]
         self._log_dir = log_dir
         self._log_dir.mkdir(parents=True, exist_ok=True)
@@ -353,6 +352,8 @@ def locate(rewards: Sequence[RewardConfig], recipe: Path) -> list[Path]:
         places = [given] if given.is_absolute() else [given, recipe.parent / given, recipe.parent.parent / given]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
+            if any(place.is_dir() for place in places):
+                raise UserError(f"rewards[{i}].file={reward.file} is a folder; it must be a Python file")
             nearby = {p.name: p for place in places if place.parent.is_dir() for p in place.parent.glob("*.py")}
             near = difflib.get_close_matches(given.name, nearby, n=1, cutoff=0.4)
             hint = f"; did you mean {nearby[near[0]]}?" if near else ""

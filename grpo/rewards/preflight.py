@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from grpo.config import RewardConfig
+from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
-from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, part_name, spec_of
+from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, spec_of
 from grpo.types import Failed, Scored, UserError
 
 ANY_COMPLETION = "no answer"
@@ -82,31 +82,40 @@ def try_out(
     columns = next((list(items[0].row) for items in samples.values() if items), None)
     check_loads(rewards, files, columns=columns)
     lines = []
-    for i, (reward, file) in enumerate(zip(rewards, files, strict=True)):
-        where, alone = f"rewards[{i}]: {part_name(reward)}", dataclasses.replace(reward, weight=1.0)
+    for i, (reward, file, name) in enumerate(zip(rewards, files, part_names(rewards), strict=True)):
+        where, alone = f"rewards[{i}]: {name}", dataclasses.replace(reward, weight=1.0)
         with RewardPool([alone], files=[file], workers=1, log_dir=log_dir) as pool:
-            for option, items in samples.items():
-                run_on_any(pool, f"{where} on {option}", items)
+            scored = sum(run_on_any(pool, f"{where} on {option}", items) for option, items in samples.items())
             every = [item for items in samples.values() for item in items]
-            lines.append(f"{part_name(reward)}: ran on {len(every)} rows")
             if reward.gold:
-                lines[-1] = f"{part_name(reward)}: {run_on_gold(pool, where, every, gold_template, answer_column)}"
+                lines.append(f"{name}: {run_on_gold(pool, where, every, gold_template, answer_column)}")
+            elif scored:
+                lines.append(f"{name}: ran on {len(every)} rows")
+            else:
+                lines.append(f"{name}: warning: it returned None (abstained) on each of the {len(every)} rows tried")
     return lines
 
 
-def run_on_any(pool: RewardPool, where: str, samples: Sequence[RewardItem]) -> None:
-    """The function must not fail on every row, whatever it thinks of an empty and an arbitrary completion."""
+def run_on_any(pool: RewardPool, where: str, samples: Sequence[RewardItem]) -> int:
+    """The function must not fail on every row, whatever it thinks of an empty and an arbitrary completion.
+
+    Returns the number of completions that got a number; the rows behind the first of them are not tried.
+    """
     first: Failed | None = None
+    abstained = False
     for sample in samples:
         outcomes = score(pool, sample, ["", ANY_COMPLETION])
+        scored = sum(isinstance(o, Scored) for o in outcomes)
+        if scored:
+            return scored
         failures = [o for o in outcomes if isinstance(o, Failed) and o.kind != "abstained"]
-        if len(failures) < len(outcomes):
-            return
-        first = first or failures[0]
-        if all(f.kind == "timeout" for f in failures):  # waiting as long on every other row tells nothing more
+        abstained = abstained or len(failures) < len(outcomes)
+        first = first or next(iter(failures), None)
+        if failures and all(f.kind == "timeout" for f in failures):  # waiting as long on every row tells no more
             break
-    if first is not None:
+    if first is not None and not abstained:
         raise UserError(f"{where} fails on every row tried; the first: {first.kind}: {first.detail}")
+    return 0
 
 
 def run_on_gold(

@@ -34,11 +34,6 @@ Part = tuple[float | None, Mapping[str, float]] | Failed
 """What one reward function says of one completion: (value or None to abstain, entries to log) or what went wrong."""
 
 
-def part_name(reward: RewardConfig) -> str:
-    """The reward's name in parts and metrics, and its function's."""
-    return reward.name or Path(reward.file).stem
-
-
 def spec_of(index: int, reward: RewardConfig, file: Path, columns: Sequence[str] | None = None) -> dict[str, Any]:
     """What a worker needs to load rewards[index]. `columns`: those of the rows, where they are known.
 
@@ -53,7 +48,7 @@ def spec_of(index: int, reward: RewardConfig, file: Path, columns: Sequence[str]
         "file": str(file.resolve()),
         "shown": reward.file,
         "source": source,
-        "name": part_name(reward),
+        "name": reward.function,
         "style": reward.style,
         "columns": None if columns is None else list(columns),
     }

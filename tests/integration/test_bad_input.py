@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 
 from grpo import cli
 
@@ -44,6 +48,8 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *overrides: str, c
         (["learner.gpus=1", "sampler.gpus=1"], "GPUs"),
         (["sampler.num_samplers=99"], "99 samplers and 1 learner ranks ask for 100 CPUs"),
         (["data.answer_column=gold"], "data.answer_column=gold"),
+        (["sampler.kv_cache_gib=99999"], "99999 GiB; this machine has"),
+        (["rewards.0.file=reward_fns"], "rewards[0].file=reward_fns is a folder"),
     ],
 )
 def test_mistakes_are_named(
@@ -99,7 +105,9 @@ def test_a_taken_run_name_is_refused(
     taken = recipe.parent / "elsewhere" / "run"
     taken.mkdir(parents=True)
     (taken / "summary.json").write_text("{}")
-    assert "exists already; choose another run.name" in refused(capsys, recipe, f"run.dir={taken.parent}")
+    for command in ("train", "check"):
+        said = refused(capsys, recipe, f"run.dir={taken.parent}", command=command)
+        assert "exists already; choose another run.name" in said
     assert (taken / "summary.json").read_text() == "{}"
 
 
@@ -114,8 +122,58 @@ def test_a_run_folder_that_cannot_be_made_is_refused(
 def test_a_cluster_that_is_not_there_is_refused(
     model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(capsys, make_recipe(model), "cluster.address=127.0.0.1:1", command="check")
-    assert "cluster.address=127.0.0.1:1" in said
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = server.getsockname()[1]
+    started = time.monotonic()
+    said = refused(capsys, make_recipe(model), f"cluster.address=127.0.0.1:{free}", command="check")
+    assert f"cluster.address=127.0.0.1:{free}: nothing answers there" in said
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("damage", ["cut short", "not safetensors", "gone", "a shard is gone", "bad index"])
+def test_damaged_weights_are_refused(
+    damage: str, model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    weights, index, named = copy / "model.safetensors", copy / "model.safetensors.index.json", "model.safetensors"
+    if damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "not safetensors":
+        weights.write_bytes(b"\x80\x02}q\x00.")
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "a shard is gone":
+        named = "model-00002-of-00002.safetensors"
+        weights.rename(copy / "model-00001-of-00002.safetensors")
+        index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": named}}))
+    else:
+        weights.unlink()
+        index.write_text("{}")
+    for command in ("check", "train"):
+        assert f"{copy}/{named}" in refused(capsys, make_recipe(copy), command=command)
+
+
+def test_a_sharded_model_is_taken(
+    model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    transformers.AutoModelForCausalLM.from_pretrained(model).save_pretrained(copy, max_shard_size="100KB")
+    (copy / "model.safetensors").unlink()
+    assert len(list(copy.glob("model-*.safetensors"))) > 1
+    assert cli.main(["check", str(make_recipe(copy))]) == 0
+
+
+def test_prompts_that_stand_there_twice_are_said(
+    model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(model)
+    data = recipe.parent / "train.jsonl"
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines, lines[3], lines[3], lines[9]]) + "\n")
+    assert cli.main(["check", str(recipe)]) == 0
+    assert "3 of 67 prompts of data.train stand there more than once" in capsys.readouterr().out
 
 
 def test_a_model_with_dropout_is_refused(

@@ -37,6 +37,7 @@ def alive(processes: list[psutil.Process]) -> list[str]:
     [
         ("kill sampler", 1, "sampler-0 died"),
         ("SIGTERM", 1, "interrupted"),
+        ("Ctrl-C thrice", 1, "interrupted"),
         ("SIGKILL", -signal.SIGKILL, ""),
     ],
 )
@@ -60,6 +61,10 @@ def test_an_end_in_mid_run(
             if strike == "kill sampler":
                 [sampler] = [p for p in family if "SamplerActor" in " ".join(p.cmdline())]
                 sampler.kill()
+            elif strike == "Ctrl-C thrice":
+                for _ in range(3):
+                    process.send_signal(signal.SIGINT)
+                    time.sleep(0.1)
             else:
                 process.send_signal(getattr(signal, strike))
             assert process.wait(timeout=60) == code
@@ -68,6 +73,7 @@ def test_an_end_in_mid_run(
                 process.kill()
     said = (recipe.parent / "console.txt").read_text()
     assert words in said
+    assert "Error" not in said or strike == "kill sampler"
     deadline = time.monotonic() + 15
     while alive(family) and time.monotonic() < deadline:
         time.sleep(0.5)

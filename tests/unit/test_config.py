@@ -112,6 +112,17 @@ def test_the_saved_config_loads_to_the_same_config(recipe: Path, tmp_path: Path)
         ("run.wandb_project=p", "run.wandb_project=p has no effect without run.wandb=true"),
         ("data.gold_template=[{answer}]", "has no effect without a reward that has gold: true"),
         ("sampler.gpu_memory_utilization=0.5", "has no effect on CPU"),
+        ("model.attention=flash_attention_2", "runs on GPUs only; nearest on CPU: model.attention=sdpa"),
+        ("run.seed=4294967296", "run.seed must be below 2**32"),
+        ("data.seed=99999999999999999999", "data.seed"),
+        ("run.name=../../etc", "without slashes; nearest: run.name=etc"),
+        ("run.name=..", "must be the name of a folder inside run.dir"),
+        ("rewards.0.weight=heavy", "rewards[0].weight must be of type float, not 'heavy'"),
+        ("rewards[3].weight=1", "the recipe has 1 rewards, counted from 0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas must be of type tuple[float, float], not [0.9]"),
+        ("data.eval.every=often", "data.eval.every must be of type int, not 'often'"),
+        ("algorithm.loss=ppo", "not 'ppo'; did you mean ppo_clip?"),
+        ("algorithm.aggregation=token-mean", "did you mean token_mean?"),
     ],
 )
 def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, words: str) -> None:
@@ -216,8 +227,15 @@ def test_broken_yaml_is_a_user_error(tmp_path: Path, text: str) -> None:
 
 def test_two_rewards_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text(RECIPE.replace("{file: reward.py, weight: 2}", "{file: a.py, name: f}, {file: b.py, name: f}"))
-    assert "two parts are called f" in refusal(path)
+    path.write_text(RECIPE.replace("{file: reward.py, weight: 2}", "{file: a.py, name: f}, {file: b/a.py, name: f}"))
+    assert "rewards[0] and rewards[1] are both a.f" in refusal(path)
+
+
+def test_functions_of_one_name_in_two_files_are_told_apart_by_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    rewards = "{file: gsm.py, name: compute_score}, {file: b/math.py, name: compute_score}, {file: polite.py}"
+    path.write_text(RECIPE.replace("{file: reward.py, weight: 2}", rewards))
+    assert module.part_names(load(path).rewards) == ["gsm.compute_score", "math.compute_score", "polite"]
 
 
 def test_options_lists_every_option_once() -> None:

@@ -1,10 +1,16 @@
-"""The learning-rate schedule and the transport's reach, by hand."""
+"""The learning-rate schedule, the transport's reach and weights that are missing, by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from grpo.actors import refuse_distance
+from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig
+from grpo.learner.engine import load_policy
 from grpo.learner.setup import lr_factor
 from grpo.types import UserError
 
@@ -33,3 +39,22 @@ def test_samplers_out_of_the_transports_reach_are_named() -> None:
         refuse_distance("shared_memory", ("n1", ""), [("n1", ""), ("n2", "")])
     with pytest.raises(UserError, match=r"sampler 0 on GPU GPU-b and learner rank 0 on GPU GPU-a"):
         refuse_distance("ipc", ("n1", "GPU-a"), [("n1", "GPU-b")])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_model_that_lacks_weights_is_refused(family: str, make_model: Callable[..., Path]) -> None:
+    folder = make_model(family)
+    config = Config(
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        data=DataConfig(train="x.jsonl"),
+        algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
+        run=RunConfig(steps=1),
+    )
+    load_policy(config)  # tied embeddings are no missing weight
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    gone = "model.layers.1.mlp.down_proj.weight" if family == "qwen2" else "lm_head.weight"
+    del weights[gone]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks 1 of the model's weights: {gone}"):
+        load_policy(config)

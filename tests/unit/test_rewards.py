@@ -638,6 +638,8 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         locate([rewards[0], RewardConfig(file="reward_fns/xx.py")], recipe)
     assert str(caught.value) == f"rewards[1].file=reward_fns/xx.py does not exist; did you mean {above}?"
+    with pytest.raises(UserError, match=r"rewards\[0\]\.file=\.\. is a folder"):
+        locate([RewardConfig(file="..")], recipe)
 
 
 # --- trying out ------------------------------------------------------------------------------------------------------
@@ -673,7 +675,11 @@ def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="AssertionError"):  # fails on the empty completion, so on the whole group
         tried(grouped, tmp_path)
-    assert tried(write("def f(completion, row): return None"), tmp_path) == ["f: ran on 1 rows"]
+    assert tried(write("def f(completion, row): return None"), tmp_path, [ROW, ROW]) == [
+        "f: warning: it returned None (abstained) on each of the 2 rows tried"
+    ]
+    some = write("def f(completion, row): return 1.0 if completion else None")
+    assert tried(some, tmp_path) == ["f: ran on 1 rows"]
 
 
 @pytest.mark.parametrize(
