@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 MARK = "GRPO_RAY_SESSION"
+ROUNDS = 50
+"""Of a fifth of a second each, before it gives up."""
 
 
 def belonging(folder: str, spared: set[int]) -> list[int]:
@@ -36,19 +38,24 @@ def belonging(folder: str, spared: set[int]) -> list[int]:
 
 
 def main(folder: str) -> None:
-    """Wait, then sweep; twice over, since a dying raylet may still start something."""
+    """Wait, then sweep until nothing is found twice over: a dying raylet may still start something, or write a file."""
     spared = {os.getpid(), os.getppid()}  # the driver ends by itself, with its own exit code
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    for _ in range(3):
-        for pid in belonging(folder, spared):
+    clean = 0
+    for _ in range(ROUNDS):
+        found = belonging(folder, spared)
+        for pid in found:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        clean = 0 if found or Path(folder).exists() else clean + 1
+        if clean == 2:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.2)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def test_a_step_is_one_line_off_a_terminal_and_in_the_log(tmp_path: Path, capsys
     with Console(steps=3, log=tmp_path / "log.txt") as console:
         console.say("[not markup]")
         console.step(1, METRICS)
-    line = "step 1/3: reward/mean 0.5 optim/grad_norm 1.25 time/step_s 2; 40 token uses = 10 no_spread + 30 contributing"
+    line = (
+        "step 1/3: reward/mean 0.5 optim/grad_norm 1.25 time/step_s 2; 40 token uses = 10 no_spread + 30 contributing"
+    )
     assert capsys.readouterr().out.splitlines() == ["[not markup]", line]
     logged = (tmp_path / "log.txt").read_text().splitlines()
     assert [entry.split(" ", 1)[1] for entry in logged] == ["[not markup]", line]
