@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from grpo import metrics as m
 from grpo.batching import TrainingRow, rank_steps
-from grpo.config import Config
+from grpo.config import Config, part_names
 from grpo.credit import Credit, account, members_needed, training_rows
 from grpo.data import Cursor, sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
@@ -106,6 +106,9 @@ def train(loop: Loop) -> Outcome:
         sampled = sample_step(loop, cursor, retired, step)
         if not sampled.groups and not sampled.unused:
             loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {step - 1} steps")
+            if loop.eval_prompts and not eval_is_due(config, step - 1):
+                after = evaluate(loop, step - 1)
+                loop.folder.log_metrics(step - 1, eval_metrics(after))
             break
         batched = time.monotonic()
         result: StepResult | None = None
@@ -340,8 +343,7 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     )
     loop.folder.write_samples(f"eval-{step:06d}", step, collected.groups, {})
     enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
-    first = config.rewards[0].name or Path(config.rewards[0].file).stem
-    evaluation = evaluate_groups(collected.groups, first)
+    evaluation = evaluate_groups(collected.groups, part_names(config.rewards)[0])
     if step == 0:
         loop.folder.log_metrics(0, eval_metrics(evaluation))
         loop.folder.facts["accuracy_before"] = evaluation.accuracy

@@ -149,7 +149,8 @@ class AlgorithmConfig:
     loss: Literal["ppo_clip", "gspo", "cispo", "sapo", "gmpo", "reinforce"] = "ppo_clip"
     eps_low: float = 0.2
     eps_high: float = 0.2
-    """The ratio is clipped to [1 - eps_low, 1 + eps_high]; gmpo clips the log ratio to [-eps_low, eps_high]."""
+    """The ratio is clipped to [1 - eps_low, 1 + eps_high]; gmpo clips the log ratio to [-eps_low, eps_high].
+    eps_low 1 is no lower bound."""
     dual_clip: float | None = None
     """With a negative advantage the ratio counts no further than this; above 1."""
     sapo_tau_positive: float = 1.0

@@ -146,7 +146,7 @@ def _validate_objective(c: Config) -> None:
     need(a.pass_k >= 2, f"algorithm.pass_k must be at least 2, not {a.pass_k}")
     for name in ("gamma", "gae_lambda"):
         need(0 <= getattr(a, name) <= 1, f"algorithm.{name} must lie between 0 and 1, not {getattr(a, name)}")
-    need(0 < a.eps_low < 1, f"algorithm.eps_low must lie between 0 and 1, not {a.eps_low}")
+    need(0 < a.eps_low <= 1, f"algorithm.eps_low must be above 0 and at most 1, not {a.eps_low}")
     need(a.eps_high > 0, f"algorithm.eps_high must be above 0, not {a.eps_high}")
     need(a.dual_clip is None or a.dual_clip > 1, f"algorithm.dual_clip must be above 1, not {a.dual_clip}")
     for name in ("sapo_tau_positive", "sapo_tau_negative"):

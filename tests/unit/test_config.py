@@ -112,6 +112,8 @@ def test_the_saved_config_loads_to_the_same_config(recipe: Path, tmp_path: Path)
         ("run.wandb_project=p", "run.wandb_project=p has no effect without run.wandb=true"),
         ("data.gold_template=[{answer}]", "has no effect without a reward that has gold: true"),
         ("sampler.gpu_memory_utilization=0.5", "has no effect on CPU"),
+        ("algorithm.eps_low=1.5", "algorithm.eps_low must be above 0 and at most 1"),
+        ("algorithm.eps_low=0", "algorithm.eps_low must be above 0 and at most 1"),
         ("model.attention=flash_attention_2", "runs on GPUs only; nearest on CPU: model.attention=sdpa"),
         ("run.seed=4294967296", "run.seed must be below 2**32"),
         ("data.seed=99999999999999999999", "data.seed"),

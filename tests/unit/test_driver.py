@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from grpo import config as module
-from grpo.config import Config
+from grpo.config import Config, RewardConfig
 from grpo.credit import account, training_rows
 from grpo.driver import Loop, MismatchError, guard_mismatch, throughput, train
 from grpo.run_folder import RunFolder
@@ -139,14 +139,14 @@ class CountTwos:
 class Scripted:
     """Reward of the n-th completion that is scored, by a function of n."""
 
-    def __init__(self, reward: Callable[[int], float]) -> None:
-        self.reward, self.seen = reward, 0
+    def __init__(self, reward: Callable[[int], float], parts: Mapping[str, float] | None = None) -> None:
+        self.reward, self.parts, self.seen = reward, parts, 0
 
     def submit(self, items: Sequence[Any]) -> Future[list[Scored | Failed]]:
         outcomes: list[Scored | Failed] = []
         for _ in items:
             value = self.reward(self.seen)
-            outcomes.append(Scored(value=value, parts={"scripted": value}))
+            outcomes.append(Scored(value=value, parts=self.parts or {"scripted": value}))
             self.seen += 1
         future: Future[list[Scored | Failed]] = Future()
         future.set_result(outcomes)
@@ -373,6 +373,31 @@ def test_solved_prompts_are_not_drawn_again_and_the_run_ends_when_none_is_left(t
         ].to_pylist()
     ]
     assert len(set(seen)) == 12
+
+
+def test_a_run_that_ends_early_is_evaluated_at_its_end(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path, "algorithm.retire_reward=1.0", "data.eval.path=x", "rewards.0.file=a.py", "rewards.0.name=scripted"
+    )
+    loop, _ = make_loop(tmp_path, config, Scripted(lambda n: 1.0 if n >= 3 else 0.0))  # 3: the first evaluation's
+    outcome = train(loop)
+    loop.folder.close()
+    assert [(line["step"], line["eval/accuracy"]) for line in lines(tmp_path) if "eval/accuracy" in line] == [
+        (0, 0.0),
+        (3, 1.0),
+    ]
+    assert outcome.after is not None
+    assert loop.folder.facts["accuracy_after"] == outcome.after.accuracy == 1.0
+
+
+def test_accuracy_is_read_from_the_first_of_two_functions_of_one_name(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run.steps=1", "data.eval.path=x")
+    rewards = [RewardConfig(file=file, name="score") for file in ("good.py", "other.py")]
+    scorer = Scripted(lambda n: 1.0, parts={"good.score": 0.25, "other.score": 0.75})
+    loop, _ = make_loop(tmp_path, dataclasses.replace(config, rewards=rewards), scorer)
+    train(loop)
+    loop.folder.close()
+    assert loop.folder.facts["accuracy_after"] == 0.25
 
 
 def test_the_kl_coefficient_follows_its_target(tmp_path: Path) -> None:
