@@ -258,8 +258,7 @@ def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:
 def load_policy(config: Config) -> Any:
     """The model of `model.path`, as a causal language model of transformers.
 
-    Raises UserError when the folder lacks weights that the model has: transformers fills them with random numbers and
-    a warning.
+    Raises UserError when the folder lacks weights that the model has.
     """
     model, report = AutoModelForCausalLM.from_pretrained(
         config.model.path,
@@ -269,12 +268,7 @@ def load_policy(config: Config) -> Any:
         use_safetensors=True,
         output_loading_info=True,
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"model.path={config.model.path} lacks {len(missing)} of the model's weights: "
-            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
-        )
+    heads.refuse_missing(f"model.path={config.model.path}", report["missing_keys"])
     refuse_dropout(model.config)
     return model
 

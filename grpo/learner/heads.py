@@ -6,7 +6,7 @@ makes ZeRO 3 gather its weight, forward and backward; calling the weight by chun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,8 +72,21 @@ def install(model: Any, config: Config) -> LogprobHead:
     return LogprobHead(model.get_output_embeddings(), float32_head=config.model.float32_head)
 
 
+def refuse_missing(where: str, names: Sequence[str]) -> None:
+    """Raises UserError when a folder lacks weights of its model: transformers fills them with random numbers and a
+    warning."""
+    if names:
+        shown = ", ".join(sorted(names)[:4])
+        raise UserError(
+            f"{where} lacks {len(names)} of the model's weights: {shown}{', ...' if len(names) > 4 else ''}"
+        )
+
+
 def load_critic(config: Config) -> Any:
-    """The value model of `critic.path`; a backbone without a head gets one of zeros: every value starts as 0."""
+    """The value model of `critic.path`; a backbone without a head gets one of zeros: every value starts as 0.
+
+    Raises UserError when the folder lacks weights of the backbone.
+    """
     path = config.critic.path or config.model.path
     settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     settings.num_labels = 1
@@ -84,8 +97,10 @@ def load_critic(config: Config) -> Any:
         dtype=torch_dtype(config.model.dtype),
         attn_implementation=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
+        use_safetensors=True,
         output_loading_info=True,
     )
+    refuse_missing(f"critic.path={path}", [name for name in report["missing_keys"] if not name.startswith("score.")])
     if "score.weight" in report["missing_keys"]:
         with torch.no_grad():
             critic.score.weight.zero_()

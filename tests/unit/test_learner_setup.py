@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from grpo.actors import refuse_distance
 from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig
 from grpo.learner.engine import load_policy
+from grpo.learner.heads import load_critic
 from grpo.learner.setup import lr_factor
 from grpo.types import UserError
 
@@ -51,6 +52,7 @@ def test_a_model_that_lacks_weights_is_refused(family: str, make_model: Callable
         run=RunConfig(steps=1),
     )
     load_policy(config)  # tied embeddings are no missing weight
+    load_critic(config)  # and a head of zeros is put on
     file = folder / "model.safetensors"
     weights = load_file(file)
     gone = "model.layers.1.mlp.down_proj.weight" if family == "qwen2" else "lm_head.weight"
@@ -58,3 +60,6 @@ def test_a_model_that_lacks_weights_is_refused(family: str, make_model: Callable
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"lacks 1 of the model's weights: {gone}"):
         load_policy(config)
+    if family == "qwen2":
+        with pytest.raises(UserError, match=f"critic.path={folder} lacks 1 of the model's weights: {gone}"):
+            load_critic(config)
