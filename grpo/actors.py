@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from grpo.checkpoint import FileRecord
 from grpo.config import Config
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError
 from grpo.update import NonFiniteError
@@ -219,6 +220,15 @@ class LearnerActor:
     def save(self, folder: str) -> None:
         self._learner.save(Path(folder))
 
+    def capture(self, folder: str) -> dict[str, Any]:
+        return self._learner.capture(Path(folder) / f"rank-{self._rank}.safetensors")
+
+    def captured(self, wait: bool) -> FileRecord | None:
+        return self._learner.captured(wait=wait)
+
+    def restore(self, files: Sequence[Path], counters: Mapping[str, Any]) -> None:
+        self._learner.restore(files, counters)
+
 
 def refuse_distance(transport: str, learner: tuple[str, str], samplers: Sequence[tuple[str, str]]) -> None:
     """Shared memory ends at the node, CUDA IPC at the GPU. Raises UserError naming the sampler beyond it."""
@@ -386,6 +396,27 @@ class Engines:
         self._wait(
             [learner.save.remote(str(folder)) for learner in self.learners], "the model to be saved", self._timeout
         )
+
+    def capture(self, folder: Path) -> dict[str, Any]:
+        """Every rank copies its state and begins to write it to `folder`. Returns what is not a tensor of it."""
+        counters: dict[str, Any] = self._wait(
+            [learner.capture.remote(str(folder)) for learner in self.learners], "the checkpoint's copy", self._timeout
+        )[0]
+        return counters | {"ranks": self._config.learner.ranks, "zero_stage": self._config.learner.zero_stage}
+
+    def captured(self, *, wait: bool) -> dict[str, FileRecord] | None:
+        """The written files by name, or None while a rank still writes."""
+        pending = [learner.captured.remote(wait) for learner in self.learners]
+        records = self._wait(pending, "the checkpoint to be written", self._timeout)
+        if None in records:
+            return None
+        return {f"rank-{rank}.safetensors": record for rank, record in enumerate(records)}
+
+    def restore(self, folder: Path, learner: Mapping[str, Any]) -> None:
+        """Give the learner the state of a checkpoint, whose files have been checked."""
+        files = [folder / "learner" / f"rank-{rank}.safetensors" for rank in range(learner["ranks"])]
+        pending = [rank.restore.remote(files, learner) for rank in self.learners]
+        self._wait(pending, "the learner to take over the checkpoint", self._config.cluster.start_timeout_s)
 
     def close(self) -> None:
         """Kill every actor."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from grpo import data
+from grpo import checkpoint, data
 from grpo.config import Config
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
@@ -38,6 +39,8 @@ class Plan:
     reward_files: tuple[Path, ...]
     lines: tuple[str, ...]
     """The plan in words."""
+    fingerprints: Mapping[str, str]
+    """What was read: data sets and reward files, by the option that names them -> SHA-256."""
     dropped: tuple[str, ...]
     """`<prompt id> (<n> tokens)` of every prompt left out for its length, of training and evaluation."""
 
@@ -72,6 +75,11 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
         end_token_ids=ends,
         reward_files=files,
         lines=tuple(describe(config, train, held_out, ends) + tried),
+        fingerprints={
+            "data.train": train.fingerprint,
+            **({"data.eval.path": held_out.fingerprint} if held_out.prompts else {}),
+            **{f"rewards[{i}].file": checkpoint.fingerprint([file]) for i, file in enumerate(files)},
+        },
         dropped=train.dropped + held_out.dropped,
     )
 
@@ -132,6 +140,15 @@ def check_weights(folder: Path) -> None:
                 continue
         except (SafetensorError, OSError) as error:
             raise UserError(f"model.path: {file} is damaged or cut short: {error}") from error
+
+
+def model_fingerprint(path: str) -> str:
+    """SHA-256 of a model's config and weights, in a folder or under a hub id."""
+    folder = Path(path)
+    if not folder.is_dir():
+        with data.hub_or_cache():
+            folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "config.json"]))
+    return checkpoint.fingerprint([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def prompt_set(config: Config, tokenizer: Any, path: str, split: str, option: str) -> data.PromptSet:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,22 +46,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("recipe", help="a YAML file, see recipes/")
         command.add_argument("overrides", nargs="*", metavar="section.option=value")
+        if name == "train":
+            command.epilog = (
+                "resume=auto goes on from the last checkpoint of the run of this name, or starts it; resume=PATH from "
+                "a run folder's last checkpoint, or a checkpoint. allow=option,... lets options differ from the "
+                "checkpoint's."
+            )
     commands.add_parser("options", help="print every option with its default")
     parsed = parser.parse_args(arguments)
     try:
         if parsed.command == "options":
             print(config_module.options_text())
             return DONE
-        config = config_module.load(parsed.recipe, parsed.overrides)
+        asked, overrides = apart(parsed.overrides)
+        config = config_module.load(parsed.recipe, overrides)
         if parsed.command == "check":
+            if asked:
+                raise UserError(f"{next(iter(asked))}= is for grpo train")
             return check_command(config, Path(parsed.recipe))
-        return train_command(config, Path(parsed.recipe))
+        return train_command(config, Path(parsed.recipe), asked)
     except UserError as error:
         print(f"grpo: {error}", file=sys.stderr)
         return USERS
     except KeyboardInterrupt:
         print("grpo: interrupted before anything was started", file=sys.stderr)
         return OURS
+
+
+def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """`resume=` and `allow=`, which are no options of a recipe, apart from the overrides."""
+    asked = {
+        name: value for name, _, value in (text.partition("=") for text in overrides) if name in ("resume", "allow")
+    }
+    if "allow" in asked and "resume" not in asked:
+        raise UserError("allow= is for a run that is resumed: resume=auto or resume=PATH")
+    return asked, [text for text in overrides if text.partition("=")[0] not in asked]
 
 
 def check_command(config: config_module.Config, recipe: Path) -> int:
@@ -78,16 +97,25 @@ def check_command(config: config_module.Config, recipe: Path) -> int:
     return DONE
 
 
-def train_command(config: config_module.Config, recipe: Path) -> int:
-    """`grpo train`: check, start Ray and the engines, run the loop, say what came of it."""
-    from grpo import check, cluster, run_folder  # noqa: PLC0415
+def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str, str]) -> int:
+    """`grpo train`: check, start Ray and the engines, run the loop, say what came of it.
+
+    `asked`: `resume` and `allow`, where they are given.
+    """
+    from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
 
     started = time.monotonic()
-    run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
+    origin = resuming.find(asked.get("resume"), config, str(recipe))
+    if origin.run is None:
+        run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
     config = check.resolve_paths(config)
     with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
         plan = check.check(config, recipe, Path(log_dir))
-    folder = run_folder.create(config, str(recipe))
+    resumed = resuming.prepare(origin, plan, [name for name in asked.get("allow", "").split(",") if name])
+    if origin.run is None:
+        folder = run_folder.create(config, str(recipe))
+    else:
+        folder = run_folder.reopen(origin.run, config, resumed.step)
     path = folder.path
     if plan.dropped:
         run_folder.write_text(path / "dropped_prompts.txt", "\n".join(plan.dropped) + "\n")
@@ -98,9 +126,9 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
 
     with Console(steps=config.run.steps, log=path / "log.txt") as console:
         try:
-            for line in plan.lines:
+            for line in (*plan.lines, *resumed.lines):
                 console.say(line)
-            run(plan, folder, console)
+            run(plan, resumed, folder, console)
             folder.close()
             code, reason = DONE, "done"
         except UserError as error:
@@ -109,7 +137,7 @@ def train_command(config: config_module.Config, recipe: Path) -> int:
         except Stopped:
             code, reason = OURS, "interrupted"
             console.say("grpo: interrupted")
-        except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
+        except Exception as error:  # noqa: BLE001 - the run's last asked: whatever it was is shown, recorded and turned into exit 1
             if _signals:  # raised through somebody's C code, Stopped may come out as that code's own error
                 code, reason = OURS, "interrupted"
                 console.say(f"grpo: interrupted {keep_traceback(path)}")
@@ -147,16 +175,18 @@ def keep_traceback(path: Path) -> str:
     return f"(traceback in {target})"
 
 
-def run(plan: Any, folder: Any, console: Any) -> None:
+def run(plan: Any, resumed: Any, folder: Any, console: Any) -> None:
     """Start what the plan needs, train, and take everything down; what came of it is in the folder's facts."""
     from grpo import (  # noqa: PLC0415
         actors,
         cluster,
         driver,
+        resuming,
         run_folder,
     )
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
+    from grpo.saving import Saver  # noqa: PLC0415
 
     config = plan.config
     logs = folder.path / "logs"
@@ -170,6 +200,9 @@ def run(plan: Any, folder: Any, console: Any) -> None:
         console.say(f"starting {config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks")
         engines = actors.Engines(config, logs)
         try:
+            if resumed.manifest is not None:
+                engines.restore(resumed.folder, resumed.manifest.learner)
+            fingerprints = resuming.fingerprints(plan) if config.run.save_every else {}
             loop = driver.Loop(
                 config=config,
                 prompts=plan.prompts,
@@ -181,6 +214,8 @@ def run(plan: Any, folder: Any, console: Any) -> None:
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
                 train_settings=actors.train_settings(config, plan.end_token_ids),
                 eval_settings=actors.eval_settings(config, plan.end_token_ids),
+                progress=resumed.progress,
+                saver=Saver(config, folder.path, engines=engines, fingerprints=fingerprints, say=console.say),
             )
             actors.freeze_garbage()
             outcome = driver.train(loop)

@@ -32,8 +32,10 @@ from grpo.evaluation import Evaluation, evaluate_groups
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
 from grpo.objective.legal import GROUP_RELATIVE
+from grpo.progress import Progress
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
 from grpo.run_folder import RunFolder
+from grpo.saving import Saver
 from grpo.types import Group, Prompt, RankStep, StepResult
 from grpo.weight_sync import Probe
 
@@ -77,6 +79,8 @@ class Loop:
     train_settings: Any
     """Sampling settings of training and of evaluation, as the sampler takes them."""
     eval_settings: Any
+    progress: Progress
+    saver: Saver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,28 +97,27 @@ def train(loop: Loop) -> Outcome:
 
     Raises whatever stopped it; everything up to the last whole step is in the run folder.
     """
-    config, engines = loop.config, loop.engines
-    cursor = Cursor(len(loop.prompts), seed=config.data.seed)
+    config, engines, at = loop.config, loop.engines, loop.progress
     probe = make_probe(loop.prompts, tokens=min(32, config.max_row_tokens - 1))
     loop.reporter.say("proving that the samplers use what the learner sends")
-    engines.publish(0, probe, full_check=True)()
-    before = evaluate(loop, 0) if loop.eval_prompts else None
-    after, kl_coef, retired = before, config.algorithm.kl_coef, set[int]()
-    tokens = rollouts = 0
-    for step in range(1, config.run.steps + 1):
+    engines.publish(at.step, probe, full_check=True)()
+    if loop.eval_prompts and at.step == 0:
+        at.before = at.after = evaluate(loop, 0)
+    while at.step < config.run.steps:
+        step = at.step + 1
         started = time.monotonic()
-        sampled = sample_step(loop, cursor, retired, step)
+        sampled = sample_step(loop, step)
         if not sampled.groups and not sampled.unused:
-            loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {step - 1} steps")
-            if loop.eval_prompts and not eval_is_due(config, step - 1):
-                after = evaluate(loop, step - 1)
-                loop.folder.log_metrics(step - 1, eval_metrics(after))
+            loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
+            if loop.eval_prompts and not eval_is_due(config, at.step):
+                at.after = evaluate(loop, at.step)
+                loop.folder.log_metrics(at.step, eval_metrics(at.after))
             break
         batched = time.monotonic()
         result: StepResult | None = None
         try:
             enforce_failure_budget(sampled.every, config.algorithm.max_failed_fraction)
-            credit = training_rows(sampled.groups, sampled.unused, config, step - 1)
+            credit = training_rows(sampled.groups, sampled.unused, config, at.step)
             steps = rank_steps(
                 credit.minibatches,
                 ranks=config.learner.ranks,
@@ -122,7 +125,7 @@ def train(loop: Loop) -> Outcome:
                 aggregation=config.algorithm.aggregation,
                 constant_length=config.algorithm.constant_length or config.sampling.max_tokens,
                 epochs=config.algorithm.epochs_per_step,
-                kl_coef=kl_coef,
+                kl_coef=at.kl_coef,
             )
             stepped = time.monotonic()
             result = engines.step(steps)
@@ -133,13 +136,13 @@ def train(loop: Loop) -> Outcome:
         synced = time.monotonic()
         every = config.run.verify_every
         syncing = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
-        metrics = step_metrics(loop, step, sampled, credit, result, cursor)
+        metrics = step_metrics(loop, sampled, credit, result)
         if config.algorithm.kl_coef > 0:
-            metrics |= {"policy/kl_coef": kl_coef}
-            kl_coef = next_kl_coef(kl_coef, metrics, config)
+            metrics |= {"policy/kl_coef": at.kl_coef}
+            at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
         if config.algorithm.retire_reward is not None:
-            retired |= solved(loop, sampled.every)
-            metrics["progress/retired_prompts"] = float(len(retired))
+            at.retired |= solved(loop, sampled.every)
+            metrics["progress/retired_prompts"] = float(len(at.retired))
         sync = syncing()
         ended = time.monotonic()
         metrics |= {
@@ -152,19 +155,22 @@ def train(loop: Loop) -> Outcome:
             "time/step_s": ended - started,
         }
         metrics |= throughput(config, credit.minibatches, sync.nbytes, metrics)
-        tokens += int(metrics["tokens/sampled"])
-        rollouts += sum(len(group.rollouts) for group in sampled.every)
-        metrics |= {"progress/tokens": float(tokens), "progress/rollouts": float(rollouts)}
+        at.step = step
+        at.tokens += int(metrics["tokens/sampled"])
+        at.rollouts += sum(len(group.rollouts) for group in sampled.every)
+        metrics |= {"progress/tokens": float(at.tokens), "progress/rollouts": float(at.rollouts)}
         if eval_is_due(config, step) and loop.eval_prompts:
-            after = evaluate(loop, step)
-            metrics |= eval_metrics(after)
+            at.after = evaluate(loop, step)
+            metrics |= eval_metrics(at.after)
         loop.folder.log_metrics(step, metrics)
         loop.folder.facts["steps"] = step
         loop.reporter.step(step, metrics)
+        loop.saver.poll()
         if config.run.save_every and step % config.run.save_every == 0:
-            engines.save(loop.folder.path / "checkpoints" / f"step-{step:06d}")
+            loop.saver.save(step, at.state(loop.prompts), metrics)
+    loop.saver.poll(wait=True)
     engines.save(loop.folder.path / "model")
-    return Outcome(steps=loop.folder.facts["steps"], before=before, after=after)
+    return Outcome(steps=at.step, before=at.before, after=at.after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,18 +190,18 @@ class Sampled:
         return self.groups + self.unused
 
 
-def sample_step(loop: Loop, cursor: Cursor, retired: set[int], step: int) -> Sampled:
+def sample_step(loop: Loop, step: int) -> Sampled:
     """Groups of prompts_per_step prompts. With `max_refills`, groups that would teach nothing are replaced by those
     of the next prompts (dynamic sampling; DAPO, arXiv 2503.14476 sec. 3.2), until the step is full or the refills
     are used up."""
-    a = loop.config.algorithm
-    wanted = min(a.prompts_per_step, len(loop.prompts) - len(retired))
+    a, at = loop.config.algorithm, loop.progress
+    wanted = min(a.prompts_per_step, len(loop.prompts) - len(at.retired))
     kept: list[Group] = []
     unused: list[Group] = []
     sample_s = reward_s = 0.0
     attempt = 0
     while len(kept) < wanted and attempt <= a.max_refills:
-        prompts = [loop.prompts[i] for i in draw(cursor, retired, wanted - len(kept))]
+        prompts = [loop.prompts[i] for i in draw(at.cursor, at.retired, wanted - len(kept))]
         collected = rollouts_of(loop, prompts, step, attempt)
         for group in collected.groups:
             rewards = m.scored_rewards(group)
@@ -269,20 +275,18 @@ def guard_mismatch(result: StepResult, config: Config) -> None:
         )
 
 
-def step_metrics(
-    loop: Loop, step: int, sampled: Sampled, credit: Credit, result: StepResult, cursor: Cursor
-) -> dict[str, float]:
+def step_metrics(loop: Loop, sampled: Sampled, credit: Credit, result: StepResult) -> dict[str, float]:
     """Everything known about a step but its later timings."""
-    a = loop.config.algorithm
+    a, at = loop.config.algorithm, loop.progress
     rollouts = [rollout for group in sampled.every for rollout in group.rollouts]
     learner = m.learner_metrics(result)
     out = {
         **m.rollout_metrics(sampled.every),
-        **m.staleness_metrics(rollouts, step - 1),
+        **m.staleness_metrics(rollouts, at.step),
         **learner,
         **account(credit.uses, learner),
         "optim/optimizer_steps": float(result.optimizer_steps),
-        "progress/epoch": cursor.epoch + cursor.position / len(loop.prompts),
+        "progress/epoch": at.cursor.epoch + at.cursor.position / len(loop.prompts),
         "time/sample_s": sampled.sample_s,
         "time/reward_s": sampled.reward_s,
     }

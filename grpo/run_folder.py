@@ -5,10 +5,13 @@ runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -69,20 +72,55 @@ def create(config: Config, recipe: str) -> RunFolder:
         return RunFolder(path, config)
 
 
+def reopen(path: Path, config: Config, step: int) -> RunFolder:
+    """The folder of a run that goes on after `step`. What lies beyond that step is cut: lines of metrics.jsonl,
+    samples, checkpoints and the final model.
+
+    Raises UserError when another process works in it.
+    """
+    folder = RunFolder(path, config, step=step)
+    folder.facts["steps"] = step
+    return folder
+
+
+def cut(path: Path, step: int) -> None:
+    """Remove what a run wrote after `step`."""
+    metrics = path / "metrics.jsonl"
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text(metrics, "".join(f"{line}\n" for line in kept))
+    for file in (*(path / "samples").glob("*-*.parquet*"), *(path / "checkpoints").glob("step-*")):
+        number = re.match(r"(?:step|eval)-(\d+)", file.name)
+        if file.name.endswith(".partial") or (number and int(number[1]) > step):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    for name in ("model", "model.partial"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    (path / "summary.json").unlink(missing_ok=True)
+
+
 class RunFolder:
     """Writers of one run, in a folder that exists and is its own."""
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path, config: Config, *, step: int = 0) -> None:
+        """`step`: where the run goes on."""
         self.path = path
         self.facts: dict[str, Any] = {"steps": 0}
         """What the summary says of a run however it ends."""
+        self._lock = (path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise UserError(f"another process is working in {path}") from error
         for sub in ("logs", "samples", "checkpoints"):
-            (path / sub).mkdir()
+            (path / sub).mkdir(exist_ok=True)
+        cut(path, step or -1)  # from the beginning, the evaluation before the first step is made again
         write_text(path / "config.yaml", config_module.dump(config))
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
         self._writing: list[Future[None]] = []
-        self._trackers = make_trackers(config, path)
+        self._trackers = make_trackers(config, path, step)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard and W&B where they are on."""
@@ -117,6 +155,7 @@ class RunFolder:
         """Finish what is being written. Raises what failed last of it."""
         self._writer.shutdown()
         self._metrics.close()
+        self._lock.close()
         for writing in self._writing:
             writing.result()
 
@@ -179,13 +218,14 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 
-def make_trackers(config: Config, path: Path) -> list[Any]:
-    """Functions (step, metrics) -> None for the trackers that are on. W&B must be installed when asked for."""
+def make_trackers(config: Config, path: Path, step: int) -> list[Any]:
+    """Functions (step, metrics) -> None for the trackers that are on; the run goes on after `step`. W&B must be
+    installed when asked for."""
     trackers: list[Any] = []
     if config.run.tensorboard:
         from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - slow, and only when on
 
-        board = SummaryWriter(str(path / "tensorboard"))
+        board = SummaryWriter(str(path / "tensorboard"), purge_step=step + 1 if step else None)
 
         def to_tensorboard(step: int, metrics: Mapping[str, float]) -> None:
             for name, value in metrics.items():
@@ -201,6 +241,8 @@ def make_trackers(config: Config, path: Path) -> list[Any]:
                 project=config.run.wandb_project,
                 name=path.name,
                 dir=str(path),
+                id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+                resume="allow",
                 config=yaml.safe_load(config_module.dump(config)),
             )
         except wandb.Error as error:

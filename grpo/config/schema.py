@@ -273,7 +273,16 @@ class RunConfig:
     steps: int = MISSING
     seed: int = 0
     save_every: int = 0
-    """Write a Hugging Face folder to checkpoints/ every N steps; the last step is always written to model/."""
+    """Write a checkpoint every N steps, from which the run can be resumed. 0: none. The last step's weights are always
+    written to model/ as a Hugging Face folder."""
+    save_model: bool = False
+    """Put a Hugging Face folder into every checkpoint, too."""
+    keep_last: int = 2
+    """Checkpoints that are kept: the last N,"""
+    keep_every: int = 0
+    """those whose step N divides (0: none of these),"""
+    keep_best: str | None = None
+    """and the one with the highest value of this metric."""
     verify_every: int = 50
     """Repeat the start's full weight-sync check (perturb, compare, restore) every N steps. 0: only at start."""
     tensorboard: bool = True

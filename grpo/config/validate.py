@@ -106,6 +106,7 @@ def _validate_ranges(c: Config) -> None:
         "run.steps": c.run.steps,
         "run.seed": c.run.seed,
         "run.save_every": c.run.save_every,
+        "run.keep_every": c.run.keep_every,
         "run.verify_every": c.run.verify_every,
         "data.eval.every": c.data.eval.every,
         "data.eval.temperature": c.data.eval.temperature,
@@ -332,6 +333,10 @@ def _validate_rewards(c: Config) -> None:
             f"rewards[{twice[0]}] and rewards[{twice[-1]}] are both {name}: the same function twice, or files of the "
             "same name with functions of the same name; rename one",
         )
+    need(c.run.keep_last >= 1, f"run.keep_last must be at least 1, not {c.run.keep_last}")
+    if c.run.save_every == 0:
+        names_of_saving = ("save_model", "keep_last", "keep_every", "keep_best")
+        inert(c.run, RunConfig(), names_of_saving, "run.", "without run.save_every")
     if c.run.name is not None:
         need(
             c.run.name not in ("", ".", "..") and "/" not in c.run.name and "\0" not in c.run.name,

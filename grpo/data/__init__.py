@@ -12,7 +12,7 @@ import, so they are imported in the functions that need them: the order and the 
 
 from __future__ import annotations
 
-from grpo.data.hub import is_path
+from grpo.data.hub import hub_or_cache, is_path
 from grpo.data.order import Cursor, sample_seed
 from grpo.data.prompts import PromptSet, make_prompts, render_template
 from grpo.data.rows import Row, dataset_name, read_rows
@@ -24,6 +24,7 @@ __all__ = [
     "Row",
     "dataset_name",
     "end_token_ids",
+    "hub_or_cache",
     "is_path",
     "load_tokenizer",
     "make_prompts",

@@ -1,15 +1,16 @@
 """The learner: one rank of a DeepSpeed ZeRO group, with the frozen reference beside the policy.
 
 Verbs: `step` (a driver step's optimizer steps), `weights` (named tensors for a sync, gathered at ZeRO-3),
-`perturbed` (for the full sync check), `probe_logprobs`, `save` (a Hugging Face folder). Every verb is a collective:
-all ranks call it together.
+`perturbed` (for the full sync check), `probe_logprobs`, `save` (a Hugging Face folder), `capture` and `restore` (a
+checkpoint). Every verb is a collective: all ranks call it together.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from grpo.checkpoint import FileRecord
 from grpo.config import Config
-from grpo.learner import heads, setup
+from grpo.learner import heads, setup, state
 from grpo.types import RankStep, StepResult, UserError
 from grpo.update import Model, Tally, run_step
 from grpo.weight_sync import Probe, buckets_of, torch_dtype
@@ -58,6 +60,8 @@ class Learner:
         if config.algorithm.kl_coef > 0:
             self._make_reference()
         self._optimizer_steps = self._steps = 0
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[FileRecord] | None = None
 
     def _make_reference(self) -> None:
         """A frozen copy of the starting policy: sharded at ZeRO 3, else whole on every rank."""
@@ -205,14 +209,14 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder (model, config, tokenizer files), the critic in a folder of its own
         below it: aside first, then renamed."""
-        state = self._state_of(self._engine)
+        policy = self._state_of(self._engine)
         critic = None if self._critic is None else self._state_of(self._critic)
         if self.rank == 0:
             aside = folder.with_name(folder.name + ".partial")
             shutil.rmtree(aside, ignore_errors=True)
             # a model's own sampling settings need not pass transformers' checks to be kept: the file is copied as it is
             self._engine.module.generation_config = GenerationConfig()
-            self._engine.module.save_pretrained(aside, state_dict=state)
+            self._engine.module.save_pretrained(aside, state_dict=policy)
             (aside / "generation_config.json").unlink(missing_ok=True)
             copy_other_files(self._config.model.path, aside)
             if critic is not None:
@@ -222,13 +226,59 @@ class Learner:
         if self.world_size > 1:
             dist.barrier()
 
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _engines(self) -> dict[str, Any]:
+        return {"policy": self._engine} | ({} if self._critic is None else {"critic": self._critic})
+
+    @property
+    def _moving_reference(self) -> bool:
+        a = self._config.algorithm
+        return self._reference is not None and bool(a.reference_refresh_every or a.reference_average)
+
+    def capture(self, file: Path) -> dict[str, Any]:
+        """Copy this rank's state to host memory and start to write it to `file`; `captured` waits for the writing.
+
+        Returns the counters of the state, as plain JSON.
+        """
+        zero_stage, tensors, counters = self._config.learner.zero_stage, dict[str, torch.Tensor](), {}
+        for section, engine in self._engines().items():
+            captured, counters[section] = state.capture(engine, section, zero_stage=zero_stage, rank=self.rank)
+            tensors |= captured
+        if self._moving_reference:
+            module = getattr(self._reference, "module", self._reference)
+            tensors |= state.capture_frozen(module, "reference", zero_stage=zero_stage, rank=self.rank)
+        generators = {"random": state.random_states(self.device)}
+        self._writing = self._writer.submit(state.write, file, tensors, generators)
+        return {**counters, "optimizer_steps": self._optimizer_steps, "steps": self._steps}
+
+    def captured(self, *, wait: bool) -> FileRecord | None:
+        """The file that `capture` has begun to write, once it is on the disk; None while it is not."""
+        assert self._writing is not None
+        return self._writing.result() if wait or self._writing.done() else None
+
+    def restore(self, files: Sequence[Path], counters: Mapping[str, Any]) -> None:
+        """Take over the state that the ranks of an earlier learner have captured to `files`."""
+        zero_stage = self._config.learner.zero_stage
+        with state.Reader(files) as reader:
+            for section, engine in self._engines().items():
+                state.restore(engine, section, reader, counters[section], zero_stage=zero_stage, rank=self.rank)
+                self._drop_gathered(list(engine.module.parameters()))
+            if self._moving_reference:
+                module = getattr(self._reference, "module", self._reference)
+                state.restore_frozen(module, "reference", reader, zero_stage=zero_stage, rank=self.rank)
+                self._drop_gathered(list(module.parameters()))
+            if self.rank < len(files):
+                state.restore_random_states(reader.metadata(self.rank)["random"], self.device)
+        self._optimizer_steps, self._steps = counters["optimizer_steps"], counters["steps"]
+
     def _state_of(self, engine: Any) -> dict[str, torch.Tensor]:
         """Weights on the CPU at rank 0, nothing elsewhere; a collective."""
-        state = {}
+        tensors = {}
         for name, tensor in self._weights_of(engine):
             if self.rank == 0:
-                state[name] = tensor.to("cpu", copy=True)
-        return state
+                tensors[name] = tensor.to("cpu", copy=True)
+        return tensors
 
     def destroy(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""

@@ -14,12 +14,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from grpo import config as module
+from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import account, training_rows
 from grpo.driver import Loop, MismatchError, guard_mismatch, throughput, train
-from grpo.run_folder import RunFolder
+from grpo.progress import Progress
+from grpo.run_folder import RunFolder, reopen
+from grpo.saving import Saver
 from grpo.types import (
     Completion,
     Failed,
@@ -115,6 +119,19 @@ class TablePolicy:
         self.calls.append("save")
         folder.mkdir(parents=True)
 
+    def capture(self, folder: Path) -> dict[str, Any]:
+        self.calls.append("capture")
+        save_file({"weight": self.learner.weight.detach()}, folder / "rank-0.safetensors")
+        self._written = seal(folder / "rank-0.safetensors")
+        return {"ranks": 1}
+
+    def captured(self, *, wait: bool) -> dict[str, FileRecord] | None:
+        return {"rank-0.safetensors": self._written} if wait else None
+
+    def restore(self, folder: Path) -> None:
+        with torch.no_grad():
+            self.learner.weight.copy_(load_file(folder / "learner" / "rank-0.safetensors")["weight"])
+
 
 class CountTwos:
     """Reward: share of token 2 in the completion; every `fail_every`-th rollout fails."""
@@ -173,18 +190,23 @@ def make_config(tmp_path: Path, *overrides: str) -> Config:
     return module.load(recipe, overrides)
 
 
-def make_loop(tmp_path: Path, config: Config, scorer: CountTwos | Scripted | None = None) -> tuple[Loop, TablePolicy]:
+def make_loop(
+    tmp_path: Path, config: Config, scorer: CountTwos | Scripted | None = None, reopened: int | None = None
+) -> tuple[Loop, TablePolicy]:
     prompts = [
         Prompt(prompt_id=f"d:{i}:h", token_ids=(1, i % 4 + 1), text=str(i), row={}, messages=None) for i in range(12)
     ]
     policy = TablePolicy(config)
     settings = SimpleNamespace(max_tokens=6)
-    (tmp_path / "run").mkdir()
+    if reopened is None:
+        (tmp_path / "run").mkdir()
+    folder = RunFolder(tmp_path / "run", config, step=reopened or 0)
     loop = Loop(
         config=config, prompts=prompts, eval_prompts=prompts[:3] if config.data.eval.path else [], engines=policy,
-        scorer=scorer or CountTwos(), folder=RunFolder(tmp_path / "run", config), reporter=Silent(),
+        scorer=scorer or CountTwos(), folder=folder, reporter=Silent(),
         decode=lambda lists: ["".join(str(t) for t in ids) for ids in lists], train_settings=settings,
-        eval_settings=settings,
+        eval_settings=settings, progress=Progress.start(config, prompts),
+        saver=Saver(config, folder.path, engines=policy, fingerprints={}, say=lambda text: None),
     )  # fmt: skip
     return loop, policy
 
@@ -388,6 +410,94 @@ def test_a_run_that_ends_early_is_evaluated_at_its_end(tmp_path: Path) -> None:
     ]
     assert outcome.after is not None
     assert loop.folder.facts["accuracy_after"] == outcome.after.accuracy == 1.0
+
+
+TIMED = ("time", "tokens/per_second", "perf/learner_tflops_per_rank")
+
+
+def untimed(tmp_path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(tmp_path)]
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+    overrides = (
+        "run.steps=8", "run.save_every=3", "data.eval.path=x", "data.eval.every=2", "algorithm.kl_coef=0.1",
+        "algorithm.kl_target=0.01", "algorithm.retire_reward=0.6",
+    )  # fmt: skip
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "cut").mkdir()
+    config = make_config(tmp_path, *overrides)
+    straight, policy = make_loop(tmp_path / "straight", config)
+    train(straight)
+    straight.folder.close()
+    assert [path.name for path in found(tmp_path / "straight" / "run")] == ["step-000003", "step-000006"]
+
+    dying, dying_policy = make_loop(tmp_path / "cut", config)
+    learn, died_at = dying_policy.step, []
+
+    def die(steps: Sequence[Any]) -> StepResult:
+        if dying.progress.step == 5:
+            died_at.append(dying.progress.step)
+            raise RuntimeError("the power went")
+        return learn(steps)
+
+    dying_policy.step = die  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the power went"):
+        train(dying)
+    dying.folder.close()
+    run = tmp_path / "cut" / "run"
+    (run / "checkpoints" / "step-000003.partial").rename(run / "checkpoints" / "step-000006.partial")  # half-written
+    assert died_at == [5]
+    assert found(run) == []  # captured, and not yet a checkpoint
+
+    again, _ = make_loop(tmp_path / "cut", config, reopened=0)
+    dying_policy.step = learn  # type: ignore[method-assign]
+    assert lines(tmp_path / "cut") == []
+    stop_after(again, 7)
+    assert [path.name for path in found(run)] == ["step-000003"]
+    assert [line["step"] for line in lines(tmp_path / "cut")] == list(range(8))
+
+    manifest = read(run / "checkpoints" / "step-000003")
+    resumed, resumed_policy = make_loop(tmp_path / "cut", config, reopened=3)
+    assert [line["step"] for line in lines(tmp_path / "cut")] == list(range(4))
+    assert sorted(path.name for path in (run / "samples").glob("step-*")) == [
+        f"step-00000{n}.parquet" for n in (1, 2, 3)
+    ]
+    resumed_policy.restore(run / "checkpoints" / "step-000003")
+    resumed = dataclasses.replace(resumed, progress=Progress.restore(manifest.driver, resumed.prompts))
+    outcome = train(resumed)
+    resumed.folder.close()
+    assert outcome.before == straight.progress.before
+    assert outcome.after == straight.progress.after
+    assert torch.equal(resumed_policy.learner.weight, policy.learner.weight)
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "straight")
+    for step in range(1, 9):
+        name = f"run/samples/step-{step:06d}.parquet"
+        assert pq.read_table(tmp_path / "cut" / name).equals(pq.read_table(tmp_path / "straight" / name)), step
+
+
+def stop_after(loop: Loop, steps: int) -> None:
+    """Train until that many steps are done, and stop there as a crash would."""
+    show = loop.reporter.step
+
+    def stop(step: int, metrics: Mapping[str, float]) -> None:
+        show(step, metrics)
+        if step == steps:
+            raise KeyboardInterrupt
+
+    loop.reporter.step = stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(loop)
+    loop.folder.close()
+
+
+def test_two_runs_cannot_work_in_one_folder(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    loop, _ = make_loop(tmp_path, config)
+    with pytest.raises(UserError, match="another process is working in"):
+        reopen(tmp_path / "run", config, 0)
+    loop.folder.close()
+    reopen(tmp_path / "run", config, 0).close()
 
 
 def test_accuracy_is_read_from_the_first_of_two_functions_of_one_name(tmp_path: Path) -> None:

@@ -1,0 +1,251 @@
+"""Checkpoints: folders that are whole or not there, and what may differ when a run goes on from one.
+
+    checkpoints/step-000010/  manifest.json  learner/rank-0.safetensors ...  model/ (where the recipe asks for it)
+
+Written as `step-000010.partial`, every file flushed to the disk and read back, then renamed. `manifest.json` comes last
+and holds the size and SHA-256 of every other file; `read` checks them all before anything is used.
+
+What it does not own: what the tensors are (`grpo.learner.state`) and when a checkpoint is due (`grpo.driver`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.types import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """A written file, as read back."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything about a run after `step` that is not a tensor."""
+
+    format: int
+    step: int
+    config: Mapping[str, Any]
+    """The resolved config, as nested plain values."""
+    fingerprints: Mapping[str, str]
+    """What was read from files: model, data.train, data.eval.path, every reward file -> SHA-256."""
+    versions: Mapping[str, str]
+    driver: Mapping[str, Any]
+    """The driver's own state."""
+    learner: Mapping[str, Any]
+    """ranks, zero_stage, and the counters of each engine."""
+    metrics: Mapping[str, float]
+    """The step's metrics, by which the best checkpoint is chosen."""
+    files: Mapping[str, FileRecord]
+    """Path below the folder -> record."""
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def begin(run: Path, step: int, need_bytes: int) -> Path:
+    """The folder to write a checkpoint into; leftovers of an interrupted one are removed.
+
+    Raises OSError (ENOSPC) when the disk has no room for `need_bytes`.
+    """
+    root = run / "checkpoints"
+    for leftover in root.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover)
+    free = shutil.disk_usage(root).free
+    if free < need_bytes:
+        raise OSError(28, f"a checkpoint takes {need_bytes / 2**20:.0f} MiB and {root} has {free / 2**20:.0f} MiB free")
+    partial = root / (folder_of(run, step).name + PARTIAL)
+    (partial / "learner").mkdir(parents=True)
+    return partial
+
+
+def seal(file: Path) -> FileRecord:
+    """Flush a written file to the disk and read it back."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return FileRecord(bytes=file.stat().st_size, sha256=digest)
+
+
+def publish(partial: Path, manifest: Manifest) -> Path:
+    """Make a written folder a checkpoint: manifest, flush, rename. Returns its path.
+
+    Raises RuntimeError when the folder's files are not those of the manifest.
+    """
+    present = {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)}
+    if present != {name: record.bytes for name, record in manifest.files.items()}:
+        raise RuntimeError(f"{partial} holds {present}, its manifest {dict(manifest.files)}")
+    target = partial.with_name(partial.name.removesuffix(PARTIAL))
+    file = partial / MANIFEST
+    file.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    seal(file)
+    for folder in {path.parent for path in _files(partial)} | {partial}:
+        _flush(folder)
+    os.rename(partial, target)
+    _flush(target.parent)
+    return target
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if file.is_file())
+
+
+def _flush(folder: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, after every file has been checked against it.
+
+    Raises UserError naming the file that is missing, cut short or changed.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise UserError(f"{folder} is no checkpoint: it has no {MANIFEST}")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(Manifest)}
+        if set(raw) != known:
+            raise ValueError(f"it has {sorted(raw)}")
+        records = {name: FileRecord(**record) for name, record in raw["files"].items()}
+        manifest = Manifest(**{**raw, "files": records})
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if manifest.format != FORMAT:
+        raise UserError(f"{file} is of format {manifest.format}; this version reads format {FORMAT}")
+    for name, record in manifest.files.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"{file} names {name}, outside its folder")
+        if not path.is_file():
+            raise UserError(f"{path} is missing from its checkpoint")
+        if path.stat().st_size != record.bytes:
+            raise UserError(f"{path} has {path.stat().st_size} bytes and was written with {record.bytes}")
+        with path.open("rb") as handle:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != record.sha256:
+                raise UserError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
+    return manifest
+
+
+def found(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    named = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in (run / "checkpoints").glob("step-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
+def retire(run: Path, *, keep_last: int, keep_every: int, best_by: str | None) -> list[Path]:
+    """Delete checkpoints: kept are the last `keep_last`, those whose step `keep_every` divides, and the one with the
+    highest `best_by` (the earliest of equals). Returns what was deleted."""
+    every = found(run)
+    steps = {path: int(path.name.removeprefix("step-")) for path in every}
+    kept = set(every[-keep_last:])
+    if keep_every:
+        kept |= {path for path in every if steps[path] % keep_every == 0}
+    if best_by:
+        values = {path: json.loads((path / MANIFEST).read_text())["metrics"].get(best_by) for path in every}
+        rated = [path for path in every if values[path] is not None]
+        kept |= {max(rated, key=lambda path: values[path])} if rated else set()
+    gone = [path for path in every if path not in kept]
+    for path in gone:
+        aside = path.with_name(path.name + PARTIAL)  # half-deleted, it is no checkpoint
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+    return gone
+
+
+# --- going on with other settings ------------------------------------------------------------------------------------
+
+FREE = (
+    "run.name", "run.dir", "run.steps", "run.save_every", "run.save_model", "run.keep_last", "run.keep_every",
+    "run.keep_best", "run.verify_every", "run.tensorboard", "run.wandb", "run.wandb_project", "run.grace_s", "cluster",
+    "data.eval.every", "model.path", "data.train", "data.eval.path", "critic.path", "sampler",
+)  # fmt: skip
+"""Options that change no number of a run, or whose content is compared by fingerprint."""
+
+FLOAT_ORDER = ("learner",)
+"""Options that change the order of additions: the run goes on, equal up to rounding."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Option -> (value in the checkpoint, value now), of every option that differs."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            out |= differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            out[f"{prefix}{key}"] = (before, now)
+    return out
+
+
+def _within(option: str, names: Sequence[str]) -> bool:
+    return any(option == name or option.startswith(f"{name}.") for name in names)
+
+
+def compare(
+    manifest: Manifest, config: Mapping[str, Any], fingerprints: Mapping[str, str], allowed: Sequence[str]
+) -> list[str]:
+    """What the continued run does otherwise than the saved one, in words.
+
+    Raises UserError at what would make it another run, naming the option that lets it.
+    """
+    options = differences(manifest.config, config)
+    contents = [
+        name
+        for name in sorted({*manifest.fingerprints, *fingerprints})
+        if manifest.fingerprints.get(name) != fingerprints.get(name)
+    ]
+    for name in allowed:
+        if not any(_within(option, [name]) for option in (*options, *contents)):
+            raise UserError(f"allow={name}: that does not differ from the checkpoint")
+    schedules = {config["optimizer"]["schedule"], config["critic"]["optimizer"]["schedule"]}
+    notes = []
+    for option, (before, now) in options.items():
+        stretched = option == "run.steps" and schedules != {"constant"}
+        if _within(option, allowed):
+            notes.append(f"{option} is {now}, was {before}, as allowed")
+        elif stretched or not _within(option, (*FREE, *FLOAT_ORDER)):
+            why = "; the learning-rate schedule would be another" if stretched else ""
+            raise UserError(
+                f"{option}={now} was {before} in the run to be resumed{why}: put it back, or go on with it: "
+                f"allow={option}"
+            )
+        elif _within(option, FLOAT_ORDER):
+            notes.append(f"{option} is {now}, was {before}: equal up to the order of additions, not bit for bit")
+    for name in contents:
+        if not _within(name, allowed):
+            raise UserError(f"the content of {name} has changed since the checkpoint; go on with it: allow={name}")
+        notes.append(f"the content of {name} has changed, as allowed")
+    return notes
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """SHA-256 over the names and bytes of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            digest.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

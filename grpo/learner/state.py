@@ -1,0 +1,248 @@
+"""A rank's share of the training state as named flat tensors, whatever the ZeRO stage, and back.
+
+Every parameter is seen as one flat float32 tensor. A rank owns a range of it (a *fragment*: all of it on rank 0 at ZeRO
+0, what its partition covers at 1 and 2, its shard at 3) and the same range of the optimizer's moments. `capture` gives
+a rank's fragments under keys `section/kind/name@start`; each rank writes its own to one safetensors file, and `Reader`
+puts any parameter together from the files of all ranks. So a checkpoint depends neither on the number of ranks nor on
+the stage, and nothing in it is a pickle.
+
+Where the files are, their checksums and what else a run's state is: `grpo.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from grpo.checkpoint import FileRecord, seal
+from grpo.types import UserError
+
+PARAMETER = "parameter"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """A rank's range of one parameter."""
+
+    name: str
+    start: int
+    tensors: Mapping[str, torch.Tensor]
+    """PARAMETER and the optimizer's moments -> float32 [numel], flat; views of what the optimizer works on."""
+
+
+def fragments(engine: Any, *, zero_stage: int, rank: int) -> Iterator[Fragment]:
+    """This rank's fragments of a DeepSpeed engine's float32 parameters and moments."""
+    for name, p in engine.module.named_parameters():
+        if zero_stage == 0:
+            if rank == 0:
+                start, parameter, state = 0, p.data.view(-1), engine.basic_optimizer.state.get(p, {})
+                moments = {key: state[key].view(-1) for key in MOMENTS if key in state}
+            else:
+                continue
+        elif zero_stage < 3:
+            mapping = p._hp_mapping
+            if mapping is None:  # other ranks have it
+                continue
+            [flat] = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"]
+            start, parameter, where = (
+                mapping.lp_fragment_address.start,
+                mapping.hp_fragment,
+                mapping.hp_fragment_address,
+            )
+            state = engine.basic_optimizer.state.get(flat, {})
+            moments = {key: state[key].narrow(0, where.start, where.numel) for key in MOMENTS if key in state}
+        else:
+            shard = p.ds_tensor.ds_numel
+            start, optimizer = shard * rank, engine.optimizer
+            here = min(shard, p.ds_numel - start)  # the last shards are padded
+            if here <= 0:
+                continue
+            parameter = optimizer.get_local_fp32_param(p)[:here]
+            known = optimizer.optimizer.state.get(_flats(engine, zero_stage)[0], {})
+            moments = {key: optimizer.get_local_fp32_param(p, key)[:here] for key in MOMENTS if key in known}
+        yield Fragment(name=name, start=start, tensors={PARAMETER: parameter, **moments})
+
+
+def _flats(engine: Any, zero_stage: int) -> list[torch.Tensor]:
+    """The tensors that the optimizer's state is kept by."""
+    if zero_stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def capture(engine: Any, section: str, *, zero_stage: int, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(copies of this rank's fragments in host memory, the engine's counters as plain JSON)."""
+    tensors = {
+        f"{section}/{kind}/{fragment.name}@{fragment.start}": tensor.detach().to("cpu", torch.float32, copy=True)
+        for fragment in fragments(engine, zero_stage=zero_stage, rank=rank)
+        for kind, tensor in fragment.tensors.items()
+    }
+    steps = {float(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state}
+    if len(steps) > 1:
+        raise RuntimeError(f"the optimizer's states of {section} have taken different numbers of steps: {steps}")
+    counters = {
+        "optimizer_steps": int(steps.pop()) if steps else 0,
+        "schedule": {key: engine.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_step_count", "_last_lr")},
+    }
+    return tensors, counters
+
+
+@torch.no_grad()
+def restore(
+    engine: Any, section: str, reader: Reader, counters: Mapping[str, Any], *, zero_stage: int, rank: int
+) -> None:
+    """Give an engine that has made no step the parameters, moments and schedule of `section`.
+
+    Raises UserError when the checkpoint holds other parameters than the engine.
+    """
+    kinds = reader.kinds(section)
+    names = [name for name, _ in engine.module.named_parameters()]
+    if set(names) != reader.names(section):
+        strange = sorted(set(names) ^ reader.names(section))
+        raise UserError(f"the checkpoint's {section} has other parameters than the model: {', '.join(strange[:4])}")
+    if kinds != {PARAMETER}:
+        for flat in _flats(engine, zero_stage):
+            engine.basic_optimizer.state[flat] = {
+                "step": torch.tensor(float(counters["optimizer_steps"])),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+    ranges = {fragment.name: fragment for fragment in fragments(engine, zero_stage=zero_stage, rank=rank)}
+    for name, p in engine.module.named_parameters():
+        numel = p.ds_numel if zero_stage == 3 else p.numel()
+        for kind in sorted(kinds):
+            whole = reader.whole(section, kind, name, numel)
+            if zero_stage == 3:
+                shard = torch.zeros(p.ds_tensor.ds_numel, device=p.ds_tensor.device)
+                here = whole[shard.numel() * rank : shard.numel() * (rank + 1)]
+                shard[: here.numel()] = here
+                engine.optimizer.set_local_hp_param(shard, p, None if kind == PARAMETER else kind)
+                if kind == PARAMETER:
+                    p.ds_tensor.data.copy_(shard)
+                continue
+            if kind == PARAMETER:
+                p.data.view(-1).copy_(whole)
+            if zero_stage == 0 and kind != PARAMETER:
+                engine.basic_optimizer.state[p][kind].view(-1).copy_(whole)
+            elif zero_stage > 0 and name in ranges:
+                target = ranges[name].tensors[kind]
+                target.copy_(whole[ranges[name].start : ranges[name].start + target.numel()])
+    engine.lr_scheduler.load_state_dict({**engine.lr_scheduler.state_dict(), **counters["schedule"]})
+    for group, rate in zip(engine.basic_optimizer.param_groups, counters["schedule"]["_last_lr"], strict=True):
+        group["lr"] = rate
+
+
+def capture_frozen(module: Any, section: str, *, zero_stage: int, rank: int) -> dict[str, torch.Tensor]:
+    """Copies of this rank's share of a module without optimizer: its shards at ZeRO 3, else all of it on rank 0."""
+    tensors = {}
+    for name, p in module.named_parameters():
+        if zero_stage == 3:
+            start, share = p.ds_tensor.ds_numel * rank, p.ds_tensor.data
+            share = share[: max(0, min(share.numel(), p.ds_numel - start))]
+        else:
+            start, share = 0, p.data.view(-1)[: p.numel() if rank == 0 else 0]
+        if share.numel():
+            tensors[f"{section}/{PARAMETER}/{name}@{start}"] = share.to("cpu", torch.float32, copy=True)
+    return tensors
+
+
+@torch.no_grad()
+def restore_frozen(module: Any, section: str, reader: Reader, *, zero_stage: int, rank: int) -> None:
+    """The other way."""
+    for name, p in module.named_parameters():
+        whole = reader.whole(section, PARAMETER, name, p.ds_numel if zero_stage == 3 else p.numel())
+        if zero_stage == 3:
+            here = whole[p.ds_tensor.ds_numel * rank : p.ds_tensor.ds_numel * (rank + 1)]
+            p.ds_tensor.data[: here.numel()].copy_(here)
+        else:
+            p.data.view(-1).copy_(whole)
+
+
+class Reader:
+    """Whole parameters out of the files of all ranks. Use as a context manager."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._stack = ExitStack()
+        self._files: list[Any] = []
+        self._parts: dict[str, list[tuple[int, Any, str]]] = {}
+        for file in files:
+            opened = self._stack.enter_context(safe_open(file, "pt"))
+            self._files.append(opened)
+            for key in opened.keys():  # noqa: SIM118 - no dict
+                name, _, start = key.rpartition("@")
+                self._parts.setdefault(name, []).append((int(start), opened, key))
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def metadata(self, rank: int) -> dict[str, str]:
+        """What the file of a rank says beside its tensors."""
+        found: dict[str, str] = self._files[rank].metadata()
+        return found
+
+    def kinds(self, section: str) -> set[str]:
+        """What is kept of every parameter of a section."""
+        return {key.split("/")[1] for key in self._parts if key.startswith(f"{section}/")}
+
+    def names(self, section: str) -> set[str]:
+        """The parameters of a section."""
+        prefix = f"{section}/{PARAMETER}/"
+        return {key.removeprefix(prefix) for key in self._parts if key.startswith(prefix)}
+
+    def whole(self, section: str, kind: str, name: str, numel: int) -> torch.Tensor:
+        """float32 [numel] of one parameter. Raises UserError when the fragments do not cover it exactly."""
+        parts = sorted(self._parts.get(f"{section}/{kind}/{name}", []), key=lambda part: part[0])
+        tensors, end = [], 0
+        for start, opened, key in parts:
+            tensors.append(opened.get_tensor(key))
+            if start != end:
+                break
+            end += tensors[-1].numel()
+        else:
+            if end == numel:
+                return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        raise UserError(f"the checkpoint does not hold all of {section}/{kind}/{name} ({numel} numbers)")
+
+
+def write(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileRecord:
+    """One rank's file, on the disk and read back."""
+    save_file(dict(tensors), file, metadata=dict(metadata))
+    return seal(file)
+
+
+def random_states(device: torch.device) -> str:
+    """Every random generator of this process, as JSON."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return json.dumps(
+        {
+            "python": random.getstate(),
+            "numpy": [name, keys.tolist(), position, has_gauss, cached],  # type: ignore[union-attr]
+            "torch": torch.get_rng_state().tolist(),
+            "cuda": torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None,
+        }
+    )
+
+
+def restore_random_states(text: str, device: torch.device) -> None:
+    """The other way."""
+    states = json.loads(text)
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8), device)

@@ -1,0 +1,70 @@
+"""Where a run stands: what the loop carries from step to step. With the learner's state it is the whole run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo.config import Config
+from grpo.data import Cursor
+from grpo.evaluation import Evaluation
+from grpo.types import Prompt, UserError
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """After `step` steps."""
+
+    cursor: Cursor
+    kl_coef: float
+    """Of the next step."""
+    step: int = 0
+    retired: set[int] = field(default_factory=set)
+    """Indices of prompts that are not drawn again."""
+    tokens: int = 0
+    rollouts: int = 0
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    """The first evaluation and the latest."""
+
+    @classmethod
+    def start(cls, config: Config, prompts: Sequence[Prompt]) -> Progress:
+        """At the beginning."""
+        return cls(cursor=Cursor(len(prompts), seed=config.data.seed), kl_coef=config.algorithm.kl_coef)
+
+    def state(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """As plain JSON; prompts by their ids."""
+        return {
+            "step": self.step,
+            "cursor": self.cursor.state(),
+            "kl_coef": self.kl_coef,
+            "retired": [prompts[i].prompt_id for i in sorted(self.retired)],
+            "tokens": self.tokens,
+            "rollouts": self.rollouts,
+            "before": None if self.before is None else dataclasses.asdict(self.before),
+            "after": None if self.after is None else dataclasses.asdict(self.after),
+        }
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Progress:
+        """The progress that `state` was taken of.
+
+        Raises UserError when the data set is another.
+        """
+        index = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
+        gone = [prompt_id for prompt_id in state["retired"] if prompt_id not in index]
+        if gone:
+            raise UserError(f"data.train no longer has {gone[0]}, a prompt that the run had retired")
+        before, after = ((None if state[name] is None else Evaluation(**state[name])) for name in ("before", "after"))
+        return cls(
+            step=state["step"],
+            cursor=Cursor.restore(len(prompts), state["cursor"]),
+            kl_coef=state["kl_coef"],
+            retired={index[prompt_id] for prompt_id in state["retired"]},
+            tokens=state["tokens"],
+            rollouts=state["rollouts"],
+            before=before,
+            after=after,
+        )

@@ -1,0 +1,125 @@
+"""From `resume=auto|PATH` to where a run goes on: which checkpoint, whether it is of the same run, and its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo import checkpoint
+from grpo.check import Plan, model_fingerprint
+from grpo.checkpoint import Manifest
+from grpo.config import Config
+from grpo.progress import Progress
+from grpo.saving import plain
+from grpo.types import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a run comes from."""
+
+    run: Path | None = None
+    """The run folder to go on in; None for a new one."""
+    checkpoint: Path | None = None
+    """None: from the beginning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """What a run goes on with."""
+
+    progress: Progress
+    folder: Path | None
+    """The checkpoint."""
+    manifest: Manifest | None
+    lines: tuple[str, ...]
+    """What to say about it."""
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+
+def find(resume: str | None, config: Config, recipe: str) -> Origin:
+    """The run folder and checkpoint that `resume` means.
+
+    `auto`: the last checkpoint of the run of this name, of the newest one where the recipe's own name is numbered; a
+    new run where there is none. A path: a run folder (its last checkpoint) or a checkpoint.
+
+    Raises UserError when the path is neither.
+    """
+    if resume is None:
+        return Origin()
+    if resume == "auto":
+        run = newest(config, recipe)
+        if run is None:
+            return Origin()
+        every = checkpoint.found(run)
+        return Origin(run=run, checkpoint=every[-1] if every else None)
+    path = Path(resume).expanduser().resolve()
+    if path.parent.name == "checkpoints" and path.is_dir():
+        return Origin(run=path.parent.parent, checkpoint=path)
+    if not (path / "checkpoints").is_dir():
+        raise UserError(
+            f"resume={resume} is neither a run folder nor a checkpoint (runs/NAME or .../checkpoints/step-N)"
+        )
+    every = checkpoint.found(path)
+    if not every:
+        raise UserError(
+            f"resume={resume}: the run has no checkpoint (run.save_every writes them); resume=auto starts over"
+        )
+    return Origin(run=path, checkpoint=every[-1])
+
+
+def newest(config: Config, recipe: str) -> Path | None:
+    """The folder of the run of this name."""
+    root = Path(config.run.dir).expanduser().resolve()
+    if config.run.name is not None:
+        return root / config.run.name if (root / config.run.name).exists() else None
+    stem = Path(recipe).stem
+    numbered = {1: root / stem}
+    for path in root.glob(f"{stem}-*"):
+        if path.name.removeprefix(f"{stem}-").isdigit():
+            numbered[int(path.name.removeprefix(f"{stem}-"))] = path
+    there = [number for number, path in numbered.items() if path.is_dir()]
+    return numbered[max(there)] if there else None
+
+
+def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
+    """Read the checkpoint and hold it against what the run is now.
+
+    Raises UserError when a file of it is damaged, when it is of another run, or when it lies beyond the last step.
+    """
+    config = plan.config
+    if origin.checkpoint is None:
+        if allowed:
+            raise UserError(f"allow={allowed[0]}: there is no checkpoint to differ from")
+        lines = (
+            () if origin.run is None else (f"resumed    {origin.run.name} from its beginning: it has no checkpoint",)
+        )
+        return Resumed(progress=Progress.start(config, plan.prompts), folder=None, manifest=None, lines=lines)
+    try:
+        manifest = checkpoint.read(origin.checkpoint)
+    except UserError as error:
+        others = [path for path in checkpoint.found(origin.checkpoint.parent.parent) if path != origin.checkpoint]
+        hint = f"; the checkpoint before it: resume={others[-1]}" if others else ""
+        raise UserError(f"{error}{hint}") from error
+    notes = checkpoint.compare(manifest, plain(config), fingerprints(plan), allowed)
+    if manifest.step > config.run.steps:
+        raise UserError(f"run.steps={config.run.steps} is less than the {manifest.step} steps of {origin.checkpoint}")
+    return Resumed(
+        progress=Progress.restore(manifest.driver, plan.prompts),
+        folder=origin.checkpoint,
+        manifest=manifest,
+        lines=(f"resumed    after step {manifest.step}, from {origin.checkpoint}", *(f"note       {n}" for n in notes)),
+    )
+
+
+def fingerprints(plan: Plan) -> dict[str, str]:
+    """Of everything that the run reads. Empty of models where nothing is ever saved: reading them takes time."""
+    paths = {"model.path": plan.config.model.path}
+    if plan.config.critic.path is not None:
+        paths["critic.path"] = plan.config.critic.path
+    models = {option: model_fingerprint(path) for option, path in paths.items()}
+    return {**plan.fingerprints, **models}

@@ -1,0 +1,101 @@
+"""A run's checkpoints beside its steps: the learner's ranks copy their state, and write it while the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from grpo import checkpoint
+from grpo import config as config_module
+from grpo.checkpoint import FileRecord, Manifest
+from grpo.config import Config
+from grpo.run_folder import versions
+
+
+class Captured(Protocol):
+    """The learner as a checkpoint sees it: `grpo.actors.Engines`."""
+
+    def capture(self, folder: Path) -> dict[str, Any]: ...
+
+    def captured(self, *, wait: bool) -> dict[str, FileRecord] | None: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pending:
+    partial: Path
+    manifest: Callable[[Mapping[str, FileRecord]], Manifest]
+
+
+class Saver:
+    """One checkpoint at a time: `save` begins one, `poll` makes it a checkpoint when its files are on the disk."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        *,
+        engines: Captured,
+        fingerprints: Mapping[str, str],
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._run, self._engines = config, run, engines
+        self._fingerprints, self._say = fingerprints, say
+        self._pending: _Pending | None = None
+        self._size = 0
+        """Bytes of the checkpoint before; of the first one nothing is known."""
+
+    def save(self, step: int, driver: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Begin a checkpoint of the state after `step`; one that is being written is finished first.
+
+        Raises OSError when the disk has no room.
+        """
+        self.poll(wait=True)
+        partial = checkpoint.begin(self._run, step, need_bytes=self._size)
+        learner = self._engines.capture(partial / "learner")
+        if self._config.run.save_model:
+            self._engines.save(partial / "model")
+
+        def manifest(files: Mapping[str, FileRecord]) -> Manifest:
+            return Manifest(
+                format=checkpoint.FORMAT,
+                step=step,
+                config=plain(self._config),
+                fingerprints=self._fingerprints,
+                versions=versions(),
+                driver=driver,
+                learner=learner,
+                metrics=metrics,
+                files=files,
+            )
+
+        self._pending = _Pending(partial=partial, manifest=manifest)
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Publish what has been written, and retire what is no longer to be kept."""
+        if self._pending is None:
+            return
+        records = self._engines.captured(wait=wait)
+        if records is None:
+            return
+        partial, files = self._pending.partial, {f"learner/{name}": record for name, record in records.items()}
+        if self._config.run.save_model:
+            written = [path for path in (partial / "model").rglob("*") if path.is_file()]
+            files |= {str(path.relative_to(partial)): checkpoint.seal(path) for path in written}
+        target = checkpoint.publish(partial, self._pending.manifest(files))
+        self._pending = None
+        self._size = sum(record.bytes for record in files.values())
+        c = self._config.run
+        checkpoint.retire(self._run, keep_last=c.keep_last, keep_every=c.keep_every, best_by=c.keep_best)
+        self._say(f"checkpoint {target.name}, {self._size / 2**20:.1f} MiB")
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The resolved config as nested plain values."""
+    values: dict[str, Any] = yaml.safe_load(config_module.dump(config))
+    return values

@@ -1,0 +1,148 @@
+"""What a learner captures and another restores, through DeepSpeed itself: the run goes on bit for bit.
+
+AdamW with weight decay, clipping and a schedule: each has state that a resumed run must have, too.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_learner import recorded_rows
+
+from grpo.learner.state import PARAMETER, Reader
+
+WORKER = Path(__file__).with_name("state_process.py")
+
+MOVING = {"kl_coef": 0.1, "reference_average": 0.25}
+CASES: dict[str, dict[str, Any]] = {
+    "0": {"stage": 0},
+    "1": {"stage": 1},
+    "2": {"stage": 2},
+    "3": {"stage": 3},
+    "2 bfloat16": {"stage": 2, "dtype": "bfloat16"},
+    "1 bfloat16": {"stage": 1, "dtype": "bfloat16"},
+    "3 bfloat16": {"stage": 3, "dtype": "bfloat16"},
+    "2 offloaded": {"stage": 2, "offload": "optimizer"},
+    "3 offloaded": {"stage": 3, "offload": "parameters"},
+    "2 moving reference": {"stage": 2, "algorithm": MOVING},
+    "3 moving reference": {"stage": 3, "algorithm": MOVING},
+    "2 critic": {"stage": 2, "algorithm": {"advantage": "gae"}},
+    "3 critic": {"stage": 3, "algorithm": {"advantage": "gae"}},
+}
+
+
+def run(folder: Path, recipe: Path, ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    folder.mkdir()
+    torch.save(recorded_rows(8), folder / "rows.pt")
+    job = {
+        "recipe": str(recipe), "rows": str(folder / "rows.pt"), "store": str(folder / "store"),
+        "out": str(folder / "out"), "cases": cases,
+    }  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(job))
+    logs = [(folder / f"rank-{rank}.log").open("w") for rank in range(ranks)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(ranks), str(folder / "job.json")],
+            stdout=logs[rank], stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    codes = [process.wait(timeout=600) for process in processes]
+    for log in logs:
+        log.close()
+    assert codes == [0] * ranks, "\n".join((folder / f"rank-{r}.log").read_text()[-3000:] for r in range(ranks))
+    return [torch.load(folder / "out" / str(i) / "out.pt") for i in range(len(cases))]
+
+
+def whole(folder: Path, pattern: str) -> dict[str, torch.Tensor]:
+    """Every parameter and moment in the files of all ranks."""
+    sizes: dict[str, int] = {}
+    files = sorted(folder.glob(pattern))
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                name = key.rpartition("@")[0]
+                sizes[name] = sizes.get(name, 0) + opened.get_tensor(key).numel()
+    with Reader(files) as reader:
+        return {key: reader.whole(*key.split("/", 2), numel) for key, numel in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def captured(
+    tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]
+) -> dict[int, tuple[Path, Path, dict[str, dict[str, Any]]]]:
+    """ranks -> (recipe, folder of the outputs, result of every case)."""
+    from conftest import write_recipe
+
+    found = {}
+    for ranks in (1, 2):
+        root = tmp_path_factory.mktemp(f"ranks-{ranks}")
+        recipe = write_recipe(
+            root,
+            make_model("llama"),
+            optimizer={
+                "lr": 1e-2, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 3, "max_grad_norm": 0.5,
+            },
+            algorithm={"minibatches_per_step": 2},
+            run={"steps": 4},
+        )  # fmt: skip
+        results = run(root / "job", recipe, ranks, list(CASES.values()))
+        found[ranks] = (recipe, root / "job" / "out", dict(zip(CASES, results, strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_goes_on_bit_for_bit(captured: Any, ranks: int, case: str) -> None:
+    _, folder, results = captured[ranks]
+    result = results[case]
+    assert result["resumed"] == result["straight"]
+    for name, tensor in result["straight_state"].items():
+        assert torch.equal(tensor, result["resumed_state"][name]), name
+    index = list(CASES).index(case)
+    files = sorted((folder / str(index)).glob("rank-*.safetensors"))
+    assert len(files) == ranks
+    for rank, file in enumerate(files):
+        again = folder / str(index) / f"again-{rank}.bin"
+        with safe_open(file, "pt") as one, safe_open(again, "pt") as two:
+            assert set(one.keys()) == set(two.keys())
+            for key in one.keys():  # noqa: SIM118
+                assert torch.equal(one.get_tensor(key), two.get_tensor(key)), key
+
+
+def test_every_stage_and_number_of_ranks_captures_the_same_names_and_sizes(captured: Any) -> None:
+    shapes = set()
+    for ranks in (1, 2):
+        for index in range(4):
+            tensors = whole(captured[ranks][1] / str(index), "rank-*.safetensors")
+            shapes.add(tuple(sorted((name, t.numel()) for name, t in tensors.items())))
+            assert any(name.startswith("policy/exp_avg_sq/") for name in tensors)
+            assert any(name.startswith(f"policy/{PARAMETER}/") for name in tensors)
+    assert len(shapes) == 1
+
+
+def test_other_ranks_and_stages_go_on_from_it(captured: Any, tmp_path: Path) -> None:
+    """From 2 ranks at ZeRO 2 to 1 rank at each stage and back: what is restored is equal bit for bit, and what follows
+    is equal up to the order of additions."""
+    for source_ranks, source, ranks in ((2, 2, 1), (2, 3, 1), (1, 0, 2)):
+        _, folder, results = captured[source_ranks]
+        cases = [{"stage": stage, "restore": str(folder / str(source))} for stage in range(4)]
+        target = tmp_path / f"{source_ranks}-{source}-{ranks}"
+        (recipe_of_target, _, _) = captured[ranks]
+        made = run(target, recipe_of_target, ranks, cases)
+        wanted = whole(folder / str(source), "rank-*.safetensors")
+        expected = list(results.values())[source]["straight_state"]
+        for stage, result in enumerate(made):
+            got = whole(target / "out" / str(stage), "again-*.bin")
+            assert got.keys() == wanted.keys()
+            assert all(torch.equal(got[name], wanted[name]) for name in wanted), (source, stage)
+            for name, tensor in result["resumed_state"].items():
+                assert torch.allclose(tensor, expected[name], rtol=1e-4, atol=2e-5), (source, stage, name)

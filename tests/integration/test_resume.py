@@ -1,0 +1,134 @@
+"""A run that is killed and resumed is the run that was never killed: metrics, completions and weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 8
+TIMED = ("time", "tokens/per_second", "perf/", "sync/seconds")
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "1 rank, ZeRO 2, moving reference": {
+        "learner": {"ranks": 1, "zero_stage": 2},
+        "algorithm": {"kl_coef": 0.01, "reference_refresh_every": 3, "minibatches_per_step": 2},
+        "optimizer": {"schedule": "cosine", "warmup_steps": 2},
+    },
+    "2 ranks, ZeRO 3, critic": {
+        "learner": {"ranks": 2, "zero_stage": 3},
+        "algorithm": {"advantage": "gae", "retire_reward": 0.9},
+    },
+    "2 ranks, ZeRO 2": {"learner": {"ranks": 2, "zero_stage": 2}, "algorithm": {"max_refills": 1}},
+    "1 rank, ZeRO 3": {"learner": {"ranks": 1, "zero_stage": 3}, "algorithm": {"kl_coef": 0.01}},
+}
+
+
+def recipe_of(make_recipe: Callable[..., Path], model: Path, layout: str) -> Path:
+    sections = {name: dict(section) for name, section in LAYOUTS[layout].items()}
+    folder = make_recipe(model).parent
+    data = {"eval": {"path": str(folder / "eval.jsonl"), "every": 3}}
+    sections["run"] = {"steps": STEPS, "save_every": 2, "verify_every": 5}
+    sections["cluster"] = {"cpus": 4}
+    sections["algorithm"] |= {"prompts_per_step": 8, "group_size": 4}
+    return make_recipe(model, **sections, data=data)
+
+
+def start(recipe: Path, name: str, *overrides: str) -> subprocess.Popen[bytes]:
+    with (recipe.parent / f"{name}.txt").open("ab") as console:
+        return subprocess.Popen(
+            [sys.executable, "-m", "grpo", "train", str(recipe), f"run.name={name}", *overrides],
+            stdout=console, stderr=console, cwd=ROOT, env=os.environ,
+        )  # fmt: skip
+
+
+def finish(recipe: Path, name: str, *overrides: str) -> Path:
+    code = start(recipe, name, *overrides).wait(timeout=400)
+    assert code == 0, (recipe.parent / f"{name}.txt").read_text()[-3000:]
+    return recipe.parent / "runs" / name
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
+
+
+def weights(run: Path) -> str:
+    found: str = json.loads((run / "summary.json").read_text())["weights_sha256"]
+    return found
+
+
+def same(run: Path, straight: Path) -> None:
+    """Each step once, equal in everything but times."""
+    assert [line["step"] for line in untimed(run)] == list(range(STEPS + 1))
+    assert untimed(run) == untimed(straight)
+    assert weights(run) == weights(straight)
+    names = sorted(path.name for path in (straight / "samples").iterdir())
+    assert sorted(path.name for path in (run / "samples").iterdir()) == names
+    drawn = Counter[str]()
+    for name in names:
+        table = pq.read_table(run / "samples" / name)
+        assert table.equals(pq.read_table(straight / "samples" / name)), name
+        if name.startswith("step-"):
+            drawn.update(set(table["prompt_id"].to_pylist()))
+    if not any("refill/attempts" in line or "progress/retired_prompts" in line for line in untimed(run)):
+        assert set(drawn.values()) == {1}  # 8 steps of 8 prompts: each of the 64 exactly once
+
+
+def kill_at(recipe: Path, name: str, instant: float, *overrides: str) -> None:
+    """kill -9 `instant` seconds after the first step's line."""
+    process = start(recipe, name, *overrides)
+    metrics = recipe.parent / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or '"step": 1,' not in metrics.read_text():
+        assert process.poll() is None, (recipe.parent / f"{name}.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(instant)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["2 ranks, ZeRO 3, critic", pytest.param("1 rank, ZeRO 2, moving reference", marks=pytest.mark.slow)],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    layout: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    recipe = recipe_of(make_recipe, make_model("qwen2"), layout)
+    straight = finish(recipe, "straight")
+    seconds = sum(
+        json.loads(line).get("time/step_s", 0) for line in (straight / "metrics.jsonl").read_text().splitlines()
+    )
+    kill_at(recipe, "killed", random.uniform(0.3, 0.9) * seconds)
+    same(finish(recipe, "killed", "resume=auto"), straight)
+    assert "resumed    " in (recipe.parent / "killed.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_random_instants(layout: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]) -> None:
+    """Three a layout, twelve in all; every second one is killed twice."""
+    recipe = recipe_of(make_recipe, make_model("qwen2"), layout)
+    straight = finish(recipe, "straight")
+    seconds = sum(
+        json.loads(line).get("time/step_s", 0) for line in (straight / "metrics.jsonl").read_text().splitlines()
+    )
+    for n in range(3):
+        kill_at(recipe, f"killed-{n}", random.uniform(0, seconds))
+        if n % 2:
+            kill_at(recipe, f"killed-{n}", random.uniform(0, seconds / 2), "resume=auto")
+        same(finish(recipe, f"killed-{n}", "resume=auto"), straight)

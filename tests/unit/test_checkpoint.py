@@ -1,0 +1,292 @@
+"""Checkpoints as files: whole or not there, checked when read, and what may differ when a run goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo import config as config_module
+from grpo.checkpoint import (
+    FORMAT,
+    Manifest,
+    begin,
+    compare,
+    differences,
+    found,
+    publish,
+    read,
+    retire,
+    seal,
+)
+from grpo.saving import plain
+from grpo.types import UserError
+
+
+def make(
+    run: Path, step: int, *, data: bytes = b"tensors", metrics: dict[str, float] | None = None, **changes: Any
+) -> Path:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    partial = begin(run, step, need_bytes=len(data))
+    file = partial / "learner" / "rank-0.safetensors"
+    file.write_bytes(data)
+    settings: dict[str, Any] = {
+        "format": FORMAT, "step": step, "config": {}, "fingerprints": {}, "versions": {}, "driver": {"step": step},
+        "learner": {"ranks": 1}, "metrics": metrics or {}, "files": {"learner/rank-0.safetensors": seal(file)},
+    }  # fmt: skip
+    return publish(partial, Manifest(**{**settings, **changes}))
+
+
+def test_what_is_published_reads_back(tmp_path: Path) -> None:
+    path = make(tmp_path, 10, metrics={"reward/mean": 0.1 + 0.2})
+    assert path == tmp_path / "checkpoints" / "step-000010"
+    manifest = read(path)
+    assert (manifest.step, manifest.driver, manifest.metrics) == (10, {"step": 10}, {"reward/mean": 0.1 + 0.2})
+    assert manifest.files["learner/rank-0.safetensors"].bytes == 7
+    # sha256 of b"tensors", by sha256sum
+    expected = subprocess.run(["sha256sum"], input=b"tensors", capture_output=True, check=True).stdout.split()[0]
+    assert manifest.files["learner/rank-0.safetensors"].sha256 == expected.decode()
+    assert found(tmp_path) == [path]
+
+
+def damaged(path: Path, how: str) -> str:
+    """Damage a checkpoint; returns the file that must be named."""
+    tensors, manifest = path / "learner" / "rank-0.safetensors", path / "manifest.json"
+    if how == "bit":
+        data = bytearray(tensors.read_bytes())
+        data[3] ^= 1
+        tensors.write_bytes(data)
+    elif how == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+    elif how == "gone":
+        tensors.unlink()
+    elif how == "no manifest":
+        manifest.unlink()
+        return str(path)
+    elif how == "manifest cut":
+        manifest.write_text(manifest.read_text()[:-20])
+    elif how == "manifest is a list":
+        manifest.write_text("[]")
+    elif how == "manifest without steps":
+        manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "step"}))
+    elif how == "other format":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    elif how == "outside":
+        raw = json.loads(manifest.read_text())
+        raw["files"] = {"../../../outside": raw["files"]["learner/rank-0.safetensors"]}
+        manifest.write_text(json.dumps(raw))
+    return str(manifest if "manifest" in how or how in ("other format", "outside") else tensors)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "bit", "cut", "gone", "no manifest", "manifest cut", "manifest is a list", "manifest without steps",
+        "other format", "outside",
+    ],
+)  # fmt: skip
+def test_damage_is_named(tmp_path: Path, how: str) -> None:
+    path = make(tmp_path, 1)
+    file = damaged(path, how)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert file in str(caught.value)
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
+    path = make(tmp_path, 1, data=bytes(range(40)))
+    tensors = path / "learner" / "rank-0.safetensors"
+    whole = tensors.read_bytes()
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        tensors.write_bytes(changed)
+        with pytest.raises(UserError, match=r"rank-0\.safetensors is not what was written"):
+            read(path)
+    for size in range(len(whole)):
+        tensors.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"rank-0\.safetensors has"):
+            read(path)
+
+
+def test_a_folder_with_other_files_than_its_manifest_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    partial = begin(tmp_path, 1, need_bytes=0)
+    (partial / "learner" / "a").write_bytes(b"1")
+    record = seal(partial / "learner" / "a")
+    (partial / "stray").write_bytes(b"1")
+    manifest = Manifest(
+        format=FORMAT, step=1, config={}, fingerprints={}, versions={}, driver={}, learner={}, metrics={},
+        files={"learner/a": record},
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="stray"):
+        publish(partial, manifest)
+    assert found(tmp_path) == []
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    with pytest.raises(OSError, match=r"a checkpoint takes 953674316 MiB and .* MiB free"):
+        begin(tmp_path, 2, need_bytes=10**15)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+calls = 0
+def counted(function):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == {number}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+import pathlib, shutil
+for owner, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (os, "open"),
+                    (pathlib.Path, "write_text"), (pathlib.Path, "write_bytes"), (pathlib.Path, "open")):
+    setattr(owner, name, counted(getattr(owner, name)))
+from test_checkpoint import make
+from grpo.checkpoint import retire
+run = pathlib.Path({run!r})
+make(run, 3, data=b"third")
+retire(run, keep_last=1, keep_every=0, best_by=None)
+print(calls)
+"""
+
+
+def test_killed_at_any_write_the_checkpoint_before_it_loads(tmp_path: Path) -> None:
+    """SIGKILL before the n-th call that writes, for every n: what is found reads, and one of them is always found."""
+    number, ended, outcomes = 0, False, set()
+    while not ended:
+        number += 1
+        run = tmp_path / str(number)
+        make(run, 2, data=b"second")
+        script = KILLER.format(tests=str(Path(__file__).parent), number=number, run=str(run))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        ended = done.returncode == 0
+        assert ended or done.returncode == -signal.SIGKILL, done.stderr
+        steps = [read(path).step for path in found(run)]
+        assert steps in ([2], [2, 3], [3])
+        outcomes.add(tuple(steps))
+        make(run, 4)  # and what was left behind is in nobody's way
+        assert [path.name for path in (run / "checkpoints").glob("*.partial")] == []
+    assert outcomes == {(2,), (2, 3), (3,)}
+    assert number > 12
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    for step, accuracy in ((5, 0.5), (10, 0.9), (15, 0.9), (20, 0.7), (25, None), (30, 0.6)):
+        make(tmp_path, step, metrics={} if accuracy is None else {"eval/accuracy": accuracy})
+    retire(tmp_path, keep_last=2, keep_every=20, best_by="eval/accuracy")
+    assert [path.name for path in found(tmp_path)] == ["step-000010", "step-000020", "step-000025", "step-000030"]
+    retire(tmp_path, keep_last=1, keep_every=0, best_by=None)
+    assert [path.name for path in found(tmp_path)] == ["step-000030"]
+    retire(tmp_path, keep_last=1, keep_every=0, best_by="no/such")
+    assert [path.name for path in found(tmp_path)] == ["step-000030"]
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for step in (999999, 1000000, 7):
+        make(tmp_path, step)
+    assert [path.name for path in found(tmp_path)] == ["step-000007", "step-999999", "step-1000000"]
+
+
+# --- going on with other settings ------------------------------------------------------------------------------------
+
+
+def config_of(tmp_path: Path, *overrides: str) -> dict[str, Any]:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "model: {path: x, dtype: float32}\ndata: {train: x}\nalgorithm: {prompts_per_step: 4, group_size: 8}\n"
+        "rewards: [{file: a.py}]\nrun: {steps: 25}\n"
+    )
+    return plain(config_module.load(recipe, overrides))
+
+
+def manifest_of(config: dict[str, Any], fingerprints: dict[str, str] | None = None) -> Manifest:
+    return Manifest(
+        format=FORMAT, step=1, config=copy.deepcopy(config), fingerprints=fingerprints or {}, versions={}, driver={},
+        learner={}, metrics={}, files={},
+    )  # fmt: skip
+
+
+def test_differences_are_found_at_any_depth() -> None:
+    old = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None, "gone": 1}
+    new = {"a": {"b": 1, "c": {"d": [1, 3]}}, "e": 0, "fresh": 2}
+    assert differences(old, new) == {"a.c.d": ([1, 2], [1, 3]), "e": (None, 0), "gone": (1, None), "fresh": (None, 2)}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.steps=50", "run.save_every=5", "run.name=other", "cluster.step_timeout_s=60", "sampler.num_samplers=2",
+        "data.train=moved.jsonl", "model.path=moved", "sampler.max_num_seqs=8", "run.tensorboard=false",
+    ],
+)  # fmt: skip
+def test_what_changes_no_number_may_differ(tmp_path: Path, override: str) -> None:
+    assert compare(manifest_of(config_of(tmp_path)), config_of(tmp_path, override), {}, []) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "option"),
+    [
+        ("optimizer.lr=0.1", "optimizer.lr"),
+        ("algorithm.kl_coef=0.1", "algorithm.kl_coef"),
+        ("sampling.temperature=0.7", "sampling.temperature"),
+        ("run.seed=1", "run.seed"),
+        ("data.seed=1", "data.seed"),
+        ("data.max_prompt_tokens=7", "data.max_prompt_tokens"),
+        ("rewards.0.weight=2", "rewards"),
+        ("model.dtype=bfloat16", "model.dtype"),
+    ],
+)
+def test_what_makes_another_run_is_refused_until_it_is_named(tmp_path: Path, override: str, option: str) -> None:
+    manifest, now = manifest_of(config_of(tmp_path)), config_of(tmp_path, override)
+    with pytest.raises(UserError) as caught:
+        compare(manifest, now, {}, [])
+    assert f"allow={option}" in str(caught.value)
+    [note] = compare(manifest, now, {}, [option])
+    assert option in note
+
+
+def test_learner_layouts_go_on_up_to_float_order(tmp_path: Path) -> None:
+    now = config_of(tmp_path, "learner.ranks=2", "learner.zero_stage=3")
+    notes = compare(manifest_of(config_of(tmp_path)), now, {}, [])
+    assert len(notes) == 2
+    assert all("not bit for bit" in note for note in notes)
+
+
+def test_more_steps_under_a_schedule_are_another_schedule(tmp_path: Path) -> None:
+    manifest = manifest_of(config_of(tmp_path, "optimizer.schedule=linear"))
+    now = config_of(tmp_path, "optimizer.schedule=linear", "run.steps=50")
+    with pytest.raises(UserError, match=r"run\.steps=50 was 25.*schedule would be another.*allow=run\.steps"):
+        compare(manifest, now, {}, [])
+    assert len(compare(manifest, now, {}, ["run.steps"])) == 1
+
+
+def test_changed_content_is_refused_until_it_is_named(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    manifest = manifest_of(config, {"data.train": "a", "model.path": "m", "rewards[0].file": "r"})
+    same = {"data.train": "a", "model.path": "m", "rewards[0].file": "r"}
+    assert compare(manifest, config, same, []) == []
+    for name in same:
+        with pytest.raises(UserError, match=r"the content of .* has changed since the checkpoint") as caught:
+            compare(manifest, config, {**same, name: "other"}, [])
+        assert f"allow={name}" in str(caught.value)
+        assert len(compare(manifest, config, {**same, name: "other"}, [name])) == 1
+    with pytest.raises(UserError, match=r"the content of data\.eval\.path has changed"):
+        compare(manifest, config, {**same, "data.eval.path": "new"}, [])
+
+
+def test_allowing_what_does_not_differ_is_a_mistake(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match=r"allow=optimizer\.lr: that does not differ"):
+        compare(manifest_of(config), config, {}, ["optimizer.lr"])
