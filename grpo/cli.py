@@ -1,32 +1,27 @@
 """The `grpo` command: wiring only.
 
-Exit codes: 0 done; 2 the user's mistake, said in one sentence; 1 anything else.
+Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped by a signal and resumable; 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from grpo import __version__
 from grpo import config as config_module
+from grpo.stopping import Stopped, Stopper
 from grpo.types import UserError
 
-DONE, OURS, USERS = 0, 1, 2
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-
-
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C."""
+DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +97,7 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
 
     `asked`: `resume` and `allow`, where they are given.
     """
-    from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
+    from grpo import check, checkpoint, cluster, resuming, run_folder  # noqa: PLC0415
 
     started = time.monotonic()
     origin = resuming.find(asked.get("resume"), config, str(recipe))
@@ -116,37 +111,42 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
         folder = run_folder.create(config, str(recipe))
     else:
         folder = run_folder.reopen(origin.run, config, resumed.step)
+        folder.facts |= resumed.progress.accuracies()
     path = folder.path
     if plan.dropped:
         run_folder.write_text(path / "dropped_prompts.txt", "\n".join(plan.dropped) + "\n")
     code, reason = OURS, "failed"
-    _signals.clear()
-    previous = [signal.signal(number, _stop) for number in STOPPING]
     from grpo.console import Console  # noqa: PLC0415
 
     with Console(steps=config.run.steps, log=path / "log.txt") as console:
+        stopper = Stopper(config.run.grace_s, console.say)
+        stopper.install()
         try:
             for line in (*plan.lines, *resumed.lines):
                 console.say(line)
-            run(plan, resumed, folder, console)
+            finished = run(plan, resumed, folder, console, stopper)
             folder.close()
-            code, reason = DONE, "done"
+            code, reason = (DONE, "done") if finished else (OURS, "")
         except UserError as error:
             code, reason = USERS, f"failed: {error}"
             console.say(f"grpo: {error}")
         except Stopped:
-            code, reason = OURS, "interrupted"
-            console.say("grpo: interrupted")
-        except Exception as error:  # noqa: BLE001 - the run's last asked: whatever it was is shown, recorded and turned into exit 1
-            if _signals:  # raised through somebody's C code, Stopped may come out as that code's own error
-                code, reason = OURS, "interrupted"
-                console.say(f"grpo: interrupted {keep_traceback(path)}")
+            code, reason = OURS, ""
+        except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
+            if stopper.enforced:  # raised through somebody's C code, Stopped may come out as that code's own error
+                code, reason = OURS, ""
+                keep_traceback(path)
             else:
                 code, reason = OURS, f"failed: {error}"
                 console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(path)}")
         finally:
-            for number, handler in zip(STOPPING, previous, strict=True):
-                signal.signal(number, handler)
+            stopper.uninstall()
+        if not reason:
+            every = checkpoint.found(path)
+            code, reason = RESUMABLE if every else OURS, f"interrupted by {stopper.asked}"
+            console.say(
+                f"grpo: {reason}; " + (f"go on with resume={path}" if every else "there is no checkpoint to go on from")
+            )
         if code != DONE:
             try:
                 folder.close()
@@ -175,8 +175,11 @@ def keep_traceback(path: Path) -> str:
     return f"(traceback in {target})"
 
 
-def run(plan: Any, resumed: Any, folder: Any, console: Any) -> None:
-    """Start what the plan needs, train, and take everything down; what came of it is in the folder's facts."""
+def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
+    """Start what the plan needs, train, and take everything down; what came of it is in the folder's facts.
+
+    Returns whether the run is at its end; else it was stopped between two steps.
+    """
     from grpo import (  # noqa: PLC0415
         actors,
         cluster,
@@ -195,14 +198,12 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any) -> None:
         RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
         cluster.session(config, logs),
     ):
-        for number in STOPPING:  # Ray has put its own handlers in the place of ours
-            signal.signal(number, _stop)
+        stopper.install()  # Ray has put its own handlers in the place of ours
         console.say(f"starting {config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks")
         engines = actors.Engines(config, logs)
         try:
             if resumed.manifest is not None:
                 engines.restore(resumed.folder, resumed.manifest.learner)
-            fingerprints = resuming.fingerprints(plan) if config.run.save_every else {}
             loop = driver.Loop(
                 config=config,
                 prompts=plan.prompts,
@@ -215,16 +216,27 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any) -> None:
                 train_settings=actors.train_settings(config, plan.end_token_ids),
                 eval_settings=actors.eval_settings(config, plan.end_token_ids),
                 progress=resumed.progress,
-                saver=Saver(config, folder.path, engines=engines, fingerprints=fingerprints, say=console.say),
+                saver=Saver(
+                    config,
+                    folder.path,
+                    engines=engines,
+                    fingerprints=functools.cache(lambda: resuming.fingerprints(plan)),
+                    say=console.say,
+                ),
+                stopping=lambda: stopper.asked is not None,
             )
             actors.freeze_garbage()
-            outcome = driver.train(loop)
+            with stopper.finishing_steps():
+                outcome = driver.train(loop)
         finally:
             engines.close()
+    if not outcome.finished:
+        return False
     folder.facts["weights_sha256"] = run_folder.weights_sha256(folder.path / "model")
     if outcome.before is not None and outcome.after is not None:
         gain, low, high = paired_gain(outcome.before, outcome.after)
         folder.facts |= {"accuracy_gain": gain, "accuracy_gain_interval": [low, high]}
+    return True
 
 
 def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:
@@ -236,16 +248,6 @@ def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None
             f"(gain {summary['accuracy_gain']:.3f}, 95 % interval {low:.3f} to {high:.3f})"
         )
     console.say(f"run folder {path}")
-
-
-_signals: list[str] = []
-"""Signals that asked this process to stop. The first one stops the run; its taking down is not interrupted again."""
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    _signals.append(signal.Signals(number).name)
-    if len(_signals) == 1:
-        raise Stopped(_signals[0])
 
 
 if __name__ == "__main__":

@@ -81,12 +81,16 @@ class Loop:
     eval_settings: Any
     progress: Progress
     saver: Saver
+    stopping: Callable[[], bool]
+    """Whether an end was asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What a finished run says of itself."""
 
+    finished: bool
+    """Else it was stopped after `steps` steps."""
     steps: int
     before: Evaluation | None
     after: Evaluation | None
@@ -113,30 +117,12 @@ def train(loop: Loop) -> Outcome:
                 at.after = evaluate(loop, at.step)
                 loop.folder.log_metrics(at.step, eval_metrics(at.after))
             break
-        batched = time.monotonic()
-        result: StepResult | None = None
-        try:
-            enforce_failure_budget(sampled.every, config.algorithm.max_failed_fraction)
-            credit = training_rows(sampled.groups, sampled.unused, config, at.step)
-            steps = rank_steps(
-                credit.minibatches,
-                ranks=config.learner.ranks,
-                tokens_per_microbatch=config.learner.tokens_per_microbatch,
-                aggregation=config.algorithm.aggregation,
-                constant_length=config.algorithm.constant_length or config.sampling.max_tokens,
-                epochs=config.algorithm.epochs_per_step,
-                kl_coef=at.kl_coef,
-            )
-            stepped = time.monotonic()
-            result = engines.step(steps)
-        finally:  # the completions of a step that fails are the ones to look at
-            sums = result.learner_logprob_sums if result else {}
-            loop.folder.write_samples(f"step-{step:06d}", step, sampled.every, sums)
-        guard_mismatch(result, config)
+        learned = learn(loop, sampled, step)
+        guard_mismatch(learned.result, config)
         synced = time.monotonic()
         every = config.run.verify_every
         syncing = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
-        metrics = step_metrics(loop, sampled, credit, result)
+        metrics = step_metrics(loop, sampled, learned.credit, learned.result)
         if config.algorithm.kl_coef > 0:
             metrics |= {"policy/kl_coef": at.kl_coef}
             at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
@@ -149,12 +135,12 @@ def train(loop: Loop) -> Outcome:
             "sync/seconds": sync.seconds,
             "sync/bytes": float(sync.nbytes),
             "sync/probe_difference": sync.probe_difference,
-            "time/batch_s": stepped - batched,
-            "time/update_s": synced - stepped,
+            "time/batch_s": learned.batch_s,
+            "time/update_s": learned.update_s,
             "time/sync_s": ended - synced,
             "time/step_s": ended - started,
         }
-        metrics |= throughput(config, credit.minibatches, sync.nbytes, metrics)
+        metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
         at.step = step
         at.tokens += int(metrics["tokens/sampled"])
         at.rollouts += sum(len(group.rollouts) for group in sampled.every)
@@ -166,11 +152,15 @@ def train(loop: Loop) -> Outcome:
         loop.folder.facts["steps"] = step
         loop.reporter.step(step, metrics)
         loop.saver.poll()
-        if config.run.save_every and step % config.run.save_every == 0:
+        stopping = loop.stopping() and step < config.run.steps
+        if stopping or (config.run.save_every and step % config.run.save_every == 0):
             loop.saver.save(step, at.state(loop.prompts), metrics)
+        if stopping:
+            loop.saver.poll(wait=True)
+            return Outcome(finished=False, steps=step, before=at.before, after=at.after)
     loop.saver.poll(wait=True)
     engines.save(loop.folder.path / "model")
-    return Outcome(steps=at.step, before=at.before, after=at.after)
+    return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +200,41 @@ def sample_step(loop: Loop, step: int) -> Sampled:
         sample_s, reward_s = sample_s + collected.sample_s, reward_s + collected.reward_s
         attempt += 1
     return Sampled(groups=tuple(kept), unused=tuple(unused), attempts=attempt, sample_s=sample_s, reward_s=reward_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What the learner made of a step's groups."""
+
+    credit: Credit
+    result: StepResult
+    batch_s: float
+    update_s: float
+
+
+def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
+    """Advantages, batching and the learner's step; the samples are written however it ends."""
+    config, at = loop.config, loop.progress
+    started = time.monotonic()
+    result: StepResult | None = None
+    try:
+        enforce_failure_budget(sampled.every, config.algorithm.max_failed_fraction)
+        credit = training_rows(sampled.groups, sampled.unused, config, at.step)
+        steps = rank_steps(
+            credit.minibatches,
+            ranks=config.learner.ranks,
+            tokens_per_microbatch=config.learner.tokens_per_microbatch,
+            aggregation=config.algorithm.aggregation,
+            constant_length=config.algorithm.constant_length or config.sampling.max_tokens,
+            epochs=config.algorithm.epochs_per_step,
+            kl_coef=at.kl_coef,
+        )
+        batched = time.monotonic()
+        result = loop.engines.step(steps)
+    finally:  # the completions of a step that fails are the ones to look at
+        sums = result.learner_logprob_sums if result else {}
+        loop.folder.write_samples(f"step-{step:06d}", step, sampled.every, sums)
+    return Learned(credit=credit, result=result, batch_s=batched - started, update_s=time.monotonic() - batched)
 
 
 def draw(cursor: Cursor, retired: set[int], count: int) -> list[int]:

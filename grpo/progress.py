@@ -34,6 +34,11 @@ class Progress:
         """At the beginning."""
         return cls(cursor=Cursor(len(prompts), seed=config.data.seed), kl_coef=config.algorithm.kl_coef)
 
+    def accuracies(self) -> dict[str, float]:
+        """What the summary says of the evaluations made so far."""
+        made = {"accuracy_before": self.before, "accuracy_after": self.after}
+        return {name: evaluation.accuracy for name, evaluation in made.items() if evaluation is not None}
+
     def state(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """As plain JSON; prompts by their ids."""
         return {

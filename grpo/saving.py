@@ -41,7 +41,7 @@ class Saver:
         run: Path,
         *,
         engines: Captured,
-        fingerprints: Mapping[str, str],
+        fingerprints: Callable[[], Mapping[str, str]],
         say: Callable[[str], None],
     ) -> None:
         self._config, self._run, self._engines = config, run, engines
@@ -51,11 +51,14 @@ class Saver:
         """Bytes of the checkpoint before; of the first one nothing is known."""
 
     def save(self, step: int, driver: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Begin a checkpoint of the state after `step`; one that is being written is finished first.
+        """Begin a checkpoint of the state after `step`; one that is being written is finished first. Nothing is done
+        where there is one of that step.
 
         Raises OSError when the disk has no room.
         """
         self.poll(wait=True)
+        if checkpoint.folder_of(self._run, step).exists():
+            return
         partial = checkpoint.begin(self._run, step, need_bytes=self._size)
         learner = self._engines.capture(partial / "learner")
         if self._config.run.save_model:
@@ -66,7 +69,7 @@ class Saver:
                 format=checkpoint.FORMAT,
                 step=step,
                 config=plain(self._config),
-                fingerprints=self._fingerprints,
+                fingerprints=self._fingerprints(),
                 versions=versions(),
                 driver=driver,
                 learner=learner,

@@ -285,6 +285,8 @@ class RunConfig:
     """and the one with the highest value of this metric."""
     verify_every: int = 50
     """Repeat the start's full weight-sync check (perturb, compare, restore) every N steps. 0: only at start."""
+    grace_s: float = 120.0
+    """After SIGTERM, SIGUSR1 or Ctrl-C, the step under way has this long to be finished and saved."""
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "grpo"

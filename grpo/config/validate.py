@@ -333,6 +333,7 @@ def _validate_rewards(c: Config) -> None:
             f"rewards[{twice[0]}] and rewards[{twice[-1]}] are both {name}: the same function twice, or files of the "
             "same name with functions of the same name; rename one",
         )
+    need(c.run.grace_s > 0, f"run.grace_s must be above 0, not {c.run.grace_s}")
     need(c.run.keep_last >= 1, f"run.keep_last must be at least 1, not {c.run.keep_last}")
     if c.run.save_every == 0:
         names_of_saving = ("save_model", "keep_last", "keep_every", "keep_best")

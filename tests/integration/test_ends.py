@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from grpo.checkpoint import found, read
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,21 +39,23 @@ def alive(processes: list[psutil.Process]) -> list[str]:
     ("strike", "code", "words"),
     [
         ("kill sampler", 1, "sampler-0 died"),
-        ("SIGTERM", 1, "interrupted"),
-        ("Ctrl-C thrice", 1, "interrupted"),
+        ("SIGTERM", 75, "grpo: interrupted by SIGTERM; go on with resume="),
+        ("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; go on with resume="),
+        ("Ctrl-C thrice", 1, "grpo: interrupted by SIGINT; there is no checkpoint to go on from"),
         ("SIGKILL", -signal.SIGKILL, ""),
     ],
 )
 def test_an_end_in_mid_run(
     strike: str, code: int, words: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
 ) -> None:
-    before = set(Path(tempfile.gettempdir()).glob("grpo-ray-*"))
+    temporary = Path(tempfile.mkdtemp(prefix="grpo-ends-"))  # short: Ray's sockets lie below it
     recipe = make_recipe(make_model("qwen2"), run={"steps": 100000})
     run = recipe.parent / "runs" / "run"
     with (recipe.parent / "console.txt").open("w") as console:
         process = subprocess.Popen(
-            [sys.executable, "-m", "grpo", "train", str(recipe)], stdout=console, stderr=console, text=True, cwd=ROOT
-        )
+            [sys.executable, "-m", "grpo", "train", str(recipe)], stdout=console, stderr=console, text=True, cwd=ROOT,
+            env=os.environ | {"TMPDIR": str(temporary)},
+        )  # fmt: skip
         try:
             deadline = time.monotonic() + 180
             while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
@@ -75,11 +80,14 @@ def test_an_end_in_mid_run(
     assert words in said
     assert "Error" not in said or strike == "kill sampler"
     deadline = time.monotonic() + 15
-    while alive(family) and time.monotonic() < deadline:
+    while (alive(family) or list(temporary.glob("grpo-ray-*"))) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert alive(family) == []
+    assert list(temporary.glob("grpo-ray-*")) == []
+    if code == 75:  # the step was finished and saved
+        [checkpoint] = found(run)
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert read(checkpoint).step == steps[-1] == json.loads((run / "summary.json").read_text())["steps"]
     if strike != "SIGKILL":
         summary = json.loads((run / "summary.json").read_text())
         assert summary["exit_reason"] != "done"
-        folders = [path for path in Path(tempfile.gettempdir()).glob("grpo-ray-*") if path not in before]
-        assert folders == []

@@ -206,7 +206,8 @@ def make_loop(
         scorer=scorer or CountTwos(), folder=folder, reporter=Silent(),
         decode=lambda lists: ["".join(str(t) for t in ids) for ids in lists], train_settings=settings,
         eval_settings=settings, progress=Progress.start(config, prompts),
-        saver=Saver(config, folder.path, engines=policy, fingerprints={}, say=lambda text: None),
+        saver=Saver(config, folder.path, engines=policy, fingerprints=dict, say=lambda text: None),
+        stopping=lambda: False,
     )  # fmt: skip
     return loop, policy
 
@@ -474,6 +475,26 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     for step in range(1, 9):
         name = f"run/samples/step-{step:06d}.parquet"
         assert pq.read_table(tmp_path / "cut" / name).equals(pq.read_table(tmp_path / "straight" / name)), step
+
+
+def test_a_run_that_is_asked_to_end_finishes_its_step_and_saves(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run.steps=6")
+    loop, policy = make_loop(tmp_path, config)
+    asked = iter([False, False, True])
+    outcome = train(dataclasses.replace(loop, stopping=lambda: next(asked)))
+    loop.folder.close()
+    assert (outcome.finished, outcome.steps) == (False, 3)
+    assert [read(path).step for path in found(tmp_path / "run")] == [3]
+    assert "save" not in policy.calls  # no model of a run that is not at its end
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_that_is_asked_to_end_at_its_last_step_is_done(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=2"))
+    asked = iter([False, True])
+    assert train(dataclasses.replace(loop, stopping=lambda: next(asked))).finished
+    loop.folder.close()
+    assert policy.calls[-1] == "save"
 
 
 def stop_after(loop: Loop, steps: int) -> None:

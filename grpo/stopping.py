@@ -1,0 +1,58 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: the first one asks for an end, a second one or the end of patience enforces it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """The run ends here. No Exception, so that nothing takes it for a failure of its own."""
+
+
+class Stopper:
+    """What to do about signals. Between `with stopper.finishing_steps()` and its end the first one only sets `asked`,
+    and the step under way may take `grace_s` more seconds; elsewhere it raises Stopped at once."""
+
+    def __init__(self, grace_s: float, say: Callable[[str], None]) -> None:
+        self._grace_s, self._say = grace_s, say
+        self.asked: str | None = None
+        """The first signal's name."""
+        self.enforced = False
+        """Stopped has been raised; whatever comes out of it, the reason is the signal."""
+        self._may_finish = False
+
+    def install(self) -> None:
+        """Take the signals, also from whoever has taken them since."""
+        for number in (*SIGNALS, signal.SIGALRM):
+            signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """Back to what Python does; SIGTERM and SIGUSR1 kill."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in (*SIGNALS, signal.SIGALRM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    @contextmanager
+    def finishing_steps(self) -> Iterator[None]:
+        """Where an end may wait until the step is done and saved."""
+        self._may_finish = True
+        yield
+        self._may_finish = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.enforced:  # taking down is not interrupted again
+            return
+        first, name = self.asked is None, signal.Signals(number).name
+        self.asked = self.asked or name
+        if first and self._may_finish:
+            signal.setitimer(signal.ITIMER_REAL, self._grace_s)
+            self._say(f"{name}: finishing the step and saving, in {self._grace_s:g} s at most; once more: stop now")
+            return
+        self.enforced = True
+        raise Stopped(self.asked)

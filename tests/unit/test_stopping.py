@@ -1,0 +1,75 @@
+"""Signals, sent to this process itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from grpo.stopping import Stopped, Stopper
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def stopper(said: list[str]) -> Iterator[Stopper]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    made = Stopper(0.2, said.append)
+    made.install()
+    yield made
+    made.uninstall()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_outside_of_steps_the_first_signal_stops(stopper: Stopper, number: signal.Signals) -> None:
+    with pytest.raises(Stopped, match=number.name):
+        send(number)
+    assert stopper.asked == number.name
+    send(signal.SIGINT)  # taking down is not interrupted again
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_within_steps_the_first_signal_asks(stopper: Stopper, said: list[str], number: signal.Signals) -> None:
+    with stopper.finishing_steps():
+        assert stopper.asked is None
+        send(number)
+        assert stopper.asked == number.name
+    assert not stopper.enforced
+    assert len(said) == 1
+    time.sleep(0.3)  # done in time: the end of patience no longer counts
+
+
+def test_a_second_signal_enforces_and_the_first_is_the_reason(stopper: Stopper) -> None:
+    def twice() -> None:
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+
+    with pytest.raises(Stopped, match="SIGTERM"), stopper.finishing_steps():
+        twice()
+    assert stopper.enforced
+    assert stopper.asked == "SIGTERM"
+
+
+def test_patience_ends(stopper: Stopper) -> None:
+    started = time.monotonic()
+
+    def a_long_step() -> None:
+        send(signal.SIGUSR1)
+        time.sleep(5)
+
+    with pytest.raises(Stopped, match="SIGUSR1"), stopper.finishing_steps():
+        a_long_step()
+    assert 0.15 < time.monotonic() - started < 2
