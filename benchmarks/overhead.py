@@ -204,7 +204,7 @@ def main() -> None:
             RewardPool(c.rewards, files=plan.reward_files, workers=os.cpu_count() or 1, log_dir=folder) as scorer,
             cluster.session(c, folder),
         ):
-            engines = Recorded(actors.Engines(c, folder))
+            engines = Recorded(actors.Engines(c, folder, print))
             bare = [
                 ray.remote(cls).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c)
                 for cls, environment in (

@@ -19,7 +19,7 @@ import ray
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
-from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError
+from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
 from grpo.update import NonFiniteError
 from grpo.weight_sync import (
     PROBE_TOLERANCE,
@@ -41,6 +41,14 @@ FLUSH_S = 0.25
 
 class EngineFailure(RuntimeError):
     """An actor failed or did not answer in time: says who, what was awaited, and what it last wrote."""
+
+
+class ActorDied(EngineFailure):
+    """An actor's process ended."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +133,8 @@ class LearnerActor:
         self._store: Any = None
         self._sender: Sender | None = None
         self._samplers: Sequence[Any] = ()
+        self._lost: Exception | None = None
+        """A sampler died in the sync under way."""
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous; returns its host and port."""
@@ -174,6 +184,7 @@ class LearnerActor:
         Raises WeightSyncError.
         """
         tolerance = PROBE_TOLERANCE[self._config.model.dtype]
+        self._lost = None
         if full_check:
             before = self._learner.probe_logprobs(probe)
             with self._learner.perturbed():
@@ -181,24 +192,30 @@ class LearnerActor:
                 if moved < 3 * tolerance:
                     raise WeightSyncError(f"the full check moved the probe by {moved:.3g} only: it would prove nothing")
                 self._transfer(policy_version, probe, tolerance, timeout_s)
-        return self._transfer(policy_version, probe, tolerance, timeout_s)
+        result = self._transfer(policy_version, probe, tolerance, timeout_s)
+        if self._lost is not None:
+            raise self._lost
+        return result
 
     def _transfer(self, policy_version: int, probe: Probe, tolerance: float, timeout_s: float) -> SyncResult:
+        """One sync. A sampler that dies in it is remembered, and the rest goes on without any: at ZeRO 3 the other
+        ranks are in the same collectives."""
         started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
         # before the samplers have anything to do: two engines computing at once on the same cores cost each other 0.1 s
         logprobs = self._learner.probe_logprobs(probe)
         pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
         for tensors in buckets_of(self._learner.weights()):
-            if self._sender is not None:
+            if self._sender is not None and self._lost is None:
                 bucket = self._sender.pack(tensors)
                 pending += [s.load_bucket.remote(bucket) for s in self._samplers]
                 self._sender.transmit(tensors)
-                ray.get(pending, timeout=timeout_s)
+                self._all_of(pending, timeout_s)
                 pending = []
                 sent |= {spec.name: value for spec, value in zip(bucket.tensors, bucket.checksums, strict=True)}
                 nbytes += sum(spec.nbytes for spec in bucket.tensors)
-        finishing = [s.finish_sync.remote(probe) for s in self._samplers]
-        reports: list[SyncReport] = ray.get(finishing, timeout=timeout_s)
+        reports: list[SyncReport] = []
+        if self._lost is None:
+            reports = self._all_of([s.finish_sync.remote(probe) for s in self._samplers], timeout_s)
         worst = [
             verify(
                 report=report,
@@ -216,6 +233,15 @@ class LearnerActor:
             nbytes=nbytes,
             probe_difference=max(worst, default=0.0),
         )
+
+    def _all_of(self, references: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Results from the samplers; none where one of them has died."""
+        try:
+            found: list[Any] = ray.get(list(references), timeout=timeout_s)
+        except ray.exceptions.RayActorError as error:
+            self._lost = error
+            return []
+        return found
 
     def save(self, folder: str) -> None:
         self._learner.save(Path(folder))
@@ -312,35 +338,44 @@ def eval_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSetti
 
 
 class Engines:
-    """All actors of a run, with the verbs that the driver's loop calls."""
+    """All actors of a run, with the verbs that the driver's loop calls. A sampler that dies is replaced."""
 
-    def __init__(self, config: Config, log_dir: Path) -> None:
+    def __init__(self, config: Config, log_dir: Path, say: Callable[[str], None]) -> None:
         """Place the actors and load the engines, samplers and learner at the same time.
+
+        `say`: where a replaced sampler is told.
 
         Raises EngineFailure when one does not come up, UserError when the model folder is at fault.
         """
-        self._config, self._log_dir = config, log_dir
+        self._config, self._log_dir, self._say = config, log_dir, say
         self._timeout = config.cluster.step_timeout_s
         self._names: dict[Any, str] = {}
-        transport = transport_of(config)
-        sampler_class: Any = ray.remote(SamplerActor)
+        self._transport = transport_of(config)
+        self._published: tuple[int, Probe] | None = None
+        self._replaced = 0
         learner_class: Any = ray.remote(LearnerActor)
-        self.samplers = [
-            self._make(sampler_class, f"sampler-{i}", config.sampler, sampler_environment(config), config, i)
-            for i in range(config.sampler.num_samplers)
-        ]
+        self.samplers = [self._make_sampler(i) for i in range(config.sampler.num_samplers)]
         self.learners = [
             self._make(learner_class, f"learner-{i}", config.learner, learner_environment(config, i), config, i)
             for i in range(config.learner.ranks)
         ]
         start = config.cluster.start_timeout_s
-        loading = [s.start.remote(transport) for s in self.samplers]
+        loading = [s.start.remote(self._transport) for s in self.samplers]
         host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
         loading += [learner.start.remote(host, port) for learner in self.learners]
         self._wait(loading, "the engines to load", start)
-        self._wait(
-            [self.learners[0].connect.remote(self.samplers, transport, start)], "the weight transfer to open", start
-        )
+        self._connect()
+
+    def _connect(self) -> None:
+        """Open the weight transfer between learner rank 0 and all samplers."""
+        start = self._config.cluster.start_timeout_s
+        connecting = self.learners[0].connect.remote(self.samplers, self._transport, start)
+        self._wait([connecting], "the weight transfer to open", start)
+
+    def _make_sampler(self, index: int) -> Any:
+        sampler_class: Any = ray.remote(SamplerActor)
+        environment = sampler_environment(self._config)
+        return self._make(sampler_class, f"sampler-{index}", self._config.sampler, environment, self._config, index)
 
     def _make(self, actor: Any, name: str, section: Any, environment: dict[str, str], *arguments: Any) -> Any:
         options = {
@@ -354,24 +389,55 @@ class Engines:
         return handle
 
     def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
-        """Spread `requests` over the samplers in whole runs; yields finished completions as they come in."""
+        """Spread `requests` over the samplers in whole runs; yields finished completions as they come in.
+
+        What a sampler owed when it died is asked again of the one that replaces it, with the same seeds.
+        """
         count = len(self.samplers)
         shares = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]
-        streams = [
-            sampler.sample.options(num_returns="streaming").remote(share, settings)
-            for sampler, share in zip(self.samplers, shares, strict=True)
-            if share
-        ]
+        streams = {self._ask(i, share, settings): (i, share) for i, share in enumerate(shares) if share}
+        done: set[tuple[int, int]] = set()
         while streams:
-            ready, _ = ray.wait(streams, timeout=self._timeout)
+            ready, _ = ray.wait(list(streams), timeout=self._timeout)
             if not ready:
                 raise self._overdue("completions from the samplers", self._timeout)
             try:
-                reference = next(ready[0])
+                [block] = self._wait([next(ready[0])], "completions from the samplers", self._timeout)
             except StopIteration:
-                streams.remove(ready[0])
+                del streams[ready[0]]
                 continue
-            yield self._wait([reference], "completions from the samplers", self._timeout)[0]
+            except ActorDied as error:
+                lost, share = streams.pop(ready[0])
+                self._replace([lost], error)
+                owed = [r for r in share if any((r.index, i) not in done for i in range(len(r.seeds)))]
+                streams[self._ask(lost, owed, settings)] = (lost, owed)
+                continue
+            fresh = [key not in done for key in zip(block.index.tolist(), block.sample_index.tolist(), strict=True)]
+            done.update(zip(block.index.tolist(), block.sample_index.tolist(), strict=True))
+            yield only(block, fresh)
+
+    def _ask(self, sampler: int, share: Sequence[SampleRequest], settings: SamplingSettings) -> Any:
+        return self.samplers[sampler].sample.options(num_returns="streaming").remote(share, settings)
+
+    def _replace(self, lost: Sequence[int], error: ActorDied) -> None:
+        """Start samplers in the place of others and bring them the weights, fully checked.
+
+        Raises the error where that has been done `cluster.max_replacements` times, or cannot be.
+        """
+        self._replaced += len(lost)
+        too_many = self._replaced > self._config.cluster.max_replacements
+        if too_many or self._transport == "nccl" or self._published is None:
+            raise error
+        started = time.monotonic()
+        for i in lost:
+            ray.kill(self.samplers[i])
+            self.samplers[i] = self._make_sampler(i)
+        starting = [self.samplers[i].start.remote(self._transport) for i in lost]
+        self._wait(starting, "a sampler to be replaced", self._config.cluster.start_timeout_s)
+        self._connect()
+        self._publish(*self._published, full_check=True)
+        names = ", ".join(f"sampler-{i}" for i in lost)
+        self._say(f"{str(error).splitlines()[0]}; replaced {names} in {time.monotonic() - started:.0f} s")
 
     def step(self, steps: Sequence[RankStep]) -> StepResult:
         """One driver step on every learner rank."""
@@ -381,15 +447,30 @@ class Engines:
 
     def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], SyncResult]:
         """Start to bring the learner's weights to every sampler; what comes back waits until they are verified."""
-        pending = [
-            learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.learners
-        ]
+        pending = self._publishing(policy_version, probe, full_check)
 
         def finish() -> SyncResult:
-            result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
+            self._published = (policy_version, probe)
+            try:
+                result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
+            except ActorDied as error:
+                if not error.name.startswith("sampler"):
+                    raise
+                self._settle(pending)
+                # the others are in the middle of a sync that does not end: they are replaced, too
+                self._replace(range(len(self.samplers)), error)
+                result = self._publish(policy_version, probe, full_check=False)
             return result
 
         return finish
+
+    def _publishing(self, policy_version: int, probe: Probe, full_check: bool) -> list[Any]:
+        return [learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.learners]
+
+    def _publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> SyncResult:
+        pending = self._publishing(policy_version, probe, full_check)
+        result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
+        return result
 
     def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""
@@ -438,21 +519,24 @@ class Engines:
                 if isinstance(cause, (UserError, WeightSyncError, NonFiniteError)):
                     raise cause from None
                 if isinstance(cause, ray.exceptions.RayActorError):  # the learner waited for a sampler, and it died
-                    raise EngineFailure(f"while waiting for {what}: {self._dead(cause)}") from error
+                    raise self._died(what, cause) from error
                 said = " ".join(str(cause).split())[:500]
                 raise EngineFailure(f"while waiting for {what}: {type(cause).__name__}: {said}") from error
             except ray.exceptions.RayActorError as error:
-                raise EngineFailure(f"while waiting for {what}: {self._dead(error)}") from error
+                raise self._died(what, error) from error
         results: list[Any] = ray.get(list(references))
         return results
 
-    def _dead(self, error: Any) -> str:
+    def _settle(self, references: Sequence[Any]) -> None:
+        """Wait until calls have ended, one way or the other."""
+        ray.wait(list(references), num_returns=len(references), timeout=self._timeout)
+
+    def _died(self, what: str, error: Any) -> ActorDied:
         """Which actor died, and the last lines it wrote."""
         dead = getattr(error, "actor_id", None)
-        for handle, name in self._names.items():
-            if dead is not None and handle._actor_id.hex() == str(dead):
-                return f"{name} died ({' '.join(str(error).split())[:300]}); its last lines:\n{self._tail(name)}"
-        return f"{error}"
+        name = next((n for handle, n in self._names.items() if handle._actor_id.hex() == str(dead)), "an actor")
+        why = " ".join(str(error).split())[:300]
+        return ActorDied(name, f"{name} died while waiting for {what} ({why}); its last lines:\n{self._tail(name)}")
 
     def _overdue(self, what: str, timeout_s: float) -> EngineFailure:
         tails = "\n".join(f"--- {name}\n{self._tail(name, 5)}" for name in self._names.values())

@@ -200,7 +200,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
     ):
         stopper.install()  # Ray has put its own handlers in the place of ours
         console.say(f"starting {config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks")
-        engines = actors.Engines(config, logs)
+        engines = actors.Engines(config, logs, console.say)
         try:
             if resumed.manifest is not None:
                 engines.restore(resumed.folder, resumed.manifest.learner)

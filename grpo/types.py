@@ -79,6 +79,23 @@ class SampledBlock:
     """[N] finish reason "length" rather than "stop"."""
 
 
+def only(block: SampledBlock, wanted: Sequence[bool]) -> SampledBlock:
+    """The completions of a block where `wanted` [N] is true."""
+    if all(wanted):
+        return block
+    rows = np.asarray(wanted, dtype=np.bool_)
+    tokens = np.repeat(rows, block.lengths)
+    return SampledBlock(
+        index=block.index[rows],
+        sample_index=block.sample_index[rows],
+        lengths=block.lengths[rows],
+        token_ids=block.token_ids[tokens],
+        sampler_logprobs=block.sampler_logprobs[tokens],
+        policy_versions=block.policy_versions[tokens],
+        truncated=block.truncated[rows],
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
     """Every setting sent to vLLM; what is not here is off."""

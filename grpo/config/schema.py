@@ -302,6 +302,8 @@ class ClusterConfig:
     """GPUs of the private Ray. None: the machine's."""
     reward_workers: int | None = None
     """Processes that score completions. None: one per CPU of this machine, at most 8."""
+    max_replacements: int = 3
+    """How many samplers that died may be replaced in a run."""
     start_timeout_s: float = 600.0
     """Deadline for placing and loading the engines."""
     step_timeout_s: float = 3600.0

@@ -107,6 +107,7 @@ def _validate_ranges(c: Config) -> None:
         "run.seed": c.run.seed,
         "run.save_every": c.run.save_every,
         "run.keep_every": c.run.keep_every,
+        "cluster.max_replacements": c.cluster.max_replacements,
         "run.verify_every": c.run.verify_every,
         "data.eval.every": c.data.eval.every,
         "data.eval.temperature": c.data.eval.temperature,

@@ -47,7 +47,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
         RewardPool(c.rewards, files=plan.reward_files, workers=1, log_dir=folder) as scorer,
         cluster.session(c, folder),
     ):
-        engines = actors.Engines(c, folder)
+        engines = actors.Engines(c, folder, print)
         for how in ("nothing", "swap", "perturb"):
             (folder / how).mkdir()
             run = RunFolder(folder / how, c)

@@ -49,7 +49,7 @@ def test_an_end_in_mid_run(
     strike: str, code: int, words: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
 ) -> None:
     temporary = Path(tempfile.mkdtemp(prefix="grpo-ends-"))  # short: Ray's sockets lie below it
-    recipe = make_recipe(make_model("qwen2"), run={"steps": 100000})
+    recipe = make_recipe(make_model("qwen2"), run={"steps": 100000}, cluster={"max_replacements": 0})
     run = recipe.parent / "runs" / "run"
     with (recipe.parent / "console.txt").open("w") as console:
         process = subprocess.Popen(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -87,15 +88,19 @@ def same(run: Path, straight: Path) -> None:
         assert set(drawn.values()) == {1}  # 8 steps of 8 prompts: each of the 64 exactly once
 
 
-def kill_at(recipe: Path, name: str, instant: float, *overrides: str) -> None:
-    """kill -9 `instant` seconds after the first step's line."""
-    process = start(recipe, name, *overrides)
+def wait_for_the_first_step(recipe: Path, name: str, process: subprocess.Popen[bytes]) -> None:
     metrics = recipe.parent / "runs" / name / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not metrics.exists() or '"step": 1,' not in metrics.read_text():
         assert process.poll() is None, (recipe.parent / f"{name}.txt").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_at(recipe: Path, name: str, instant: float, *overrides: str) -> None:
+    """kill -9 `instant` seconds after the first step's line."""
+    process = start(recipe, name, *overrides)
+    wait_for_the_first_step(recipe, name, process)
     time.sleep(instant)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
@@ -116,6 +121,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     kill_at(recipe, "killed", random.uniform(0.3, 0.9) * seconds)
     same(finish(recipe, "killed", "resume=auto"), straight)
     assert "resumed    " in (recipe.parent / "killed.txt").read_text()
+    bereft = start(recipe, "bereft")
+    wait_for_the_first_step(recipe, "bereft", bereft)
+    time.sleep(random.uniform(0.0, 0.7) * seconds)
+    family = psutil.Process(bereft.pid).children(recursive=True)
+    [sampler] = [p for p in family if "SamplerActor" in " ".join(p.cmdline())]
+    sampler.kill()
+    assert bereft.wait(timeout=300) == 0, (recipe.parent / "bereft.txt").read_text()[-3000:]
+    same(recipe.parent / "runs" / "bereft", straight)
+    assert "; replaced sampler-0 in " in (recipe.parent / "bereft.txt").read_text()
 
 
 @pytest.mark.slow
