@@ -2,8 +2,9 @@
 
     python -m benchmarks.objectives [--only NAME ...] [--seed 1] [--out DIR] [section.option=value ...]
 
-Resumable: a variant whose result is in OUT/results.json is not run again. Writes OUT/results.json (accuracies, curve,
-overrides, seed and weights hash of every run) and OUT/README.md (the table). Runs stay in runs/objectives/.
+Resumable: a variant whose result, with these options, is in OUT/results.json is not run again. Writes OUT/results.json
+(accuracies, curve, overrides, seed and weights hash of every run) and OUT/README.md (the table). Runs stay in
+runs/objectives/.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def run(name: str, overrides: list[str], base: str, seed: int) -> dict[str, Any]
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward/mean" in line]
+    trained = [
+        line for line in steps if "policy/clip_fraction" in line
+    ]  # a step of groups without spread trains nothing
     return {
         "overrides": overrides,
         "seed": seed,
@@ -38,8 +42,8 @@ def run(name: str, overrides: list[str], base: str, seed: int) -> dict[str, Any]
         "after": summary["accuracy_after"],
         "interval_of_gain": summary["accuracy_gain_interval"],
         "reward_curve": {line["step"]: round(line["reward/mean"], 4) for line in steps if line["step"] % 9 == 0},
-        "clip_fraction": sum(line["policy/clip_fraction"] for line in steps) / len(steps),
-        "ratio_max": max(line["policy/ratio_max"] for line in steps),
+        "clip_fraction": sum(line["policy/clip_fraction"] for line in trained) / len(trained),
+        "ratio_max": max(line["policy/ratio_max"] for line in trained),
         "contributing": sum(line["gradient/contributing"] for line in steps)
         / sum(line["gradient/sampled"] for line in steps),
         "optimizer_steps": steps[-1]["optim/optimizer_steps"],
@@ -94,9 +98,11 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     common = [*wanted["common"], *a.overrides]
     for name, overrides in wanted["variants"].items():
-        if name in results or (a.only and name not in a.only):
+        same = name in results and results[name]["overrides"] == [*common, *overrides]
+        if same or (a.only and name not in a.only):
             continue
         results[name] = run(name, [*common, *overrides], wanted["base"], a.seed)
+        results = {known: results[known] for known in wanted["variants"] if known in results}
         file.write_text(json.dumps(results, indent=1) + "\n")
         (a.out / "README.md").write_text(table(results, common))
         print(

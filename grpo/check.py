@@ -51,6 +51,8 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
     Raises UserError at the first thing that would not work.
     """
     check_model(config)
+    if config.critic.path is not None:
+        check_critic(config)
     check_trackers(config)
     tokenizer = data.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = data.end_token_ids(tokenizer, config.model.path, config.sampling.stop_token_ids)
@@ -116,7 +118,28 @@ def check_model(config: Config) -> None:
             )
 
 
-def check_weights(folder: Path) -> None:
+def check_critic(config: Config) -> None:
+    """The critic's folder must hold a model of the policy's vocabulary.
+
+    Raises UserError.
+    """
+    assert config.critic.path is not None
+    trust = config.model.trust_remote_code
+    try:
+        critic = AutoConfig.from_pretrained(config.critic.path, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise UserError(f"critic.path={config.critic.path}: {' '.join(str(error).split())[:300]}") from error
+    policy = AutoConfig.from_pretrained(config.model.path, trust_remote_code=trust)
+    if critic.vocab_size != policy.vocab_size:
+        raise UserError(
+            f"critic.path={config.critic.path} has a vocabulary of {critic.vocab_size} and model.path one of "
+            f"{policy.vocab_size}: the critic would read other tokens than the policy writes"
+        )
+    if Path(config.critic.path).is_dir():
+        check_weights(Path(config.critic.path), "critic.path")
+
+
+def check_weights(folder: Path, option: str = "model.path") -> None:
     """The folder's safetensors must be there, with all their bytes.
 
     Raises UserError naming the file.
@@ -127,19 +150,19 @@ def check_weights(folder: Path) -> None:
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"model.path: {index} is damaged: {error!r}") from error
+            raise UserError(f"{option}: {index} is damaged: {error!r}") from error
     for name in names:
         file = folder / name
         if not file.is_file():
             raise UserError(
-                f"model.path: {file} does not exist; weights are read from safetensors only"
+                f"{option}: {file} does not exist; weights are read from safetensors only"
                 + (f", and {index.name} lists {len(names)} files of them" if len(names) > 1 else "")
             )
         try:
             with safe_open(file, "pt"):
                 continue
         except (SafetensorError, OSError) as error:
-            raise UserError(f"model.path: {file} is damaged or cut short: {error}") from error
+            raise UserError(f"{option}: {file} is damaged or cut short: {error}") from error
 
 
 def model_fingerprint(path: str) -> str:
@@ -212,7 +235,8 @@ def describe(config: Config, train: data.PromptSet, held_out: data.PromptSet, en
         f"first      {train.prompts[0].text[-60:]!r} -> {list(train.prompts[0].token_ids[-12:])}, ends on {list(ends)}",
         f"step       {a.prompts_per_step} prompts x {a.group_size} completions = {rollouts} rollouts -> "
         f"{a.minibatches_per_step} minibatches x {a.epochs_per_step} epochs = {updates} optimizer steps",
-        f"objective  {a.aggregation}, {ratio}; kl_coef {a.kl_coef:g}; temperature {config.sampling.temperature:g}",
+        f"objective  {a.advantage}, {a.loss}, {a.aggregation}; {ratio}; {anchor(config)}; temperature "
+        f"{config.sampling.temperature:g}",
         f"engines    {config.sampler.num_samplers} samplers, {config.learner.ranks} learner ranks at ZeRO "
         f"{config.learner.zero_stage}, microbatches of up to {config.learner.tokens_per_microbatch} tokens",
     ]
@@ -234,6 +258,15 @@ def describe(config: Config, train: data.PromptSet, held_out: data.PromptSet, en
                 f"{', '.join(dropped[:SHOWN_DROPPED])}{more}"
             )
     return lines
+
+
+def anchor(config: Config) -> str:
+    """The KL to the reference, in words."""
+    a = config.algorithm
+    if a.kl_coef == 0:
+        return "no reference"
+    how = f" with the gradient {a.kl_gradient}" if a.kl_place == "loss" else ""
+    return f"{a.kl_coef:g} x {a.kl_estimator} to the reference in the {a.kl_place}{how}"
 
 
 def resolve_paths(config: Config) -> Config:

@@ -1,8 +1,9 @@
 """Scored groups -> the rows that are trained on, each with its advantage, and an account of every sampled token.
 
 The account counts *uses*: a token that is trained on in two epochs counts twice. Its columns exclude each other, the
-first that applies, and add up: sampled = failed + truncated + no_spread + stale, here, + zero_advantage +
-mismatch_masked + clipped + stopped + contributing, on the learner.
+first that applies, and add up: sampled = failed + truncated + no_spread + stale, here, + zero_advantage + stopped +
+mismatch_masked + clipped + contributing, on the learner. The scored members of a group that is too small count as
+failed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from grpo.objective import advantages as family
 from grpo.objective.legal import GROUP_RELATIVE, NEEDS_GROUPS
 from grpo.types import Group, Rollout, Scored
 
-LEARNER_COLUMNS = ("zero_advantage", "mismatch_masked", "clipped", "stopped", "contributing")
+LEARNER_COLUMNS = ("zero_advantage", "stopped", "mismatch_masked", "clipped", "contributing")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
             reason = left_out(rollout, policy_version, has_spread or not judged, a)
             if reason is not None:
                 uses[reason] += tokens_of(rollout)
-            if reason not in ("truncated", "stale"):
+            if reason != "truncated" and not is_stale(rollout, policy_version):
                 minibatches[p * a.minibatches_per_step // a.prompts_per_step].append(
                     TrainingRow(
                         rollout_index=p * a.group_size + i,
@@ -86,7 +87,10 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
         uses["sampled"] += sum(tokens_of(r) for r in group.rollouts)
         lost = group.rollouts if len(scored_rewards(group)) < least else failed(group)
         uses["failed"] += sum(tokens_of(r) for r in lost)
-        uses["no_spread"] += sum(tokens_of(r) for r in group.rollouts) - sum(tokens_of(r) for r in lost)
+        for rollout in scored(group) if lost is not group.rollouts else ():
+            reason = left_out(rollout, policy_version, False, a)
+            assert reason is not None
+            uses[reason] += tokens_of(rollout)
     return Credit(
         minibatches=tuple(tuple(rows) for rows in minibatches),
         advantages=tuple(row.advantage for rows in minibatches for row in rows),
@@ -146,9 +150,12 @@ def left_out(rollout: Rollout, policy_version: int, has_spread: bool, a: Algorit
         return "truncated"
     if not has_spread:
         return "no_spread"
-    if int(rollout.completion.policy_versions.min()) < policy_version:
-        return "stale"
-    return None
+    return "stale" if is_stale(rollout, policy_version) else None
+
+
+def is_stale(rollout: Rollout, policy_version: int) -> bool:
+    """Whether any token was sampled by an older policy than the learner's."""
+    return int(rollout.completion.policy_versions.min()) < policy_version
 
 
 def tokens_of(rollout: Rollout) -> int:

@@ -306,7 +306,7 @@ def step_metrics(loop: Loop, sampled: Sampled, credit: Credit, result: StepResul
     rollouts = [rollout for group in sampled.every for rollout in group.rollouts]
     learner = m.learner_metrics(result)
     out = {
-        **m.rollout_metrics(sampled.every),
+        **m.rollout_metrics(sampled.every, members_needed(a)),
         **m.staleness_metrics(rollouts, at.step),
         **learner,
         **account(credit.uses, learner),

@@ -48,7 +48,7 @@ def failures(group: Group) -> int:
     return sum(isinstance(r.outcome, Failed) for r in group.rollouts)
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], least: int) -> dict[str, float]:
     """Rewards, groups, lengths and failures of a step's rollouts."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scored = [(r, r.outcome) for r in rollouts if isinstance(r.outcome, Scored)]
@@ -68,14 +68,16 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         members = [float(len(r.completion.token_ids)) for r, o in scored if (o.value == best and best > 0) == right]
         out |= spread_of(f"completion/tokens_{label}_", members, ("mean",))
     out |= spread_of("prompt/tokens_", [float(len(g.prompt.token_ids)) for g in groups], ("mean", "min", "max"))
-    return out | group_metrics(groups, best) | {"tokens/sampled": sum(lengths)}
+    return out | group_metrics(groups, best, least) | {"tokens/sampled": sum(lengths)}
 
 
-def group_metrics(groups: Sequence[Group], best: float) -> dict[str, float]:
-    """How the groups are made up. `best`: the step's highest reward, what "right" means here."""
+def group_metrics(groups: Sequence[Group], best: float, least: int) -> dict[str, float]:
+    """How the groups are made up, those of two or more. `best`: the step's highest reward, what "right" means here;
+    `least`: scored members without which a group is dropped."""
     rewards = [scored_rewards(group) for group in groups]
-    usable = [group for group in rewards if len(group) >= 2]
-    out = {"group/dropped": float(len(groups) - len(usable)), "group/count": float(len(groups))}
+    dropped = sum(len(group) < least for group in rewards)
+    usable = [group for group in rewards if len(group) >= max(2, least)]
+    out = {"group/dropped": float(dropped), "group/count": float(len(groups))}
     if not usable:
         return out
     right = [[best > 0 and value == best for value in group] for group in usable]

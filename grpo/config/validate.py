@@ -172,6 +172,21 @@ def _validate_objective(c: Config) -> None:
         inert(a, AlgorithmConfig(), ("max_kl_old",), "algorithm.", "with one optimizer step per step")
     if a.advantage != "gae":
         need(c.critic == CriticConfig(), "critic has no effect without algorithm.advantage=gae; leave the section out")
+    need(
+        not (a.mask_truncated and c.critic.truncated == "bootstrap"),
+        "critic.truncated=bootstrap has no effect with algorithm.mask_truncated=true, which leaves no truncated row",
+    )
+    per_token = a.advantage in legal.WHITENED or (a.kl_coef > 0 and a.kl_place == "reward")
+    need(
+        a.loss != "gmpo" or not per_token,
+        "algorithm.loss=gmpo has one advantage for a row, and "
+        + (f"algorithm.advantage={a.advantage}" if a.advantage in legal.WHITENED else "algorithm.kl_place=reward")
+        + " gives each token its own; nearest: algorithm.loss=gspo",
+    )
+    need(
+        not (c.model.float32_head and c.model.dtype == "float32"),
+        "model.float32_head=true has no effect with model.dtype=float32; leave it out",
+    )
     _validate_kl(c)
     _validate_corrections(c)
 
@@ -194,12 +209,21 @@ def _validate_kl(c: Config) -> None:
         inert(a, plain, ("kl_horizon",), "algorithm.", "without algorithm.kl_target")
     if a.kl_place == "reward":
         inert(a, plain, ("kl_gradient", "kl_clamp"), "algorithm.", "with algorithm.kl_place=reward")
+        need(
+            a.kl_estimator in legal.REWARD_KL,
+            f"algorithm.kl_estimator={a.kl_estimator} in the reward has next to nothing of the KL's gradient; take "
+            "algorithm.kl_estimator=k1",
+        )
     elif a.kl_coef > 0:
         why = legal.ILLEGAL_KL.get((a.kl_estimator, a.kl_gradient))
         need(
             why is None,
             f"algorithm.kl_estimator={a.kl_estimator} with algorithm.kl_gradient={a.kl_gradient} in the loss: {why}",
         )
+    need(
+        a.reference_refresh_every == 0 or a.reference_refresh_every < c.run.steps,
+        f"algorithm.reference_refresh_every={a.reference_refresh_every} has no effect in run.steps={c.run.steps} steps",
+    )
     need(
         not (a.reference_refresh_every and a.reference_average),
         "algorithm.reference_refresh_every and algorithm.reference_average both move the reference; choose one",

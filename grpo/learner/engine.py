@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
 from grpo.learner import heads, setup, state
-from grpo.types import RankStep, StepResult, UserError
+from grpo.types import RankStep, StepResult
 from grpo.update import Model, Tally, run_step
 from grpo.weight_sync import Probe, buckets_of, torch_dtype
 
@@ -319,18 +319,8 @@ def load_policy(config: Config) -> Any:
         output_loading_info=True,
     )
     heads.refuse_missing(f"model.path={config.model.path}", report["missing_keys"])
-    refuse_dropout(model.config)
+    heads.refuse_dropout(model.config, "model.path")
     return model
-
-
-def refuse_dropout(config: Any) -> None:
-    """Dropout would make the learner's logprobs differ from the sampler's and from one pass to the next.
-
-    Raises UserError naming the model's setting.
-    """
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float) and value > 0:
-            raise UserError(f"model.path: the model's config has {name}={value}; train with dropout 0 (set it to 0.0)")
 
 
 def copy_other_files(source: str, target: Path) -> None:

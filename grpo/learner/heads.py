@@ -100,10 +100,22 @@ def load_critic(config: Config) -> Any:
         use_safetensors=True,
         output_loading_info=True,
     )
-    refuse_missing(f"critic.path={path}", [name for name in report["missing_keys"] if not name.startswith("score.")])
-    if "score.weight" in report["missing_keys"]:
-        with torch.no_grad():
-            critic.score.weight.zero_()
-            if critic.score.bias is not None:
-                critic.score.bias.zero_()
+    backbone = f"{critic.base_model_prefix}."
+    missing = set(report["missing_keys"])
+    refuse_missing(f"critic.path={path}", sorted(name for name in missing if name.startswith(backbone)))
+    refuse_dropout(critic.config, "critic.path")
+    with torch.no_grad():
+        for name, parameter in critic.named_parameters():
+            if name in missing:
+                parameter.zero_()
     return critic
+
+
+def refuse_dropout(config: Any, option: str) -> None:
+    """Dropout would make a model's numbers differ from one pass to the next, and from the sampler's.
+
+    Raises UserError naming the model's setting.
+    """
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, float) and value > 0:
+            raise UserError(f"{option}: the model's config has {name}={value}; train with dropout 0 (set it to 0.0)")

@@ -41,6 +41,10 @@ ILLEGAL_KL: dict[tuple[Estimator, Gradient], str] = {
     ("k2", "ratio_weighted"): "it is the gradient of another quantity than the KL; take algorithm.kl_gradient=autodiff",
 }
 
+REWARD_KL: tuple[Estimator, ...] = ("k1",)
+"""As a reward the KL has no gradient of its own, and only k1's score-function gradient is then the whole of it; of k2
+and k3 what is missing nearly cancels what is there."""
+
 LOSSES_THAT_REACH: dict[str, tuple[PolicyLoss, ...]] = {
     "eps_low": ("ppo_clip", "gspo", "cispo", "gmpo"),
     "eps_high": ("ppo_clip", "gspo", "cispo", "gmpo"),

@@ -35,7 +35,7 @@ def ppo_clip(
         dual_clip: with a negative advantage the term is held at or below -dual_clip * A, which stops a token whose
             ratio grew large; arXiv 1912.09729 eq. 5. None: off.
     """
-    ratio = log_ratio.exp()
+    ratio = torch.where(advantages == 0, 0.0, log_ratio).exp()  # a ratio that overflows, times 0, would be NaN
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
     objective = torch.minimum(unclipped, clipped)

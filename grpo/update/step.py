@@ -25,7 +25,8 @@ def run_step(
     """Every optimizer step of one driver step on this rank; returns this rank's metric sums.
 
     Raises:
-        NonFiniteError: on every rank, before the optimizer step that would have spread it.
+        NonFiniteError: on every rank. A loss is looked at before the optimizer step; the gradient's norm is known with
+            it, so that the learner's weights are then not to be used, and nothing of them is published.
     """
     tally = Tally()
     prepared = prepare(step, engine, algorithm, critic, device, tally)
@@ -46,8 +47,10 @@ def run_step(
         if algorithm.advantage == "gae":
             tally.add("value/grad_norm", _finite_norm(engine.optimizer_step("critic"), "critic's gradient"), 1)
         updates += 1
-    for minibatch in step.minibatches[updates:]:
-        tally.add("gradient/stopped", float(sum(_accounted(batch).sum() for batch in minibatch)), 0)
+    for batch in (batch for minibatch in step.minibatches[updates:] for batch in minibatch):
+        uses, without = _accounted(batch), prepared[id(batch)].advantages.cpu() == 0
+        tally.add("gradient/zero_advantage", float((uses & without).sum()), 0)
+        tally.add("gradient/stopped", float((uses & ~without).sum()), 0)
     tally.extremes["policy/updates"] = float(updates)
     tally.extremes["policy/stopped_minibatches"] = float(len(step.minibatches) - updates)
     return tally

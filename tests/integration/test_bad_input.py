@@ -154,6 +154,18 @@ def test_damaged_weights_are_refused(
         assert f"{copy}/{named}" in refused(capsys, make_recipe(copy), command=command)
 
 
+def test_a_critic_that_cannot_be_is_refused(
+    model: Path, make_model: Callable[..., Path], make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(model)
+    for path, words in (
+        ("/nonexistent", "critic.path=/nonexistent"),
+        (str(make_model("llama", vocab_size=50)), "has a vocabulary of 50 and model.path one of"),
+    ):
+        said = refused(capsys, recipe, "algorithm.advantage=gae", f"critic.path={path}", command="check")
+        assert words in said
+
+
 def test_a_sharded_model_is_taken(
     model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -190,4 +202,6 @@ def test_check_prints_the_plan(
     said = capsys.readouterr().out
     assert "8 prompts x 4 completions = 32 rollouts" in said
     assert "gold 1, corrupted 0" in said
+    assert "group_normalized, ppo_clip, token_mean" in said
+    assert "no reference" in said
     assert "the ratio is exactly 1" in said

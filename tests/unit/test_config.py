@@ -157,6 +157,28 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
             "no effect with algorithm.kl_place=reward",
         ),
         (["algorithm.kl_coef=0.1", "algorithm.kl_horizon=5"], "has no effect without algorithm.kl_target"),
+        (["algorithm.kl_coef=0.1", "algorithm.kl_place=reward"], "take algorithm.kl_estimator=k1"),
+        (["algorithm.kl_coef=0.1", "algorithm.kl_place=reward", "algorithm.kl_estimator=k2"], "kl_estimator=k1"),
+        (["algorithm.kl_coef=0.1", "algorithm.reference_refresh_every=3"], "no effect in run.steps=3 steps"),
+        (
+            ["algorithm.loss=gmpo", "algorithm.aggregation=sequence_mean", "algorithm.advantage=gae"],
+            "algorithm.advantage=gae gives each token its own",
+        ),
+        (
+            [
+                "algorithm.loss=gmpo",
+                "algorithm.aggregation=sequence_mean",
+                "algorithm.kl_coef=0.1",
+                "algorithm.kl_place=reward",
+                "algorithm.kl_estimator=k1",
+            ],
+            "algorithm.kl_place=reward gives each token its own",
+        ),
+        (["model.dtype=float32", "model.float32_head=true"], "model.float32_head=true has no effect"),
+        (
+            ["algorithm.advantage=gae", "critic.truncated=bootstrap", "algorithm.mask_truncated=true"],
+            "critic.truncated=bootstrap has no effect",
+        ),
         (
             ["algorithm.kl_coef=0.1", "algorithm.reference_refresh_every=2", "algorithm.reference_average=0.1"],
             "both move the reference",

@@ -583,6 +583,21 @@ def test_a_stale_row_is_left_out_and_counted(tmp_path: Path) -> None:
     credit = training_rows([group_of([1.0, 0.0], 0)], [], config, policy_version=1)
     assert credit.minibatches[0] == ()
     assert credit.uses["stale"] == 2
+    dull = training_rows([group_of([1.0, 1.0], 0)], [], config, policy_version=1)
+    assert dull.minibatches[0] == ()  # stale rows of a dull group are in no denominator, either
+    assert dull.uses["no_spread"] == 2
+
+
+def test_the_account_of_replaced_groups_takes_the_first_reason(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "algorithm.group_size=3", "algorithm.mask_truncated=true", "algorithm.max_refills=1")
+    group = group_of([1.0, 1.0, None], 0)
+    cut = dataclasses.replace(group.rollouts[0].completion, finish_reason="length")
+    group = dataclasses.replace(
+        group, rollouts=(dataclasses.replace(group.rollouts[0], completion=cut), *group.rollouts[1:])
+    )
+    small = group_of([1.0, None, None], 1)
+    credit = training_rows([], [group, small], config, 0)
+    assert credit.uses == {"sampled": 6, "failed": 1 + 3, "truncated": 1, "no_spread": 1, "stale": 0}
 
 
 def test_an_account_that_does_not_add_up_stops_the_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from grpo.actors import refuse_distance
-from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig
+from grpo.config import AlgorithmConfig, Config, CriticConfig, DataConfig, ModelConfig, RunConfig
 from grpo.learner.engine import load_policy
 from grpo.learner.heads import load_critic
 from grpo.learner.setup import lr_factor
@@ -63,3 +64,17 @@ def test_a_model_that_lacks_weights_is_refused(family: str, make_model: Callable
     if family == "qwen2":
         with pytest.raises(UserError, match=f"critic.path={folder} lacks 1 of the model's weights: {gone}"):
             load_critic(config)
+
+
+def test_a_critic_with_dropout_is_refused(make_model: Callable[..., Path]) -> None:
+    folder, critic = make_model("llama"), make_model("llama", attention_dropout=0.3)
+    config = Config(
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        data=DataConfig(train="x.jsonl"),
+        algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2, advantage="gae"),
+        critic=CriticConfig(path=str(critic)),
+        run=RunConfig(steps=1),
+    )
+    with pytest.raises(UserError, match=r"critic\.path: the model's config has attention_dropout=0\.3"):
+        load_critic(config)
+    assert not load_critic(dataclasses.replace(config, critic=CriticConfig())).score.weight.any()

@@ -37,7 +37,7 @@ def test_rollout_metrics_by_hand() -> None:
         group(rollout(1.0), rollout(1.0), rollout(1.0)),
         group(rollout(0.0), rollout(None), rollout(None)),
     ]
-    numbers = rollout_metrics(groups)
+    numbers = rollout_metrics(groups, 2)
     assert numbers["reward/mean"] == pytest.approx(4 / 6)
     assert numbers["reward/failed_fraction"] == pytest.approx(3 / 9)
     assert numbers["reward/failed_timeout"] == 3
@@ -54,8 +54,15 @@ def test_rollout_metrics_by_hand() -> None:
     assert numbers["tokens/sampled"] == 22
 
 
+def test_dropped_groups_are_those_that_the_advantage_cannot_use() -> None:
+    groups = [group(rollout(1.0), rollout(0.0), rollout(1.0)), group(rollout(0.0), rollout(None), rollout(None))]
+    assert [rollout_metrics(groups, least)["group/dropped"] for least in (1, 2, 4)] == [0, 1, 2]
+    assert rollout_metrics(groups, 1)["group/mixed_fraction"] == 1.0  # of the groups of two or more
+    assert rollout_metrics([group(rollout(1.0))], 1)["group/dropped"] == 0
+
+
 def test_a_step_without_any_reward_has_no_reward_number() -> None:
-    numbers = rollout_metrics([group(rollout(None), rollout(None))])
+    numbers = rollout_metrics([group(rollout(None), rollout(None))], 2)
     assert "reward/mean" not in numbers
     assert numbers["reward/failed_fraction"] == 1.0
 

@@ -270,6 +270,14 @@ def test_the_two_clip_ranges_are_not_confused() -> None:
     assert term.clipped_high.tolist() == [[False, False, True]]
 
 
+def test_a_ratio_that_overflows_without_advantage_is_nothing() -> None:
+    log_ratio = torch.tensor([[100.0, 0.1]], requires_grad=True)  # exp(100) is infinite in float32
+    term = ppo_clip(log_ratio, torch.tensor([[0.0, 1.0]]), eps_low=0.2, eps_high=0.2, dual_clip=3.0)
+    [slope] = torch.autograd.grad(term.loss.sum(), log_ratio)
+    assert term.loss[0, 0] == 0
+    assert slope.tolist() == [[0.0, pytest.approx(-math.exp(0.1))]]
+
+
 def test_dual_clip_stops_large_ratios_of_negative_advantages_alone() -> None:
     ratio = torch.tensor([[4.0, 2.0, 4.0, 0.5]], dtype=torch.float64)
     log_ratio = ratio.log().requires_grad_()

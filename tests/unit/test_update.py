@@ -211,7 +211,7 @@ def test_the_reference_pulls_back() -> None:
     assert distance(anchored) < 0.7 * distance(free)
 
 
-USES = ("zero_advantage", "mismatch_masked", "clipped", "stopped", "contributing")
+USES = ("zero_advantage", "stopped", "mismatch_masked", "clipped", "contributing")
 
 
 def uses(tally: Tally) -> dict[str, float]:
@@ -250,6 +250,17 @@ def test_the_trust_region_ends_a_step_and_counts_what_it_left() -> None:
     torch.testing.assert_close(bound.model.weight, alone.model.weight)  # exactly the first update and no trace of more
     wide = step(PlainEngine(lr=4.0), lay_out([made[:4], made[4:]], epochs=2), max_kl_old=1e6)
     assert wide.extremes["policy/updates"] == 4
+
+
+def test_tokens_without_advantage_are_not_counted_as_stopped() -> None:
+    engine = PlainEngine(lr=4.0)
+    made = rows(engine, count=8)
+    made[4:] = [dataclasses.replace(row, advantage=0.0) for row in made[4:]]
+    ended = step(engine, lay_out([made[:4], made[4:]]), max_kl_old=1e-6)
+    assert ended.extremes["policy/stopped_minibatches"] == 1
+    table = uses(ended)
+    assert table.get("stopped", 0) == 0
+    assert table["zero_advantage"] == sum(len(row.completion_ids) for row in made[4:])
 
 
 def test_masks_never_renormalise() -> None:
