@@ -240,7 +240,13 @@ def naive_two_updates(
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("family", "stage"), [("qwen2", 2), ("llama", 3)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("family", "stage"),
+    [("qwen2", 2), ("llama", 3), pytest.param("qwen2", 3, marks=SLOW), pytest.param("llama", 2, marks=SLOW)],
+)
 def test_every_loss_and_aggregation_moves_the_weights_as_written_out(
     family: str, stage: int, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
 ) -> None:
