@@ -30,8 +30,10 @@ import torch
 
 from grpo import actors, check, cluster, config, driver
 from grpo.config import Config
+from grpo.progress import Progress
 from grpo.rewards.pool import RewardPool
 from grpo.run_folder import RunFolder
+from grpo.saving import Saver
 from grpo.types import RankStep, SampleRequest, SamplingSettings
 
 
@@ -219,6 +221,8 @@ def main() -> None:
                 config=c, prompts=plan.prompts, eval_prompts=(), engines=engines, scorer=scorer, folder=run,
                 reporter=pairing, train_settings=settings, eval_settings=settings,
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
+                progress=Progress.start(c, plan.prompts), stopping=lambda: False,
+                saver=Saver(c, run.path, engines=engines, fingerprints=dict, say=print),
             )  # fmt: skip
             actors.freeze_garbage()
             driver.train(loop)

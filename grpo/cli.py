@@ -124,7 +124,7 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
         try:
             for line in (*plan.lines, *resumed.lines):
                 console.say(line)
-            finished = run(plan, resumed, folder, console, stopper)
+            finished = attempts(plan, resumed, folder, console, stopper)
             folder.close()
             code, reason = (DONE, "done") if finished else (OURS, "")
         except UserError as error:
@@ -173,6 +173,23 @@ def keep_traceback(path: Path) -> str:
     except OSError as error:
         return f"(its traceback could not be written: {error})\n{traceback.format_exc()}"
     return f"(traceback in {target})"
+
+
+def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
+    """`run`, and when engines are lost, again from the last checkpoint: `cluster.max_restarts` times."""
+    from grpo import actors, checkpoint, resuming  # noqa: PLC0415
+
+    for left in range(plan.config.cluster.max_restarts, -1, -1):
+        try:
+            return run(plan, resumed, folder, console, stopper)
+        except actors.EngineFailure as error:
+            if stopper.asked or not left or not checkpoint.found(folder.path):
+                raise
+            resumed = resuming.again(plan, folder.path)
+            console.say(f"{error}\n{keep_traceback(folder.path)}; starting the engines again after step {resumed.step}")
+            folder.rewind(plan.config, resumed.step)
+            folder.facts |= resumed.progress.accuracies()
+    raise AssertionError("the last attempt returns or raises")
 
 
 def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:

@@ -102,7 +102,7 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
     try:
         manifest = checkpoint.read(origin.checkpoint)
     except UserError as error:
-        others = [path for path in checkpoint.found(origin.checkpoint.parent.parent) if path != origin.checkpoint]
+        others = [path for path in checkpoint.found(origin.checkpoint.parent.parent) if path < origin.checkpoint]
         hint = f"; the checkpoint before it: resume={others[-1]}" if others else ""
         raise UserError(f"{error}{hint}") from error
     notes = checkpoint.compare(manifest, plain(config), fingerprints(plan), allowed)
@@ -114,6 +114,14 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
         manifest=manifest,
         lines=(f"resumed    after step {manifest.step}, from {origin.checkpoint}", *(f"note       {n}" for n in notes)),
     )
+
+
+def again(plan: Plan, run: Path) -> Resumed:
+    """From the last checkpoint of the run under way, after its engines were lost."""
+    folder = checkpoint.found(run)[-1]
+    manifest = checkpoint.read(folder)
+    progress = Progress.restore(manifest.driver, plan.prompts)
+    return Resumed(progress=progress, folder=folder, manifest=manifest, lines=())
 
 
 def fingerprints(plan: Plan) -> dict[str, str]:

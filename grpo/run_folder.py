@@ -117,10 +117,21 @@ class RunFolder:
             (path / sub).mkdir(exist_ok=True)
         cut(path, step or -1)  # from the beginning, the evaluation before the first step is made again
         write_text(path / "config.yaml", config_module.dump(config))
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._open(config, step)
+
+    def _open(self, config: Config, step: int) -> None:
+        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
         self._writing: list[Future[None]] = []
-        self._trackers = make_trackers(config, path, step)
+        self._trackers = make_trackers(config, self.path, step)
+
+    def rewind(self, config: Config, step: int) -> None:
+        """Go back to `step`, of which there is a checkpoint: what was written after it is cut."""
+        self._writer.shutdown()
+        self._metrics.close()
+        cut(self.path, step)
+        self._open(config, step)
+        self.facts["steps"] = step
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard and W&B where they are on."""

@@ -41,9 +41,11 @@ class Stopper:
     def finishing_steps(self) -> Iterator[None]:
         """Where an end may wait until the step is done and saved."""
         self._may_finish = True
-        yield
-        self._may_finish = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            yield
+        finally:
+            self._may_finish = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.enforced:  # taking down is not interrupted again

@@ -304,6 +304,8 @@ class ClusterConfig:
     """Processes that score completions. None: one per CPU of this machine, at most 8."""
     max_replacements: int = 3
     """How many samplers that died may be replaced in a run."""
+    max_restarts: int = 2
+    """How often the engines may be started again from the last checkpoint when a learner rank dies or hangs."""
     start_timeout_s: float = 600.0
     """Deadline for placing and loading the engines."""
     step_timeout_s: float = 3600.0

@@ -108,6 +108,7 @@ def _validate_ranges(c: Config) -> None:
         "run.save_every": c.run.save_every,
         "run.keep_every": c.run.keep_every,
         "cluster.max_replacements": c.cluster.max_replacements,
+        "cluster.max_restarts": c.cluster.max_restarts,
         "run.verify_every": c.run.verify_every,
         "data.eval.every": c.data.eval.every,
         "data.eval.temperature": c.data.eval.temperature,

@@ -13,8 +13,10 @@ from typing import Any
 def main(recipe: Path, folder: Path) -> dict[str, Any]:
     from grpo import actors, check, cluster, config, driver
     from grpo.console import Console
+    from grpo.progress import Progress
     from grpo.rewards.pool import RewardPool
     from grpo.run_folder import RunFolder
+    from grpo.saving import Saver
 
     import numpy as np  # isort: skip
     import ray  # isort: skip - after grpo, which sets its environment
@@ -57,7 +59,8 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
                 reporter=Console(steps=c.run.steps, log=None),
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
                 train_settings=actors.train_settings(c, plan.end_token_ids),
-                eval_settings=actors.eval_settings(c, plan.end_token_ids),
+                eval_settings=actors.eval_settings(c, plan.end_token_ids), progress=Progress.start(c, plan.prompts),
+                saver=Saver(c, run.path, engines=engines, fingerprints=dict, say=print), stopping=lambda: False,
             )  # fmt: skip
             error = ""
             try:

@@ -88,10 +88,10 @@ def same(run: Path, straight: Path) -> None:
         assert set(drawn.values()) == {1}  # 8 steps of 8 prompts: each of the 64 exactly once
 
 
-def wait_for_the_first_step(recipe: Path, name: str, process: subprocess.Popen[bytes]) -> None:
+def wait_for_step(recipe: Path, name: str, process: subprocess.Popen[bytes], step: int = 1) -> None:
     metrics = recipe.parent / "runs" / name / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while not metrics.exists() or '"step": 1,' not in metrics.read_text():
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
         assert process.poll() is None, (recipe.parent / f"{name}.txt").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -100,7 +100,7 @@ def wait_for_the_first_step(recipe: Path, name: str, process: subprocess.Popen[b
 def kill_at(recipe: Path, name: str, instant: float, *overrides: str) -> None:
     """kill -9 `instant` seconds after the first step's line."""
     process = start(recipe, name, *overrides)
-    wait_for_the_first_step(recipe, name, process)
+    wait_for_step(recipe, name, process)
     time.sleep(instant)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
@@ -121,15 +121,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     kill_at(recipe, "killed", random.uniform(0.3, 0.9) * seconds)
     same(finish(recipe, "killed", "resume=auto"), straight)
     assert "resumed    " in (recipe.parent / "killed.txt").read_text()
-    bereft = start(recipe, "bereft")
-    wait_for_the_first_step(recipe, "bereft", bereft)
-    time.sleep(random.uniform(0.0, 0.7) * seconds)
-    family = psutil.Process(bereft.pid).children(recursive=True)
-    [sampler] = [p for p in family if "SamplerActor" in " ".join(p.cmdline())]
-    sampler.kill()
-    assert bereft.wait(timeout=300) == 0, (recipe.parent / "bereft.txt").read_text()[-3000:]
-    same(recipe.parent / "runs" / "bereft", straight)
-    assert "; replaced sampler-0 in " in (recipe.parent / "bereft.txt").read_text()
+    for actor, words in (("SamplerActor", "; replaced sampler-0 in "), ("LearnerActor", "starting the engines again")):
+        bereft = start(recipe, actor)
+        wait_for_step(recipe, actor, bereft, 3)  # there is a checkpoint of the second step
+        time.sleep(random.uniform(0.0, 0.5) * seconds)
+        family = psutil.Process(bereft.pid).children(recursive=True)
+        [*_, lost] = [p for p in family if actor in " ".join(p.cmdline())]
+        lost.kill()
+        said = recipe.parent / f"{actor}.txt"
+        assert bereft.wait(timeout=300) == 0, said.read_text()[-3000:]
+        same(recipe.parent / "runs" / actor, straight)
+        assert words in said.read_text()
 
 
 @pytest.mark.slow
