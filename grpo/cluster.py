@@ -6,6 +6,7 @@ do not meet. Resources are checked before they are asked for: Ray itself would w
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import socket
@@ -172,10 +173,16 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
         ray.shutdown()
 
 
+@functools.cache
+def _token() -> str:
+    """This process's own: Ray reads it once and keeps it, also for a session after the first has ended."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
 def _private_ray(node: Node) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="grpo-ray-"))  # short: socket paths below it are limited to 107 bytes
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_AUTH_TOKEN"] = _token()
     os.environ[sweeper.MARK] = str(folder)  # what Ray starts inherits it
     sweeping = subprocess.Popen(
         [sys.executable, "-m", "grpo.sweeper", str(folder)],
