@@ -18,7 +18,7 @@ from typing import Any
 
 from grpo import __version__
 from grpo import config as config_module
-from grpo.stopping import Stopped, Stopper
+from grpo.stopping import Stopper
 from grpo.types import UserError
 
 DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
@@ -130,7 +130,7 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
         except UserError as error:
             code, reason = USERS, f"failed: {error}"
             console.say(f"grpo: {error}")
-        except Stopped:
+        except KeyboardInterrupt:  # Stopped, or what Ray makes of it
             code, reason = OURS, ""
         except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
             if stopper.enforced:  # raised through somebody's C code, Stopped may come out as that code's own error

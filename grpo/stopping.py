@@ -10,8 +10,9 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class Stopped(BaseException):
-    """The run ends here. No Exception, so that nothing takes it for a failure of its own."""
+class Stopped(KeyboardInterrupt):
+    """The run ends here. A KeyboardInterrupt, because no other exception of a signal handler leaves Ray's compiled
+    waits whole: any other is lost there, or crashes the process. What comes out of them is a plain KeyboardInterrupt."""
 
 
 class Stopper:

@@ -1,12 +1,14 @@
 """Hold the project's objective against reference numbers: python tests/golden/check.py FILE
 
 FILE is a list of cases as ../shared/golden/README.md describes them: inputs, advantages, losses with gradients and KL
-estimators, all float64. Every number is computed through the public functions of `grpo.objective`; the exit code is 1
-when one differs by more than 1e-9, with a line for each, and 2 when the file holds something that is not known here.
+estimators, all float64 and 0 off the mask. Every number but `metrics` is computed through the public functions of
+`grpo.objective`. The exit code is 1 when one differs by more than 1e-9, with a line for each, and 2 when the file is
+damaged or holds something that is not known here: a key that is passed over is a number that is not checked.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections import defaultdict
@@ -37,8 +39,71 @@ LOSSES = {"ppo_clip": "ppo_clip", "gspo": "gspo", "cispo": "cispo", "sapo": "sap
           "reinforce": "reinforce"}  # fmt: skip
 
 
+ADVANTAGES: dict[str, tuple[set[str], set[str]]] = {
+    "group_norm": ({"divide_by_std"}, {"std", "std_eps"}),
+    "rloo": (set(), set()),
+    "leave_one_out": (set(), set()),
+    "opo": (set(), {"baseline"}),
+    "batch_norm": ({"std_eps"}, set()),
+    "batch_std": ({"std_eps"}, set()),
+    "pass_at_k": ({"k"}, set()),
+    "pass_k": ({"k"}, set()),
+    "reinforce_pp": ({"gamma"}, {"whiten"}),
+    "reinforce_pp_baseline": (set(), {"whiten"}),
+    "gae": ({"gamma", "lam", "value_inputs"}, {"whiten", "returns", "truncated_bootstrap"}),
+}
+"""Advantage -> parameters that it must have, and may have."""
+CLIP = {"clip_eps_low", "clip_eps_high"}
+PARAMETERS: dict[str, tuple[set[str], set[str]]] = {
+    "ppo_clip": (CLIP, {"dual_clip_c"}), "gspo": (CLIP, set()), "cispo": (CLIP, set()), "gmpo": (CLIP, {"clip_on"}),
+    "sapo": ({"tau_pos", "tau_neg"}, set()), "reinforce": (set(), set()),
+}  # fmt: skip
+"""Loss -> the same."""
+WHITENING = "over all completion tokens of the batch, unbiased variance, eps 1e-8 inside the square root"
+
+
 class UnknownEntryError(Exception):
-    """The file has an entry that this script has no function for."""
+    """The file has an entry that this script has no function for, or lacks one that it needs."""
+
+
+def keys(what: str, entry: Any, required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Raises UnknownEntryError unless `entry` is a mapping with exactly these keys."""
+    if not isinstance(entry, dict):
+        raise UnknownEntryError(f"{what} must be a mapping, not {entry!r:.40}")
+    for key in entry:
+        if key not in required | optional:
+            near = difflib.get_close_matches(str(key), required | optional, n=1)
+            raise UnknownEntryError(f"{what} has {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    if required - entry.keys():
+        raise UnknownEntryError(f"{what} lacks {', '.join(sorted(required - entry.keys()))}")
+
+
+def hold_against_format(case: Any) -> None:
+    """Raises UnknownEntryError at the first key of a case that would be passed over, or is missing."""
+    keys("the case", case, {"inputs"}, {"seed", "advantages", "losses", "kl"})
+    keys("inputs", case["inputs"], {"lens", "mask", "rollout", "old", "new", "ref", "rewards", "adv", "group"})
+    for entry in case.get("advantages", []):
+        keys("an advantage", entry, {"name", "params", "values"})
+        if entry["name"] not in ADVANTAGES:
+            raise UnknownEntryError(f"advantage {entry['name']}")
+        keys(f"params of {entry['name']}", entry["params"], *ADVANTAGES[entry["name"]])
+        if entry["params"].get("whiten", WHITENING) != WHITENING:
+            raise UnknownEntryError(f"{entry['name']} whitened {entry['params']['whiten']!r}")
+    for entry in case.get("losses", []):
+        if not isinstance(entry, dict) or entry.get("objective") not in PARAMETERS:
+            raise UnknownEntryError(f"loss {entry!r:.60}")
+        required, optional = PARAMETERS[entry["objective"]]
+        scaled = {"scale"} if entry.get("aggregation") == "seq-mean-token-sum-norm" else set()
+        always = {"objective", "aggregation", "loss", "grad_new_logprobs", "new_logprobs"}
+        keys(
+            f"loss {entry['objective']}", entry, always | required | scaled,
+            optional | {"metrics", "importance_correction"},
+        )  # fmt: skip
+        if "importance_correction" in entry:
+            settings = entry["importance_correction"]
+            keys("importance_correction", settings, {"level", "mode"}, {"cap", "high", "low", "floor"})
+    for name, entry in case.get("kl", {}).items():
+        keys(f"kl {name}", entry, {"per_token", "token_mean", "grad"})
 
 
 def tensor(values: Any) -> torch.Tensor:
@@ -163,14 +228,12 @@ def kl_of(name: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor
 
 def differences(case: dict[str, Any]) -> list[tuple[str, float]]:
     """(what, largest absolute difference) of every number of a case."""
+    hold_against_format(case)
     inputs = case["inputs"]
-    mask = torch.tensor(inputs["mask"]).bool()
     out = []
 
-    def compare(what: str, ours: torch.Tensor, theirs: Any, *, masked: bool = False) -> None:
+    def compare(what: str, ours: torch.Tensor, theirs: Any) -> None:
         expected = tensor(theirs)
-        if masked and expected.dim() == 2:
-            ours, expected = ours[mask], expected[mask]
         if ours.shape != expected.shape:
             raise UnknownEntryError(f"{what} has shape {list(expected.shape)}, expected {list(ours.shape)}")
         worst = float((ours - expected).abs().max()) if ours.numel() else 0.0
@@ -181,8 +244,8 @@ def differences(case: dict[str, Any]) -> list[tuple[str, float]]:
         if isinstance(ours, tuple):
             ours, returns = ours
             if "returns" in entry["params"]:
-                compare(f"advantage {entry['name']} returns", returns, entry["params"]["returns"], masked=True)
-        compare(f"advantage {entry['name']}", ours, entry["values"], masked=True)
+                compare(f"advantage {entry['name']} returns", returns, entry["params"]["returns"])
+        compare(f"advantage {entry['name']}", ours, entry["values"])
     for entry in case.get("losses", []):
         what = f"loss {entry['objective']} {entry['aggregation']}"
         loss, gradient = loss_of(entry, inputs)
@@ -190,7 +253,7 @@ def differences(case: dict[str, Any]) -> list[tuple[str, float]]:
         compare(f"{what} gradient", gradient, entry["grad_new_logprobs"])
     for name, entry in case.get("kl", {}).items():
         values, mean, gradient = kl_of(name, inputs)
-        compare(f"kl {name}", values, entry["per_token"], masked=True)
+        compare(f"kl {name}", values, entry["per_token"])
         compare(f"kl {name} mean", mean, entry["token_mean"])
         compare(f"kl {name} gradient", gradient, entry["grad"])
     return out
@@ -202,11 +265,26 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     count = wrong = 0
     worst = 0.0
-    for number, case in enumerate(json.loads(Path(arguments[0]).read_text())):
+    try:
+        cases = json.loads(Path(arguments[0]).read_text())
+    except ValueError as error:
+        print(f"{arguments[0]} is not JSON: {error}", file=sys.stderr)
+        return 2
+    if not isinstance(cases, list) or not cases:
+        print(f"{arguments[0]} must be a list of cases, not {cases!r:.40}", file=sys.stderr)
+        return 2
+    for number, case in enumerate(cases):
         try:
             found = differences(case)
-        except (UnknownEntryError, KeyError) as error:
-            print(f"case {number}: not known here: {error}", file=sys.stderr)
+        except UnknownEntryError as error:
+            print(f"{arguments[0]}: case {number}: not known here: {error}", file=sys.stderr)
+            return 2
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            said = " ".join(str(error).split())
+            print(f"{arguments[0]}: case {number} cannot be evaluated: {type(error).__name__}: {said}", file=sys.stderr)
+            return 2
+        if not found:
+            print(f"{arguments[0]}: case {number} has no number to compare", file=sys.stderr)
             return 2
         for what, difference in found:
             count, worst = count + 1, max(worst, difference)
@@ -214,7 +292,7 @@ def main(arguments: Sequence[str]) -> int:
                 wrong += 1
                 print(f"case {number}: {what} differs by {difference:.3g}")
     print(f"{count} comparisons, {wrong} above {TOLERANCE:g}; largest difference {worst:.3g}")
-    return 1 if wrong or not count else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
