@@ -11,8 +11,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run ends here. A KeyboardInterrupt, because no other exception of a signal handler leaves Ray's compiled
-    waits whole: any other is lost there, or crashes the process. What comes out of them is a plain KeyboardInterrupt."""
+    """The run ends here.
+
+    A KeyboardInterrupt, because Ray's compiled waits pass on no other exception of a signal handler: any other is lost
+    there, or crashes the process. What comes out of them is a plain KeyboardInterrupt.
+    """
 
 
 class Stopper:
