@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from grpo import config as module
 from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
-from grpo.credit import account, training_rows
+from grpo.credit import training_rows
 from grpo.driver import Loop, MismatchError, guard_mismatch, throughput, train
 from grpo.progress import Progress
 from grpo.run_folder import RunFolder, reopen
@@ -307,39 +307,6 @@ def test_the_samples_of_a_step_with_a_mismatch_are_kept(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 2
 
 
-def group_of(rewards: list[float | None], index: int) -> Group:
-    prompt = Prompt(prompt_id=f"d:{index}:h", token_ids=(1, 2), text="", row={}, messages=None)
-    completion = Completion(
-        token_ids=np.asarray([3], dtype=np.int32), sampler_logprobs=np.zeros(1, dtype=np.float32),
-        sampled_mask=np.ones(1, dtype=bool), policy_versions=np.zeros(1, dtype=np.int32),
-        finish_reason="stop", seed=None,
-    )  # fmt: skip
-    outcomes = [Failed(kind="timeout", detail="") if r is None else Scored(value=r, parts={}) for r in rewards]
-    rollouts = tuple(Rollout(prompt=prompt, completion=completion, text="", outcome=o) for o in outcomes)
-    return Group(prompt=prompt, rollouts=rollouts)
-
-
-def test_survivors_get_the_advantages_of_a_group_that_never_had_the_others(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "algorithm.group_size=4")
-    groups = [
-        group_of(r, i) for i, r in enumerate([[1.0, None, 0.0, 0.0], [None, None, None, 1.0], [1.0] * 4, [0.0] * 4])
-    ]
-    credit = training_rows(groups, [], config, 0)
-    [[*rows]], advantages = credit.minibatches, credit.advantages
-    mean, std = 1 / 3, (3 / 9) ** 0.5
-    assert advantages[:3] == pytest.approx([(1 - mean) / std, -mean / std, -mean / std], rel=1e-5)
-    assert [row.rollout_index for row in rows] == [0, 2, 3, *range(8, 16)]  # the second group is dropped whole
-    assert advantages[3:] == (0.0,) * 8
-    assert credit.uses == {"sampled": 16, "failed": 1 + 4, "truncated": 0, "no_spread": 8, "stale": 0}
-
-
-def test_rows_stay_in_the_minibatch_of_their_prompt(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "algorithm.minibatches_per_step=2", "algorithm.group_size=2")
-    groups = [group_of([1.0, 0.0], i) for i in range(4)]
-    minibatches = training_rows(groups, [], config, 0).minibatches
-    assert [[row.rollout_index for row in rows] for rows in minibatches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
 def test_groups_without_spread_are_replaced_until_the_step_is_full(tmp_path: Path) -> None:
     config = make_config(tmp_path, "run.steps=1", "algorithm.max_refills=3", "algorithm.group_size=2")
     scorer = Scripted(lambda n: 1.0 if n < 6 else float(n % 2))  # the first three groups are dull
@@ -540,71 +507,16 @@ def test_the_kl_coefficient_follows_its_target(tmp_path: Path) -> None:
     assert [line["policy/kl_coef"] for line in lines(tmp_path)] == policy.kl_coefs
 
 
-def test_truncated_completions_are_compared_with_but_not_trained_on(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "algorithm.group_size=4", "algorithm.mask_truncated=true")
-    group = group_of([1.0, 0.0, 0.0, 0.0], 0)
-    cut = dataclasses.replace(group.rollouts[3].completion, finish_reason="length")
-    cut_rollout = dataclasses.replace(group.rollouts[3], completion=cut)
-    group = dataclasses.replace(group, rollouts=(*group.rollouts[:3], cut_rollout))
-    credit = training_rows([group], [], config, 0)
-    assert [row.rollout_index for row in credit.minibatches[0]] == [0, 1, 2]
-    assert credit.advantages == pytest.approx([1.5, -0.5, -0.5], rel=1e-4)  # still one of four
-    assert credit.uses["truncated"] == 1
-
-
-def test_the_length_penalty_shapes_rewards_and_never_makes_spread(tmp_path: Path) -> None:
-    """max_tokens 6, the last 4 of which cost up to 0.5: 2 tokens cost 0, 4 cost 0.25, 6 cost 0.5."""
-    config = make_config(
-        tmp_path, "algorithm.group_size=3", "algorithm.length_penalty_tokens=4", "algorithm.length_penalty=0.5",
-        "algorithm.advantage=group_centered",
+def group_of(rewards: list[float | None], index: int) -> Group:
+    prompt = Prompt(prompt_id=f"d:{index}:h", token_ids=(1, 2), text="", row={}, messages=None)
+    completion = Completion(
+        token_ids=np.asarray([3], dtype=np.int32), sampler_logprobs=np.zeros(1, dtype=np.float32),
+        sampled_mask=np.ones(1, dtype=bool), policy_versions=np.zeros(1, dtype=np.int32),
+        finish_reason="stop", seed=None,
     )  # fmt: skip
-
-    def long_group(rewards: list[float], index: int) -> Group:
-        group = group_of(list(rewards), index)
-        rollouts = []
-        for rollout, tokens in zip(group.rollouts, (2, 4, 6), strict=True):
-            completion = dataclasses.replace(
-                rollout.completion, token_ids=np.zeros(tokens, dtype=np.int32),
-                sampled_mask=np.ones(tokens, dtype=bool), sampler_logprobs=np.zeros(tokens, dtype=np.float32),
-                policy_versions=np.zeros(tokens, dtype=np.int32),
-            )  # fmt: skip
-            rollouts.append(dataclasses.replace(rollout, completion=completion))
-        return dataclasses.replace(group, rollouts=tuple(rollouts))
-
-    credit = training_rows([long_group([1.0, 1.0, 0.0], 0), long_group([1.0, 1.0, 1.0], 1)], [], config, 0)
-    mean = (1.0 + 0.75 - 0.5) / 3
-    assert credit.advantages[:3] == pytest.approx([1.0 - mean, 0.75 - mean, -0.5 - mean])
-    assert credit.advantages[3:] == (0.0, 0.0, 0.0)
-    assert credit.uses["no_spread"] == 12
-
-
-def test_a_stale_row_is_left_out_and_counted(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "algorithm.group_size=2")
-    credit = training_rows([group_of([1.0, 0.0], 0)], [], config, policy_version=1)
-    assert credit.minibatches[0] == ()
-    assert credit.uses["stale"] == 2
-    dull = training_rows([group_of([1.0, 1.0], 0)], [], config, policy_version=1)
-    assert dull.minibatches[0] == ()  # stale rows of a dull group are in no denominator, either
-    assert dull.uses["no_spread"] == 2
-
-
-def test_the_account_of_replaced_groups_takes_the_first_reason(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "algorithm.group_size=3", "algorithm.mask_truncated=true", "algorithm.max_refills=1")
-    group = group_of([1.0, 1.0, None], 0)
-    cut = dataclasses.replace(group.rollouts[0].completion, finish_reason="length")
-    group = dataclasses.replace(
-        group, rollouts=(dataclasses.replace(group.rollouts[0], completion=cut), *group.rollouts[1:])
-    )
-    small = group_of([1.0, None, None], 1)
-    credit = training_rows([], [group, small], config, 0)
-    assert credit.uses == {"sampled": 6, "failed": 1 + 3, "truncated": 1, "no_spread": 1, "stale": 0}
-
-
-def test_an_account_that_does_not_add_up_stops_the_run() -> None:
-    uses = {"sampled": 10, "failed": 1, "truncated": 0, "no_spread": 2, "stale": 0}
-    assert account(uses, {"gradient/contributing": 7.0})["gradient/contributing"] == 7
-    with pytest.raises(RuntimeError, match="does not add up"):
-        account(uses, {"gradient/contributing": 6.0})
+    outcomes = [Failed(kind="timeout", detail="") if r is None else Scored(value=r, parts={}) for r in rewards]
+    rollouts = tuple(Rollout(prompt=prompt, completion=completion, text="", outcome=o) for o in outcomes)
+    return Group(prompt=prompt, rollouts=rollouts)
 
 
 def test_throughput_by_hand(tmp_path: Path) -> None:
