@@ -20,7 +20,6 @@ import ray
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
-from grpo.update import NonFiniteError
 from grpo.weight_sync import (
     PROBE_TOLERANCE,
     Bucket,
@@ -32,6 +31,7 @@ from grpo.weight_sync import (
     WeightSyncError,
     buckets_of,
     probe_difference,
+    refuse_not_finite,
     verify,
 )
 
@@ -130,6 +130,7 @@ class LearnerActor:
     def __init__(self, config: Config, rank: int, log: str) -> None:
         _log_to(log)
         self._config, self._rank = config, rank
+        self._dumps = Path(log).parents[1] / "nonfinite"
         self._store: Any = None
         self._sender: Sender | None = None
         self._samplers: Sequence[Any] = ()
@@ -153,7 +154,7 @@ class LearnerActor:
             timeout = self._config.cluster.start_timeout_s
             self._store = setup.join_store(host, port, self._config.learner.ranks, timeout)
         device = setup.init_process_group(self._config, self._rank, self._store)
-        self._learner = Learner(self._config, self._rank, device)
+        self._learner = Learner(self._config, self._rank, device, self._dumps)
         freeze_garbage()
 
     def connect(self, samplers: Sequence[Any], transport: str, timeout_s: float) -> None:
@@ -205,6 +206,7 @@ class LearnerActor:
         logprobs = self._learner.probe_logprobs(probe)
         pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
         for tensors in buckets_of(self._learner.weights()):
+            refuse_not_finite(tensors)
             if self._sender is not None and self._lost is None:
                 bucket = self._sender.pack(tensors)
                 pending += [s.load_bucket.remote(bucket) for s in self._samplers]
@@ -516,7 +518,7 @@ class Engines:
                 ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause
-                if isinstance(cause, (UserError, WeightSyncError, NonFiniteError)):
+                if isinstance(cause, (UserError, WeightSyncError)):
                     raise cause from None
                 if isinstance(cause, ray.exceptions.RayActorError):  # the learner waited for a sampler, and it died
                     raise self._died(what, cause) from error

@@ -47,11 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "a run folder's last checkpoint, or a checkpoint. allow=option,... lets options differ from the "
                 "checkpoint's."
             )
+    command = commands.add_parser("replay", help="compute an update again that was not finite, and say where it began")
+    command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
     commands.add_parser("options", help="print every option with its default")
     parsed = parser.parse_args(arguments)
     try:
         if parsed.command == "options":
             print(config_module.options_text())
+            return DONE
+        if parsed.command == "replay":
+            from grpo.learner.replay import replay  # noqa: PLC0415 - torch and transformers take seconds to import
+
+            print("\n".join(replay(parsed.dump)))
             return DONE
         asked, overrides = apart(parsed.overrides)
         config = config_module.load(parsed.recipe, overrides)

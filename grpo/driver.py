@@ -44,6 +44,13 @@ class MismatchError(RuntimeError):
     """Sampler and learner disagree about the sampled tokens: what is trained on is not what was sampled."""
 
 
+class NonFiniteError(RuntimeError):
+    """Loss or gradient were NaN or infinite in `MAX_SKIPPED` steps in a row."""
+
+
+MAX_SKIPPED = 3
+
+
 class EngineGroup(SamplerGroup, Protocol):
     """Samplers and learner: `grpo.actors.Engines`."""
 
@@ -107,6 +114,7 @@ def train(loop: Loop) -> Outcome:
     engines.publish(at.step, probe, full_check=True)()
     if loop.eval_prompts and at.step == 0:
         at.before = at.after = evaluate(loop, 0)
+    skipped = 0
     while at.step < config.run.steps:
         step = at.step + 1
         started = time.monotonic()
@@ -118,6 +126,7 @@ def train(loop: Loop) -> Outcome:
                 loop.folder.log_metrics(at.step, eval_metrics(at.after))
             break
         learned = learn(loop, sampled, step)
+        skipped = count_skipped(loop, learned.result, step, skipped)
         guard_mismatch(learned.result, config)
         synced = time.monotonic()
         every = config.run.verify_every
@@ -298,6 +307,24 @@ def guard_mismatch(result: StepResult, config: Config) -> None:
             f"a sampled token's logprob differs by {largest:.3g} between sampler and learner (algorithm.max_mismatch "
             f"{limit:g}): weights, tokens or sampling settings differ between the two"
         )
+
+
+def count_skipped(loop: Loop, result: StepResult, step: int, before: int) -> int:
+    """Steps in a row, this one among them, with an update that was left out because loss or gradient were not finite.
+
+    Raises NonFiniteError when they are MAX_SKIPPED.
+    """
+    updates = int(result.extremes.get("optim/skipped_updates", 0))
+    if not updates:
+        return 0
+    said = (
+        f"step {step}: loss or gradient of {updates} updates were not finite; they moved no weight, and what they were "
+        f"made of is in {loop.folder.path / 'nonfinite'} (see grpo replay)"
+    )
+    if before + 1 >= MAX_SKIPPED:
+        raise NonFiniteError(f"{said}; so it was in {MAX_SKIPPED} steps in a row")
+    loop.reporter.say(said)
+    return before + 1
 
 
 def step_metrics(loop: Loop, sampled: Sampled, credit: Credit, result: StepResult) -> dict[str, float]:

@@ -126,6 +126,14 @@ def buckets_of(
         yield bucket
 
 
+def refuse_not_finite(bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Raises WeightSyncError naming the tensors of `bucket` that hold NaN or infinities: nothing such is published."""
+    finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in bucket]).tolist()
+    wrong = [name for (name, _), fine in zip(bucket, finite, strict=True) if not fine]
+    if wrong:
+        raise WeightSyncError(f"the learner's weights are not finite, and are not published: {_some(wrong)}")
+
+
 def specs_of(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[TensorSpec, ...]:
     """Lay the tensors of a bucket out behind each other, each on a 64-byte boundary."""
     specs, offset = [], 0

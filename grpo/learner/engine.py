@@ -7,6 +7,8 @@ checkpoint). Every verb is a collective: all ranks call it together.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +24,18 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, GenerationConfig
+from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from grpo.checkpoint import FileRecord
-from grpo.config import Config
+from grpo.config import Config, dump
 from grpo.learner import heads, setup, state
-from grpo.types import RankStep, StepResult
-from grpo.update import Model, Tally, run_step
-from grpo.weight_sync import Probe, buckets_of, torch_dtype
+from grpo.types import Batch, RankStep, StepResult
+from grpo.update import Model, Prepared, Tally, run_step
+from grpo.weight_sync import Probe, buckets_of
+
+MAX_DUMPS = 3
+"""Updates that were not finite and are kept; each holds the weights."""
 
 OTHER_FILES = (".json", ".jinja", ".model", ".txt")
 
@@ -37,15 +43,15 @@ OTHER_FILES = (".json", ".jinja", ".model", ".txt")
 class Learner:
     """One rank of the process group that `setup.init_process_group` has joined, on its `device`."""
 
-    def __init__(self, config: Config, rank: int, device: torch.device) -> None:
-        self._config = config
+    def __init__(self, config: Config, rank: int, device: torch.device, dumps: Path) -> None:
+        """`dumps`: the folder for updates that were not finite."""
+        self._config, self._dumps = config, dumps
         self.rank = rank
         self.world_size = config.learner.ranks
         self.device = device
-        self._dtype = torch_dtype(config.model.dtype)
         torch.manual_seed(config.run.seed)
         setup.prove_gradient_scale(config)
-        model = load_policy(config)
+        model = heads.load_policy(config)
         if config.learner.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._head = heads.install(model, config)
@@ -59,13 +65,13 @@ class Learner:
         self._reference: Any = None
         if config.algorithm.kl_coef > 0:
             self._make_reference()
-        self._optimizer_steps = self._steps = 0
+        self._optimizer_steps = self._steps = self._set_aside = 0
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[FileRecord] | None = None
 
     def _make_reference(self) -> None:
         """A frozen copy of the starting policy: sharded at ZeRO 3, else whole on every rank."""
-        model = load_policy(self._config).eval().requires_grad_(False)
+        model = heads.load_policy(self._config).eval().requires_grad_(False)
         self._ref_head = heads.install(model, self._config)
         if self._config.learner.zero_stage == 3:
             self._reference, *_ = deepspeed.initialize(
@@ -100,13 +106,18 @@ class Learner:
 
     def optimizer_step(self, model: Model) -> float:
         engine = self._engine_of(model)
-        norm = None
-        if self._config.learner.zero_stage == 0:
+        if self._config.learner.zero_stage == 0:  # DeepSpeed looks at no norm there
             norm = setup.plain_grad_norm(engine.module)
-        engine.step()
-        if model == "policy":
+            if not math.isfinite(norm):
+                engine.zero_grad()
+                return norm
+            engine.step()
+        else:
+            engine.step()
+            norm = float(engine.get_global_grad_norm())
+        if model == "policy" and math.isfinite(norm):
             self._optimizer_steps += 1
-        return float(engine.get_global_grad_norm() if norm is None else norm)
+        return norm
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         if self.world_size == 1:
@@ -115,6 +126,26 @@ class Learner:
         dist.all_reduce(total)
         summed: list[float] = total.tolist()
         return summed
+
+    def set_aside(self, minibatch: Sequence[Batch], prepared: Sequence[Prepared], kl_coef: float) -> None:
+        """Write what `grpo replay` needs, for the first few updates of this process that were not finite."""
+        self._set_aside += 1
+        if self._set_aside > MAX_DUMPS:
+            return
+        folder = self._dumps / f"step-{self._steps + 1:06d}-{self._set_aside}"
+        tensors = {
+            f"{i}/{field.name}": getattr(part, field.name).contiguous().cpu()
+            for i, parts in enumerate(zip(minibatch, prepared, strict=True))
+            for part in parts
+            for field in dataclasses.fields(part)
+            if getattr(part, field.name) is not None and not (part is parts[0] and field.name == "advantages")
+        }
+        about = {"step": str(self._steps + 1), "kl_coef": repr(kl_coef), "microbatches": str(len(minibatch))}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / f"rank-{self.rank}.safetensors", about)
+        self.save(folder / "model")
+        if self.rank == 0:
+            (folder / "config.yaml").write_text(dump(self._config), encoding="utf-8")
 
     def _engine_of(self, model: Model) -> Any:
         return self._engine if model == "policy" else self._critic
@@ -303,24 +334,6 @@ def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:
     return StepResult(
         optimizer_steps=optimizer_steps, metrics=sums, extremes=extremes, learner_logprob_sums=logprob_sums
     )
-
-
-def load_policy(config: Config) -> Any:
-    """The model of `model.path`, as a causal language model of transformers.
-
-    Raises UserError when the folder lacks weights that the model has.
-    """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        config.model.path,
-        dtype=torch_dtype(config.model.dtype),
-        attn_implementation=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    heads.refuse_missing(f"model.path={config.model.path}", report["missing_keys"])
-    heads.refuse_dropout(model.config, "model.path")
-    return model
 
 
 def copy_other_files(source: str, target: Path) -> None:

@@ -1,4 +1,5 @@
-"""The ends of the models: a projection that gives logprobs instead of logits, and the critic's head of zeros.
+"""The models as they are loaded, and their ends: a projection that gives logprobs instead of logits, and the critic's
+head of zeros.
 
 The projection's module keeps its place and its parameters and gets another `forward`. Calling it as a module is what
 makes ZeRO 3 gather its weight, forward and backward; calling the weight by chunks around it would find it empty.
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForTokenClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from grpo.config import Config
 from grpo.objective.logprobs import selected_logprobs
@@ -80,6 +81,24 @@ def refuse_missing(where: str, names: Sequence[str]) -> None:
         raise UserError(
             f"{where} lacks {len(names)} of the model's weights: {shown}{', ...' if len(names) > 4 else ''}"
         )
+
+
+def load_policy(config: Config) -> Any:
+    """The model of `model.path`, as a causal language model of transformers.
+
+    Raises UserError when the folder lacks weights that the model has.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        config.model.path,
+        dtype=torch_dtype(config.model.dtype),
+        attn_implementation=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    refuse_missing(f"model.path={config.model.path}", report["missing_keys"])
+    refuse_dropout(model.config, "model.path")
+    return model
 
 
 def load_critic(config: Config) -> Any:

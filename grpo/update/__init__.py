@@ -5,8 +5,9 @@
     step      microbatches -> backward, optimizer steps, metric sums
 """
 
-from grpo.update.engine import Model, NonFiniteError, StepEngine
+from grpo.update.engine import Model, StepEngine
+from grpo.update.prepare import Prepared
 from grpo.update.step import run_step
 from grpo.update.tally import Tally
 
-__all__ = ["Model", "NonFiniteError", "StepEngine", "Tally", "run_step"]
+__all__ = ["Model", "Prepared", "StepEngine", "Tally", "run_step"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+if TYPE_CHECKING:
+    from grpo.types import Batch
+    from grpo.update.prepare import Prepared
+
 Model = Literal["policy", "critic"]
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, logprob or gradient is NaN or infinite; nothing of this step has been published."""
 
 
 class StepEngine(Protocol):
@@ -34,7 +34,12 @@ class StepEngine(Protocol):
         ...
 
     def optimizer_step(self, model: Model) -> float:
-        """Apply the accumulated gradient and clear it. Returns its global norm before clipping."""
+        """Apply the accumulated gradient and clear it. Returns its global norm before clipping; where that is not
+        finite, nothing was applied, on any rank."""
+        ...
+
+    def set_aside(self, minibatch: Sequence[Batch], prepared: Sequence[Prepared], kl_coef: float) -> None:
+        """Keep what an update was made of whose loss or gradient was not finite. A collective."""
         ...
 
     def all_sum(self, values: Sequence[float]) -> list[float]:

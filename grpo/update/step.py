@@ -14,7 +14,7 @@ from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequ
 from grpo.objective.policy import PolicyTerm, policy_term
 from grpo.objective.values import clipped_value_loss
 from grpo.types import Batch, RankStep
-from grpo.update.engine import NonFiniteError, StepEngine
+from grpo.update.engine import StepEngine
 from grpo.update.prepare import Prepared, critic_ids, prepare
 from grpo.update.tally import Tally
 
@@ -24,36 +24,71 @@ def run_step(
 ) -> Tally:
     """Every optimizer step of one driver step on this rank; returns this rank's metric sums.
 
-    Raises:
-        NonFiniteError: on every rank. A loss is looked at before the optimizer step; the gradient's norm is known with
-            it, so that the learner's weights are then not to be used, and nothing of them is published.
+    An update whose loss or gradient is not finite on any rank is left out on all of them, handed to
+    `engine.set_aside`, and counted in `optim/skipped_updates`; nothing of it is in any other sum.
     """
     tally = Tally()
     prepared = prepare(step, engine, algorithm, critic, device, tally)
-    updates = 0
+    updates = left_out = skipped = 0
     for minibatch in step.minibatches:
         limit = algorithm.max_kl_old
         if updates and limit is not None and measured_kl_old(minibatch, prepared, engine, device) > limit:
+            left_out = len(step.minibatches) - updates - skipped
             break
-        for position, batch in enumerate(minibatch):
-            last = position == len(minibatch) - 1
-            _policy_microbatch(batch, prepared[id(batch)], last, step, engine, algorithm, device, tally)
-        for position, batch in enumerate(minibatch if algorithm.advantage == "gae" else ()):
-            last = position == len(minibatch) - 1
-            _critic_microbatch(batch, prepared[id(batch)], last, engine, critic, device, tally)
-        if engine.all_sum([tally.sums.get("not_finite", [0.0])[0]])[0]:
-            raise NonFiniteError("the loss is not finite; the weights have not been touched by this minibatch")
-        tally.add("optim/grad_norm", _finite_norm(engine.optimizer_step("policy"), "gradient"), 1)
-        if algorithm.advantage == "gae":
-            tally.add("value/grad_norm", _finite_norm(engine.optimizer_step("critic"), "critic's gradient"), 1)
-        updates += 1
-    for batch in (batch for minibatch in step.minibatches[updates:] for batch in minibatch):
-        uses, without = _accounted(batch), prepared[id(batch)].advantages.cpu() == 0
-        tally.add("gradient/zero_advantage", float((uses & without).sum()), 0)
-        tally.add("gradient/stopped", float((uses & ~without).sum()), 0)
+        trained = _update(minibatch, prepared, step, engine, algorithm, critic, device, tally)
+        updates, skipped = updates + trained, skipped + (not trained)
+    for batch in (batch for minibatch in step.minibatches[updates + skipped :] for batch in minibatch):
+        _tally_unused(tally, batch, prepared[id(batch)].advantages)
     tally.extremes["policy/updates"] = float(updates)
-    tally.extremes["policy/stopped_minibatches"] = float(len(step.minibatches) - updates)
+    tally.extremes["policy/stopped_minibatches"] = float(left_out)
+    tally.extremes["optim/skipped_updates"] = float(skipped)
     return tally
+
+
+def _update(
+    minibatch: Sequence[Batch],
+    prepared: dict[int, Prepared],
+    step: RankStep,
+    engine: StepEngine,
+    algorithm: AlgorithmConfig,
+    critic: CriticConfig,
+    device: torch.device,
+    tally: Tally,
+) -> bool:
+    """One optimizer step of the policy, and of the critic where there is one. Whether the policy has moved."""
+    policy, value = Tally(measured=tally.learner_logprob_sums), Tally()
+    for position, batch in enumerate(minibatch):
+        last = position == len(minibatch) - 1
+        _policy_microbatch(batch, prepared[id(batch)], last, step, engine, algorithm, device, policy)
+    for position, batch in enumerate(minibatch if algorithm.advantage == "gae" else ()):
+        last = position == len(minibatch) - 1
+        _critic_microbatch(batch, prepared[id(batch)], last, engine, critic, device, value)
+    policy.add("optim/grad_norm", engine.optimizer_step("policy"), 1)
+    trained = math.isfinite(policy.sums["optim/grad_norm"][0])
+    valued = True
+    if algorithm.advantage == "gae":
+        value.add("value/grad_norm", engine.optimizer_step("critic"), 1)
+        valued = math.isfinite(value.sums["value/grad_norm"][0])
+    if trained:
+        tally.absorb(policy)
+    else:
+        for batch in minibatch:
+            _tally_unused(tally, batch, prepared[id(batch)].advantages)
+    if valued:
+        tally.absorb(value)
+    if not (trained and valued):
+        engine.set_aside(minibatch, [prepared[id(batch)] for batch in minibatch], step.kl_coef)
+    return trained
+
+
+def _checked(loss: torch.Tensor, last: bool, engine: StepEngine, tally: Tally) -> torch.Tensor:
+    """`loss` itself; of an update's last microbatch NaN, where a loss of the update was not finite on any rank, so
+    that every rank's gradient is, and the optimizer steps nowhere."""
+    if not bool(torch.isfinite(loss)):
+        tally.add("not_finite", 1, 0)
+    if last and engine.all_sum([tally.sums.pop("not_finite", [0.0])[0]])[0]:
+        return loss * math.nan
+    return loss
 
 
 @torch.no_grad()
@@ -161,11 +196,9 @@ def _policy_microbatch(
         kl_coef=step.kl_coef, algorithm=algorithm,
     )  # fmt: skip
     loss = (weights * terms.total).sum()
-    if not bool(torch.isfinite(loss)):
-        tally.add("not_finite", 1, 0)
-    engine.backward("policy", loss, last=last)
+    engine.backward("policy", _checked(loss, last, engine, tally), last=last)
     with torch.no_grad():
-        if int(batch.rollout_index[0]) not in tally.learner_logprob_sums:  # once a step, whatever the epochs
+        if int(batch.rollout_index[0]) not in tally.measured:  # once a step, whatever the epochs
             _tally_mismatch(tally, batch, old, terms, algorithm)
         _tally_objective(tally, terms, mask, weights, entropy.detach(), algorithm)
         _tally_uses(tally, batch, prepared.advantages, terms, algorithm)
@@ -186,9 +219,7 @@ def _critic_microbatch(
     values = torch.where(mask, engine.values(critic_ids(batch).to(device)).float()[:, :-1], 0.0)
     token_loss, clipped = clipped_value_loss(values, prepared.old_values, prepared.returns, eps=critic.clip)
     loss = (weights * token_loss).sum()
-    if not bool(torch.isfinite(loss)):
-        tally.add("not_finite", 1, 0)
-    engine.backward("critic", critic.coef * loss, last=last)
+    engine.backward("critic", _checked(critic.coef * loss, last, engine, tally), last=last)
     with torch.no_grad():
         tokens = float(mask.sum())
         error = (prepared.returns - values)[mask].double()
@@ -202,15 +233,16 @@ def _critic_microbatch(
         tally.add("value/error_square", float(error.square().sum()), tokens)
 
 
-def _finite_norm(norm: float, what: str) -> float:
-    if not math.isfinite(norm):
-        raise NonFiniteError(f"the {what} norm is {norm}; no weights of this step have been published")
-    return norm
-
-
 def _accounted(batch: Batch) -> torch.Tensor:
     """[B,T] bool: the tokens whose use is accounted for here; those of groups without spread are by the driver."""
     return batch.completion_mask & batch.has_spread[:, None]
+
+
+def _tally_unused(tally: Tally, batch: Batch, advantages: torch.Tensor) -> None:
+    """The uses of tokens in an update that did not happen."""
+    uses, without = _accounted(batch), advantages.cpu() == 0
+    tally.add("gradient/zero_advantage", float((uses & without).sum()), 0)
+    tally.add("gradient/stopped", float((uses & ~without).sum()), 0)
 
 
 def _tally_objective(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,8 @@ class Tally:
     sums: dict[str, list[float]] = field(default_factory=dict)
     extremes: dict[str, float] = field(default_factory=dict)
     learner_logprob_sums: dict[int, float] = field(default_factory=dict)
+    measured: Container[int] = ()
+    """Rollouts whose mismatch has been measured before."""
 
     def add(self, name: str, total: float, count: float) -> None:
         """`count` 0: a share of a sum over the optimizer step, which is divided by the number of updates."""
@@ -26,6 +28,14 @@ class Tally:
 
     def maximum(self, name: str, value: float) -> None:
         self.extremes[name] = max(value, self.extremes.get(name, value))
+
+    def absorb(self, other: Tally) -> None:
+        """Add what `other` has found."""
+        for name, (total, count) in other.sums.items():
+            self.add(name, total, count)
+        for name, value in other.extremes.items():
+            self.maximum(name, value)
+        self.learner_logprob_sums |= other.learner_logprob_sums
 
     @contextmanager
     def timed(self, name: str, device: torch.device) -> Iterator[None]:

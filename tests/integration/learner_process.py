@@ -38,16 +38,23 @@ def main(rank: int, ranks: int, job: dict) -> None:
         learner_section = dataclasses.replace(
             base.learner, zero_stage=case["stage"], tokens_per_microbatch=case["budget"], offload=case["offload"]
         )
+        critic = base.critic
+        if case["algorithm"].get("advantage") == "gae":
+            critic = dataclasses.replace(critic, optimizer=base.optimizer)
         config = dataclasses.replace(
             base,
             learner=learner_section,
-            critic=dataclasses.replace(base.critic, optimizer=base.optimizer),
+            critic=critic,
             algorithm=dataclasses.replace(base.algorithm, aggregation=case["aggregation"], **case["algorithm"]),
         )
-        learner = (Unscaled if case["unscaled"] else Learner)(config, rank, device)
-        half = len(rows) // 2
+        learner = (Unscaled if case["unscaled"] else Learner)(config, rank, device, Path(job["dumps"]) / str(number))
+        taken = [
+            dataclasses.replace(row, advantage=float("nan")) if row.rollout_index in case["poisoned"] else row
+            for row in (rows[i] for i in case["rows"] or range(len(rows)))
+        ]
+        half = len(taken) // 2
         steps = rank_steps(
-            [rows] if case["minibatches"] == 1 else [rows[:half], rows[half:]], ranks=ranks,
+            [taken] if case["minibatches"] == 1 else [taken[:half], taken[half:]], ranks=ranks,
             tokens_per_microbatch=case["budget"], aggregation=case["aggregation"], constant_length=8,
             epochs=case["epochs"], kl_coef=config.algorithm.kl_coef,
         )  # fmt: skip

@@ -56,7 +56,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
             folder.mkdir(parents=True)
         torch.distributed.barrier()
         out = {}
-        first = Learner(config, rank, device)
+        first = Learner(config, rank, device, folder / "nonfinite")
         for _ in range(2):
             first.step(steps)
         counters = first.capture(folder / f"rank-{rank}.safetensors")
@@ -69,7 +69,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
             (folder / "counters.json").write_text(json.dumps(counters))
         torch.distributed.barrier()
         source = Path(case["restore"]) if "restore" in case else folder
-        second = Learner(config, rank, device)
+        second = Learner(config, rank, device, folder / "nonfinite")
         second.restore(sorted(source.glob("*.safetensors")), json.loads((source / "counters.json").read_text()))
         second.capture(folder / f"again-{rank}.bin")  # what was restored, captured again
         second.captured(wait=True)

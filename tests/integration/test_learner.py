@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grpo.batching import TrainingRow
+from grpo.learner.replay import replay
 from grpo.objective.legal import LEGAL_AGGREGATIONS
 
 LR = 0.5
@@ -84,10 +86,10 @@ def run_cases(tmp_path: Path, recipe: Path, rows: list[TrainingRow], ranks: int,
     torch.save(rows, tmp_path / "rows.pt")
     job = {
         "recipe": str(recipe), "rows": str(tmp_path / "rows.pt"), "store": str(tmp_path / f"store-{ranks}"),
-        "out": str(tmp_path / f"out-{ranks}"),
+        "out": str(tmp_path / f"out-{ranks}"), "dumps": str(tmp_path / f"dumps-{ranks}"),
         "cases": [
             {"aggregation": "token_mean", "offload": "none", "unscaled": False, "save": None, "budget": 4096,
-             "algorithm": {}, "minibatches": 1, "epochs": 1, "driver_steps": 1, **case}
+             "algorithm": {}, "minibatches": 1, "epochs": 1, "driver_steps": 1, "rows": None, "poisoned": [], **case}
             for case in cases
         ],
     }  # fmt: skip
@@ -318,3 +320,43 @@ def test_saved_folders_load_to_the_learners_weights(
         assert all(torch.equal(named[name], tensor) for name, tensor in result["state"].items())
         assert (Path(case["save"]) / "tokenizer.json").exists()
         assert not Path(case["save"] + ".partial").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_update_that_is_not_finite_moves_nothing_on_any_rank(
+    ranks: int, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
+) -> None:
+    """One row of eight is NaN, so on one rank: the update that it is in is as if it had never been. With Adam, whose
+    moments would remember."""
+    model = make_model("qwen2")
+    recipe = sgd_recipe(model)
+    settings = yaml.safe_load(recipe.read_text())
+    settings["optimizer"] = {"name": "adamw", "lr": 1e-3, "warmup_steps": 3, "max_grad_norm": 1.0}
+    recipe.write_text(yaml.safe_dump(settings))
+    rows, second_half = recorded_rows(8), [4, 5, 6, 7]
+    cases = [
+        case
+        for stage in STAGES
+        for case in (
+            {"stage": stage, "budget": 11, "minibatches": 2, "poisoned": [1], "driver_steps": 2},
+            {"stage": stage, "budget": 11, "rows": second_half, "driver_steps": 2},
+        )
+    ]
+    results = run_cases(tmp_path, recipe, rows, ranks, cases)
+    for stage in STAGES:
+        poisoned, without = results[2 * stage], results[2 * stage + 1]
+        assert all(torch.equal(poisoned["state"][name], t) for name, t in without["state"].items()), stage
+        assert poisoned["metrics"]["optim/lr"] == without["metrics"]["optim/lr"]
+        assert poisoned["metrics"]["optim/grad_norm"] == without["metrics"]["optim/grad_norm"]
+        assert poisoned["extremes"]["optim/skipped_updates"] == 1
+        assert without["extremes"]["optim/skipped_updates"] == 0
+        assert all(math.isfinite(total) for total, _ in poisoned["metrics"].values())
+        assert all(math.isfinite(value) for value in poisoned["extremes"].values())
+        dump = tmp_path / f"dumps-{ranks}" / str(2 * stage) / "step-000001-1"
+        lines = replay(dump)
+        assert lines[0] == f"{dump}: {ranks} ranks, float32 on cpu"
+        assert "advantages not finite at" in lines[-1]
+        assert "of rollouts [1]" in lines[-1]
+        assert any("loss" in line and line.endswith("finite, and so is its gradient") for line in lines)
+        assert any(" gradient of model.embed_tokens.weight" in line for line in lines)
+        assert (dump.parent / "step-000002-2").is_dir()

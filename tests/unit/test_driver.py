@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from grpo import config as module
 from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import training_rows
-from grpo.driver import Loop, MismatchError, guard_mismatch, throughput, train
+from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, throughput, train
 from grpo.progress import Progress
 from grpo.run_folder import RunFolder, reopen
 from grpo.saving import Saver
@@ -93,12 +94,16 @@ class TablePolicy:
 
     def optimizer_step(self, model: str) -> float:
         norm = self.learner.weight.grad.norm().item()
-        self.optimizer.step()
+        if np.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         return list(values)
+
+    def set_aside(self, minibatch: Sequence[Any], prepared: Sequence[Any], kl_coef: float) -> None:
+        self.calls.append("set aside")
 
     def step(self, steps: Sequence[Any]) -> StepResult:
         self.calls.append("step")
@@ -173,11 +178,13 @@ class Scripted:
 class Silent:
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.said: list[str] = []
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self.steps.append(step)
 
-    def say(self, text: str) -> None: ...
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 def make_config(tmp_path: Path, *overrides: str) -> Config:
@@ -505,6 +512,52 @@ def test_the_kl_coefficient_follows_its_target(tmp_path: Path) -> None:
     loop.folder.close()
     assert policy.kl_coefs == pytest.approx([0.1 * 0.8**n for n in range(6)])  # far below target: a fifth less a step
     assert [line["policy/kl_coef"] for line in lines(tmp_path)] == policy.kl_coefs
+
+
+def poisoned(loop: Loop, policy: TablePolicy, steps: set[int]) -> None:
+    """Make the advantages of these steps NaN."""
+    plain = policy.step
+
+    def step(rank_steps: Sequence[Any]) -> StepResult:
+        if loop.progress.step + 1 in steps:
+            for batch in (batch for minibatch in rank_steps[0].minibatches for batch in minibatch):
+                batch.advantages.fill_(float("nan"))
+        return plain(rank_steps)
+
+    policy.step = step  # type: ignore[method-assign]
+
+
+def test_a_step_that_is_not_finite_is_skipped_said_and_counted(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=9"))
+    poisoned(loop, policy, {2, 3, 5, 6, 8})
+    weights: list[torch.Tensor] = []
+    publish = policy.publish
+
+    def kept(policy_version: int, probe: Any, *, full_check: bool) -> Any:
+        weights.append(policy.learner.weight.detach().clone())
+        return publish(policy_version, probe, full_check=full_check)
+
+    policy.publish = kept  # type: ignore[method-assign]
+    train(loop)
+    loop.folder.close()
+    assert [line["optim/skipped_updates"] for line in lines(tmp_path)] == [0, 1, 1, 0, 1, 1, 0, 1, 0]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+    assert moved == [True, False, False, True, False, False, True, False, True]
+    assert [line.split(":")[0] for line in loop.reporter.said if "not finite" in line] == [  # type: ignore[attr-defined]
+        f"step {n}" for n in (2, 3, 5, 6, 8)
+    ]
+    for line in lines(tmp_path):
+        used = sum(line[f"gradient/{name}"] for name in ("no_spread", "stopped", "zero_advantage", "contributing"))
+        assert used == line["gradient/sampled"]
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=9"))
+    poisoned(loop, policy, {2, 4, 5, 6})
+    with pytest.raises(NonFiniteError, match=r"step 6: .*grpo replay.*3 steps in a row"):
+        train(loop)
+    loop.folder.close()
+    assert policy.calls.count("publish") == 1 + 5
 
 
 def group_of(rewards: list[float | None], index: int) -> Group:

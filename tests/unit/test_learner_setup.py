@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo.actors import refuse_distance
 from grpo.config import AlgorithmConfig, Config, CriticConfig, DataConfig, ModelConfig, RunConfig
-from grpo.learner.engine import load_policy
-from grpo.learner.heads import load_critic
+from grpo.learner.heads import load_critic, load_policy
 from grpo.learner.setup import lr_factor
 from grpo.types import UserError
 

@@ -14,7 +14,7 @@ import torch
 
 from grpo.batching import TrainingRow, rank_steps
 from grpo.config import AlgorithmConfig, CriticConfig
-from grpo.update import NonFiniteError, run_step
+from grpo.update import run_step
 from grpo.update.prepare import prepare
 from grpo.update.tally import Tally
 
@@ -37,6 +37,7 @@ class PlainEngine:
         }
         self.temperature = temperature
         self.boundaries: list[bool] = []
+        self.kept: list[list[int]] = []
         self.forwards = 0
 
     def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,9 +60,14 @@ class PlainEngine:
     def optimizer_step(self, model: str) -> float:
         parameters = (self.model if model == "policy" else self.critic).weight
         norm = float(parameters.grad.norm())
-        self.optimizers[model].step()
+        if math.isfinite(norm):
+            self.optimizers[model].step()
         self.optimizers[model].zero_grad()
         return norm
+
+    def set_aside(self, minibatch: Sequence[Any], prepared: Sequence[Any], kl_coef: float) -> None:
+        assert len(minibatch) == len(prepared)
+        self.kept.append([index for batch in minibatch for index in batch.rollout_index.tolist() if index >= 0])
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         return list(values)
@@ -187,15 +193,60 @@ def test_logprob_sums_come_back_per_rollout() -> None:
     assert tally.learner_logprob_sums == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_non_finite_loss_stops_before_the_weights_move() -> None:
+def test_a_loss_that_is_not_finite_moves_nothing() -> None:
     engine = PlainEngine()
     made = rows(engine)
     with torch.no_grad():
         engine.model.weight[3, 2] = float("nan")
     before = engine.model.weight.detach().clone()
-    with pytest.raises(NonFiniteError):
-        step(engine, lay_out([made]))
+    tally = step(engine, lay_out([made]))
     assert torch.equal(engine.model.weight.nan_to_num(7.0), before.nan_to_num(7.0))
+    assert [sorted(rows) for rows in engine.kept] == [[row.rollout_index for row in made]]
+    assert tally.extremes == {"optim/skipped_updates": 1, "policy/updates": 0, "policy/stopped_minibatches": 0}
+    assert tally.sums == {
+        "gradient/zero_advantage": [0, 0], "gradient/stopped": [sum(len(row.completion_ids) for row in made), 0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_update_that_is_not_finite_leaves_the_others_alone(lost: int) -> None:
+    """Of two minibatches; the last microbatch of the lost one is not the one at fault."""
+    engine, other = PlainEngine(), PlainEngine()
+    halves = [rows(engine, seed=5), rows(engine, seed=6)]
+    broken = [list(half) for half in halves]
+    broken[lost][0] = dataclasses.replace(broken[lost][0], advantage=math.nan)
+    tally = step(engine, lay_out(broken, budget=6))
+    expected = step(other, lay_out([halves[1 - lost]], budget=6))
+    assert torch.equal(engine.model.weight, other.model.weight)
+    assert len(engine.kept) == 1
+    assert tally.extremes["policy/updates"] == tally.extremes["optim/skipped_updates"] == 1
+    assert tally.sums["policy/loss"] == expected.sums["policy/loss"]
+    uses = sum(len(row.completion_ids) for row in halves[lost])
+    assert tally.sums["gradient/stopped"] == [uses, 0]
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_moves_nothing() -> None:
+    engine = PlainEngine()
+    made = rows(engine)
+    before = engine.model.weight.detach().clone()
+    engine.model.weight.register_hook(lambda gradient: gradient / 0)
+    tally = step(engine, lay_out([made]))
+    assert torch.equal(engine.model.weight, before)
+    assert len(engine.kept) == 1
+    assert "optim/grad_norm" not in tally.sums
+
+
+def test_a_critic_that_is_not_finite_stops_itself_only() -> None:
+    engine = PlainEngine()
+    made = rows(engine)
+    before = engine.model.weight.detach().clone()
+    engine.critic.weight.register_hook(lambda gradient: gradient * math.nan)
+    tally = step(engine, lay_out([made]), advantage="gae")
+    assert not torch.equal(engine.model.weight, before)
+    assert torch.equal(engine.critic.weight, torch.zeros(VOCABULARY, 1, dtype=torch.float64))
+    assert tally.extremes["optim/skipped_updates"] == 0
+    assert len(engine.kept) == 1
+    assert "value/loss" not in tally.sums
 
 
 def test_the_reference_pulls_back() -> None:

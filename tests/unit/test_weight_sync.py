@@ -15,6 +15,7 @@ from grpo.weight_sync import (
     buckets_of,
     checksum,
     read_shared_memory,
+    refuse_not_finite,
     verify,
 )
 
@@ -105,3 +106,13 @@ def test_a_good_sync_returns_the_probe_difference() -> None:
 def test_every_defect_is_named(changes: dict[str, object], words: str) -> None:
     with pytest.raises(WeightSyncError, match=words):
         verdict(**changes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named_and_refused(value: float) -> None:
+    broken = torch.zeros(3, 2, dtype=torch.bfloat16)
+    broken[2, 1] = value
+    fine = torch.full((4,), 3e38)
+    refuse_not_finite([("fine", fine)])
+    with pytest.raises(WeightSyncError, match="not finite, and are not published: b$"):
+        refuse_not_finite([("a", fine), ("b", broken)])

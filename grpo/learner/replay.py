@@ -1,0 +1,140 @@
+"""`grpo replay DUMP`: compute an update again that was not finite, and say where that began.
+
+One process, no DeepSpeed: the weights that the dump holds, plain torch on the GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from grpo import config as config_module
+from grpo.config import Config
+from grpo.learner import heads
+from grpo.objective.values import clipped_value_loss
+from grpo.types import Batch, UserError
+from grpo.update.prepare import Prepared, critic_ids
+from grpo.update.step import objective_terms
+
+
+def replay(folder: Path) -> list[str]:
+    """The report's lines on the dump `folder`. Raises UserError when it is none."""
+    files = sorted(folder.glob("rank-*.safetensors"))
+    if not files or not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no dump of an update: it has no rank-0.safetensors and config.yaml")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = config_module.load(folder / "config.yaml", [f"model.path={folder / 'model'}"])
+    model = heads.load_policy(config).to(device)
+    head = heads.install(model, config)
+    critic = None
+    if config.algorithm.advantage == "gae":
+        of_critic = dataclasses.replace(config.critic, path=str(folder / "model" / "critic"))
+        critic = heads.load_critic(dataclasses.replace(config, critic=of_critic)).to(device)
+    lines = [f"{folder}: {len(files)} ranks, {config.model.dtype} on {device}"]
+    lines += [f"weights: {name} {_counted(p)}" for name, p in model.named_parameters() if not _finite(p)]
+    for rank, file in enumerate(files):
+        for number, (batch, prepared, kl_coef) in enumerate(read(file)):
+            found = examine(model, head, config, batch, prepared, kl_coef, device)
+            if critic is not None:
+                found |= examine_critic(critic, config, batch, prepared, device)
+            where = f"rank {rank} microbatch {number}"
+            lines += [f"{where}: {name} {text}" for name, text in found.items()]
+    begins = next((line for line in lines[1:] if "not finite" in line), None)
+    lines.append(f"begins with {begins}" if begins else "everything is finite here: it took other hardware, or chance")
+    return lines
+
+
+def read(file: Path) -> list[tuple[Batch, Prepared, float]]:
+    """The microbatches of one rank. Raises UserError when the file cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            about = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - it is no mapping
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    out = []
+    for number in range(int(about["microbatches"])):
+        own = {name.split("/")[1]: t for name, t in tensors.items() if name.startswith(f"{number}/")}
+        batch = Batch(**{f.name: own[f.name] for f in dataclasses.fields(Batch)})
+        prepared = Prepared(**{f.name: own.get(f.name) for f in dataclasses.fields(Prepared)})  # type: ignore[arg-type]
+        out.append((batch, prepared, float(about["kl_coef"])))
+    return out
+
+
+def examine(
+    model: torch.nn.Module,
+    head: heads.LogprobHead,
+    config: Config,
+    batch: Batch,
+    prepared: Prepared,
+    kl_coef: float,
+    device: torch.device,
+) -> dict[str, str]:
+    """Name -> what is not finite of it, in the order in which a microbatch is computed; without any, the loss."""
+    model.zero_grad()
+    with head.targets(batch.target_ids.to(device), config.sampling.temperature):
+        logprobs, entropy = heads.unpack(model(input_ids=batch.input_ids.to(device), use_cache=False).logits)
+    given = {
+        "sampler_logprobs": batch.sampler_logprobs,
+        "old_logprobs": prepared.old_logprobs,
+        "ref_logprobs": prepared.ref_logprobs,
+        "advantages": prepared.advantages,
+    }
+    at = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
+    mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
+    terms = objective_terms(
+        logprobs=logprobs, entropy=entropy, old_logprobs=at.get("old_logprobs", logprobs.detach()),
+        ref_logprobs=at.get("ref_logprobs"), sampler_logprobs=at["sampler_logprobs"], advantages=at["advantages"],
+        mask=mask, kl_coef=kl_coef, algorithm=config.algorithm,
+    )  # fmt: skip
+    loss = (weights * terms.total).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = _wrong_tokens({
+        **at, "logprobs": logprobs, "entropy": entropy, "importance weight": terms.raw_weight,
+        "policy loss": terms.policy.loss, "total": terms.total,
+    }, mask, batch)  # fmt: skip
+    found |= _wrong_gradients(model)
+    return found or {"loss": f"{float(loss.detach()):.6g}, finite, and so is its gradient"}
+
+
+def examine_critic(
+    critic: torch.nn.Module, config: Config, batch: Batch, prepared: Prepared, device: torch.device
+) -> dict[str, str]:
+    """The same of the value loss; nothing where everything is finite."""
+    assert prepared.old_values is not None
+    assert prepared.returns is not None
+    critic.zero_grad()
+    mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
+    old, returns = prepared.old_values.to(device), prepared.returns.to(device)
+    values = critic(input_ids=critic_ids(batch).to(device), use_cache=False).logits[..., 0]
+    values = torch.where(mask, values.float()[:, :-1], 0.0)
+    token_loss, _ = clipped_value_loss(values, old, returns, eps=config.critic.clip)
+    (weights * token_loss).sum().backward()  # type: ignore[no-untyped-call]
+    tokens = {"old_values": old, "returns": returns, "values": values, "value loss": token_loss}
+    return _wrong_tokens(tokens, mask, batch) | _wrong_gradients(critic)
+
+
+def _wrong_tokens(tokens: dict[str, torch.Tensor], mask: torch.Tensor, batch: Batch) -> dict[str, str]:
+    found = {}
+    for name, tensor in tokens.items():
+        wrong = ~torch.isfinite(tensor.expand_as(mask)) & mask
+        if wrong.any():
+            rows = batch.rollout_index[wrong.any(1).cpu()].tolist()
+            found[name] = f"not finite at {int(wrong.sum())} of {int(mask.sum())} tokens, of rollouts {rows[:8]}"
+    return found
+
+
+def _wrong_gradients(model: torch.nn.Module) -> dict[str, str]:
+    wrong = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)}
+    return {f"gradient of {name}": _counted(gradient) for name, gradient in wrong.items()}
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _counted(tensor: torch.Tensor) -> str:
+    return f"not finite in {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} numbers"
