@@ -114,5 +114,5 @@ def test_weights_that_are_not_finite_are_named_and_refused(value: float) -> None
     broken[2, 1] = value
     fine = torch.full((4,), 3e38)
     refuse_not_finite([("fine", fine)])
-    with pytest.raises(WeightSyncError, match="not finite, and are not published: b$"):
+    with pytest.raises(WeightSyncError, match=r"not finite, and are not published: b$"):
         refuse_not_finite([("a", fine), ("b", broken)])
