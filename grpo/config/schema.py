@@ -219,6 +219,10 @@ class RewardConfig:
     """Try it before the run: the gold answer must score, a corrupted one must not."""
     timeout_s: float = 30.0
     """Deadline of one call; the worker is killed when it passes."""
+    memory_gib: float = 8.0
+    """Memory that it and what it starts may use; of several rewards the largest counts, as a worker runs all."""
+    env: tuple[str, ...] = ()
+    """Environment variables that it needs although they look like secrets, which are otherwise kept from rewards."""
 
     @property
     def function(self) -> str:

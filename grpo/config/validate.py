@@ -351,6 +351,10 @@ def _validate_rewards(c: Config) -> None:
     need(len(c.rewards) > 0, "rewards is empty: give at least one {file: reward_fns/x.py}")
     for i, reward in enumerate(c.rewards):
         need(reward.timeout_s > 0, f"rewards[{i}].timeout_s must be above 0, not {reward.timeout_s}")
+        need(
+            reward.memory_gib >= 0.25,
+            f"rewards[{i}].memory_gib={reward.memory_gib:g} is less than Python takes; nearest: 0.25",
+        )
     names = part_names(c.rewards)
     for name in names:
         twice = [i for i, other in enumerate(names) if other == name]

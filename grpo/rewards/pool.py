@@ -4,7 +4,7 @@ One thread pumps all workers. A job is a few calls on completions of one group; 
 answers every call by itself. How a call's deadline is measured: from the moment its job was sent, or, for the later
 calls of a job, from the moment the answer to the call before it was read. The parent reads late when it is busy, never
 early, and reads once more before it kills, so no call gets less than its time. A call past its deadline is killed with
-its process group and fails alone: the rest of its job goes to a fresh worker.
+all that it has started and fails alone: the rest of its job goes to a fresh worker.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from grpo.rewards.process import (
     failed,
     parse_answer,
     parse_greeting,
+    scrubbed,
     spec_of,
 )
 from grpo.types import Failed, FailureKind, Scored, UserError
@@ -97,7 +98,8 @@ class RewardPool:
         self._log_dir = log_dir
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._count = workers
-        self._environment = dict(os.environ)
+        self._memory_gib = max(reward.memory_gib for reward in rewards)
+        self._environment = scrubbed(os.environ, {name for reward in rewards for name in reward.env})
         """Of now: a child started while another thread changes the environment may find none at all (EFAULT)."""
         self._workers: dict[int, _Worker] = {}
         self._queue: deque[_Job] = deque()
@@ -260,8 +262,11 @@ class RewardPool:
                     worker.ready = True
                 elif worker.job is not None:
                     reward, items = worker.job.calls[0]
-                    self._answer(worker.job, parse_answer(line, self._names[reward], len(items)))
+                    parts, changed = parse_answer(line, self._names[reward], len(items))
+                    self._answer(worker.job, parts)
                     worker.job = worker.job if worker.job.calls else None
+                    if changed is not None:  # calls that it has answered since are asked again
+                        return self._replace(number, f"{self._names[reward]} has changed {changed}")
                 else:
                     raise ValueError("nothing was asked")
                 worker.since = time.monotonic()
@@ -315,14 +320,30 @@ class RewardPool:
             kind: FailureKind = "timeout" if timed_out else "worker_died"
             detail = f"ran longer than {self._rewards[reward].timeout_s:g} s" if timed_out else f"the worker {ending}"
             self._answer(worker.job, [failed(self._names[reward], kind, detail)] * len(items))
-            if worker.job.calls:
-                with self._lock:
-                    self._queue.appendleft(worker.job)
+        self._requeue(worker)
         self._start(number)
+
+    def _replace(self, number: int, why: str) -> None:
+        """A worker whose surroundings a call has changed: the next sample is scored by a fresh one."""
+        worker = self._workers.pop(number)
+        self._selector.unregister(worker.process.socket)
+        worker.process.kill()
+        with (self._log_dir / f"reward-worker-{number}.log").open("a", encoding="utf-8") as log:
+            log.write(f"replaced: {why}\n")
+        self._requeue(worker)
+        self._start(number)
+
+    def _requeue(self, worker: _Worker) -> None:
+        if worker.job is not None and worker.job.calls:
+            with self._lock:
+                self._queue.appendleft(worker.job)
 
     def _start(self, number: int) -> None:
         process = WorkerProcess(
-            self._specs, environment=self._environment, log=self._log_dir / f"reward-worker-{number}.log"
+            self._specs,
+            environment=self._environment,
+            memory_gib=self._memory_gib,
+            log=self._log_dir / f"reward-worker-{number}.log",
         )
         self._workers[number] = _Worker(process=process, since=time.monotonic())
         unsent = selectors.EVENT_WRITE if process.has_unsent else 0

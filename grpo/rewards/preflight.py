@@ -12,7 +12,7 @@ from pathlib import Path
 
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
-from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, spec_of
+from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of
 from grpo.types import Failed, Scored, UserError
 
 ANY_COMPLETION = "no answer"
@@ -44,7 +44,12 @@ def check_loads(
     """
     for i, (reward, file) in enumerate(zip(rewards, files, strict=True)):
         where = f"rewards[{i}]: {reward.file}"
-        worker = WorkerProcess([spec_of(i, reward, file, columns)], environment=dict(os.environ), log=None)
+        worker = WorkerProcess(
+            [spec_of(i, reward, file, columns)],
+            environment=scrubbed(os.environ, reward.env),
+            memory_gib=reward.memory_gib,
+            log=None,
+        )
         until, lines, more = time.monotonic() + deadline_s, list[bytes](), True
         try:
             while not lines and more and time.monotonic() < until:

@@ -6,27 +6,33 @@ other people's code: it is parsed into numbers and short texts, or refused.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from grpo.config import RewardConfig
-from grpo.rewards import worker
+from grpo.rewards import keeper, worker
 from grpo.types import Failed, FailureKind, UserError
 
 START_S = 120.0
 """Deadline for a worker to load the reward files."""
+KEEPER_S = 10.0
+"""How long a keeper may take to kill what it keeps."""
+SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|KEY|CREDENTIALS?|AUTH|COOKIE|PAT)(_|$)"
+)
+SECRET_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 MAX_LINE_BYTES = 1 << 22
 MAX_DETAIL = 300
 
@@ -57,31 +63,33 @@ def spec_of(index: int, reward: RewardConfig, file: Path, columns: Sequence[str]
 class WorkerProcess:
     """A started worker, told to load `specs`. Its prints are appended to `log`, or dropped.
 
-    The thread that makes it must outlive it: Linux sends the parent-death signal when the starting *thread* ends.
+    Between this process and it stands its keeper (`grpo.rewards.keeper`), which ends when nothing of it is left.
     """
 
-    def __init__(self, specs: Sequence[Mapping[str, Any]], *, environment: Mapping[str, str], log: Path | None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[Mapping[str, Any]],
+        *,
+        environment: Mapping[str, str],
+        memory_gib: float,
+        log: Path | None,
+    ) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.setblocking(False)
+        self._memory_gib = memory_gib
         self._outgoing = bytearray()
         self._incoming = bytearray()
         with theirs, (log or Path(os.devnull)).open("ab") as prints:
             self._process = subprocess.Popen(
-                # By its path and with -P: another `grpo` or a `json.py` in the working directory is not picked up.
-                # -u: the prints of a function that is killed in the middle are those one wants to read.
-                [sys.executable, "-P", "-u", worker.__file__, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-P", keeper.__file__, str(theirs.fileno()), str(int(memory_gib * 2**30))],
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=prints,
                 stderr=prints,
                 pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # its own process group: killed whole, and Ctrl-C does not reach it
+                start_new_session=True,  # Ctrl-C does not reach it
             )
         self.send(pickle.dumps(list(specs)))
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     @property
     def has_unsent(self) -> bool:
@@ -124,10 +132,10 @@ class WorkerProcess:
         """Whether it has ended; its status stays to be read by `kill`."""
         if self._process.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self, *, patience_s: float = 0.0) -> str:
-        """Kill it and everything in its process group; says how it ended.
+        """Kill it and everything that it has started; says how it ended.
 
         A worker whose socket has closed may need `patience_s` to be seen dead by its own doing rather than by ours.
         """
@@ -135,16 +143,33 @@ class WorkerProcess:
         while not self.exited() and time.monotonic() < until:
             time.sleep(0.002)
         alone = self.exited()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        code = self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # what the keeper waits for
+        try:
+            code = self._process.wait(timeout=KEEPER_S)
+        except subprocess.TimeoutExpired:  # stopped, by the code it keeps
+            self._process.kill()
+            code = self._process.wait()
         self.socket.close()
+        if code == keeper.TOO_MANY:
+            return f"had more than {keeper.MAX_PROCESSES} processes"
+        if code == keeper.TOO_LARGE:
+            return f"and what it started used more than memory_gib={self._memory_gib:g}"
         if not alone:
             return "closed or broke its connection"
         if code >= 0:
             return f"exited with code {code}"
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""
         return f"was killed by {signal.Signals(-code).name}{memory}"
+
+
+def scrubbed(environment: Mapping[str, str], passed: Collection[str]) -> dict[str, str]:
+    """`environment` without what looks like a secret, by its name or as a password in a URL, but for `passed`."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in passed or not (SECRET_NAME.search(name.upper()) or SECRET_URL.search(value))
+    }
 
 
 def parse_greeting(line: bytes) -> str | None:
@@ -160,8 +185,9 @@ def parse_greeting(line: bytes) -> str | None:
     return cast(str, message["load_error"])
 
 
-def parse_answer(line: bytes, name: str, count: int) -> list[Part]:
-    """The answer to one call of the reward `name` on `count` completions.
+def parse_answer(line: bytes, name: str, count: int) -> tuple[list[Part], str | None]:
+    """The answer to one call of the reward `name` on `count` completions, and what the call has changed of the worker's
+    surroundings, so that it is not to be used again.
 
     Raises ValueError when it is anything else.
     """
@@ -169,7 +195,8 @@ def parse_answer(line: bytes, name: str, count: int) -> list[Part]:
     results = message.get("results") if isinstance(message, dict) else None
     if not isinstance(results, list) or len(results) != count:
         raise ValueError("no results of this call")
-    return [_parse_result(result, name) for result in results]
+    changed = message.get("changed")
+    return [_parse_result(result, name) for result in results], None if changed is None else str(changed)[:100]
 
 
 def _parse_result(result: Any, name: str) -> Part:

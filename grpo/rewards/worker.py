@@ -1,4 +1,4 @@
-"""A reward worker: `python -P worker.py FD PARENT`, started by `grpo.rewards.process`, one call at a time.
+"""A reward worker: `python -P worker.py FD PARENT MEMORY_BYTES`, started by its keeper, one call at a time.
 
 From the parent come pickles behind their length, made by us from the data set's rows. Back goes one line of JSON per
 call, in order, so that the parent unpickles nothing that a reward function touched. Each line also tells the parent
@@ -8,6 +8,7 @@ must be replaced in a fraction of a second.
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import importlib.util
 import inspect
@@ -15,8 +16,12 @@ import json
 import math
 import os
 import pickle
+import random
+import re
+import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +29,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PR_SET_PDEATHSIG = 1
+FILE_BYTES = 1 << 28
+"""Largest file that a reward function may write."""
+LOG_BYTES = 1 << 24
+"""A log that has grown beyond this is cut before the next call."""
 HEADER_BYTES = 8
 """Length of the pickle that follows, little endian."""
 NOT_GIVEN = ("completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric", "environments")
@@ -59,11 +68,15 @@ class Reward:
         return {name: value for name, value in arguments.items() if self.names is None or name in self.names}
 
 
-def main(fd: int, parent: int) -> None:
-    """Load what the first message names, then answer calls until the parent closes the socket."""
+def main(fd: int, parent: int, memory_bytes: int) -> None:
+    """Load what the first message names, then answer calls until the driver closes the socket."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above, so that no signal will come
         return
+    for limit, value in (
+        (resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_CORE, 0),
+    ):  # fmt: skip
+        resource.setrlimit(limit, (value, value))
     sys.path.append(os.getcwd())  # reward files may import what lies there, but nothing there hides a module
     os.set_inheritable(fd, False)  # a process that a reward function starts must not keep the socket open
     stream = os.fdopen(fd, "rb", closefd=False)
@@ -71,11 +84,17 @@ def main(fd: int, parent: int) -> None:
         rewards = [load(spec) for spec in pickle.loads(receive(stream))]
     except LoadError as error:
         return send(fd, {"load_error": str(error)})
+    surroundings, own = Surroundings(), os.getpid()
     send(fd, {"ready": True})
     while message := receive(stream):
         job = pickle.loads(message)
         for reward, items in job["calls"]:
-            send(fd, {"results": call(rewards[reward], job["context"], items)})
+            if os.fstat(1).st_size > LOG_BYTES:
+                os.ftruncate(1, 0)
+            results = call(rewards[reward], job["context"], items)
+            if os.getpid() != own:  # a copy that the function has forked: only one may answer
+                os._exit(0)
+            send(fd, {"results": results} | ({"changed": name} if (name := surroundings.changed()) else {}))
 
 
 def receive(stream: BinaryIO) -> bytes:
@@ -87,6 +106,35 @@ def send(fd: int, message: Mapping[str, Any]) -> None:
     line = memoryview(json.dumps(message).encode() + b"\n")
     while line:
         line = line[os.write(fd, line) :]
+
+
+class Surroundings:
+    """What one call may change under the next: built-in names, functions of the standard library, and the like."""
+
+    def __init__(self) -> None:
+        watched = (builtins, json, math, os, pickle, random, re, signal, time)
+        self._modules = [(module, dict(vars(module))) for module in watched]
+        self._others = self._look()
+
+    def changed(self) -> str | None:
+        """The first thing that is not as it was, if any. What was added to a module does not count."""
+        for module, before in self._modules:
+            now = vars(module)
+            if now != before:  # dictionaries are compared in a microsecond
+                for name, value in before.items():
+                    if name != "_" and now.get(name) is not value and now.get(name) != value:
+                        return f"{module.__name__}.{name}"
+        others = self._look()
+        return next((name for name, value in self._others.items() if others[name] != value), None)
+
+    def _look(self) -> dict[str, Any]:
+        return {
+            "sys.stdout": sys.stdout,
+            "sys.stderr": sys.stderr,
+            "the working directory": os.getcwd(),
+            "the alarm": signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0),
+            "the limit on memory": resource.getrlimit(resource.RLIMIT_DATA),
+        }
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -346,4 +394,4 @@ def user_place(error: BaseException, file: str, shown: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import subprocess
 import sys
 import textwrap
@@ -18,10 +17,9 @@ import psutil
 import pytest
 
 from grpo.config import RewardConfig
-from grpo.rewards import worker
 from grpo.rewards.pool import RewardItem, RewardPool, locate
 from grpo.rewards.preflight import check_loads, corrupt, try_out
-from grpo.rewards.process import parse_answer, parse_greeting, spec_of
+from grpo.rewards.process import parse_answer, parse_greeting
 from grpo.types import Failed, Scored, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +32,13 @@ def f(completion, row):
     return eval(completion)
 """
 """A reward function that does what the completion says."""
+
+DAEMON = """
+import subprocess, sys
+def daemon():
+    code = "import os, time\\nif os.fork(): os._exit(0)\\nos.setsid()\\ntime.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", code], env={}, start_new_session=True).wait()
+"""
 
 Write = Callable[..., RewardConfig]
 
@@ -463,10 +468,10 @@ def test_close_leaves_nobody_and_ends_every_wait(write: Write, tmp_path: Path) -
     futures = [pool.submit(items(["x"] * 20)) for _ in range(3)]
     until = time.monotonic() + 30
     children: list[psutil.Process] = []
-    while time.monotonic() < until and len(children) < 4:  # two workers and what each has started
+    while time.monotonic() < until and len(children) < 6:  # two keepers, two workers and what each has started
         children = psutil.Process().children(recursive=True)
         time.sleep(0.05)
-    assert len(children) == 4
+    assert len(children) == 6
     futures[2].cancel()
     pool.close()
     pool.close()
@@ -479,29 +484,40 @@ def test_close_leaves_nobody_and_ends_every_wait(write: Write, tmp_path: Path) -
         pool.submit(items(["x"]))
 
 
-def test_a_worker_dies_with_a_killed_parent(write: Write) -> None:
-    hang = write("import time\ndef f(completion, row): print('in the call', flush=True); time.sleep(600)")
-    specs = pickle.dumps([spec_of(0, hang, Path(hang.file))])
-    job = pickle.dumps({"context": pickle.dumps(({}, None)), "calls": [(0, [("", {})])]})
-    messages = b"".join(len(m).to_bytes(8, "little") + m for m in (specs, job))
+@pytest.mark.parametrize("struck", ["driver", "keeper"])
+def test_nothing_outlives_a_killed_driver_or_keeper(struck: str, write: Write, tmp_path: Path) -> None:
+    """The function has started a process that has left its session, its parent and its environment."""
+    hang = write(DAEMON + "import time\ndef f(completion, row):\n    daemon()\n    time.sleep(600)\n")
     code = f"""
-import os, socket, subprocess, sys, time
-ours, theirs = socket.socketpair()
-ours.sendall({messages!r})
-subprocess.Popen([sys.executable, {worker.__file__!r}, str(theirs.fileno()), str(os.getpid())],
-                 pass_fds=(theirs.fileno(), ours.fileno()), start_new_session=True)
+import sys, time
+from pathlib import Path
+from grpo.config import RewardConfig
+from grpo.rewards.pool import RewardItem, RewardPool
+pool = RewardPool([RewardConfig(file={hang.file!r}, name="f")], files=[Path({hang.file!r})], workers=1,
+                  log_dir=Path({str(tmp_path)!r}))
+pool.submit([RewardItem(completion="x", row={{}}, messages=None, info={{}})])
 time.sleep(600)
-"""  # the worker holds both ends, so that only the signal can end it
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    with parent.stdout:
-        assert parent.stdout.readline() == "in the call\n"
-    children = psutil.Process(parent.pid).children()
-    parent.kill()
-    parent.wait()
-    assert len(children) == 1
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert alive == []
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        below: dict[str, psutil.Process] = {}
+        until = time.monotonic() + PATIENCE_S
+        while "daemon" not in below and time.monotonic() < until:
+            time.sleep(0.2)
+            every = [(p, " ".join(p.cmdline())) for p in psutil.Process(driver.pid).children(recursive=True)]
+            known = {"keeper.py": "keeper", "worker.py": "worker", "os.setsid()": "daemon"}
+            below = {name: p for p, command in every for word, name in known.items() if word in command}
+            if "daemon" in below and below["daemon"].ppid() != below["keeper"].pid:  # it has not detached itself yet
+                del below["daemon"]
+        assert below.keys() == {"keeper", "worker", "daemon"}
+        if struck == "keeper":  # that takes the worker with it; what it kept goes to the driver's side
+            below.pop("daemon").kill()
+        below["keeper"].kill() if struck == "keeper" else driver.kill()
+        _, alive = psutil.wait_procs(below.values(), timeout=10)
+        assert alive == []
+    finally:
+        driver.kill()
+        driver.wait()
 
 
 def test_workers_keep_the_environment_that_the_pool_was_made_in(

@@ -1,0 +1,118 @@
+"""The keeper of a reward worker: `python -P keeper.py FD MEMORY_BYTES`, started by `grpo.rewards.process`.
+
+Starts the worker and stays its parent, so that whatever a reward function starts, however it detaches itself, comes
+back to this process: Linux hands orphans to the nearest ancestor that has asked for them. When the worker ends, the
+driver closes the pipe that is standard input here or dies, or a limit is passed, everything below is killed; the end of
+this process is the proof that nothing is left.
+
+Runs none of the user's code. Exit: as the worker ended, or one of the codes below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+WORKER = str(Path(__file__).with_name("worker.py"))
+LOOK_S = 0.2
+"""How often the limits are looked at."""
+MAX_PROCESSES = 64
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TOO_MANY, TOO_LARGE = 90, 91
+"""Exit codes: more than MAX_PROCESSES processes; more than MEMORY_BYTES in all of them together."""
+
+
+def main(fd: int, memory_bytes: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    worker = subprocess.Popen(
+        # By its path and with -P: another `grpo` or a `json.py` in the working directory is not picked up.
+        # -u: the prints of a function that is killed in the middle are those one wants to read.
+        [sys.executable, "-P", "-u", WORKER, str(fd), str(os.getpid()), str(memory_bytes)],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(fd,),
+        start_new_session=True,
+    )
+    os.close(fd)  # its end is to be seen when the worker's is
+    ended = os.pidfd_open(worker.pid)
+    over = 0
+    while not over and not select.select([0, ended], [], [], LOOK_S)[0]:
+        reap_orphans(worker.pid)
+        over = passed(memory_bytes)
+    code = kill_all(worker.pid)
+    if over:
+        os._exit(over)
+    if code < 0:
+        os.kill(os.getpid(), signal.SIGKILL if -code in IGNORED else -code)
+    os._exit(code)
+
+
+def passed(memory_bytes: int) -> int:
+    """The exit code of the limit that the processes below this one have passed, or 0."""
+    below = descendants(os.getpid())
+    if len(below) > MAX_PROCESSES:
+        return TOO_MANY
+    return TOO_LARGE if sum(map(resident, below)) > memory_bytes else 0
+
+
+def reap_orphans(worker: int) -> None:
+    """Take leave of what has come back here and ended; the worker's own end is looked at elsewhere."""
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while (ended := os.waitid(os.P_ALL, 0, flags)) is not None and ended.si_pid != worker:
+        os.waitpid(ended.si_pid, 0)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`, however deep."""
+    found: list[int] = []
+    todo = [pid]
+    while todo:
+        try:
+            tasks = list(Path(f"/proc/{todo.pop()}/task").iterdir())
+            children = [int(text) for task in tasks for text in (task / "children").read_text().split()]
+        except OSError:  # it has ended
+            continue
+        found += children
+        todo += children
+    return found
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process that are its own."""
+    try:
+        pages, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
+    except OSError:
+        return 0
+    return (int(pages) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+
+
+def kill_all(worker: int) -> int:
+    """Kill everything below this process until nothing is left; how the worker ended, as subprocess gives it.
+
+    The worker's group goes at once, since a process that is being killed cannot fork any more.
+    """
+    code = 0
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker, signal.SIGKILL)
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            pid, status = os.waitpid(-1, 0)
+        except ChildProcessError:
+            return code
+        if pid == worker:
+            code = os.waitstatus_to_exitcode(status)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
