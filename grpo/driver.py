@@ -227,7 +227,7 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
     started = time.monotonic()
     result: StepResult | None = None
     try:
-        enforce_failure_budget(sampled.every, config.algorithm.max_failed_fraction)
+        enforce_failure_budget(sampled.every, config.algorithm)
         credit = training_rows(sampled.groups, sampled.unused, config, at.step)
         steps = rank_steps(
             credit.minibatches,
@@ -398,7 +398,7 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
         reward_timeout_s=config.cluster.step_timeout_s,
     )
     loop.folder.write_samples(f"eval-{step:06d}", step, collected.groups, {})
-    enforce_failure_budget(collected.groups, config.algorithm.max_failed_fraction)
+    enforce_failure_budget(collected.groups, config.algorithm)
     evaluation = evaluate_groups(collected.groups, part_names(config.rewards)[0])
     if step == 0:
         loop.folder.log_metrics(0, eval_metrics(evaluation))

@@ -5,6 +5,7 @@ Used for training steps and for evaluation alike; what differs is the settings a
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from grpo.config import AlgorithmConfig
 from grpo.rewards.pool import RewardItem
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, SampledBlock, SampleRequest, Scored, UserError
 
@@ -81,8 +83,8 @@ def collect(
         decoded = decode([completions[p][i].token_ids for p in complete for i in range(samples_per_prompt)])
         for n, p in enumerate(complete):
             texts[p] = decoded[n * samples_per_prompt : (n + 1) * samples_per_prompt]
-            ordered = [completions[p][i] for i in range(samples_per_prompt)]
-            scores[p] = scorer.submit(reward_items(prompts[p], ordered, texts[p], step))
+            items = reward_items(prompts[p], [completions[p][i] for i in range(samples_per_prompt)], texts[p], step)
+            scores[p] = scorer.submit([item for i, item in enumerate(items) if is_whole(completions[p][i])])
     sampled = time.monotonic()
     missing = [prompts[p].prompt_id for p, future in enumerate(scores) if future is None]
     if missing:
@@ -93,6 +95,11 @@ def collect(
         if future is not None
     )
     return Collected(groups=groups, sample_s=sampled - started, reward_s=time.monotonic() - sampled)
+
+
+def is_whole(completion: Completion) -> bool:
+    """Whether the sampler has a logprob for each of its tokens; else its generation has failed."""
+    return bool(np.isfinite(completion.sampler_logprobs).all())
 
 
 def rewards_of(future: Future[list[Scored | Failed]], prompt: Prompt, timeout_s: float) -> list[Scored | Failed]:
@@ -149,29 +156,45 @@ def reward_items(
 def make_group(
     prompt: Prompt, completions: dict[int, Completion], texts: Sequence[str], outcomes: Sequence[Scored | Failed]
 ) -> Group:
-    """Put the pieces of one group together."""
+    """Put the pieces of one group together. `outcomes`: of the completions that are whole."""
+    scored = iter(outcomes)
+    lost = Failed(kind="generation", detail="the sampler gave no finite logprob for every token")
     return Group(
         prompt=prompt,
         rollouts=tuple(
-            Rollout(prompt=prompt, completion=completions[i], text=text, outcome=outcome)
-            for i, (text, outcome) in enumerate(zip(texts, outcomes, strict=True))
+            Rollout(
+                prompt=prompt,
+                completion=completions[i],
+                text=text,
+                outcome=next(scored) if is_whole(completions[i]) else lost,
+            )
+            for i, text in enumerate(texts)
         ),
     )
 
 
-def enforce_failure_budget(groups: Sequence[Group], max_failed_fraction: float) -> None:
-    """Stop when too many rewards failed, showing the first ones: they have no number and cannot be trained on.
+def enforce_failure_budget(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
+    """Stop when too many rollouts failed, of all or of one kind, and show the first of each kind with its input: they
+    have no number and cannot be trained on.
 
     Raises UserError.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    failed = [(r, r.outcome) for r in rollouts if isinstance(r.outcome, Failed)]
-    if len(failed) > max_failed_fraction * len(rollouts):
-        shown = "; ".join(
-            f"{outcome.kind}: {outcome.detail} (prompt {r.prompt.prompt_id}, completion {r.text[:80]!r})"
-            for r, outcome in failed[:3]
-        )
-        raise UserError(
-            f"{len(failed)} of {len(rollouts)} rewards failed, more than algorithm.max_failed_fraction="
-            f"{max_failed_fraction:g} allows; the first: {shown}"
-        )
+    failed: dict[str, list[str]] = {}
+    for r in rollouts:
+        if isinstance(r.outcome, Failed):
+            said = f"{r.outcome.detail} (prompt {r.prompt.prompt_id}, completion {r.text[:80]!r})"
+            failed.setdefault(r.outcome.kind, []).append(said)
+    counts = {"": sum(map(len, failed.values()))} | {kind: len(every) for kind, every in failed.items()}
+    bounds = {"": ("algorithm.max_failed_fraction", algorithm.max_failed_fraction)} | {
+        kind: (f"algorithm.max_failed_of.{kind}", bound)
+        for kind, bound in dataclasses.asdict(algorithm.max_failed_of).items()
+    }
+    for kind, (option, bound) in bounds.items():
+        if bound is not None and counts.get(kind, 0) > bound * len(rollouts):
+            option = f"max_failed_of.{kind}" if kind else "max_failed_fraction"
+            shown = [f"{k} ({len(every)}): {every[0]}" for k, every in failed.items() if kind in ("", k)]
+            raise UserError(
+                f"{counts[kind]} of {len(rollouts)} rollouts failed{f' by {kind}' if kind else ''}, more than "
+                f"algorithm.{option}={bound:g} allows; the first of each kind: {'; '.join(shown)}"
+            )

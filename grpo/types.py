@@ -23,8 +23,11 @@ if TYPE_CHECKING:  # `grpo --help` and a misspelt option need not wait for torch
 FinishReason = Literal["stop", "length"]
 """Why the engine ended a completion: it sampled an end token or stop string, or ran out of `max_tokens`."""
 
-FailureKind = Literal["exception", "timeout", "not_finite", "wrong_type", "wrong_count", "worker_died", "abstained"]
-"""What went wrong with a reward. `abstained`: every part returned None."""
+FailureKind = Literal[
+    "generation", "exception", "timeout", "not_finite", "wrong_type", "wrong_count", "worker_died", "abstained"
+]
+"""What went wrong with a rollout. `generation`: the sampler gave no finite logprob for each token, so that nothing was
+scored; the others are of rewards. `abstained`: every part returned None."""
 
 
 class UserError(Exception):
@@ -72,7 +75,7 @@ class SampledBlock:
     token_ids: NDArray[np.int32]
     """[K]"""
     sampler_logprobs: NDArray[np.float32]
-    """[K]"""
+    """[K]; NaN behind the last token of a request that the engine gave up."""
     policy_versions: NDArray[np.int32]
     """[K]"""
     truncated: NDArray[np.bool_]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,16 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 ARITHMETIC = ROOT / "recipes" / "tiny" / "arithmetic"
 sys.path.insert(0, str(ROOT / "recipes"))
+# a busy machine is no failure; in CI the same examples are tried each time
+settings.register_profile(
+    "here", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")

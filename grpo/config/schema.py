@@ -125,6 +125,20 @@ class LearnerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FailureBudget:
+    """Shares of a step's rollouts that may fail by one kind (`grpo.types.FailureKind`). None: only the sum counts."""
+
+    generation: float | None = None
+    exception: float | None = None
+    timeout: float | None = None
+    not_finite: float | None = None
+    wrong_type: float | None = None
+    wrong_count: float | None = None
+    worker_died: float | None = None
+    abstained: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
     """docs/objectives.md has the formula, paper and use of every choice; which go together is in
     `grpo.objective.legal`."""
@@ -201,7 +215,8 @@ class AlgorithmConfig:
     """A prompt whose completions all reach this reward is not drawn again. None: off."""
 
     max_failed_fraction: float = 0.1
-    """The run stops when more than this share of a step's rewards failed."""
+    """The run stops when more than this share of a step's rollouts failed, by whatever kind."""
+    max_failed_of: FailureBudget = FailureBudget()
     max_mismatch: float | None = None
     """The run stops when |sampler - learner| logprob exceeds this on any token. None: 1e-3 in float32; in bfloat16
     it is measured and logged only."""

@@ -272,6 +272,12 @@ def _validate_corrections(c: Config) -> None:
     )
     fraction = a.max_failed_fraction
     need(0 <= fraction <= 1, f"algorithm.max_failed_fraction must lie between 0 and 1, not {fraction}")
+    for kind, bound in dataclasses.asdict(a.max_failed_of).items():
+        need(
+            bound is None or 0 <= bound < fraction,
+            f"algorithm.max_failed_of.{kind}={bound} must not be negative, and below algorithm.max_failed_fraction="
+            f"{fraction:g}, which bounds all kinds together",
+        )
     need(a.constant_length is None or a.constant_length > 0, "algorithm.constant_length must be above 0")
     need(a.max_mismatch is None or a.max_mismatch > 0, f"algorithm.max_mismatch must be above 0, not {a.max_mismatch}")
 

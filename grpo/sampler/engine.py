@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -158,31 +160,32 @@ def engine_seed(run_seed: int, index: int) -> int:
 
 
 def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:
-    """Finished requests of the engine as columns.
-
-    Raises RuntimeError when the engine ended a request otherwise than by an end token or its length.
-    """
+    """Finished requests of the engine as columns. What ended otherwise than by an end token or its length has NaN for
+    its last logprob, by which the driver knows it for a failed generation."""
     names = [output.request_id.partition("/") for output in outputs]
-    samples = [output.outputs[0] for output in outputs]
-    lengths = [len(sample.token_ids) for sample in samples]
-    for sample, length in zip(samples, lengths, strict=True):
-        if sample.finish_reason not in ("stop", "length") or len(sample.logprobs) != length:
-            raise RuntimeError(
-                f"vLLM ended a request with {length} tokens, {len(sample.logprobs)} logprobs and finish reason "
-                f"{sample.finish_reason!r}"
-            )
+    samples = [taken(output.outputs[0]) for output in outputs]
+    lengths = [len(token_ids) for token_ids, _, _ in samples]
     total = sum(lengths)
     return SampledBlock(
         index=np.asarray([int(index) for index, _, _ in names], dtype=np.int32),
         sample_index=np.asarray([int(i) for _, _, i in names], dtype=np.int32),
         lengths=np.asarray(lengths, dtype=np.int32),
-        token_ids=np.fromiter(chain.from_iterable(s.token_ids for s in samples), dtype=np.int32, count=total),
-        sampler_logprobs=np.fromiter(
-            chain.from_iterable(s.logprobs.logprobs for s in samples), dtype=np.float32, count=total
-        ),
+        token_ids=np.fromiter(chain.from_iterable(ids for ids, _, _ in samples), dtype=np.int32, count=total),
+        sampler_logprobs=np.fromiter(chain.from_iterable(lp for _, lp, _ in samples), dtype=np.float32, count=total),
         policy_versions=np.full(total, policy_version, dtype=np.int32),
-        truncated=np.asarray([sample.finish_reason == "length" for sample in samples], dtype=np.bool_),
+        truncated=np.asarray([reason == "length" for _, _, reason in samples], dtype=np.bool_),
     )
+
+
+def taken(sample: Any) -> tuple[Sequence[int], Sequence[float], str]:
+    """(token ids, logprobs, finish reason) of a completion."""
+    ids, logprobs, reason = sample.token_ids, sample.logprobs.logprobs, sample.finish_reason
+    if reason in ("stop", "length") and len(ids) == len(logprobs) > 0:
+        return ids, logprobs, reason
+    said = "vLLM ended a request with %d tokens, %d logprobs and finish reason %r"
+    logging.getLogger(__name__).warning(said, len(ids), len(logprobs), reason)
+    count = min(len(ids), len(logprobs))
+    return [*ids[:count], 0], [*logprobs[:count], math.nan], "length"
 
 
 def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:

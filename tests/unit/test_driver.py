@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo import config as module
+from grpo.batching import rank_steps
 from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import training_rows
@@ -284,7 +285,9 @@ def test_failed_rewards_are_counted_and_never_trained_on(tmp_path: Path) -> None
 
 def test_too_many_failures_stop_the_run_and_show_the_first(tmp_path: Path) -> None:
     loop, policy = make_loop(tmp_path, make_config(tmp_path), CountTwos(fail_every=4))
-    with pytest.raises(UserError, match=r"8 of 32 rewards failed.*exception: planted"):
+    with pytest.raises(
+        UserError, match=r"8 of 32 rollouts failed, .*max_failed_fraction=0.1 .*exception \(8\): planted"
+    ):
         train(loop)
     loop.folder.close()
     assert "step" not in policy.calls
@@ -292,6 +295,68 @@ def test_too_many_failures_stop_the_run_and_show_the_first(tmp_path: Path) -> No
     assert len(table) == 32  # the step that stopped the run is the one to look at
     assert (table.failed == "exception").sum() == 8
     assert loop.folder.facts["steps"] == 0
+
+
+def test_one_kind_of_failure_may_have_a_budget_of_its_own(tmp_path: Path) -> None:
+    options = ["algorithm.max_failed_fraction=0.5", "algorithm.max_failed_of.timeout=0.0"]
+    loop, _ = make_loop(tmp_path, make_config(tmp_path, *options, "run.steps=2"), CountTwos(fail_every=4))
+    train(loop)  # a quarter by exception, and none by timeout
+    loop.folder.close()
+    options.append("algorithm.max_failed_of.exception=0.2")
+    (tmp_path / "b").mkdir()
+    loop, _ = make_loop(tmp_path / "b", make_config(tmp_path, *options), CountTwos(fail_every=4))
+    with pytest.raises(UserError, match=r"8 of 32 rollouts failed by exception, .*max_failed_of.exception=0.2 allows"):
+        train(loop)
+    loop.folder.close()
+
+
+class Faulty(TablePolicy):
+    """Gives up a twentieth of its generations in their middle."""
+
+    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]:
+        for block in super().sample(requests, settings):
+            if (int(block.index[0]) * 8 + int(block.sample_index[0])) % 20 == 3:
+                logprobs = np.append(block.sampler_logprobs[:-1], np.float32("nan"))
+                block = dataclasses.replace(block, sampler_logprobs=logprobs)
+            yield block
+
+
+@pytest.mark.parametrize("advantage", ["group_normalized", "leave_one_out", "batch_normalized", "reinforce_pp"])
+def test_survivors_learn_as_if_the_failed_had_never_been(advantage: str, tmp_path: Path) -> None:
+    """A tenth of the rewards and a twentieth of the generations fail; one step with them, and one without."""
+    options = ["run.steps=1", "algorithm.prompts_per_step=10", "algorithm.max_failed_fraction=0.5"]
+    config = make_config(tmp_path, *options, f"algorithm.advantage={advantage}")
+    loop, _ = make_loop(tmp_path, config, CountTwos(fail_every=10))
+    policy = Faulty(config)
+    loop = dataclasses.replace(loop, engines=policy)
+    kept: list[Group] = []
+    write = loop.folder.write_samples
+
+    def seen(name: str, number: int, groups: Sequence[Group], sums: Mapping[int, float]) -> None:
+        kept.extend(groups)
+        write(name, number, groups, sums)
+
+    loop.folder.write_samples = seen  # type: ignore[method-assign]
+    train(loop)
+    loop.folder.close()
+    [line] = lines(tmp_path)
+    assert line["reward/failed_generation"] == 4
+    assert line["reward/failed_exception"] == 7  # of the 76 that were scored
+    without = [
+        dataclasses.replace(group, rollouts=tuple(r for r in group.rollouts if isinstance(r.outcome, Scored)))
+        for group in kept
+    ]
+    assert sum(len(group.rollouts) for group in without) == 80 - 4 - 7
+    credit = training_rows(without, [], config, 0)
+    other = TablePolicy(config)
+    other.step(
+        rank_steps(
+            credit.minibatches, ranks=1, tokens_per_microbatch=config.learner.tokens_per_microbatch,
+            aggregation=config.algorithm.aggregation, constant_length=6, epochs=1, kl_coef=0.0,
+        )
+    )  # fmt: skip
+    assert torch.equal(policy.learner.weight, other.learner.weight)
+    assert not torch.equal(policy.learner.weight, TablePolicy(config).learner.weight)
 
 
 def test_the_samples_of_a_step_with_a_mismatch_are_kept(tmp_path: Path) -> None:
