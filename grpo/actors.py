@@ -19,6 +19,7 @@ import ray
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
+from grpo.run_folder import is_disk_full
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
 from grpo.weight_sync import (
     PROBE_TOLERANCE,
@@ -518,7 +519,7 @@ class Engines:
                 ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause
-                if isinstance(cause, (UserError, WeightSyncError)):
+                if isinstance(cause, (UserError, WeightSyncError)) or is_disk_full(cause):
                     raise cause from None
                 if isinstance(cause, ray.exceptions.RayActorError):  # the learner waited for a sampler, and it died
                     raise self._died(what, cause) from error

@@ -1,11 +1,13 @@
 """The `grpo` command: wiring only.
 
-Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped by a signal and resumable; 1 anything else.
+Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped by a signal or a full disk, and resumable;
+1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import sys
@@ -70,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"grpo: {error}", file=sys.stderr)
         return USERS
+    except OSError as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"grpo: the disk is full: {error}", file=sys.stderr)
+        return OURS
     except KeyboardInterrupt:
         print("grpo: interrupted before anything was started", file=sys.stderr)
         return OURS
@@ -104,7 +111,7 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
 
     `asked`: `resume` and `allow`, where they are given.
     """
-    from grpo import check, checkpoint, cluster, resuming, run_folder  # noqa: PLC0415
+    from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
 
     started = time.monotonic()
     origin = resuming.find(asked.get("resume"), config, str(recipe))
@@ -122,43 +129,10 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
     path = folder.path
     if plan.dropped:
         run_folder.write_text(path / "dropped_prompts.txt", "\n".join(plan.dropped) + "\n")
-    code, reason = OURS, "failed"
     from grpo.console import Console  # noqa: PLC0415
 
     with Console(steps=config.run.steps, log=path / "log.txt") as console:
-        stopper = Stopper(config.run.grace_s, console.say)
-        stopper.install()
-        try:
-            for line in (*plan.lines, *resumed.lines):
-                console.say(line)
-            finished = attempts(plan, resumed, folder, console, stopper)
-            folder.close()
-            code, reason = (DONE, "done") if finished else (OURS, "")
-        except UserError as error:
-            code, reason = USERS, f"failed: {error}"
-            console.say(f"grpo: {error}")
-        except KeyboardInterrupt:  # Stopped, or what Ray makes of it
-            code, reason = OURS, ""
-        except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
-            if stopper.enforced:  # raised through somebody's C code, Stopped may come out as that code's own error
-                code, reason = OURS, ""
-                keep_traceback(path)
-            else:
-                code, reason = OURS, f"failed: {error}"
-                console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(path)}")
-        finally:
-            stopper.uninstall()
-        if not reason:
-            every = checkpoint.found(path)
-            code, reason = RESUMABLE if every else OURS, f"interrupted by {stopper.asked}"
-            console.say(
-                f"grpo: {reason}; " + (f"go on with resume={path}" if every else "there is no checkpoint to go on from")
-            )
-        if code != DONE:
-            try:
-                folder.close()
-            except Exception as error:  # noqa: BLE001 - said beside the first failure, which stays the reason
-                console.say(f"grpo: besides, a file could not be written: {error}")
+        code, reason = to_its_end(plan, resumed, folder, console)
         summary = {
             "recipe": str(recipe),
             "seed": config.run.seed,
@@ -167,9 +141,56 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
             "wall_s": round(time.monotonic() - started, 3),
             "exit_reason": reason,
         }
-        folder.write_summary(summary)
+        try:
+            folder.write_summary(summary)
+        except OSError as error:
+            console.say(f"grpo: besides, summary.json could not be written: {error}")
         report(summary, path, console, code)
     return code
+
+
+def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
+    """Run, and say however that ends: the exit code, and the reason for the summary."""
+    from grpo import checkpoint, run_folder  # noqa: PLC0415
+
+    stopper = Stopper(plan.config.run.grace_s, console.say)
+    stopper.install()
+    code, reason, stopped = OURS, "failed", ""
+    try:
+        for line in (*plan.lines, *resumed.lines):
+            console.say(line)
+        finished = attempts(plan, resumed, folder, console, stopper)
+        folder.close()
+        if finished:
+            return DONE, "done"
+        stopped = f"interrupted by {stopper.asked}"
+    except UserError as error:
+        code, reason = USERS, f"failed: {error}"
+        console.say(f"grpo: {error}")
+    except KeyboardInterrupt:  # Stopped, or what Ray makes of it
+        stopped = f"interrupted by {stopper.asked}"
+    except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
+        if stopper.enforced:  # raised through somebody's C code, Stopped may come out as that code's own error
+            stopped = f"interrupted by {stopper.asked}"
+            keep_traceback(folder.path)
+        elif run_folder.is_disk_full(error):
+            stopped = f"stopped by a full disk: {error}"
+            run_folder.drop_unfinished(folder.path)
+        else:
+            reason = f"failed: {error}"
+            console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(folder.path)}")
+    finally:
+        stopper.uninstall()
+    if stopped:
+        every = checkpoint.found(folder.path)
+        hint = f"go on with resume={folder.path}" if every else "there is no checkpoint to go on from"
+        code, reason = RESUMABLE if every else OURS, stopped
+        console.say(f"grpo: {reason}; {hint}")
+    try:
+        folder.close()
+    except Exception as error:  # noqa: BLE001 - said beside the first failure, which stays the reason
+        console.say(f"grpo: besides, a file could not be written: {error}")
+    return code, reason
 
 
 def keep_traceback(path: Path) -> str:

@@ -74,10 +74,15 @@ class Console:
             self._live = None
 
     def _write(self, text: str) -> None:
-        if self._log:
-            stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        if not self._log:
+            return
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
             self._log.write(f"{stamp} {text}\n")
             self._log.flush()
+        except OSError as error:  # what goes on is still shown here
+            self._log = None
+            self._rich.print(f"log.txt ends here: {error.strerror}", markup=False)
 
 
 def where_the_gradient_went(metrics: Mapping[str, float]) -> str:

@@ -5,6 +5,7 @@ runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -70,6 +71,21 @@ def create(config: Config, recipe: str) -> RunFolder:
         except OSError as error:
             raise UserError(f"run.dir={config.run.dir}: {path} cannot be made: {error.strerror}") from error
         return RunFolder(path, config)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether something could not be written for want of room: errno, or its words where a library hides it."""
+    known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return known or os.strerror(errno.ENOSPC) in str(error)
+
+
+def drop_unfinished(path: Path) -> None:
+    """Remove what was being written aside, which makes room for a run's last words."""
+    for aside in (*path.glob("*.partial"), *(path / "checkpoints").glob("*.partial"), *path.glob("samples/*.partial")):
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)  # a rank may still be writing into it
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def reopen(path: Path, config: Config, step: int) -> RunFolder:

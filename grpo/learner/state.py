@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from grpo.checkpoint import FileRecord, seal
@@ -218,8 +218,11 @@ class Reader:
 
 
 def write(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileRecord:
-    """One rank's file, on the disk and read back."""
-    save_file(dict(tensors), file, metadata=dict(metadata))
+    """One rank's file, on the disk and read back. Raises OSError when it cannot be written."""
+    try:
+        save_file(dict(tensors), file, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
     return seal(file)
 
 
