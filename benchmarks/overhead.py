@@ -29,6 +29,7 @@ import ray
 import torch
 
 from grpo import actors, check, cluster, config, driver
+from grpo import engines as engine_group
 from grpo.config import Config
 from grpo.progress import Progress
 from grpo.rewards.pool import RewardPool
@@ -140,7 +141,7 @@ class BareLearner:
 class Recorded:
     """The engines, remembering what the last step was made of."""
 
-    def __init__(self, engines: actors.Engines) -> None:
+    def __init__(self, engines: engine_group.Engines) -> None:
         self._engines = engines
         self.requests: Sequence[SampleRequest] = ()
         self.steps: Sequence[RankStep] = ()
@@ -201,17 +202,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
         folder = Path(scratch)
         plan = check.check(c, arguments.recipe, folder)
-        settings = actors.train_settings(c, plan.end_token_ids)
+        settings = engine_group.train_settings(c, plan.end_token_ids)
         with (
             RewardPool(c.rewards, files=plan.reward_files, workers=os.cpu_count() or 1, log_dir=folder) as scorer,
             cluster.session(c, folder),
         ):
-            engines = Recorded(actors.Engines(c, folder, print))
+            engines = Recorded(engine_group.Engines(c, folder, print))
             bare = [
                 ray.remote(cls).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c)
                 for cls, environment in (
-                    (BareSampler, actors.sampler_environment(c)),
-                    (BareLearner, actors.learner_environment(c, 0)),
+                    (BareSampler, engine_group.sampler_environment(c)),
+                    (BareLearner, engine_group.learner_environment(c, 0)),
                 )
             ]
             (folder / "run").mkdir()

@@ -1,16 +1,17 @@
-"""Ray shells around the engines, their placement, and the weight-sync transaction between them.
+"""Ray shells around the engines, and the weight-sync transaction between them.
 
-The engines are imported inside the actors' constructors, so that the driver's process loads neither vllm nor
-deepspeed. Every wait has a deadline; when an actor fails first, its last log lines come with the error.
+The engines are imported inside the actors' methods, so that the driver's process loads neither vllm nor deepspeed.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ import ray
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
-from grpo.run_folder import is_disk_full
-from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
+from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError
 from grpo.weight_sync import (
     PROBE_TOLERANCE,
     Bucket,
@@ -40,18 +40,6 @@ FLUSH_S = 0.25
 """A sampler hands finished completions over this often, so that scoring starts while others still generate."""
 
 
-class EngineFailure(RuntimeError):
-    """An actor failed or did not answer in time: says who, what was awaited, and what it last wrote."""
-
-
-class ActorDied(EngineFailure):
-    """An actor's process ended."""
-
-    def __init__(self, name: str, text: str) -> None:
-        super().__init__(text)
-        self.name = name
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncResult:
     """A verified weight sync."""
@@ -63,8 +51,12 @@ class SyncResult:
     """Largest |learner - sampler| logprob on the probe, over all samplers."""
 
 
+STACK_SIGNAL = signal.SIGUSR2
+"""Makes an actor write what each of its threads is doing to its log, also where it is stuck in C."""
+
+
 def _log_to(path: str) -> None:
-    """Send everything that this process and its libraries print to `path`."""
+    """Send everything that this process and its libraries print to `path`, and its stacks when it is asked for them."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -72,6 +64,12 @@ def _log_to(path: str) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)
+
+
+def _process() -> tuple[str, int]:
+    """The Ray node and the pid of this process."""
+    return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 def place() -> tuple[str, str]:
@@ -94,6 +92,9 @@ class SamplerActor:
     def __init__(self, config: Config, index: int, log: str) -> None:
         _log_to(log)
         self._config, self._index = config, index
+
+    def process(self) -> tuple[str, int]:
+        return _process()
 
     def start(self, transport: str) -> None:
         """Load the engine."""
@@ -137,6 +138,9 @@ class LearnerActor:
         self._samplers: Sequence[Any] = ()
         self._lost: Exception | None = None
         """A sampler died in the sync under way."""
+
+    def process(self) -> tuple[str, int]:
+        return _process()
 
     def open_store(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous; returns its host and port."""
@@ -273,280 +277,3 @@ def refuse_distance(transport: str, learner: tuple[str, str], samplers: Sequence
                 f"Ray placed sampler {i} on GPU {gpu} and learner rank 0 on GPU {learner[1]}: sharing one GPU is what "
                 "sampler.gpus + learner.gpus <= 1 means; use cluster.gpus=1, or sampler.gpus=1 learner.gpus=1"
             )
-
-
-def transport_of(config: Config) -> str:
-    """Shared memory on CPU; on GPU vLLM's IPC engine where sampler and learner share one, NCCL where they do not."""
-    if not config.on_gpu:
-        return "shared_memory"
-    return "ipc" if config.learner.gpus < 1 or config.sampler.gpus < 1 else "nccl"
-
-
-def sampler_environment(config: Config) -> dict[str, str]:
-    """Environment of a sampler's process, in place before it imports vllm or torch."""
-    environment = QUIET | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's process, its model within reach
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    if config.sampler.gpus == 0:
-        threads = config.sampler.threads or os.cpu_count() or 1
-        environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
-    return environment
-
-
-def learner_environment(config: Config, rank: int) -> dict[str, str]:
-    """Environment of a learner's process, in place before it imports torch or deepspeed."""
-    environment = QUIET | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.learner.ranks)}
-    if config.learner.gpus == 0:
-        threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
-        environment |= CPU_ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    return environment
-
-
-CPU_ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    # threads that wait for each other sleep instead of spinning: whatever else runs on these cores would pay for it
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
-
-QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore::FutureWarning",  # torch's, about calls that DeepSpeed makes at every step
-}
-
-
-def train_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSettings:
-    """The sampling record as the sampler takes it; the learner replays its temperature."""
-    return SamplingSettings(
-        temperature=config.sampling.temperature,
-        max_tokens=config.sampling.max_tokens,
-        end_token_ids=tuple(end_token_ids),
-        stop=config.sampling.stop,
-    )
-
-
-def eval_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSettings:
-    """Evaluation's own settings."""
-    e = config.data.eval
-    return SamplingSettings(
-        temperature=e.temperature,
-        max_tokens=e.max_tokens or config.sampling.max_tokens,
-        end_token_ids=tuple(end_token_ids),
-        stop=config.sampling.stop,
-        top_p=e.top_p,
-        top_k=e.top_k,
-        min_p=e.min_p,
-    )
-
-
-class Engines:
-    """All actors of a run, with the verbs that the driver's loop calls. A sampler that dies is replaced."""
-
-    def __init__(self, config: Config, log_dir: Path, say: Callable[[str], None]) -> None:
-        """Place the actors and load the engines, samplers and learner at the same time.
-
-        `say`: where a replaced sampler is told.
-
-        Raises EngineFailure when one does not come up, UserError when the model folder is at fault.
-        """
-        self._config, self._log_dir, self._say = config, log_dir, say
-        self._timeout = config.cluster.step_timeout_s
-        self._names: dict[Any, str] = {}
-        self._transport = transport_of(config)
-        self._published: tuple[int, Probe] | None = None
-        self._replaced = 0
-        learner_class: Any = ray.remote(LearnerActor)
-        self.samplers = [self._make_sampler(i) for i in range(config.sampler.num_samplers)]
-        self.learners = [
-            self._make(learner_class, f"learner-{i}", config.learner, learner_environment(config, i), config, i)
-            for i in range(config.learner.ranks)
-        ]
-        start = config.cluster.start_timeout_s
-        loading = [s.start.remote(self._transport) for s in self.samplers]
-        host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
-        loading += [learner.start.remote(host, port) for learner in self.learners]
-        self._wait(loading, "the engines to load", start)
-        self._connect()
-
-    def _connect(self) -> None:
-        """Open the weight transfer between learner rank 0 and all samplers."""
-        start = self._config.cluster.start_timeout_s
-        connecting = self.learners[0].connect.remote(self.samplers, self._transport, start)
-        self._wait([connecting], "the weight transfer to open", start)
-
-    def _make_sampler(self, index: int) -> Any:
-        sampler_class: Any = ray.remote(SamplerActor)
-        environment = sampler_environment(self._config)
-        return self._make(sampler_class, f"sampler-{index}", self._config.sampler, environment, self._config, index)
-
-    def _make(self, actor: Any, name: str, section: Any, environment: dict[str, str], *arguments: Any) -> Any:
-        options = {
-            "num_cpus": section.cpus,
-            "num_gpus": section.gpus,
-            "max_restarts": 0,
-            "runtime_env": {"env_vars": environment},
-        }
-        handle = actor.options(**options).remote(*arguments, str(self._log_dir / f"{name}.log"))
-        self._names[handle] = name
-        return handle
-
-    def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
-        """Spread `requests` over the samplers in whole runs; yields finished completions as they come in.
-
-        What a sampler owed when it died is asked again of the one that replaces it, with the same seeds.
-        """
-        count = len(self.samplers)
-        shares = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]
-        streams = {self._ask(i, share, settings): (i, share) for i, share in enumerate(shares) if share}
-        done: set[tuple[int, int]] = set()
-        while streams:
-            ready, _ = ray.wait(list(streams), timeout=self._timeout)
-            if not ready:
-                raise self._overdue("completions from the samplers", self._timeout)
-            try:
-                [block] = self._wait([next(ready[0])], "completions from the samplers", self._timeout)
-            except StopIteration:
-                del streams[ready[0]]
-                continue
-            except ActorDied as error:
-                lost, share = streams.pop(ready[0])
-                self._replace([lost], error)
-                owed = [r for r in share if any((r.index, i) not in done for i in range(len(r.seeds)))]
-                streams[self._ask(lost, owed, settings)] = (lost, owed)
-                continue
-            fresh = [key not in done for key in zip(block.index.tolist(), block.sample_index.tolist(), strict=True)]
-            done.update(zip(block.index.tolist(), block.sample_index.tolist(), strict=True))
-            yield only(block, fresh)
-
-    def _ask(self, sampler: int, share: Sequence[SampleRequest], settings: SamplingSettings) -> Any:
-        return self.samplers[sampler].sample.options(num_returns="streaming").remote(share, settings)
-
-    def _replace(self, lost: Sequence[int], error: ActorDied) -> None:
-        """Start samplers in the place of others and bring them the weights, fully checked.
-
-        Raises the error where that has been done `cluster.max_replacements` times, or cannot be.
-        """
-        self._replaced += len(lost)
-        too_many = self._replaced > self._config.cluster.max_replacements
-        if too_many or self._transport == "nccl" or self._published is None:
-            raise error
-        started = time.monotonic()
-        for i in lost:
-            ray.kill(self.samplers[i])
-            self.samplers[i] = self._make_sampler(i)
-        starting = [self.samplers[i].start.remote(self._transport) for i in lost]
-        self._wait(starting, "a sampler to be replaced", self._config.cluster.start_timeout_s)
-        self._connect()
-        self._publish(*self._published, full_check=True)
-        names = ", ".join(f"sampler-{i}" for i in lost)
-        self._say(f"{str(error).splitlines()[0]}; replaced {names} in {time.monotonic() - started:.0f} s")
-
-    def step(self, steps: Sequence[RankStep]) -> StepResult:
-        """One driver step on every learner rank."""
-        pending = [learner.step.remote(step) for learner, step in zip(self.learners, steps, strict=True)]
-        result: StepResult = self._wait(pending, "the learner's step", self._timeout)[0]
-        return result
-
-    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], SyncResult]:
-        """Start to bring the learner's weights to every sampler; what comes back waits until they are verified."""
-        pending = self._publishing(policy_version, probe, full_check)
-
-        def finish() -> SyncResult:
-            self._published = (policy_version, probe)
-            try:
-                result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
-            except ActorDied as error:
-                if not error.name.startswith("sampler"):
-                    raise
-                self._settle(pending)
-                # the others are in the middle of a sync that does not end: they are replaced, too
-                self._replace(range(len(self.samplers)), error)
-                result = self._publish(policy_version, probe, full_check=False)
-            return result
-
-        return finish
-
-    def _publishing(self, policy_version: int, probe: Probe, full_check: bool) -> list[Any]:
-        return [learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.learners]
-
-    def _publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> SyncResult:
-        pending = self._publishing(policy_version, probe, full_check)
-        result: SyncResult = self._wait(pending, "the weight sync", self._timeout)[0]
-        return result
-
-    def save(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder."""
-        self._wait(
-            [learner.save.remote(str(folder)) for learner in self.learners], "the model to be saved", self._timeout
-        )
-
-    def capture(self, folder: Path) -> dict[str, Any]:
-        """Every rank copies its state and begins to write it to `folder`. Returns what is not a tensor of it."""
-        counters: dict[str, Any] = self._wait(
-            [learner.capture.remote(str(folder)) for learner in self.learners], "the checkpoint's copy", self._timeout
-        )[0]
-        return counters | {"ranks": self._config.learner.ranks, "zero_stage": self._config.learner.zero_stage}
-
-    def captured(self, *, wait: bool) -> dict[str, FileRecord] | None:
-        """The written files by name, or None while a rank still writes."""
-        pending = [learner.captured.remote(wait) for learner in self.learners]
-        records = self._wait(pending, "the checkpoint to be written", self._timeout)
-        if None in records:
-            return None
-        return {f"rank-{rank}.safetensors": record for rank, record in enumerate(records)}
-
-    def restore(self, folder: Path, learner: Mapping[str, Any]) -> None:
-        """Give the learner the state of a checkpoint, whose files have been checked."""
-        files = [folder / "learner" / f"rank-{rank}.safetensors" for rank in range(learner["ranks"])]
-        pending = [rank.restore.remote(files, learner) for rank in self.learners]
-        self._wait(pending, "the learner to take over the checkpoint", self._config.cluster.start_timeout_s)
-
-    def close(self) -> None:
-        """Kill every actor."""
-        for handle in self._names:
-            ray.kill(handle)
-
-    def _wait(self, references: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
-        """Results of `references`, or the first failure among them."""
-        pending = list(references)
-        deadline = time.monotonic() + timeout_s
-        while pending:
-            ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise self._overdue(what, timeout_s)
-            try:
-                ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, (UserError, WeightSyncError)) or is_disk_full(cause):
-                    raise cause from None
-                if isinstance(cause, ray.exceptions.RayActorError):  # the learner waited for a sampler, and it died
-                    raise self._died(what, cause) from error
-                said = " ".join(str(cause).split())[:500]
-                raise EngineFailure(f"while waiting for {what}: {type(cause).__name__}: {said}") from error
-            except ray.exceptions.RayActorError as error:
-                raise self._died(what, error) from error
-        results: list[Any] = ray.get(list(references))
-        return results
-
-    def _settle(self, references: Sequence[Any]) -> None:
-        """Wait until calls have ended, one way or the other."""
-        ray.wait(list(references), num_returns=len(references), timeout=self._timeout)
-
-    def _died(self, what: str, error: Any) -> ActorDied:
-        """Which actor died, and the last lines it wrote."""
-        dead = getattr(error, "actor_id", None)
-        name = next((n for handle, n in self._names.items() if handle._actor_id.hex() == str(dead)), "an actor")
-        why = " ".join(str(error).split())[:300]
-        return ActorDied(name, f"{name} died while waiting for {what} ({why}); its last lines:\n{self._tail(name)}")
-
-    def _overdue(self, what: str, timeout_s: float) -> EngineFailure:
-        tails = "\n".join(f"--- {name}\n{self._tail(name, 5)}" for name in self._names.values())
-        return EngineFailure(f"waited {timeout_s:.0f} s for {what}; the engines' last lines:\n{tails}")
-
-    def _tail(self, name: str, lines: int = 20) -> str:
-        path = self._log_dir / f"{name}.log"
-        if not path.exists():
-            return "(nothing written)"
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

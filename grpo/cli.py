@@ -205,12 +205,12 @@ def keep_traceback(path: Path) -> str:
 
 def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
     """`run`, and when engines are lost, again from the last checkpoint: `cluster.max_restarts` times."""
-    from grpo import actors, checkpoint, resuming  # noqa: PLC0415
+    from grpo import checkpoint, engines, resuming  # noqa: PLC0415
 
     for left in range(plan.config.cluster.max_restarts, -1, -1):
         try:
             return run(plan, resumed, folder, console, stopper)
-        except actors.EngineFailure as error:
+        except engines.EngineFailure as error:
             if stopper.asked or not left or not checkpoint.found(folder.path):
                 raise
             resumed = resuming.again(plan, folder.path)
@@ -229,6 +229,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
         actors,
         cluster,
         driver,
+        engines,
         resuming,
         run_folder,
     )
@@ -245,26 +246,26 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
     ):
         stopper.install()  # Ray has put its own handlers in the place of ours
         console.say(f"starting {config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks")
-        engines = actors.Engines(config, logs, console.say)
+        group = engines.Engines(config, logs, console.say)
         try:
             if resumed.manifest is not None:
-                engines.restore(resumed.folder, resumed.manifest.learner)
+                group.restore(resumed.folder, resumed.manifest.learner)
             loop = driver.Loop(
                 config=config,
                 prompts=plan.prompts,
                 eval_prompts=plan.eval_prompts,
-                engines=engines,
+                engines=group,
                 scorer=scorer,
                 folder=folder,
                 reporter=console,
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
-                train_settings=actors.train_settings(config, plan.end_token_ids),
-                eval_settings=actors.eval_settings(config, plan.end_token_ids),
+                train_settings=engines.train_settings(config, plan.end_token_ids),
+                eval_settings=engines.eval_settings(config, plan.end_token_ids),
                 progress=resumed.progress,
                 saver=Saver(
                     config,
                     folder.path,
-                    engines=engines,
+                    engines=group,
                     fingerprints=functools.cache(lambda: resuming.fingerprints(plan)),
                     say=console.say,
                 ),
@@ -274,7 +275,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
             with stopper.finishing_steps():
                 outcome = driver.train(loop)
         finally:
-            engines.close()
+            group.close()
     if not outcome.finished:
         return False
     folder.facts["weights_sha256"] = run_folder.weights_sha256(folder.path / "model")

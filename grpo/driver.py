@@ -52,7 +52,7 @@ MAX_SKIPPED = 3
 
 
 class EngineGroup(SamplerGroup, Protocol):
-    """Samplers and learner: `grpo.actors.Engines`."""
+    """Samplers and learner: `grpo.engines.Engines`."""
 
     def step(self, steps: Sequence[RankStep]) -> StepResult: ...
 

@@ -20,7 +20,7 @@ from grpo.types import Completion, Failed, Group, Prompt, Rollout, SampledBlock,
 
 
 class SamplerGroup(Protocol):
-    """What samples: `grpo.actors.Engines`."""
+    """What samples: `grpo.engines.Engines`."""
 
     def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]: ...
 

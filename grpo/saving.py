@@ -17,7 +17,7 @@ from grpo.run_folder import versions
 
 
 class Captured(Protocol):
-    """The learner as a checkpoint sees it: `grpo.actors.Engines`."""
+    """The learner as a checkpoint sees it: `grpo.engines.Engines`."""
 
     def capture(self, folder: Path) -> dict[str, Any]: ...
 

@@ -11,7 +11,8 @@ from typing import Any
 
 
 def main(recipe: Path, folder: Path) -> dict[str, Any]:
-    from grpo import actors, check, cluster, config, driver
+    from grpo import check, cluster, config, driver
+    from grpo import engines as engine_group
     from grpo.console import Console
     from grpo.progress import Progress
     from grpo.rewards.pool import RewardPool
@@ -27,7 +28,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
     class Tampered:
         """The engines, with something done to them in the third step."""
 
-        def __init__(self, engines: actors.Engines, how: str) -> None:
+        def __init__(self, engines: engine_group.Engines, how: str) -> None:
             self._engines, self._how, self.steps = engines, how, 0
 
         def sample(self, requests: Any, settings: Any) -> Iterator[Any]:
@@ -49,7 +50,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
         RewardPool(c.rewards, files=plan.reward_files, workers=1, log_dir=folder) as scorer,
         cluster.session(c, folder),
     ):
-        engines = actors.Engines(c, folder, print)
+        engines = engine_group.Engines(c, folder, print)
         for how in ("nothing", "swap", "perturb"):
             (folder / how).mkdir()
             run = RunFolder(folder / how, c)
@@ -58,8 +59,9 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
                 config=c, prompts=plan.prompts, eval_prompts=(), engines=tampered, scorer=scorer, folder=run,
                 reporter=Console(steps=c.run.steps, log=None),
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
-                train_settings=actors.train_settings(c, plan.end_token_ids),
-                eval_settings=actors.eval_settings(c, plan.end_token_ids), progress=Progress.start(c, plan.prompts),
+                train_settings=engine_group.train_settings(c, plan.end_token_ids),
+                eval_settings=engine_group.eval_settings(c, plan.end_token_ids),
+                progress=Progress.start(c, plan.prompts),
                 saver=Saver(c, run.path, engines=engines, fingerprints=dict, say=print), stopping=lambda: False,
             )  # fmt: skip
             error = ""
