@@ -75,6 +75,19 @@ def make_recipe(tmp_path: Path) -> Callable[..., Path]:
     return functools.partial(write_recipe, tmp_path)
 
 
+SPREAD = """
+def spread(completion, row):
+    return completion.count("1") / 4 - completion.count("7") / 8 + len(completion) / 16
+"""
+"""A reward that tells the completions of a random model apart, so that there is something to learn."""
+
+
+def write_spread(folder: Path) -> dict[str, Any]:
+    """The `rewards` entry of SPREAD, written to `folder`."""
+    (folder / "spread.py").write_text(SPREAD)
+    return {"file": str(folder / "spread.py")}
+
+
 def write_recipe(folder: Path, model: Path, **sections: dict[str, Any]) -> Path:
     """The recipe and its data, in `folder`."""
     rows = [

@@ -1,0 +1,122 @@
+"""A run that something happens to: python struck.py FAULT PHASE NOTES.json grpo-arguments...; see test_faults.py.
+
+The driver runs as it is, but for one wait in it: when the phase is reached, and what it is about has been asked for,
+the fault is done to real processes, and the driver goes on to wait. NOTES.json then says when, and who was there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from grpo import cli, engines, rollouts
+
+WAITS = {
+    "start": ("the engines to load", 1),
+    "sampling": ("completions from the samplers", None),
+    "learning": ("the learner's step", 4),
+    "sync": ("the weight sync", 5),  # the first is before the first step
+    "saving": ("the checkpoint's copy", 2),
+}
+"""Phase -> what the driver waits for then, and which time; the others are counted in their own way below."""
+
+STEP = 4
+FILLER = "filler"
+
+
+def processes(word: str) -> list[psutil.Process]:
+    """Of this run, with `word` in their command line."""
+    below = psutil.Process().children(recursive=True)
+    return [p for p in below if word in " ".join(p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def fill_disk(folder: Path) -> None:
+    with (folder / FILLER).open("wb") as out:
+        try:
+            while True:
+                out.write(bytes(1 << 16))
+                out.flush()
+        except OSError:
+            return
+
+
+def twice(number: int) -> None:
+    os.kill(os.getpid(), number)
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "sampler killed": lambda: processes("SamplerActor")[-1].kill(),
+    "sampler hung": lambda: processes("SamplerActor")[-1].suspend(),
+    "learner killed": lambda: processes("LearnerActor")[-1].kill(),
+    "learner hung": lambda: processes("LearnerActor")[-1].suspend(),
+    "reward worker killed": lambda: processes("rewards/worker.py")[-1].kill(),
+    "reward worker hung": lambda: processes("rewards/worker.py")[-1].suspend(),
+    "node lost": lambda: processes("raylet/raylet")[-1].kill(),
+    "driver killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "Ctrl-C twice": lambda: twice(signal.SIGINT),
+    "disk full": lambda: fill_disk(Path(os.environ["FULL_DISK"])),
+}
+
+
+def main(fault: str, phase: str, notes: Path, arguments: list[str]) -> int:
+    seen = 0
+
+    def strike() -> None:
+        family = [(p.pid, p.create_time()) for p in psutil.Process().children(recursive=True)]
+        notes.write_text(json.dumps({"at": time.time(), "family": family}))
+        FAULTS[fault]()
+
+    def count(reached: bool) -> None:
+        nonlocal seen
+        seen += reached
+        if reached and seen == (WAITS[phase][1] if phase in WAITS else None):
+            strike()
+
+    if phase == "scoring":
+        plain_rewards = rollouts.rewards_of
+
+        def rewards_of(future: Any, prompt: Any, timeout_s: float) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == 8 * (STEP - 1) + 1:
+                strike()
+            return plain_rewards(future, prompt, timeout_s)
+
+        rollouts.rewards_of = rewards_of
+    elif phase == "sampling":
+        plain_sample = engines.Engines.sample
+
+        def sample(self: Any, requests: Any, settings: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            for number, block in enumerate(plain_sample(self, requests, settings)):
+                if number == 0 and seen == STEP:  # others are still owed
+                    strike()
+                yield block
+
+        engines.Engines.sample = sample  # type: ignore[method-assign]
+    plain_wait = engines.Engines._wait
+
+    def wait(self: Any, references: Any, what: str, timeout_s: float) -> Any:
+        if phase in WAITS and phase != "sampling":
+            count(what == WAITS[phase][0])
+        return plain_wait(self, references, what, timeout_s)
+
+    engines.Engines._wait = wait  # type: ignore[method-assign]
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:]))
