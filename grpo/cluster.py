@@ -20,11 +20,13 @@ from pathlib import Path
 
 import ray
 import torch
+from ray._private import ray_constants
 
 from grpo import sweeper
 from grpo.config import Config
 from grpo.types import UserError
 
+LOOPBACK = "127.0.0.1"
 CONNECT_S = 5.0
 """How long a Ray cluster may take to accept a connection."""
 
@@ -158,7 +160,7 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
         if log_dir is None:
             yield
             return
-        with _private_ray(node):
+        with _loopback_only(), _private_ray(node):
             yield
         return
     refuse_silent(address)
@@ -177,6 +179,19 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
 def _token() -> str:
     """This process's own: Ray reads it once and keeps it, also for a session after the first has ended."""
     return secrets.token_hex(32)
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let what Ray starts listen on the loopback interface alone. Ray does so by itself on other systems only, and has
+    no option for it: it replaces a loopback address that it is given by the machine's own."""
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
 
 
 @contextmanager
@@ -200,8 +215,10 @@ def _private_ray(node: Node) -> Iterator[None]:
             logging_level="ERROR",
             object_store_memory=1 << 30,
             _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
+            _node_ip_address=LOOPBACK,
         )
+        if ray.util.get_node_ip_address() != LOOPBACK:
+            raise RuntimeError(f"the private Ray listens on {ray.util.get_node_ip_address()}, not on {LOOPBACK} alone")
         yield
     finally:
         ray.shutdown()

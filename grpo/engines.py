@@ -23,6 +23,8 @@ from grpo.run_folder import is_disk_full
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
 from grpo.weight_sync import Probe, WeightSyncError
 
+LOOK_S = 2.0
+"""How often a wait looks whether the nodes are still there."""
 STACK_S = 10.0
 """How long a node may take to deliver it."""
 
@@ -124,7 +126,9 @@ class Engines:
         self._timeout = config.cluster.step_timeout_s
         self._names: dict[Any, str] = {}
         self._processes: dict[Any, Any] = {}
-        """Actor -> where it runs, once it does."""
+        """Actor -> what it is asked first: where it runs."""
+        self._known: dict[Any, tuple[str, int]] = {}
+        """The answers so far."""
         self._transport = transport_of(config)
         self._published: tuple[int, Probe] | None = None
         self._replaced = 0
@@ -174,9 +178,7 @@ class Engines:
         streams = {self._ask(i, share, settings): (i, share) for i, share in enumerate(shares) if share}
         done: set[tuple[int, int]] = set()
         while streams:
-            ready, _ = ray.wait(list(streams), timeout=self._timeout)
-            if not ready:
-                raise self._overdue("completions from the samplers", self._timeout)
+            ready, _ = self._ready(list(streams), "completions from the samplers", time.monotonic() + self._timeout)
             try:
                 [block] = self._wait([next(ready[0])], "completions from the samplers", self._timeout)
             except StopIteration:
@@ -285,9 +287,7 @@ class Engines:
         pending = list(references)
         deadline = time.monotonic() + timeout_s
         while pending:
-            ready, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise self._overdue(what, timeout_s)
+            ready, pending = self._ready(pending, what, deadline)
             try:
                 ray.get(ready)
             except ray.exceptions.RayTaskError as error:
@@ -303,12 +303,53 @@ class Engines:
         results: list[Any] = ray.get(list(references))
         return results
 
+    def _ready(self, references: list[Any], what: str, deadline: float) -> tuple[list[Any], list[Any]]:
+        """`ray.wait` for the first of `references`, that also ends when a node is lost: actors whose node has gone may
+        never be said to have died.
+
+        Raises EngineFailure.
+        """
+        asked = time.monotonic()
+        while True:
+            ready, pending = ray.wait(references, timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
+            if ready:
+                return ready, pending
+            if lost := self._lost():
+                raise EngineFailure(f"{lost} while waiting for {what}")
+            if time.monotonic() >= deadline:
+                raise self._overdue(what, deadline - asked)
+
+    def _lost(self) -> str | None:
+        """What of Ray has gone that the engines need."""
+        dead = [kind for kind, _ in ray._private.worker.global_worker.node.dead_processes()]  # of a private Ray
+        if dead:
+            return f"the node of all engines was lost (its {', '.join(dead)} ended)"
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        gone = [
+            f"{self._names[h]} on Ray's node {node[:12]}"
+            for h, (node, _) in self._places().items()
+            if node not in alive
+        ]
+        return f"the node of {', '.join(gone)} was lost" if gone else None
+
+    def _places(self) -> dict[Any, tuple[str, int]]:
+        """Node and pid of every actor that has said so by now."""
+        asked = [reference for handle, reference in self._processes.items() if handle not in self._known]
+        said = ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []
+        for handle, reference in self._processes.items():
+            if reference in said:
+                with contextlib.suppress(ray.exceptions.RayError):  # it has died
+                    self._known[handle] = ray.get(reference)
+        return self._known
+
     def _settle(self, references: Sequence[Any]) -> None:
         """Wait until calls have ended, one way or the other."""
         ray.wait(list(references), num_returns=len(references), timeout=self._timeout)
 
-    def _died(self, what: str, error: Any) -> ActorDied:
-        """Which actor died, and the last lines it wrote."""
+    def _died(self, what: str, error: Any) -> EngineFailure:
+        """Which actor died, and the last lines it wrote; or that its node has gone, which came first."""
+        if lost := self._lost():
+            return EngineFailure(f"{lost} while waiting for {what}")
         dead = getattr(error, "actor_id", None)
         name = next((n for handle, n in self._names.items() if handle._actor_id.hex() == str(dead)), "an actor")
         why = " ".join(str(error).split())[:300]
@@ -324,13 +365,8 @@ class Engines:
 
     def _ask_for_stacks(self) -> None:
         """Have every actor that has started write its stacks to its log, where that takes no longer than STACK_S."""
-        started, _ = ray.wait(list(self._processes.values()), num_returns=len(self._processes), timeout=1.0)
         pids: dict[str, list[int]] = {}
-        for reference in started:
-            try:
-                node, pid = ray.get(reference)
-            except ray.exceptions.RayError:  # it has died
-                continue
+        for node, pid in self._places().values():
             pids.setdefault(node, []).append(pid)
         strike: Any = ray.remote(num_cpus=0)(_signal)
         struck = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -16,8 +17,14 @@ from grpo.weight_sync import torch_dtype
 
 
 def open_store(host: str, world_size: int, timeout_s: float) -> TCPStore:
-    """Rank 0's rendezvous on a port that the system chose; its number is `.port`."""
-    return TCPStore(host, 0, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    """Rank 0's rendezvous on a port that the system chose; its number is `.port`. It listens on `host` alone, where
+    torch by itself would listen everywhere."""
+    listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listening.getsockname()[1]
+    return TCPStore(
+        host, port, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )  # fmt: skip
 
 
 def join_store(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:

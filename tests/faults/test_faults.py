@@ -63,9 +63,9 @@ def expected(fault: str, phase: str) -> Outcome:
         case "reward worker hung":
             return Outcome(0, "timeout", 10, None)
         case "node lost" if early:
-            return Outcome(1, "the node of", 60)
+            return Outcome(1, "the node of", 30)
         case "node lost":
-            return Outcome(0, "the node of", 60, "starting the engines again after step 2")
+            return Outcome(0, "the node of", 30, "starting the engines again after step 2")
         case "driver killed":
             return Outcome(-9, "", 5)
         case "SIGTERM" | "SIGUSR1" if early:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,12 +61,48 @@ def arithmetic_recipe(arithmetic: Path, tmp_path_factory: pytest.TempPathFactory
     return path
 
 
+SECRETS = {"HF_TOKEN": "hf-secret-31415", "WANDB_API_KEY": "wandb-secret-31415", "JUDGE_PASSWORD": "judge-secret-31415"}
+
+
+def listening(found: set[str], done: threading.Event) -> None:
+    """Note the addresses that processes below this one listen on, until `done`."""
+    while not done.wait(0.5):
+        below = {p.pid for p in psutil.Process().children(recursive=True)}
+        sockets = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in below]
+        found.update(c.laddr.ip for c in sockets)
+
+
 @pytest.fixture(scope="module")
-def first_run(arithmetic_recipe: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]], str]:
-    before = ray_processes()
-    result = train(arithmetic_recipe)
+def listened() -> set[str]:
+    """Addresses that the first run listened on."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def first_run(arithmetic_recipe: Path, listened: set[str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]], str]:
+    before, done = ray_processes(), threading.Event()
+    watcher = threading.Thread(target=listening, args=(listened, done))
+    watcher.start()
+    try:
+        result = train(arithmetic_recipe, **SECRETS)
+    finally:
+        done.set()
+        watcher.join()
     assert ray_processes() <= before
     return result
+
+
+def test_a_private_run_listens_on_the_loopback_interface_alone(first_run: Any, listened: set[str]) -> None:
+    assert listened <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert listened
+
+
+def test_no_secret_is_in_anything_that_is_kept_or_said(first_run: Any) -> None:
+    folder, _, _, said = first_run
+    every = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(every) > 10
+    for content in (*(path.read_bytes() for path in every), said.encode()):
+        assert b"secret-31415" not in content
 
 
 def test_the_run_folder_is_complete(first_run: Any) -> None:
