@@ -33,10 +33,11 @@ STEP = 4
 FILLER = "filler"
 
 
-def processes(word: str) -> list[psutil.Process]:
-    """Of this run, with `word` in their command line."""
+def processes(*words: str) -> list[psutil.Process]:
+    """Of this run, with one of `words` in their command line."""
     below = psutil.Process().children(recursive=True)
-    return [p for p in below if word in " ".join(p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE]
+    living = [p for p in below if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in living if any(word in " ".join(p.cmdline()) for word in words)]
 
 
 def fill_disk(folder: Path) -> None:
@@ -61,7 +62,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "learner hung": lambda: processes("LearnerActor")[-1].suspend(),
     "reward worker killed": lambda: processes("rewards/worker.py")[-1].kill(),
     "reward worker hung": lambda: processes("rewards/worker.py")[-1].suspend(),
-    "node lost": lambda: processes("raylet/raylet")[-1].kill(),
+    "node lost": lambda: [p.kill() for p in processes("raylet/raylet", "SamplerActor", "LearnerActor")],
     "driver killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
