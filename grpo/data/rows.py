@@ -135,14 +135,16 @@ def _read_parquet(path: Path, option: str) -> list[Row]:
     import pyarrow.parquet  # noqa: PLC0415
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
-    except pyarrow.ArrowException as error:
+        table.validate(full=True)  # else a damaged offset is read from elsewhere in memory
+        values = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is none, and numbers beyond range
         raise UserError(f"{option}: {path} is not a readable parquet file: {one_line(error)}") from error
     twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if twice:
         raise UserError(f"{option}: {path} has two columns called {twice[0]}")
-    return _number(table.to_pylist(), path.name)
+    return _number(values, path.name)
 
 
 def _read_folder(folder: Path, split: str, option: str) -> list[Row]:

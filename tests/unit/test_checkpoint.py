@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from grpo.checkpoint import (
     retire,
     seal,
 )
+from grpo.run_folder import drop_unfinished, is_disk_full
 from grpo.saving import plain
 from grpo.types import UserError
 
@@ -180,6 +184,41 @@ def test_killed_at_any_write_the_checkpoint_before_it_loads(tmp_path: Path) -> N
         assert [path.name for path in (run / "checkpoints").glob("*.partial")] == []
     assert outcomes == {(2,), (2, 3), (3,)}
     assert number > 12
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 512 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_on_a_disk_that_fills_at_any_point_the_checkpoint_before_loads(small_disk: Path) -> None:
+    """Room for the second checkpoint ends after each page in turn."""
+    first = make(small_disk, 1, data=b"a" * 20_000)
+    before, errors = read(first), list[OSError]()
+    for pages in range(20):
+        room = os.statvfs(small_disk)
+        (small_disk / "filler").write_bytes(bytes((room.f_bavail - pages) * room.f_bsize))
+        try:
+            make(small_disk, 2, data=b"b" * 40_000)
+        except OSError as error:
+            errors.append(error)
+            assert found(small_disk) == [first]
+        else:
+            assert read(found(small_disk)[-1]).step == 2
+            shutil.rmtree(found(small_disk)[-1])
+        assert read(first) == before
+        drop_unfinished(small_disk)
+        assert sorted(path.name for path in (small_disk / "checkpoints").iterdir()) == ["step-000001"]
+        (small_disk / "filler").unlink()
+    assert all(is_disk_full(error) for error in errors)
+    assert 10 <= len(errors) <= 18  # 40 kB, a manifest and two folders are eleven pages and more
 
 
 def test_what_is_kept(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,25 @@ def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:
         message = refusal(recipe, f"{section}.{wrong}=1")
         assert "unknown option" in message
         assert f"{section.replace('.0', '[0]')}.{option}?" in message, message
+
+
+def test_every_letter_of_every_option_left_out_or_replaced(recipe: Path) -> None:
+    """The suggestion may be the option itself or, where another is as near, that one; it is always a real one."""
+    names = [line.split(" = ")[0].replace("rewards[i]", "rewards.0") for line in module.options_text().splitlines()]
+    missed = []
+    for name in names:
+        section, _, option = name.rpartition(".")
+        for i in range(len(option)):
+            for wrong in {option[:i] + option[i + 1 :], option[:i] + "x" + option[i + 1 :]} - {""}:
+                if f"{section}.{wrong}" in names or not wrong.isidentifier():
+                    continue
+                message = refusal(recipe, f"{section}.{wrong}=1")
+                assert "unknown option" in message
+                suggested = re.search(r"did you mean ([\w.\[\]]+)\?", message)
+                if suggested is None or suggested[1].replace("[0]", ".0") != name:
+                    missed.append((wrong, suggested and suggested[1]))
+                    assert suggested is None or suggested[1].replace("[0]", ".0") in names
+    assert len(missed) < 40, missed
 
 
 def test_a_missing_required_option_is_named(tmp_path: Path) -> None:
