@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,17 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from grpo import checkpoint, data
+from grpo import config as config_module
 from grpo.config import Config
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
+from grpo.rewards.process import secrets
 from grpo.types import Prompt, UserError
 
 TRIED_ROWS = 8
 SHOWN_DROPPED = 10
+MIN_SECRET = 8
+"""Characters of a secret that is looked for; shorter ones occur by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
 
     Raises UserError at the first thing that would not work.
     """
+    refuse_secrets(config)
     check_model(config)
     if config.critic.path is not None:
         check_critic(config)
@@ -84,6 +90,21 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
         },
         dropped=train.dropped + held_out.dropped,
     )
+
+
+def refuse_secrets(config: Config) -> None:
+    """The config is saved with the run, and so must hold no secret, by ${oc.env:...} or otherwise.
+
+    Raises UserError naming the environment variable whose value it holds.
+    """
+    text = config_module.dump(config)
+    for name in secrets(os.environ):
+        value = os.environ[name]
+        if len(value) >= MIN_SECRET and value in text:
+            raise UserError(
+                f"the recipe holds the value of the environment variable {name}, and would be saved with it; a reward "
+                f"that needs it gets it by rewards[i].env: [{name}]"
+            )
 
 
 def check_model(config: Config) -> None:

@@ -163,13 +163,15 @@ class WorkerProcess:
         return f"was killed by {signal.Signals(-code).name}{memory}"
 
 
+def secrets(environment: Mapping[str, str]) -> set[str]:
+    """Variables that look like secrets, by their name or as a password in a URL."""
+    return {name for name, value in environment.items() if SECRET_NAME.search(name.upper()) or SECRET_URL.search(value)}
+
+
 def scrubbed(environment: Mapping[str, str], passed: Collection[str]) -> dict[str, str]:
-    """`environment` without what looks like a secret, by its name or as a password in a URL, but for `passed`."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in passed or not (SECRET_NAME.search(name.upper()) or SECRET_URL.search(value))
-    }
+    """`environment` without what looks like a secret, but for `passed`."""
+    kept_back = secrets(environment) - set(passed)
+    return {name: value for name, value in environment.items() if name not in kept_back}
 
 
 def parse_greeting(line: bytes) -> str | None:

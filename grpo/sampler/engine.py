@@ -55,6 +55,7 @@ class Sampler:
             model=config.model.path,
             tokenizer=config.model.path,
             skip_tokenizer_init=not config.sampling.stop,
+            load_format="safetensors",  # "auto" would unpickle a folder's .bin files
             trust_remote_code=config.model.trust_remote_code,
             dtype=config.model.dtype,
             seed=engine_seed(config.run.seed, index),

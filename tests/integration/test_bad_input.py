@@ -69,6 +69,16 @@ def test_a_malformed_line_is_numbered(
     assert "train.jsonl:17" in refused(capsys, recipe)
 
 
+def test_a_secret_in_the_recipe_is_refused_and_not_repeated(
+    model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-31415926")
+    recipe = make_recipe(model, data={"gold_template": "${oc.env:JUDGE_API_KEY}"})
+    said = refused(capsys, recipe)
+    assert "holds the value of the environment variable JUDGE_API_KEY" in said
+    assert "31415926" not in said
+
+
 def test_over_long_prompts_are_listed(
     model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
