@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import write_spread
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SETTLED = 500, 50
@@ -19,11 +20,13 @@ GROWTH = 1.05
 
 LAST_WORDS = """
 import sys
+import ray
 from grpo import cli, engines
 from ray._private.internal_api import memory_summary
 close = engines.Engines.close
 def closing(self):
-    print("OBJECT STORE", memory_summary(stats_only=True).replace("\\n", " | "), flush=True)
+    said = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
+    print("OBJECT STORE", said.replace("\\n", " | "), flush=True)
     close(self)
 engines.Engines.close = closing
 raise SystemExit(cli.main(sys.argv[1:]))
@@ -44,10 +47,11 @@ def held(process: psutil.Process) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_nothing_grows(make_model: Callable[..., Path], make_recipe: Callable[..., Path]) -> None:
+def test_nothing_grows(tmp_path: Path, make_model: Callable[..., Path], make_recipe: Callable[..., Path]) -> None:
     recipe = make_recipe(
-        make_model("qwen2"), run={"steps": STEPS, "save_every": 20}, learner={"zero_stage": 2}, cluster={"cpus": 4}
-    )
+        make_model("qwen2"), run={"steps": STEPS, "save_every": 20}, learner={"zero_stage": 2}, cluster={"cpus": 4},
+        rewards=[write_spread(tmp_path)],
+    )  # fmt: skip
     metrics = recipe.parent / "runs" / "run" / "metrics.jsonl"
     with (recipe.parent / "console.txt").open("w") as console:
         process = subprocess.Popen(
@@ -77,4 +81,4 @@ def test_nothing_grows(make_model: Callable[..., Path], make_recipe: Callable[..
         assert after[1] <= before[1], name
     [store] = [line for line in said.splitlines() if line.startswith("OBJECT STORE")]
     print(store)
-    assert "0 MiB" in store or "Plasma memory usage 0" in store
+    assert "Plasma memory usage 0 MiB, 0 objects" in store

@@ -233,6 +233,7 @@ def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:
         assert f"{section.replace('.0', '[0]')}.{option}?" in message, message
 
 
+@pytest.mark.slow
 def test_every_letter_of_every_option_left_out_or_replaced(recipe: Path) -> None:
     """The suggestion may be the option itself or, where another is as near, that one; it is always a real one."""
     names = [line.split(" = ")[0].replace("rewards[i]", "rewards.0") for line in module.options_text().splitlines()]

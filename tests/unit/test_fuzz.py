@@ -54,7 +54,7 @@ def recipe_of(path: Path) -> Any:
 KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], int]] = {
     "rows.jsonl": (write_jsonl, rows_of, 600),
     "rows.parquet": (write_parquet, rows_of, 600),
-    "recipe.yaml": (write_recipe, recipe_of, 600),
+    "recipe.yaml": (write_recipe, recipe_of, 200),
 }
 
 
