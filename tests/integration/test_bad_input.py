@@ -215,3 +215,16 @@ def test_check_prints_the_plan(
     assert "group_normalized, ppo_clip, token_mean" in said
     assert "no reference" in said
     assert "the ratio is exactly 1" in said
+
+
+def test_a_dump_that_is_none_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said_of(folder: Path) -> str:
+        assert cli.main(["replay", str(folder)]) == 2
+        return capsys.readouterr().err.strip()
+
+    assert "is no dump of an update" in said_of(tmp_path / "nowhere")
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    assert "is no dump of an update" in said_of(tmp_path)
+    (tmp_path / "rank-0.safetensors").write_bytes(b"rubbish")
+    assert "config.yaml: data.train is required" in said_of(tmp_path)
+    assert "Traceback" not in said_of(tmp_path)

@@ -308,8 +308,15 @@ def test_the_less_usual_options_together(
             {"file": str(rewards), "name": "told", "weight": 0.1},
         ],
     )  # fmt: skip
-    folder, summary, metrics, _ = train(recipe, "model.dtype=bfloat16")
+    folder, summary, metrics, _ = train(recipe, "model.dtype=bfloat16", "run.save_every=1", "run.save_model=true")
     assert summary["steps"] == 2
+    one, two = ((folder / "checkpoints" / f"step-00000{n}" / "model") for n in (1, 2))
+    saved = AutoModelForCausalLM.from_pretrained(two).state_dict()
+    final = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in final.items())
+    first = AutoModelForCausalLM.from_pretrained(one).state_dict()
+    assert not all(torch.equal(first[name], tensor) for name, tensor in final.items())
+    AutoTokenizer.from_pretrained(one)
     assert metrics[1]["optim/optimizer_steps"] == 4
     assert metrics[2]["policy/ratio_max"] > 1.0
     assert metrics[2]["mismatch/mean"] < 0.1
