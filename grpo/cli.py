@@ -20,7 +20,7 @@ from typing import Any
 
 from grpo import __version__
 from grpo import config as config_module
-from grpo.stopping import Stopper
+from grpo.stopping import Stopper, interrupt_early
 from grpo.types import UserError
 
 DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
@@ -114,6 +114,7 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
     from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
 
     started = time.monotonic()
+    interrupt_early()
     origin = resuming.find(asked.get("resume"), config, str(recipe))
     if origin.run is None:
         run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking

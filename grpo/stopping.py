@@ -18,6 +18,12 @@ class Stopped(KeyboardInterrupt):
     """
 
 
+def interrupt_early() -> None:
+    """Let every one of the signals raise KeyboardInterrupt, as Ctrl-C does, while there is nothing to finish."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+
+
 class Stopper:
     """What to do about signals. Between `with stopper.finishing_steps()` and its end the first one only sets `asked`,
     and the step under way may take `grace_s` more seconds; elsewhere it raises Stopped at once."""

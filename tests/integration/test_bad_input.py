@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,8 @@ import pytest
 import transformers
 
 from grpo import cli
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -228,3 +233,23 @@ def test_a_dump_that_is_none_is_a_sentence(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "rank-0.safetensors").write_bytes(b"rubbish")
     assert "config.yaml: data.train is required" in said_of(tmp_path)
     assert "Traceback" not in said_of(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_while_the_recipe_is_checked_ends_it_with_a_sentence(
+    number: signal.Signals, model: Path, make_recipe: Callable[..., Path]
+) -> None:
+    reward = "import pathlib, time\npathlib.Path('{}').touch()\ntime.sleep(60)\ndef f(completion, row): return 0.0\n"
+    recipe = make_recipe(model)
+    (recipe.parent / "f.py").write_text(reward.format(recipe.parent / "loading"))
+    command = [sys.executable, "-m", "grpo", "train", str(recipe), f"rewards.0.file={recipe.parent / 'f.py'}",
+               "rewards.0.gold=false"]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (recipe.parent / "loading").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert said == "grpo: interrupted before anything was started\n"
+    assert not (recipe.parent / "runs").exists()
