@@ -20,8 +20,8 @@ GROWTH = 1.05
 
 LAST_WORDS = """
 import sys
-import ray
 from grpo import cli, engines
+import ray
 from ray._private.internal_api import memory_summary
 close = engines.Engines.close
 def closing(self):
