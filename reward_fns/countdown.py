@@ -1,0 +1,118 @@
+"""Countdown: does the completion make the target from the row's numbers?
+
+What is read: the last `<answer>...</answer>`; in it an expression of whole numbers, `+ - * /` (or `× ÷`) and
+parentheses, with or without ` = target` behind it. How it is judged: each of the row's numbers is used exactly once,
+and the exact value is the target. Nothing is evaluated by Python.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+MAX_LENGTH = 1000
+"""Characters of an expression; a longer one is a wrong answer."""
+MAX_DEPTH = 50
+"""Parentheses and signs in one another."""
+
+SIGNS = str.maketrans("\u00d7\u00b7\u00f7\u2212", "**/-")
+TOKEN = re.compile(r"\s*(?:(\d{1,20})(?![\d.])|([-+*/()=]))", re.ASCII)
+
+
+def countdown(completion: str, row: Mapping[str, Any]) -> float:
+    """1.0 if the answer is an expression of each of `row["nums"]` (or `numbers`) that gives `row["target"]`, else 0.0.
+
+    Raises KeyError without these columns, ValueError when they are not whole numbers.
+    """
+    numbers, target = given(row)
+    _, tag, after = completion.rpartition("<answer>")
+    expression, end, _ = after.partition("</answer>")
+    if not tag or not end or len(expression) > MAX_LENGTH:
+        return 0.0
+    try:
+        tokens = split(expression.translate(SIGNS))
+        left, equals, right = partition(tokens)
+        if sorted(int(token) for token in left if token.isdigit()) != sorted(numbers):
+            return 0.0
+        if equals and right != split(str(target)):
+            return 0.0
+        rest = list(reversed(left))
+        result = total(rest, 0)
+    except (SyntaxError, ZeroDivisionError):
+        return 0.0
+    return 1.0 if not rest and result == target else 0.0
+
+
+def given(row: Mapping[str, Any]) -> tuple[list[int], int]:
+    name = "nums" if "nums" in row else "numbers"
+    for needed in (name, "target"):
+        if needed not in row:
+            raise KeyError(f"the row has no column {needed!r}, only {sorted(row)}")
+    numbers, target = row[name], row["target"]
+    if not isinstance(numbers, list | tuple) or not numbers or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{name} must be a list of whole numbers, not {numbers!r}")
+    if type(target) is not int:
+        raise ValueError(f"target must be a whole number, not {target!r}")
+    return list(numbers), target
+
+
+def split(text: str) -> list[str]:
+    """The tokens of `text`. Raises SyntaxError when there is anything else in it."""
+    tokens, position = [], 0
+    text = text.rstrip()
+    while position < len(text):
+        token = TOKEN.match(text, position)
+        if token is None:
+            raise SyntaxError("neither number nor operator")
+        tokens.append(token[1] or token[2])
+        position = token.end()
+    return tokens
+
+
+def partition(tokens: list[str]) -> tuple[list[str], bool, list[str]]:
+    """What stands before and behind the first `=`, and whether there is one."""
+    if "=" not in tokens:
+        return tokens, False, []
+    at = tokens.index("=")
+    return tokens[:at], True, tokens[at + 1 :]
+
+
+# The three below take their tokens from the end of `rest`, a reversed list, and raise SyntaxError.
+
+
+def total(rest: list[str], depth: int) -> Fraction:
+    """Terms joined by + and -."""
+    result = product(rest, depth)
+    while rest and rest[-1] in "+-":
+        sign = 1 if rest.pop() == "+" else -1
+        result += sign * product(rest, depth)
+    return result
+
+
+def product(rest: list[str], depth: int) -> Fraction:
+    """Factors joined by * and /."""
+    result = factor(rest, depth)
+    while rest and rest[-1] in "*/":
+        multiplies = rest.pop() == "*"
+        other = factor(rest, depth)
+        result = result * other if multiplies else result / other
+    return result
+
+
+def factor(rest: list[str], depth: int) -> Fraction:
+    """A number, a total in parentheses, or one of them with a minus before it."""
+    token = rest.pop() if rest else ""
+    if depth > MAX_DEPTH:
+        raise SyntaxError("too deep")
+    if token == "-":
+        return -factor(rest, depth + 1)
+    if token == "(":
+        result = total(rest, depth + 1)
+        if not rest or rest.pop() != ")":
+            raise SyntaxError("a parenthesis is not closed")
+        return result
+    if not token.isdigit():
+        raise SyntaxError("a number is missing")
+    return Fraction(int(token))

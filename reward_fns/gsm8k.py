@@ -1,0 +1,63 @@
+"""The number that a completion ends with, compared exactly with the row's.
+
+What is read: the last line part `#### x`, as the data set writes its answers; else the last `\\boxed{...}`; else the
+last number. Public graders of GSM8K read either the first of these ("strict") or the last ("flexible"); a completion
+that follows the format is judged by it alone. `####` before anything but a number is a heading.
+
+How it is compared: as rational numbers, `1,234.50` = `1234.5`, `3/4` = `0.75`. Currency and per cent signs, commas
+between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+MAX_DIGITS = 100
+"""Characters of a number; a longer one is a wrong answer."""
+
+NUMBER = r"-?[$€£]?\s?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d)(?:\s?/\s?[1-9]\d*)?)"
+MARKED = re.compile(rf"####[\s*]*({NUMBER})[\s%.*]*$", re.M)
+LAST = re.compile(rf"(?<![\w.)])(?:{NUMBER})")
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\}|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
+
+
+def gsm8k(completion: str, row: Mapping[str, Any]) -> float:
+    """1.0 if the completion's last number is `row["answer"]`, else 0.0 (see the top of this file).
+
+    The gold answer is a number, or a solution that ends with `#### x`. Raises KeyError without `answer`, ValueError
+    when it is neither.
+    """
+    if "answer" not in row:
+        raise KeyError(f"the row has no column 'answer', only {sorted(row)}")
+    answer = row["answer"]
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise ValueError(f"the gold answer must be a text or a number, not {answer!r}")
+    gold = value(re.sub(r"[\s%.]+$", "", str(answer).rpartition("####")[2].strip()))
+    if gold is None:
+        raise ValueError(f"the gold answer {answer!r} is no number")
+    return 1.0 if final_number(completion.replace("\u2212", "-")) == gold else 0.0
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number that `text` gives as its answer, if any."""
+    if "####" in text and (marked := MARKED.findall(text)):
+        return value(marked[-1])
+    start = text.rfind("\\boxed")
+    if start >= 0:
+        box = BOX.match(text, start)
+        inside = re.sub(r"\\(?:text|mbox)\s*\{[^{}]*\}|\\[!,;:]", "", box[1]) if box else ""
+        numbers = LAST.findall(FRACTION.sub(r"\1/\2", inside.replace("{,}", ",").replace("\\$", "")))
+        return value(numbers[0]) if len(numbers) == 1 else None
+    numbers = LAST.findall(text)
+    return value(numbers[-1]) if numbers else None
+
+
+def value(number: str) -> Fraction | None:
+    """`number`, as NUMBER matches it, exactly; None for anything else and what is absurdly long."""
+    if len(number) > MAX_DIGITS or not re.fullmatch(NUMBER, number):
+        return None
+    return Fraction(re.sub(r"[$€£,\s]", "", number))
