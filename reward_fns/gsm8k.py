@@ -18,7 +18,7 @@ from typing import Any
 MAX_DIGITS = 100
 """Characters of a number; a longer one is a wrong answer."""
 
-NUMBER = r"-?[$€£]?\s?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d)(?:\s?/\s?[1-9]\d*)?)"
+NUMBER = r"(?:-[$€£]?|[$€£]\s?-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d)(?:\s?/\s?[1-9]\d*)?)"
 MARKED = re.compile(rf"####[\s*]*({NUMBER})[\s%.*]*$", re.M)
 LAST = re.compile(rf"(?<![\w.)])(?:{NUMBER})")
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\}|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")

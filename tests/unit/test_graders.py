@@ -1,0 +1,321 @@
+"""The answer graders of reward_fns/: verdicts written by hand, public grader cases and the data sets' own answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.config import RewardConfig
+from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.preflight import corrupt
+from grpo.types import Failed, Scored
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+Grader = Callable[..., float]
+
+
+def load(name: str) -> Grader:
+    """The function of reward_fns/NAME.py, loaded from its file as the workers do."""
+    spec = importlib.util.spec_from_file_location(f"grader_{name}", ROOT / "reward_fns" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+math_answer, gsm8k, countdown = load("math_answer"), load("gsm8k"), load("countdown")
+multiple_choice, think_answer = load("multiple_choice"), load("format")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    file = SHARED / f"{name}.jsonl"
+    if not file.exists():
+        pytest.skip(f"no {name}.jsonl in ../shared/data beside the repository")
+    with file.open() as lines:
+        return [json.loads(line) for line in lines]
+
+
+def boxed(answer: str) -> str:
+    return f"The answer is \\boxed{{{answer}}}."
+
+
+def check(grader: Grader, cases: Sequence[tuple[str, Any, float]]) -> None:
+    """Every (completion, gold answer or row, reward)."""
+    got = [(c, g, grader(c, g if isinstance(g, Mapping) else {"answer": g})) for c, g, _ in cases]
+    assert got == list(cases)
+
+
+# --- public cases and data ------------------------------------------------------------------------------------------
+
+
+def test_public_graders_core_cases() -> None:
+    cases = [case for case in rows_of("grader_cases") if case["core"]]
+    graders = {"answer": math_answer, "response": math_answer, "mcq": multiple_choice}
+    wrong = [
+        case
+        for case in cases
+        if graders[case["mode"]](case["prediction"], {"answer": case["gold"]}) != float(case["expected"])
+    ]
+    assert wrong == []
+    assert len(cases) > 150
+
+
+def misjudged(grader: Grader, rows: Sequence[Mapping[str, Any]], write: Callable[[str], str]) -> list[str]:
+    """Gold answers that do not get 1, as the row's solution or as `write` puts them, or that get it when changed."""
+    bad = []
+    for row in rows:
+        answer = str(row["answer"])
+        right = [write(answer), *([row["solution"]] if "solution" in row else [])]
+        if [grader(text, row) for text in right] != [1.0] * len(right) or grader(write(corrupt(answer)), row) != 0.0:
+            bad.append(answer)
+    return bad
+
+
+# The digits of these are all one more, and it is the same number and the same plane.
+SAME_WHEN_CORRUPTED = {"\\frac{1}{11}", "x + y - z + 1 = 0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [
+        ("math500_test", 2),
+        ("math_train", 40),
+        pytest.param("math500_test", 1, marks=pytest.mark.slow),
+        pytest.param("math_train", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_gold_answers_of_math(name: str, every: int) -> None:
+    rows = rows_of(name)[::every]
+    bad = set(misjudged(math_answer, rows, boxed)) - SAME_WHEN_CORRUPTED
+    assert len(bad) <= 0.005 * len(rows), bad
+
+
+@pytest.mark.parametrize("write", [boxed, "It makes {} in all.".format, "#### {}".format])
+def test_gold_answers_of_gsm8k(write: Callable[[str], str]) -> None:
+    assert misjudged(gsm8k, rows_of("gsm8k_train"), write) == []
+
+
+def test_median_time_of_a_call() -> None:
+    rows, seconds = rows_of("math500_test"), []
+    for row in rows[::5]:
+        start = time.perf_counter()
+        math_answer(row["solution"], row)
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 0.05
+
+
+# --- math_answer ----------------------------------------------------------------------------------------------------
+
+EQUAL = [
+    ("2\\frac12", "5/2"), ("2 1/2", "5/2"), ("1\\,000", "1000"), ("1,\\!000", "1000"), ("1 000 000", "1000000"),
+    ("100, 200, 300", "100,200,300"), ("12,345,678", "12345678"), ("2,5", "2.5"), ("1e5", "100000"),
+    ("1.5\\times10^{-8}", "1.5e-8"), ("5.", "5"), ("0.333333", "1/3"), ("50\\%", "0.5"), ("50\\%", "50"),
+    ("\\$5", "5"), ("5\\text{ cm}^2", "5"), ("5 cm", "5"), ("5 m", "5"), ("90", "90^\\circ"), ("2516", "2516_8"),
+    ("2516_{8}", "2516_8"), ("x=5", "5"), ("5", "x=5"), ("\\text{(C)}", "C"), ("x<3", "(-\\infty,3)"),
+    ("-2\\le x\\le 7", "x\\in[-2,7]"), ("1-\\frac1e", "1 - \\frac{1}{\\mathrm{e}}"), ("2,1", "1,2"),
+    ("1 \\text{ or } 2", "1,2"), ("\\frac{\\sqrt2}{2}", "\\frac{1}{\\sqrt2}"), ("(x-1)(x+1)", "x^2-1"),
+    ("1000!", "1000!"), ("x^{2024}", "x^{2024}"), ("$5$", "5"), ("\\(5\\)", "5"), ("y=2x+1", "2x+1"), (".5", "0.5"),
+    ("\u22125", "-5"), ("4t", "4 t"), ("\\sin^2t", "\\sin^2 t"), ("a+b+c", "a + b + c"), ("\\pi r^2 h", "\\pi r^2h"),
+    ("\\frac{\\pi}{2}", "\\frac\\pi 2"), ("8.24", "\\approx 8.24 \\text{ mph}"), ("56\\%", "0.56 = 56\\%"),
+    ("\\dfrac{2469}{20000}", "\\dfrac{2469}{20,\\!000}"), ("1,2", "2,\\quad1"), ("12:00", "12:00"),
+]  # fmt: skip
+UNEQUAL = [
+    ("0", "0.0000001"), ("10^{-20}", "10^{-30}"), ("2^{100}", "2^{100}+1"), ("101_3", "101_2"), ("1\\,000", "0"),
+    ("[1,2]", "(1,2)"), ("1-\\frac{1}{\\mathrm{x}}", "1-\\frac{1}{\\mathrm{y}}"), ("1:30", "12:00"), ("", "5"),
+    ("\\text{}", "5"), ("0/0", "5"), ("\\infty", "5"), ("x", "5"), ("5 or 6", "6"), ("5,6", "6"), ("-5", "5"),
+    ("x>5", "x\\ge5"), ("3.14", "\\pi"), ("\\text{west}", "\\text{east}"), ("(1,2,3)", "(1,3,2)"), ("0.33", "1/3"),
+    ("x+1", "y+1"), ("\\pm 3", "3"), ("3", "\\pm 3"), ("1,2", "1,2,3"), ("5=6=7", "6"), ("1,234", "1.234"), ("4", "4t"),
+    ("4t", "4"), ("3", "3ab"), ("\\sin^2", "\\sin^2 t"), ("a+b", "a + b + c"), ("1=2", "0.56 = 56\\%"),
+]  # fmt: skip
+
+
+def test_equal_and_unequal_answers() -> None:
+    check(math_answer, [(boxed(a), b, 1.0) for a, b in EQUAL])
+    check(math_answer, [(boxed(a), b, 0.0) for a, b in UNEQUAL])
+
+
+@pytest.mark.parametrize("gold", ["\\frac{1}{2}", "(3,\\frac{\\pi}{2})", "[0,1)", "3\\sqrt{13}", "x^2+1", "\\{1,2\\}"])
+def test_writing_does_not_matter(gold: str) -> None:
+    written = [
+        gold.replace("\\frac", "\\dfrac"),
+        gold.replace("(", "\\left(").replace(")", "\\right)").replace("[", "\\left["),
+        gold.replace("+", " + ").replace(",", " , \\ "),
+        f" {gold}\n",
+        f"\\displaystyle {gold}",
+        f"${gold}$.",
+    ]
+    check(math_answer, [(boxed(text), gold, 1.0) for text in written])
+
+
+def test_where_the_answer_is_read() -> None:
+    check(
+        math_answer,
+        [
+            ("\\boxed{5}. Wait, no, it is \\boxed{6}", "6", 1.0), ("\\boxed{5} or \\boxed{6}", "6", 0.0),
+            ("\\boxed{5}\\boxed{6}", "6", 0.0), ("\\boxed{2} and \\boxed{1}", "1,2", 1.0),
+            ("\\boxed{5}\n\n\\boxed{5}", "5", 1.0), ("\\boxed{5", "5", 0.0), ("\\boxed{5}, no \\boxed{6", "5", 0.0),
+            ("<think>\\boxed{4}</think> so \\boxed{5}", "5", 1.0), ("\\boxed{5}</think> no idea", "5", 0.0),
+            ("</think><answer> 5 </answer>", "5", 1.0), ("<answer>It is $5$.</answer>", "5", 1.0),
+            ("Final answer: 5", "5", 1.0), ("the final answer is $\\frac12$. I hope it is correct.", "0.5", 1.0),
+            ("So we get $4t$.", "4", 0.0), ("So we get $4t$.", "4t", 1.0), ("x^2+2x+1", "2", 0.0),
+            ("\\boxed{\\boxed{5}}", "5", 1.0), ("\\fbox{5}", "5", 1.0), ("**5**", "5", 1.0), ("5", 5, 1.0),
+            ("\\boxed{\\left\\{1,2\\right\\}}", "\\{1,2\\}", 1.0), ("\\boxed{}. 5", "5", 0.0), ("", "5", 0.0),
+            ("I do not know.", "5", 0.0), ("no answer", "5", 0.0),
+        ],
+    )  # fmt: skip
+
+
+HOSTILE = [
+    "\\boxed{9^{9^{9^9}}}", "\\boxed{100000!}", "\\boxed{((3!)!)!}", "\\boxed{10^{1000000}}", "10**1000000",
+    "\\boxed{\\binom{1000000}{500000}}", "\\boxed{(x+y+z)^{1000}}", "\\boxed{e^{e^{e^{e^{79}}}}}",
+    "\\boxed{\\prod_{k=1}^{10000000} k}", "\\boxed{" + "9" * 5000 + "}", "\\boxed{" + "(" * 1000 + ")" * 1000 + "}",
+    "\\boxed{" + "-" * 900 + "1}", "\\boxed{1" + "!" * 900 + "}", "\\boxed{" * 15000, "\\boxed{1}," * 10000,
+    "\\boxed{" + "\\{" * 11 + "1" + "\\}" * 11 + "}", "9" * 100000, "$" * 100000, "(1+" * 33000, "1 1 " * 25000,
+    "1/" * 50000, "answer is " * 10000, "The answer is " * 7000, "#### " * 20000, "1," * 50000, "<answer>" * 12000,
+    "<answer>" + "(" * 99000 + "</answer>", "<think>" * 14000, "<think>" + "a" * 99000, "(A " * 33000, "*" * 100000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grader", [math_answer, gsm8k, countdown, multiple_choice, think_answer])
+def test_absurd_completions_are_wrong_at_once(grader: Grader) -> None:
+    row = {"answer": "C" if grader is multiple_choice else "5", "nums": [1, 2], "target": 5}
+    for text in HOSTILE:
+        start = time.perf_counter()
+        assert grader(text, row) == 0.0, text[:60]
+        assert time.perf_counter() - start < 5.0, text[:60]
+
+
+@pytest.mark.parametrize("gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "..."])
+def test_a_gold_that_cannot_be_parsed_is_an_error(gold: str) -> None:
+    with pytest.raises(ValueError, match=r"the gold answer .* cannot be parsed"):
+        math_answer(boxed(gold), {"answer": gold})
+
+
+@pytest.mark.parametrize("grader", [math_answer, gsm8k, multiple_choice])
+def test_a_row_without_a_usable_answer_is_an_error(grader: Grader) -> None:
+    for answer in (None, True, ["5"], b"5", float("nan") if grader is gsm8k else {}):
+        with pytest.raises(ValueError, match="the gold answer"):
+            grader("5", {"answer": answer})
+    with pytest.raises(KeyError, match="no column 'answer', only \\['gold'\\]"):
+        grader("5", {"gold": "5"})
+
+
+# --- the others -----------------------------------------------------------------------------------------------------
+
+
+def test_gsm8k() -> None:
+    right = {
+        "72": ["#### 72", "#### 72.", "####72", "#### **72**", "#### $72", "#### 71\n#### 72", "72", "$72.00",
+               "#### Step 4\nso it is \\boxed{72}", "#### 1. Do\nIt is 72.", "\\boxed{\\$72\\text{ in 2 days}}",
+               "\\boxed{x=72}", "#### 72 clips", "48 + 24 = 72", "(72)"],
+        "1234.5": ["#### 1,234.50", "\\boxed{1{,}234.5}", "\\boxed{1,\\!234.5}"],
+        "0.75": ["It is 3/4", "\\boxed{\\frac{3}{4}}", ".75", "#### 3/4"],
+        "-5": ["is -5", "is \u22125", "-$5", "$-5"],
+        "5": ["10-5=5", "10 - 5", "- 5 apples", "5%", "a 10/2=5\n#### 5"],
+    }  # fmt: skip
+    wrong = {
+        "72": ["#### 72\n#### 73", "\\boxed{72", "\\boxed{72}, \\boxed{73}", "72 #### 71", "nothing", "", "720", "7.2"],
+        "2": ["\\boxed{10^2}"],
+        "1/3": ["0.333"],
+        "1": ["1/0"],
+    }
+    check(gsm8k, [(text, gold, 1.0) for gold, texts in right.items() for text in texts])
+    check(gsm8k, [(text, gold, 0.0) for gold, texts in wrong.items() for text in texts])
+    check(gsm8k, [("72", "48/2 = <<48/2=24>>24\n#### 72", 1.0), ("72.0", 72, 1.0), ("1/2", 0.5, 1.0)])
+    for gold in ("", "abc", "72 clips", "1/0"):
+        with pytest.raises(ValueError, match="is no number"):
+            gsm8k("72", {"answer": gold})
+
+
+def test_countdown() -> None:
+    row = {"nums": [1, 2, 3, 4], "target": 24}
+    right = ["1*2*3*4", "(1+2+3)*4", " (1+2+3)*4 = 24 ", "1 \u00d7 2 \u00d7 3 \u00d7 4", "4*3*2/1", "--1*2*3*4"]
+    wrong = [
+        "4*3*2", "1*2*3*4*1", "12*(3-1)", "24", "1+2+3+4", "(1+2+3)*4 = 25", "1*2*3*4=24=24", "1*2*3**4", "1*2*3*4)",
+        "(1*2*3*4", "1*2*3*4.0", "1*2*3 4", "", "=24", "1*2*3*4=", "2//1*3*4", "__import__('os')", 
+        "x", "-" * 99 + "1*2*3*4",
+    ]  # fmt: skip
+    check(countdown, [(f"<answer>{text}</answer>", row, 1.0) for text in right])
+    check(countdown, [(f"<answer>{text}</answer>", row, 0.0) for text in wrong])
+    exact = {"numbers": [3, 3, 8, 8], "target": 24}
+    zero = {"nums": [3, 1, 1], "target": 3}
+    check(
+        countdown,
+        [("<answer>8/(3-8/3)</answer>", exact, 1.0), ("<answer>3/(1-1)</answer>", zero, 0.0), ("1*2*3*4", row, 0.0)],
+    )
+    for bad in ({"nums": "12", "target": 1}, {"nums": [1.0], "target": 1}, {"nums": [True], "target": 1},
+                {"nums": [], "target": 1}, {"nums": [1], "target": "1"}):  # fmt: skip
+        with pytest.raises(ValueError, match="whole number"):
+            countdown("<answer>1</answer>", bad)
+    for short in ({}, {"nums": [1]}, {"target": 1}):
+        with pytest.raises(KeyError, match="the row has no column"):
+            countdown("<answer>1</answer>", short)
+
+
+def test_multiple_choice() -> None:
+    right = {
+        "C": ["C", "(C)", "**C**", "C.", "\\boxed{c}", "I think the correct answer is C", "The answer is option C",
+              "The answer is $\\boxed{C}$", "(C) Paris", "The correct option is C because A is wrong"],
+        "B": ["The answer is (B).", "**Answer:** B", "**Answer: B**", "\\boxed{\\text{(B)}}", "\\boxed{B) 5}",
+              "The answer is A. No, the answer is B.", "We see it.\n\n**(B)**", "<think>Answer: A</think> B",
+              "<answer> (B) </answer>", "B. it can't be A or C"],
+    }  # fmt: skip
+    # fmt: off
+    wrong = ["", "c", "A or C", "The answer is A or C", "The answer is C or A", "The answer is a cat", "Cats",
+             "C dogs", "\\boxed{AC}", "\\boxed{A, C}", "\\boxed{5}\nThe answer is C",
+             "The answer is Cat", "C's", "\\boxed{C"]
+    # fmt: on
+    check(multiple_choice, [(text, gold, 1.0) for gold, texts in right.items() for text in texts])
+    check(multiple_choice, [(text, "C", 0.0) for text in wrong])
+    check(multiple_choice, [("C", gold, 1.0) for gold in ("c", "(C)", "C. Paris", "(C) Paris", "\\text{(C)}")])
+    for gold in ("", "A dog", "AB", "5"):
+        with pytest.raises(ValueError, match="must be a letter"):
+            multiple_choice("A", {"answer": gold})
+
+
+def test_format() -> None:
+    whole = "<think>a</think><answer>b</answer>"
+    spaced = " <think>\na\n</think>\n\n<answer>\nb\n</answer>\n"
+    wrong = ["", "x" + whole, whole + "x", whole * 2, "<think></think><answer>b</answer>", "<think>a</think>",
+             "<think>a</think><answer> </answer>", "<answer>b</answer><think>a</think>",
+             "a</think><answer>b</answer>"]  # fmt: skip
+    check(think_answer, [(whole, {}, 1.0), (spaced, {}, 1.0), *[(text, {}, 0.0) for text in wrong]])
+    prefilled = {"prompt": "Solve it.<think>\n"}
+    assert think_answer(whole.removeprefix("<think>"), {}, prefilled) == 1.0
+    assert think_answer(whole, {}, prefilled) == 0.0
+    assert think_answer(whole, {}, {"prompt": "Solve it."}) == 1.0
+
+
+def test_graders_run_in_the_workers(tmp_path: Path) -> None:
+    """As rewards of a run: a timeout kills what sympy would take ages for, and a bad gold fails."""
+    reward = RewardConfig(file=str(ROOT / "reward_fns" / "math_answer.py"), timeout_s=2.0)
+    form = RewardConfig(file=str(ROOT / "reward_fns" / "format.py"))
+    slow = boxed("\\int_0^1 " + "\\sin(" * 9 + "x^x" + ")" * 9 + "dx")
+    info = {"token_count": 3, "finish_reason": "stop", "prompt": "Solve it.<think>", "step": 1}
+
+    def outcomes(config: RewardConfig, texts: Sequence[str], gold: str) -> list[Scored | Failed]:
+        with RewardPool([config], files=[Path(config.file)], workers=1, log_dir=tmp_path / "logs") as pool:
+            items = [RewardItem(completion=t, row={"answer": gold}, messages=None, info=info) for t in texts]
+            return pool.submit(items).result(timeout=120)
+
+    right, late, wrong = outcomes(reward, [boxed("5"), slow, boxed("6")], "5")
+    assert right == Scored(value=1.0, parts={"math_answer": 1.0})
+    assert isinstance(late, Scored | Failed)
+    assert late == Scored(value=0.0, parts={"math_answer": 0.0}) or (
+        isinstance(late, Failed) and late.kind == "timeout"
+    )
+    assert wrong == Scored(value=0.0, parts={"math_answer": 0.0})
+    (bad,) = outcomes(reward, [boxed("5")], "\\frac{1}{")
+    assert isinstance(bad, Failed)
+    assert bad.kind == "exception"
+    assert "cannot be parsed" in bad.detail
+    assert outcomes(form, ["a</think><answer>b</answer>"], "5") == [Scored(value=1.0, parts={"format": 1.0})]
