@@ -32,7 +32,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
 JOINED = re.compile(r"(?:\\q?quad|\\text\s*\{|(?:[a-z]+\s+)?\b(?:and|or)\b|[^\w.:=?!])*")
 COMMAND = re.compile(r"\\(?:begin|end|text\w*|mbox|math\w+|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+")
-WORD = re.compile(r"[^\W\d_]{3}")
+WORD = re.compile(r"[^\W\d_]{3}|\b(?:is|it|so|we)\b", re.I)
 GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!|\\[,;: ]|[ ~])\d{3})+(?![\d.]*\d)")
 GROUPED_IN_BRACES = re.compile(r"(?<=\{)\d{1,3}(?:,\d{3})+(?=\})")
 DECIMAL_COMMA = re.compile(r"-?(?:\d+,(?!\d{3}$)\d+|0,\d+)")

@@ -165,7 +165,8 @@ def test_where_the_answer_is_read() -> None:
             ("\\boxed{5}\n\n\\boxed{5}", "5", 1.0), ("\\boxed{5", "5", 0.0), ("\\boxed{5}, no \\boxed{6", "5", 0.0),
             ("<think>\\boxed{4}</think> so \\boxed{5}", "5", 1.0), ("\\boxed{5}</think> no idea", "5", 0.0),
             ("</think><answer> 5 </answer>", "5", 1.0), ("<answer>It is $5$.</answer>", "5", 1.0),
-            ("Final answer: 5", "5", 1.0), ("the final answer is $\\frac12$. I hope it is correct.", "0.5", 1.0),
+            ("Final answer: 5", "5", 1.0), ("It is 5", "5", 1.0),
+            ("the final answer is $\\frac12$. I hope it is correct.", "0.5", 1.0),
             ("So we get $4t$.", "4", 0.0), ("So we get $4t$.", "4t", 1.0), ("x^2+2x+1", "2", 0.0),
             ("\\boxed{\\boxed{5}}", "5", 1.0), ("\\fbox{5}", "5", 1.0), ("**5**", "5", 1.0), ("5", 5, 1.0),
             ("\\boxed{\\left\\{1,2\\right\\}}", "\\{1,2\\}", 1.0), ("\\boxed{}. 5", "5", 0.0), ("", "5", 0.0),
@@ -241,7 +242,7 @@ def test_countdown() -> None:
     right = ["1*2*3*4", "(1+2+3)*4", " (1+2+3)*4 = 24 ", "1 \u00d7 2 \u00d7 3 \u00d7 4", "4*3*2/1", "--1*2*3*4"]
     wrong = [
         "4*3*2", "1*2*3*4*1", "12*(3-1)", "24", "1+2+3+4", "(1+2+3)*4 = 25", "1*2*3*4=24=24", "1*2*3**4", "1*2*3*4)",
-        "(1*2*3*4", "1*2*3*4.0", "1*2*3 4", "", "=24", "1*2*3*4=", "2//1*3*4", "__import__('os')", 
+        "(1*2*3*4", "1*2*3*4.0", "1*2*3 4", "", "=24", "1*2*3*4=", "2//1*3*4", "__import__('os')",
         "x", "-" * 99 + "1*2*3*4",
     ]  # fmt: skip
     check(countdown, [(f"<answer>{text}</answer>", row, 1.0) for text in right])
