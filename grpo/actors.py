@@ -64,6 +64,7 @@ def _log_to(path: str) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    faulthandler.enable(file=2)  # a crash in C has last words, too
     faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)
 
 

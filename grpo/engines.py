@@ -41,6 +41,15 @@ class ActorDied(EngineFailure):
         self.name = name
 
 
+def _oom_kills() -> int:
+    """Processes of this machine that the kernel has killed for want of memory since it started."""
+    with contextlib.suppress(OSError):  # a kernel without the counter
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 def _signal(pids: Sequence[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -132,6 +141,7 @@ class Engines:
         self._transport = transport_of(config)
         self._published: tuple[int, Probe] | None = None
         self._replaced = 0
+        self._oom_kills = _oom_kills()
         learner_class: Any = ray.remote(LearnerActor)
         self.samplers = [self._make_sampler(i) for i in range(config.sampler.num_samplers)]
         self.learners = [
@@ -353,6 +363,8 @@ class Engines:
         dead = getattr(error, "actor_id", None)
         name = next((n for handle, n in self._names.items() if handle._actor_id.hex() == str(dead)), "an actor")
         why = " ".join(str(error).split())[:300]
+        if struck := _oom_kills() - self._oom_kills:
+            why = f"the kernel has killed {struck} processes for want of memory since the engines were started; {why}"
         return ActorDied(name, f"{name} died while waiting for {what} ({why}); its last lines:\n{self._tail(name)}")
 
     def _overdue(self, what: str, timeout_s: float) -> EngineFailure:
