@@ -216,6 +216,7 @@ def _private_ray(node: Node) -> Iterator[None]:
             object_store_memory=1 << 30,
             _temp_dir=str(folder),
             _node_ip_address=LOOPBACK,
+            _system_config={"task_events_report_interval_ms": 0},  # else Ray remembers the last 100,000 calls
         )
         if ray.util.get_node_ip_address() != LOOPBACK:
             raise RuntimeError(f"the private Ray listens on {ray.util.get_node_ip_address()}, not on {LOOPBACK} alone")

@@ -40,7 +40,7 @@ def held(process: psutil.Process) -> dict[str, tuple[int, int]]:
     for p in [process, *process.children(recursive=True)]:
         try:
             memory = p.memory_info()
-            found[f"{p.pid} {' '.join(p.cmdline())[:60]}"] = (memory.rss - memory.shared, p.num_fds())
+            found[f"{p.pid} {' '.join(p.cmdline())[-60:]}"] = (memory.rss - memory.shared, p.num_fds())
         except psutil.NoSuchProcess:
             continue
     return found
@@ -73,12 +73,14 @@ def test_nothing_grows(tmp_path: Path, make_model: Callable[..., Path], make_rec
     assert late
     names = [name for name in early[0] if all(name in found for found in (*early, *late))]
     assert len(names) > 8  # driver, sampler, learner, keeper, worker, and Ray's own
+    grown = []
     for name in names:
         before = max(found[name][0] for found in early), max(found[name][1] for found in early)
         after = min(found[name][0] for found in late), min(found[name][1] for found in late)
-        print(f"{name}: {before[0] / 2**20:.1f} -> {after[0] / 2**20:.1f} MiB, {before[1]} -> {after[1]} files")
-        assert after[0] <= GROWTH * before[0] + 2**20, name
-        assert after[1] <= before[1], name
+        print(f"{name!r}: {before[0] / 2**20:.1f} -> {after[0] / 2**20:.1f} MiB, {before[1]} -> {after[1]} files")
+        if after[0] > GROWTH * before[0] + 2**20 or after[1] > before[1]:
+            grown.append(name)
+    assert grown == []
     [store] = [line for line in said.splitlines() if line.startswith("OBJECT STORE")]
     print(store)
     assert "Plasma memory usage 0 MiB, 0 objects" in store
