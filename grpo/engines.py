@@ -188,7 +188,7 @@ class Engines:
         streams = {self._ask(i, share, settings): (i, share) for i, share in enumerate(shares) if share}
         done: set[tuple[int, int]] = set()
         while streams:
-            ready, _ = self._ready(list(streams), "completions from the samplers", time.monotonic() + self._timeout)
+            ready, _ = self._ready(list(streams), "completions from the samplers", self._timeout, time.monotonic())
             try:
                 [block] = self._wait([next(ready[0])], "completions from the samplers", self._timeout)
             except StopIteration:
@@ -219,6 +219,8 @@ class Engines:
         started = time.monotonic()
         for i in lost:
             ray.kill(self.samplers[i])
+            for known in (self._names, self._processes, self._known):
+                known.pop(self.samplers[i], None)
             self.samplers[i] = self._make_sampler(i)
         starting = [self.samplers[i].start.remote(self._transport) for i in lost]
         self._wait(starting, "a sampler to be replaced", self._config.cluster.start_timeout_s)
@@ -295,9 +297,9 @@ class Engines:
     def _wait(self, references: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
         """Results of `references`, or the first failure among them."""
         pending = list(references)
-        deadline = time.monotonic() + timeout_s
+        asked = time.monotonic()
         while pending:
-            ready, pending = self._ready(pending, what, deadline)
+            ready, pending = self._ready(pending, what, timeout_s, asked)
             try:
                 ray.get(ready)
             except ray.exceptions.RayTaskError as error:
@@ -313,13 +315,13 @@ class Engines:
         results: list[Any] = ray.get(list(references))
         return results
 
-    def _ready(self, references: list[Any], what: str, deadline: float) -> tuple[list[Any], list[Any]]:
+    def _ready(self, references: list[Any], what: str, timeout_s: float, asked: float) -> tuple[list[Any], list[Any]]:
         """`ray.wait` for the first of `references`, that also ends when a node is lost: actors whose node has gone may
         never be said to have died.
 
         Raises EngineFailure.
         """
-        asked = time.monotonic()
+        deadline = asked + timeout_s
         while True:
             ready, pending = ray.wait(references, timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
             if ready:
@@ -327,7 +329,7 @@ class Engines:
             if lost := self._lost():
                 raise EngineFailure(f"{lost} while waiting for {what}")
             if time.monotonic() >= deadline:
-                raise self._overdue(what, deadline - asked)
+                raise self._overdue(what, timeout_s)
 
     def _lost(self) -> str | None:
         """What of Ray has gone that the engines need."""

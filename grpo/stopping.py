@@ -34,7 +34,7 @@ class Stopper:
         """The first signal's name."""
         self.enforced = False
         """Stopped has been raised; whatever comes out of it, the reason is the signal."""
-        self._may_finish = False
+        self._may_finish = self._over = False
 
     def install(self) -> None:
         """Take the signals, also from whoever has taken them since."""
@@ -42,10 +42,12 @@ class Stopper:
             signal.signal(number, self._handle)
 
     def uninstall(self) -> None:
-        """Back to what Python does; SIGTERM and SIGUSR1 kill."""
+        """Back to what Python does; SIGTERM and SIGUSR1 kill. After an end that was asked for, signals are ignored:
+        what is left to do are last words, and they decide the exit code."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (*SIGNALS, signal.SIGALRM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            plain = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if self.asked else plain)
 
     @contextmanager
     def finishing_steps(self) -> Iterator[None]:
@@ -55,10 +57,11 @@ class Stopper:
             yield
         finally:
             self._may_finish = False
+            self._over = self.asked is not None
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.enforced:  # taking down is not interrupted again
+        if self.enforced or self._over:  # taking down is not interrupted again
             return
         first, name = self.asked is None, signal.Signals(number).name
         self.asked = self.asked or name

@@ -49,6 +49,9 @@ def test_within_steps_the_first_signal_asks(stopper: Stopper, said: list[str], n
         assert stopper.asked == number.name
     assert not stopper.enforced
     assert len(said) == 1
+    send(signal.SIGINT)  # taking down, now that the step is done, is not interrupted
+    stopper.uninstall()
+    send(number)  # nor are the last words
     time.sleep(0.3)  # done in time: the end of patience no longer counts
 
 
