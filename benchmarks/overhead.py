@@ -223,7 +223,7 @@ def main() -> None:
                 reporter=pairing, train_settings=settings, eval_settings=settings,
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
                 progress=Progress.start(c, plan.prompts), stopping=lambda: False,
-                saver=Saver(c, run.path, engines=engines, fingerprints=dict, say=print),
+                saver=Saver(c, run.path, engines=engines, fingerprints=dict, flush=lambda: None, say=print),
             )  # fmt: skip
             actors.freeze_garbage()
             driver.train(loop)

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from grpo import checkpoint, data
-from grpo import config as config_module
 from grpo.config import Config
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
@@ -97,14 +96,23 @@ def refuse_secrets(config: Config) -> None:
 
     Raises UserError naming the environment variable whose value it holds.
     """
-    text = config_module.dump(config)
+    texts = list(leaves(dataclasses.asdict(config)))
     for name in secrets(os.environ):
         value = os.environ[name]
-        if len(value) >= MIN_SECRET and value in text:
+        if len(value) >= MIN_SECRET and any(value in text for text in texts):
             raise UserError(
                 f"the recipe holds the value of the environment variable {name}, and would be saved with it; a reward "
                 f"that needs it gets it by rewards[i].env: [{name}]"
             )
+
+
+def leaves(tree: Any) -> Iterator[str]:
+    """Every value of a nested config as text."""
+    if isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from leaves(value)
+    else:
+        yield str(tree)
 
 
 def check_model(config: Config) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from grpo.types import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+DIGEST = "manifest.sha256"
 PARTIAL = ".partial"
 
 
@@ -96,7 +98,9 @@ def publish(partial: Path, manifest: Manifest) -> Path:
     target = partial.with_name(partial.name.removesuffix(PARTIAL))
     file = partial / MANIFEST
     file.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
-    seal(file)
+    digest = partial / DIGEST
+    digest.write_text(f"{seal(file).sha256}  {MANIFEST}\n", encoding="utf-8")  # as sha256sum writes it
+    seal(digest)
     for folder in {path.parent for path in _files(partial)} | {partial}:
         _flush(folder)
     os.rename(partial, target)
@@ -126,16 +130,21 @@ def read(folder: Path) -> Manifest:
     if not file.is_file():
         raise UserError(f"{folder} is no checkpoint: it has no {MANIFEST}")
     try:
+        written = (folder / DIGEST).read_text(encoding="utf-8").split()[0]
+        if hashlib.sha256(file.read_bytes()).hexdigest() != written:
+            raise ValueError(f"its SHA-256 differs from that in {DIGEST}")
         raw = json.loads(file.read_text(encoding="utf-8"))
         known = {field.name for field in dataclasses.fields(Manifest)}
         if set(raw) != known:
             raise ValueError(f"it has {sorted(raw)}")
         records = {name: FileRecord(**record) for name, record in raw["files"].items()}
         manifest = Manifest(**{**raw, "files": records})
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
         raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
     if manifest.format != FORMAT:
         raise UserError(f"{file} is of format {manifest.format}; this version reads format {FORMAT}")
+    if folder_of(folder.parent.parent, manifest.step).name != folder.name or manifest.driver["step"] != manifest.step:
+        raise UserError(f"{file} is of step {manifest.step}, which is not the step of its folder")
     for name, record in manifest.files.items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
@@ -165,8 +174,8 @@ def retire(run: Path, *, keep_last: int, keep_every: int, best_by: str | None) -
     if keep_every:
         kept |= {path for path in every if steps[path] % keep_every == 0}
     if best_by:
-        values = {path: json.loads((path / MANIFEST).read_text())["metrics"].get(best_by) for path in every}
-        rated = [path for path in every if values[path] is not None]
+        values = {path: _rating(path, best_by) for path in every}
+        rated = [path for path in every if math.isfinite(values[path])]
         kept |= {max(rated, key=lambda path: values[path])} if rated else set()
     gone = [path for path in every if path not in kept]
     for path in gone:
@@ -174,6 +183,14 @@ def retire(run: Path, *, keep_last: int, keep_every: int, best_by: str | None) -
         os.rename(path, aside)
         shutil.rmtree(aside)
     return gone
+
+
+def _rating(folder: Path, metric: str) -> float:
+    """A checkpoint's metric; NaN where it has none, or cannot be read."""
+    try:
+        return float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["metrics"].get(metric, math.nan))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return math.nan
 
 
 # --- going on with other settings ------------------------------------------------------------------------------------

@@ -24,6 +24,10 @@ from grpo.stopping import Stopper, interrupt_early
 from grpo.types import UserError
 
 DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
+NAMED_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What the machine says of files that cannot be written or read."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,10 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"grpo: {error}", file=sys.stderr)
         return USERS
     except OSError as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NAMED_ERRORS:
             raise
-        print(f"grpo: the disk is full: {error}", file=sys.stderr)
-        return OURS
+        print(f"grpo: {error.filename}: {error.strerror}", file=sys.stderr)
+        return OURS if error.errno in (errno.ENOSPC, errno.EDQUOT) else USERS
     except KeyboardInterrupt:
         print("grpo: interrupted before anything was started", file=sys.stderr)
         return OURS
@@ -116,11 +120,20 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
     started = time.monotonic()
     interrupt_early()
     origin = resuming.find(asked.get("resume"), config, str(recipe))
+    if origin.done:
+        print(f"{origin.run} is done: it has {config.run.steps} steps; more of them: run.steps=N")
+        return DONE
     if origin.run is None:
         run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
     config = check.resolve_paths(config)
-    with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-        plan = check.check(config, recipe, Path(log_dir))
+    try:
+        with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+            plan = check.check(config, recipe, Path(log_dir))
+    except KeyboardInterrupt:
+        if origin.checkpoint is None:
+            raise
+        print(f"grpo: interrupted before anything was started; go on with resume={origin.run}", file=sys.stderr)
+        return RESUMABLE
     resumed = resuming.prepare(origin, plan, [name for name in asked.get("allow", "").split(",") if name])
     if origin.run is None:
         folder = run_folder.create(config, str(recipe))
@@ -153,8 +166,10 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
 def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
     """Run, and say however that ends: the exit code, and the reason for the summary."""
     from grpo import checkpoint, run_folder  # noqa: PLC0415
+    from grpo.engines import EngineFailure  # noqa: PLC0415
 
-    stopper = Stopper(plan.config.run.grace_s, console.say)
+    # a handler may come in the middle of a console line, where another could not be written
+    stopper = Stopper(plan.config.run.grace_s, lambda text: os.write(sys.stderr.fileno(), f"{text}\n".encode()))
     stopper.install()
     code, reason, stopped = OURS, "failed", ""
     try:
@@ -171,7 +186,8 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
     except KeyboardInterrupt:  # Stopped, or what Ray makes of it
         stopped = f"interrupted by {stopper.asked}"
     except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
-        if stopper.enforced:  # raised through somebody's C code, Stopped may come out as that code's own error
+        # Stopped may come out of C code as that code's own error; a signal to the whole job also ends the engines
+        if stopper.enforced or (stopper.asked and isinstance(error, EngineFailure)):
             stopped = f"interrupted by {stopper.asked}"
             keep_traceback(folder.path)
         elif run_folder.is_disk_full(error):
@@ -268,6 +284,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
                     folder.path,
                     engines=group,
                     fingerprints=functools.cache(lambda: resuming.fingerprints(plan)),
+                    flush=folder.flush,
                     say=console.say,
                 ),
                 stopping=lambda: stopper.asked is not None,

@@ -53,21 +53,24 @@ class Progress:
         }
 
     @classmethod
-    def restore(cls, state: Mapping[str, Any], prompts: Sequence[Prompt]) -> Progress:
+    def restore(cls, state: Mapping[str, Any], prompts: Sequence[Prompt], *, anew: Cursor | None = None) -> Progress:
         """The progress that `state` was taken of.
+
+        Args:
+            anew: where the data set or its order is allowed to be another, what to draw from instead.
 
         Raises UserError when the data set is another.
         """
         index = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
         gone = [prompt_id for prompt_id in state["retired"] if prompt_id not in index]
-        if gone:
+        if gone and anew is None:
             raise UserError(f"data.train no longer has {gone[0]}, a prompt that the run had retired")
         before, after = ((None if state[name] is None else Evaluation(**state[name])) for name in ("before", "after"))
         return cls(
             step=state["step"],
-            cursor=Cursor.restore(len(prompts), state["cursor"]),
+            cursor=anew or Cursor.restore(len(prompts), state["cursor"]),
             kl_coef=state["kl_coef"],
-            retired={index[prompt_id] for prompt_id in state["retired"]},
+            retired={index[prompt_id] for prompt_id in state["retired"] if prompt_id in index},
             tokens=state["tokens"],
             rollouts=state["rollouts"],
             before=before,

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo import checkpoint
+from grpo import checkpoint, run_folder
 from grpo.check import Plan, model_fingerprint
 from grpo.checkpoint import Manifest
 from grpo.config import Config
+from grpo.data import Cursor
 from grpo.progress import Progress
 from grpo.saving import plain
 from grpo.types import UserError
@@ -23,6 +24,8 @@ class Origin:
     """The run folder to go on in; None for a new one."""
     checkpoint: Path | None = None
     """None: from the beginning."""
+    done: bool = False
+    """The run has reached its last step: there is nothing to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +58,13 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
         run = newest(config, recipe)
         if run is None:
             return Origin()
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"resume=auto: {run} is no run folder (it has no config.yaml); choose another run.name")
         every = checkpoint.found(run)
-        return Origin(run=run, checkpoint=every[-1] if every else None)
+        done = run_folder.is_done(run, config.run.steps)
+        return Origin(run=run, checkpoint=every[-1] if every else None, done=done)
     path = Path(resume).expanduser().resolve()
-    if path.parent.name == "checkpoints" and path.is_dir():
+    if path.parent.name == "checkpoints" and path in checkpoint.found(path.parent.parent):
         return Origin(run=path.parent.parent, checkpoint=path)
     if not (path / "checkpoints").is_dir():
         raise UserError(
@@ -69,7 +75,7 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
         raise UserError(
             f"resume={resume}: the run has no checkpoint (run.save_every writes them); resume=auto starts over"
         )
-    return Origin(run=path, checkpoint=every[-1])
+    return Origin(run=path, checkpoint=every[-1], done=run_folder.is_done(path, config.run.steps))
 
 
 def newest(config: Config, recipe: str) -> Path | None:
@@ -82,8 +88,16 @@ def newest(config: Config, recipe: str) -> Path | None:
     for path in root.glob(f"{stem}-*"):
         if path.name.removeprefix(f"{stem}-").isdigit():
             numbered[int(path.name.removeprefix(f"{stem}-"))] = path
-    there = [number for number, path in numbered.items() if path.is_dir()]
+    there = [number for number, path in numbered.items() if _is_of(path, stem)]
     return numbered[max(there)] if there else None
+
+
+def _is_of(folder: Path, stem: str) -> bool:
+    """Whether a run folder is of the recipe of this name: `exp-2` is also what a recipe exp-2.yaml calls its first."""
+    try:
+        return Path((folder / run_folder.RECIPE).read_text(encoding="utf-8").strip()).stem == stem
+    except OSError:
+        return False
 
 
 def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
@@ -108,12 +122,28 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
     notes = checkpoint.compare(manifest, plain(config), fingerprints(plan), allowed)
     if manifest.step > config.run.steps:
         raise UserError(f"run.steps={config.run.steps} is less than the {manifest.step} steps of {origin.checkpoint}")
+    try:
+        progress = Progress.restore(manifest.driver, plan.prompts, anew=anew(manifest, config, plan, allowed))
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{origin.checkpoint} is of another version: {error!r}") from error
+    if any(name in ("algorithm", "algorithm.kl_coef") for name in allowed):
+        progress.kl_coef = config.algorithm.kl_coef
     return Resumed(
-        progress=Progress.restore(manifest.driver, plan.prompts),
+        progress=progress,
         folder=origin.checkpoint,
         manifest=manifest,
         lines=(f"resumed    after step {manifest.step}, from {origin.checkpoint}", *(f"note       {n}" for n in notes)),
     )
+
+
+def anew(manifest: Manifest, config: Config, plan: Plan, allowed: Sequence[str]) -> Cursor | None:
+    """A cursor at the beginning of the data, where the data or their order are allowed to be others."""
+    ordered = ("data.seed", "data.split", "data.train", "data")
+    same_data = manifest.fingerprints.get("data.train") == plan.fingerprints.get("data.train")
+    same_seed = manifest.config["data"]["seed"] == config.data.seed
+    if same_data and same_seed and not any(name in ordered for name in allowed):
+        return None
+    return Cursor(len(plan.prompts), seed=config.data.seed)
 
 
 def again(plan: Plan, run: Path) -> Resumed:

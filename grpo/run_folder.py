@@ -30,6 +30,8 @@ from grpo import config as config_module
 from grpo.config import Config
 from grpo.types import Failed, Group, Scored, UserError
 
+RECIPE = "recipe.txt"
+"""What the run was started with; `resume=auto` goes on in the newest folder of the same recipe."""
 MAX_WRITES_BEHIND = 8
 """Steps' files that may wait to be written before the run waits for them."""
 
@@ -70,6 +72,7 @@ def create(config: Config, recipe: str) -> RunFolder:
             continue
         except OSError as error:
             raise UserError(f"run.dir={config.run.dir}: {path} cannot be made: {error.strerror}") from error
+        write_text(path / RECIPE, f"{recipe}\n")
         return RunFolder(path, config)
 
 
@@ -99,19 +102,40 @@ def reopen(path: Path, config: Config, step: int) -> RunFolder:
     return folder
 
 
+def is_done(path: Path, steps: int) -> bool:
+    """Whether the run in the folder `path` has ended with `steps` steps or more."""
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        return bool(summary["exit_reason"] == "done" and summary["steps"] >= steps)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def cut(path: Path, step: int) -> None:
-    """Remove what a run wrote after `step`."""
+    """Remove what a run wrote after `step`. A model that it had saved at its end stays as `model.before`.
+
+    Raises UserError when metrics.jsonl is damaged before its last line.
+    """
     metrics = path / "metrics.jsonl"
     if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = []
+        lines = metrics.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line.decode())
+            except (ValueError, LookupError, TypeError) as error:
+                if number < len(lines):  # the last one may have been cut short
+                    raise UserError(f"{metrics}:{number} is damaged: {line[:80]!r}") from error
         write_text(metrics, "".join(f"{line}\n" for line in kept))
     for file in (*(path / "samples").glob("*-*.parquet*"), *(path / "checkpoints").glob("step-*")):
-        number = re.match(r"(?:step|eval)-(\d+)", file.name)
-        if file.name.endswith(".partial") or (number and int(number[1]) > step):
+        named = re.match(r"(?:step|eval)-(\d+)", file.name)
+        if file.name.endswith(".partial") or (named and int(named[1]) > step):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
-    for name in ("model", "model.partial"):
-        shutil.rmtree(path / name, ignore_errors=True)
+    if (path / "model").exists():
+        shutil.rmtree(path / "model.before", ignore_errors=True)
+        os.rename(path / "model", path / "model.before")
+    shutil.rmtree(path / "model.partial", ignore_errors=True)
     (path / "summary.json").unlink(missing_ok=True)
 
 
@@ -174,6 +198,13 @@ class RunFolder:
             self._writing.pop(0).result()
         self._writing.append(self._writer.submit(write, *arguments))
 
+    def flush(self) -> None:
+        """Wait until everything that has been given to be written is on the disk. Raises what failed of it."""
+        while self._writing:
+            self._writing.pop(0).result()
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json; written at every end, also a failed one."""
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -212,7 +243,10 @@ def write_groups(target: Path, step: int, groups: Sequence[Group], learner_logpr
         "learner_logprob_sum": [learner_logprob_sums.get(i) for i in range(len(rollouts))],
     }
     aside = target.with_name(target.name + ".partial")
-    pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), aside, compression="zstd")
+    with aside.open("wb") as out:
+        pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), out, compression="zstd")
+        out.flush()
+        os.fsync(out.fileno())
     os.replace(aside, target)
 
 

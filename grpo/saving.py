@@ -42,10 +42,12 @@ class Saver:
         *,
         engines: Captured,
         fingerprints: Callable[[], Mapping[str, str]],
+        flush: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
+        """`flush`: waits until metrics and samples of the steps so far are on the disk."""
         self._config, self._run, self._engines = config, run, engines
-        self._fingerprints, self._say = fingerprints, say
+        self._fingerprints, self._flush, self._say = fingerprints, flush, say
         self._pending: _Pending | None = None
         self._size = 0
         """Bytes of the checkpoint before; of the first one nothing is known."""
@@ -90,6 +92,7 @@ class Saver:
         if self._config.run.save_model:
             written = [path for path in (partial / "model").rglob("*") if path.is_file()]
             files |= {str(path.relative_to(partial)): checkpoint.seal(path) for path in written}
+        self._flush()  # a run that goes on from here has everything before it
         target = checkpoint.publish(partial, self._pending.manifest(files))
         self._pending = None
         self._size = sum(record.bytes for record in files.values())

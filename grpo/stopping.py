@@ -28,7 +28,7 @@ class Stopper:
     """What to do about signals. Between `with stopper.finishing_steps()` and its end the first one only sets `asked`,
     and the step under way may take `grace_s` more seconds; elsewhere it raises Stopped at once."""
 
-    def __init__(self, grace_s: float, say: Callable[[str], None]) -> None:
+    def __init__(self, grace_s: float, say: Callable[[str], object]) -> None:
         self._grace_s, self._say = grace_s, say
         self.asked: str | None = None
         """The first signal's name."""

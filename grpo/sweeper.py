@@ -40,7 +40,7 @@ def belonging(folder: str, spared: set[int]) -> list[int]:
 def main(folder: str) -> None:
     """Wait, then sweep until nothing is found twice over: a dying raylet may still start something, or write a file."""
     spared = {os.getpid(), os.getppid()}  # the driver ends by itself, with its own exit code
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
     clean = 0

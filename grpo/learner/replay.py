@@ -23,8 +23,9 @@ from grpo.update.step import objective_terms
 def replay(folder: Path) -> list[str]:
     """The report's lines on the dump `folder`. Raises UserError when it is none."""
     files = sorted(folder.glob("rank-*.safetensors"))
-    if not files or not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no dump of an update: it has no rank-0.safetensors and config.yaml")
+    for needed in ("rank-0.safetensors", "config.yaml", "model/config.json"):
+        if not (folder / needed).is_file():
+            raise UserError(f"{folder} is no whole dump of an update: it has no {needed}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_module.load(folder / "config.yaml", [f"model.path={folder / 'model'}"])
     model = heads.load_policy(config).to(device)
@@ -56,8 +57,13 @@ def read(file: Path) -> list[tuple[Batch, Prepared, float]]:
     except SafetensorError as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     out = []
+    if about is None or not {"microbatches", "kl_coef"} <= about.keys():
+        raise UserError(f"{file} is not of a dump: it does not say how many microbatches it holds")
     for number in range(int(about["microbatches"])):
         own = {name.split("/")[1]: t for name, t in tensors.items() if name.startswith(f"{number}/")}
+        missing = [f.name for f in dataclasses.fields(Batch) if f.name not in own]
+        if missing:
+            raise UserError(f"{file} lacks {number}/{missing[0]}")
         batch = Batch(**{f.name: own[f.name] for f in dataclasses.fields(Batch)})
         prepared = Prepared(**{f.name: own.get(f.name) for f in dataclasses.fields(Prepared)})  # type: ignore[arg-type]
         out.append((batch, prepared, float(about["kl_coef"])))

@@ -24,7 +24,7 @@ WORKER = str(Path(__file__).with_name("worker.py"))
 LOOK_S = 0.2
 """How often the limits are looked at."""
 MAX_PROCESSES = 64
-IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TOO_MANY, TOO_LARGE = 90, 91
 """Exit codes: more than MAX_PROCESSES processes; more than MEMORY_BYTES in all of them together."""
 
@@ -86,32 +86,42 @@ def descendants(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory of a process that are its own."""
+    """Bytes of memory of a process that no file stands behind: its own and what it shares. Unmapped memory files are
+    not seen."""
     try:
-        pages, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return (int(pages) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    sizes = [line.split()[1] for line in lines if line.startswith(("RssAnon:", "RssShmem:"))]
+    return sum(int(kib) * 1024 for kib in sizes)
 
 
 def kill_all(worker: int) -> int:
     """Kill everything below this process until nothing is left; how the worker ended, as subprocess gives it.
 
-    The worker's group goes at once, since a process that is being killed cannot fork any more.
+    Groups go at once: a process that is being killed cannot fork any more.
     """
-    code = 0
+    code, own = 0, os.getpgrp()
+    groups = {worker}
     while True:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker, signal.SIGKILL)
-        for pid in descendants(os.getpid()):
+        below = descendants(os.getpid())
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                groups.add(os.getpgid(pid))
+        for group in groups - {own}:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        for pid in below:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         try:
             pid, status = os.waitpid(-1, 0)
+            while pid:
+                if pid == worker:
+                    code = os.waitstatus_to_exitcode(status)
+                pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return code
-        if pid == worker:
-            code = os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from grpo.rewards.process import (
 )
 from grpo.types import Failed, FailureKind, Scored, UserError
 
+MAX_FAILED_STARTS = 3
+"""In a row, of workers whose files have loaded before."""
 CALLS_PER_JOB = 8
 """Small enough to spread a group of slow calls over the workers, large enough that messages cost little."""
 
@@ -106,7 +108,9 @@ class RewardPool:
         self._stopped: Exception | None = None
         """Why nothing can be submitted any more. It and the queue are what threads share, under the lock."""
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing = self._has_worked = False
+        """`_has_worked`: the files have loaded before."""
+        self._failed_starts = 0
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._wake = socket.socketpair()
         for end in (self._wake_end, self._wake):
@@ -259,7 +263,8 @@ class RewardPool:
                     if load_error is not None:
                         self._stop(UserError(load_error))
                         break
-                    worker.ready = True
+                    worker.ready = self._has_worked = True
+                    self._failed_starts = 0
                 elif worker.job is not None:
                     reward, items = worker.job.calls[0]
                     parts, changed = parse_answer(line, self._names[reward], len(items))
@@ -311,6 +316,10 @@ class RewardPool:
         if self._stopped is not None:
             return  # a file did not load, which the waiting have been told
         if not worker.ready:
+            self._failed_starts += 1
+            if self._has_worked and self._failed_starts <= MAX_FAILED_STARTS:  # killed by whatever: they do load
+                self._start(number)
+                return
             ending = f"took longer than {START_S:g} s" if timed_out else ending
             log = self._log_dir / f"reward-worker-{number}.log"
             self._stop(UserError(f"the reward files did not load: a worker {ending}; its prints are in {log}"))

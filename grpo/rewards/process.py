@@ -79,6 +79,8 @@ class WorkerProcess:
         self._memory_gib = memory_gib
         self._outgoing = bytearray()
         self._incoming = bytearray()
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)  # a reward function may have removed it
         with theirs, (log or Path(os.devnull)).open("ab") as prints:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", keeper.__file__, str(theirs.fileno()), str(int(memory_gib * 2**30))],

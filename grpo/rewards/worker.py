@@ -9,6 +9,7 @@ must be replaced in a fraction of a second.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import ctypes
 import importlib.util
 import inspect
@@ -89,8 +90,7 @@ def main(fd: int, parent: int, memory_bytes: int) -> None:
     while message := receive(stream):
         job = pickle.loads(message)
         for reward, items in job["calls"]:
-            if os.fstat(1).st_size > LOG_BYTES:
-                os.ftruncate(1, 0)
+            cut_log()
             results = call(rewards[reward], job["context"], items)
             if os.getpid() != own:  # a copy that the function has forked: only one may answer
                 os._exit(0)
@@ -108,12 +108,40 @@ def send(fd: int, message: Mapping[str, Any]) -> None:
         line = line[os.write(fd, line) :]
 
 
+TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+LIMITS = (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
+HANDLED = (signal.SIGALRM, signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
+
+
+def _inode(fd: int) -> int:
+    try:
+        return os.fstat(fd).st_ino
+    except OSError:
+        return -1
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def cut_log() -> None:
+    """Keep the prints of long runs bounded. A function may have closed them, which `Surroundings` sees."""
+    with contextlib.suppress(OSError):
+        if os.fstat(1).st_size > LOG_BYTES:
+            os.ftruncate(1, 0)
+
+
 class Surroundings:
     """What one call may change under the next: built-in names, functions of the standard library, and the like."""
 
     def __init__(self) -> None:
         watched = (builtins, json, math, os, pickle, random, re, signal, time)
-        self._modules = [(module, dict(vars(module))) for module in watched]
+        holders = (*watched, json.JSONDecoder, json.JSONEncoder, sys.modules["__main__"])
+        self._modules = [(holder, dict(vars(holder))) for holder in holders]
         self._others = self._look()
 
     def changed(self) -> str | None:
@@ -122,7 +150,7 @@ class Surroundings:
             now = vars(module)
             if now != before:  # dictionaries are compared in a microsecond
                 for name, value in before.items():
-                    if name != "_" and now.get(name) is not value and now.get(name) != value:
+                    if name not in ("_", "_runner") and now.get(name) is not value and now.get(name) != value:
                         return f"{module.__name__}.{name}"
         others = self._look()
         return next((name for name, value in self._others.items() if others[name] != value), None)
@@ -132,8 +160,12 @@ class Surroundings:
             "sys.stdout": sys.stdout,
             "sys.stderr": sys.stderr,
             "the working directory": os.getcwd(),
-            "the alarm": signal.getitimer(signal.ITIMER_REAL) != (0.0, 0.0),
-            "the limit on memory": resource.getrlimit(resource.RLIMIT_DATA),
+            "a timer": [signal.getitimer(timer) != (0.0, 0.0) for timer in TIMERS],
+            "a limit": [resource.getrlimit(limit) for limit in LIMITS],
+            "a signal's handler": [signal.getsignal(number) for number in HANDLED],
+            "the recursion limit": sys.getrecursionlimit(),
+            "a file of the prints": [_inode(fd) for fd in (1, 2)],
+            "the processes, leaving some": _has_children(),
         }
 
 

@@ -50,6 +50,13 @@ def fill_disk(folder: Path) -> None:
             return
 
 
+def to_all(number: int) -> None:
+    """To every process of the run, as schedulers send it."""
+    for process in psutil.Process().children(recursive=True):
+        process.send_signal(number)
+    os.kill(os.getpid(), number)
+
+
 def twice(number: int) -> None:
     os.kill(os.getpid(), number)
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
@@ -65,6 +72,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "node lost": lambda: [p.kill() for p in processes("raylet/raylet", "SamplerActor", "LearnerActor")],
     "driver killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGTERM to all": lambda: to_all(signal.SIGTERM),
+    "SIGUSR1 to all": lambda: to_all(signal.SIGUSR1),
     "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "Ctrl-C twice": lambda: twice(signal.SIGINT),
     "disk full": lambda: fill_disk(Path(os.environ["FULL_DISK"])),

@@ -72,6 +72,8 @@ def expected(fault: str, phase: str) -> Outcome:
             return Outcome(1, f"interrupted by {fault}; {NO_CHECKPOINT}", 30)
         case "SIGTERM" | "SIGUSR1":
             return Outcome(75, f"interrupted by {fault}; go on with resume=", 30)
+        case "SIGTERM to all" | "SIGUSR1 to all":
+            return Outcome(75, f"interrupted by {fault.removesuffix(' to all')}; go on with resume=", 30)
         case "Ctrl-C twice" if early:
             return Outcome(1, f"interrupted by SIGINT; {NO_CHECKPOINT}", 30)
         case "Ctrl-C twice":
@@ -87,6 +89,8 @@ CELLS = [
     *(("sampler hung", phase) for phase in ("sampling", "sync")),
     *(("learner hung", phase) for phase in ("learning", "sync", "saving")),
     *(("SIGUSR1", phase) for phase in ("learning", "saving")),
+    ("SIGTERM to all", "learning"),
+    ("SIGUSR1 to all", "sampling"),
     *(("reward worker killed", phase) for phase in ("scoring", "learning")),
     ("reward worker hung", "scoring"),
     *(("disk full", phase) for phase in ("scoring", "saving")),

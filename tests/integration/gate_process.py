@@ -62,7 +62,8 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
                 train_settings=engine_group.train_settings(c, plan.end_token_ids),
                 eval_settings=engine_group.eval_settings(c, plan.end_token_ids),
                 progress=Progress.start(c, plan.prompts),
-                saver=Saver(c, run.path, engines=engines, fingerprints=dict, say=print), stopping=lambda: False,
+                saver=Saver(c, run.path, engines=engines, fingerprints=dict, flush=lambda: None, say=print),
+                stopping=lambda: False,
             )  # fmt: skip
             error = ""
             try:

@@ -227,10 +227,13 @@ def test_a_dump_that_is_none_is_a_sentence(tmp_path: Path, capsys: pytest.Captur
         assert cli.main(["replay", str(folder)]) == 2
         return capsys.readouterr().err.strip()
 
-    assert "is no dump of an update" in said_of(tmp_path / "nowhere")
-    (tmp_path / "config.yaml").write_text("run: {}\n")
-    assert "is no dump of an update" in said_of(tmp_path)
+    assert "is no whole dump of an update: it has no rank-0.safetensors" in said_of(tmp_path / "nowhere")
     (tmp_path / "rank-0.safetensors").write_bytes(b"rubbish")
+    assert "it has no config.yaml" in said_of(tmp_path)
+    (tmp_path / "config.yaml").write_text("run: {}\n")
+    assert "it has no model/config.json" in said_of(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     assert "config.yaml: data.train is required" in said_of(tmp_path)
     assert "Traceback" not in said_of(tmp_path)
 

@@ -84,6 +84,33 @@ KIT: dict[str, tuple[str, str, str]] = {
     "replaces json": ("json.dumps = lambda *a, **k: 'no'; return 1.0", "worker_died", "closed or broke its connection"),
     "replaces the mathematics": ("math.floor = lambda x: 1000; return 1.0", "1.0", ""),
     "sets an alarm for later": ("signal.setitimer(signal.ITIMER_REAL, 0.5); return 1.0", "1.0", ""),
+    "replaces a method of json": (
+        "json.JSONEncoder.encode = lambda *a: '99'; return 1.0", "worker_died", "closed or broke its connection",
+    ),
+    "replaces another method of json": ("json.JSONDecoder.decode = lambda *a: 99; return 1.0", "1.0", ""),
+    "replaces the worker's own": ("sys.modules['__main__'].number = lambda value: 7.0; return 1.0", "7.0", ""),
+    "closes its prints' files": ("os.close(1); os.close(2); return 1.0", "1.0", ""),
+    "sets a timer of its processor time": ("signal.setitimer(signal.ITIMER_VIRTUAL, 0.01); return 1.0", "1.0", ""),
+    "limits its processor time": ("resource.setrlimit(resource.RLIMIT_CPU, (1, 1)); return 1.0", "1.0", ""),
+    "limits recursion": ("sys.setrecursionlimit(30); return 1.0", "1.0", ""),
+    "ignores the end of children": ("signal.signal(signal.SIGCHLD, signal.SIG_IGN); return 1.0", "1.0", ""),
+    "leaves children": (
+        "for _ in range(40):\n    if os.fork() == 0: time.sleep(600)\nreturn 1.0", "1.0", "",
+    ),
+    "shares memory without end": (
+        "import mmap\nx = mmap.mmap(-1, 2**30)\nfor i in range(0, 2**30, 4096): x[i] = 1\ntime.sleep(60)",
+        "worker_died",
+        "used more than memory_gib=0.75",
+    ),
+    "walks away while forking": (
+        "if os.fork() == 0:\n    os.setsid()\n    until = time.monotonic() + 20\n"
+        "    while time.monotonic() < until:\n        if os.fork(): os._exit(0)\n    os._exit(0)\nreturn 1.0",
+        "1.0",
+        "",
+    ),
+    "removes the logs and dies": (
+        "import glob, shutil\nshutil.rmtree('logs')\nos._exit(5)", "worker_died", "exited with code 5",
+    ),
     "goes elsewhere": ("os.chdir('/'); return 1.0", "1.0", ""),
     "closes the prints": ("sys.stdout = None; return 1.0", "1.0", ""),
     "answers for others": (

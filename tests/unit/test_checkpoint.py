@@ -119,6 +119,30 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
             read(path)
 
 
+def test_a_manifest_that_was_edited_is_not_read(tmp_path: Path) -> None:
+    path = make(tmp_path, 4)
+    manifest = path / "manifest.json"
+    edited = manifest.read_text().replace('"step": 4', '"step": 6')
+    manifest.write_text(edited)
+    with pytest.raises(UserError, match=r"manifest.json is damaged: its SHA-256 differs from that in manifest.sha256"):
+        read(path)
+    digest = subprocess.run(["sha256sum", "manifest.json"], cwd=path, capture_output=True, check=True).stdout
+    (path / "manifest.sha256").write_bytes(digest)  # by somebody who means it
+    with pytest.raises(UserError, match=r"is of step 6, which is not the step of its folder"):
+        read(path)
+    (path / "manifest.sha256").unlink()
+    with pytest.raises(UserError, match=r"manifest.json is damaged: .*manifest.sha256"):
+        read(path)
+
+
+def test_a_metric_that_is_no_number_keeps_no_checkpoint(tmp_path: Path) -> None:
+    for step, value in ((1, float("nan")), (2, 0.5), (3, float("inf")), (4, 0.1)):
+        make(tmp_path, step, metrics={"reward/mean": value})
+    (tmp_path / "checkpoints" / "step-000003" / "manifest.json").write_text("{")
+    retire(tmp_path, keep_last=1, keep_every=0, best_by="reward/mean")
+    assert [path.name for path in found(tmp_path)] == ["step-000002", "step-000004"]
+
+
 def test_a_folder_with_other_files_than_its_manifest_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     partial = begin(tmp_path, 1, need_bytes=0)

@@ -214,7 +214,7 @@ def make_loop(
         scorer=scorer or CountTwos(), folder=folder, reporter=Silent(),
         decode=lambda lists: ["".join(str(t) for t in ids) for ids in lists], train_settings=settings,
         eval_settings=settings, progress=Progress.start(config, prompts),
-        saver=Saver(config, folder.path, engines=policy, fingerprints=dict, say=lambda text: None),
+        saver=Saver(config, folder.path, engines=policy, fingerprints=dict, flush=lambda: None, say=lambda text: None),
         stopping=lambda: False,
     )  # fmt: skip
     return loop, policy

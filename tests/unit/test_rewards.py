@@ -520,6 +520,25 @@ time.sleep(600)
         driver.wait()
 
 
+def test_a_worker_that_is_killed_while_it_loads_is_started_again(write: Write, tmp_path: Path) -> None:
+    """The files have loaded before: the second and third worker die of something else."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    reward = write(
+        f"""
+        import os, pathlib
+        marks = pathlib.Path({str(marks)!r})
+        (marks / str(len(list(marks.iterdir())))).touch()
+        if len(list(marks.iterdir())) in (2, 3):
+            os.kill(os.getpid(), 9)
+        def f(completion, row):
+            return 1.0 if completion else os._exit(1)
+        """
+    )
+    assert values(scored(reward, tmp_path, ["x", "", "x"])) == [1.0, "worker_died", 1.0]
+    assert len(list(marks.iterdir())) == 4
+
+
 def test_workers_keep_the_environment_that_the_pool_was_made_in(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,129 @@
+"""What `resume=` means: which folder, which checkpoint, and what is never touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_checkpoint import make
+from test_driver import make_config
+
+from grpo import resuming
+from grpo.config import Config
+from grpo.data import Cursor
+from grpo.run_folder import create, cut
+from grpo.saving import plain
+from grpo.types import Prompt, UserError
+
+
+def config_in(tmp_path: Path, **run: Any) -> Config:
+    config = make_config(tmp_path)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "runs"), **run))
+
+
+def finished(folder: Path, steps: int) -> None:
+    (folder / "summary.json").write_text(json.dumps({"exit_reason": "done", "steps": steps}))
+    (folder / "model").mkdir()
+
+
+def test_a_finished_run_is_done_and_nothing_of_it_is_touched(tmp_path: Path) -> None:
+    config = config_in(tmp_path, steps=8)
+    folder = create(config, "exp.yaml")
+    folder.close()
+    finished(folder.path, steps=8)
+    make(folder.path, 4)
+    for resume in ("auto", str(folder.path)):
+        origin = resuming.find(resume, config, "exp.yaml")
+        assert origin.done
+        assert origin.run == folder.path
+        assert not resuming.find(resume, config_in(tmp_path, steps=9), "exp.yaml").done  # it is asked for more
+    assert (folder.path / "model").is_dir()
+    (folder.path / "summary.json").write_text(json.dumps({"exit_reason": "failed: x", "steps": 8}))
+    assert not resuming.find("auto", config, "exp.yaml").done
+
+
+def test_auto_takes_the_newest_folder_of_this_recipe_only(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    for recipe in ("exp.yaml", "exp-2.yaml", "exp.yaml"):  # exp, exp-2 (of another recipe), exp-3
+        create(config, f"recipes/{recipe}").close()
+    assert resuming.newest(config, "elsewhere/exp.yaml") == tmp_path / "runs" / "exp-3"
+    assert resuming.newest(config, "exp-2.yaml") == tmp_path / "runs" / "exp-2"
+    (tmp_path / "runs" / "exp-4" / "model").mkdir(parents=True)  # somebody's
+    assert resuming.newest(config, "exp.yaml") == tmp_path / "runs" / "exp-3"
+    assert resuming.newest(config, "ex.yaml") is None
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    config = config_in(tmp_path, name="project")
+    (tmp_path / "runs" / "project" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"project is no run folder \(it has no config.yaml\)"):
+        resuming.find("auto", config, "exp.yaml")
+    assert resuming.find("auto", config_in(tmp_path, name="new"), "exp.yaml") == resuming.Origin()
+
+
+def test_a_half_written_checkpoint_cannot_be_asked_for(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    folder = create(config, "exp.yaml")
+    folder.close()
+    whole = make(folder.path, 2)
+    partial = whole.with_name("step-000004.partial")
+    partial.mkdir()
+    assert resuming.find(str(whole), config, "exp.yaml").checkpoint == whole
+    with pytest.raises(UserError, match="is neither a run folder nor a checkpoint"):
+        resuming.find(str(partial), config, "exp.yaml")
+
+
+def test_a_model_that_was_saved_stays_when_a_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+    cut(tmp_path, 3)
+    assert (tmp_path / "model.before" / "weights").read_text() == "1"
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 1', b"\xff\xfe", b'{"time": 2}', b"[1]", b"3"])
+def test_damaged_metrics_are_named_but_for_a_last_line_cut_short(damage: bytes, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n' + damage)
+    cut(tmp_path, 2)
+    assert metrics.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    metrics.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is damaged"):
+        cut(tmp_path, 2)
+
+
+def test_what_is_allowed_is_done(tmp_path: Path) -> None:
+    """Another seed of the data starts them anew; another coefficient replaces the adapted one."""
+    config = config_in(tmp_path)
+    prompts = [Prompt(prompt_id=f"d:{i}:h", token_ids=(1,), text="", row={}, messages=None) for i in range(6)]
+    cursor = Cursor(6, seed=config.data.seed)
+    cursor.take(4)
+    driver = {"step": 2, "cursor": cursor.state(), "kl_coef": 0.7, "retired": ["d:1:h"], "tokens": 0, "rollouts": 0,
+              "before": None, "after": None}  # fmt: skip
+    folder = create(config, "exp.yaml")
+    folder.close()
+    saved = make(folder.path, 2, driver=driver, config=plain(config))
+    origin = resuming.Origin(run=folder.path, checkpoint=saved)
+
+    def resumed(changed: Config, allowed: list[str]) -> Any:
+        plan: Any = SimpleNamespace(config=changed, prompts=prompts, fingerprints={})
+        return resuming.prepare(origin, plan, allowed).progress
+
+    plan_fingerprints = pytest.MonkeyPatch()
+    plan_fingerprints.setattr(resuming, "fingerprints", lambda plan: {})
+    try:
+        same = resumed(config, [])
+        assert (same.cursor.position, same.kl_coef, same.retired) == (4, 0.7, {1})
+        data = dataclasses.replace(config.data, seed=7)
+        other = resumed(dataclasses.replace(config, data=data), ["data.seed"])
+        assert other.cursor.position == 0
+        assert other.cursor.take(6) == Cursor(6, seed=7).take(6)
+        algorithm = dataclasses.replace(config.algorithm, kl_coef=0.01)
+        assert resumed(dataclasses.replace(config, algorithm=algorithm), ["algorithm.kl_coef"]).kl_coef == 0.01
+    finally:
+        plan_fingerprints.undo()
