@@ -5,9 +5,8 @@ A quantity without observations (no failed group, nothing clipped because nothin
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -133,8 +132,3 @@ def learner_metrics(result: StepResult) -> dict[str, float]:
     if "policy/clip_fraction_low" in out:
         out["policy/clip_fraction"] = out["policy/clip_fraction_low"] + out["policy/clip_fraction_high"]
     return out
-
-
-def not_finite(metrics: Mapping[str, float]) -> list[str]:
-    """Names of metrics that are NaN or infinite."""
-    return [name for name, value in metrics.items() if not math.isfinite(value)]
