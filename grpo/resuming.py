@@ -122,36 +122,38 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
     notes = checkpoint.compare(manifest, plain(config), fingerprints(plan), allowed)
     if manifest.step > config.run.steps:
         raise UserError(f"run.steps={config.run.steps} is less than the {manifest.step} steps of {origin.checkpoint}")
-    try:
-        progress = Progress.restore(manifest.driver, plan.prompts, anew=anew(manifest, config, plan, allowed))
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{origin.checkpoint} is of another version: {error!r}") from error
-    if any(name in ("algorithm", "algorithm.kl_coef") for name in allowed):
-        progress.kl_coef = config.algorithm.kl_coef
     return Resumed(
-        progress=progress,
+        progress=progress_of(manifest, plan),
         folder=origin.checkpoint,
         manifest=manifest,
         lines=(f"resumed    after step {manifest.step}, from {origin.checkpoint}", *(f"note       {n}" for n in notes)),
     )
 
 
-def anew(manifest: Manifest, config: Config, plan: Plan, allowed: Sequence[str]) -> Cursor | None:
-    """A cursor at the beginning of the data, where the data or their order are allowed to be others."""
-    ordered = ("data.seed", "data.split", "data.train", "data")
+def progress_of(manifest: Manifest, plan: Plan) -> Progress:
+    """What a checkpoint says, but for what `plan` was allowed to have otherwise: other data or another order of them
+    are drawn from their beginning, and another `kl_coef` takes the adapted one's place.
+
+    Raises UserError when the checkpoint is of another version.
+    """
+    config, before = plan.config, manifest.config
     same_data = manifest.fingerprints.get("data.train") == plan.fingerprints.get("data.train")
-    same_seed = manifest.config["data"]["seed"] == config.data.seed
-    if same_data and same_seed and not any(name in ordered for name in allowed):
-        return None
-    return Cursor(len(plan.prompts), seed=config.data.seed)
+    same_order = before["data"]["seed"] == config.data.seed
+    anew = None if same_data and same_order else Cursor(len(plan.prompts), seed=config.data.seed)
+    try:
+        progress = Progress.restore(manifest.driver, plan.prompts, anew=anew)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint of step {manifest.step} is of another version: {error!r}") from error
+    if before["algorithm"]["kl_coef"] != config.algorithm.kl_coef:
+        progress.kl_coef = config.algorithm.kl_coef
+    return progress
 
 
 def again(plan: Plan, run: Path) -> Resumed:
     """From the last checkpoint of the run under way, after its engines were lost."""
     folder = checkpoint.found(run)[-1]
     manifest = checkpoint.read(folder)
-    progress = Progress.restore(manifest.driver, plan.prompts)
-    return Resumed(progress=progress, folder=folder, manifest=manifest, lines=())
+    return Resumed(progress=progress_of(manifest, plan), folder=folder, manifest=manifest, lines=())
 
 
 def fingerprints(plan: Plan) -> dict[str, str]:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,18 +137,6 @@ def weights(run: Path) -> str:
     return digest
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def alive(family: list[tuple[int, float]]) -> list[str]:
     names = []
     for pid, created in family:
@@ -177,13 +165,13 @@ def marked(mark: str) -> list[str]:
     ("fault", "phase"), [pytest.param(*c, marks=() if c in DEFAULT else pytest.mark.slow) for c in CELLS]
 )
 def test_a_fault(
-    fault: str, phase: str, recipe: Path, straight: str, tmp_path: Path, request: pytest.FixtureRequest
+    fault: str, phase: str, recipe: Path, straight: str, tmp_path: Path, make_disk: Callable[[str], Path]
 ) -> None:
     outcome = expected(fault, phase)
     name = f"{fault} {phase}".replace(" ", "-")
     runs = recipe.parent / "runs"
     if fault == "disk full":
-        runs = request.getfixturevalue("small_disk")
+        runs = make_disk("24m")
     notes, console = tmp_path / "notes.json", tmp_path / "console.txt"
     overrides = [f"run.name={name}", f"run.dir={runs}"]
     if "hung" in fault:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,20 +210,9 @@ def test_killed_at_any_write_the_checkpoint_before_it_loads(tmp_path: Path) -> N
     assert number > 12
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_on_a_disk_that_fills_at_any_point_the_checkpoint_before_loads(small_disk: Path) -> None:
+def test_on_a_disk_that_fills_at_any_point_the_checkpoint_before_loads(make_disk: Callable[[str], Path]) -> None:
     """Room for the second checkpoint ends after each page in turn."""
+    small_disk = make_disk("512k")
     first = make(small_disk, 1, data=b"a" * 20_000)
     before, errors = read(first), list[OSError]()
     for pages in range(20):

@@ -112,7 +112,11 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
 
     def resumed(changed: Config, allowed: list[str]) -> Any:
         plan: Any = SimpleNamespace(config=changed, prompts=prompts, fingerprints={})
-        return resuming.prepare(origin, plan, allowed).progress
+        prepared = resuming.prepare(origin, plan, allowed).progress
+        restarted = resuming.again(plan, folder.path).progress  # the engines are lost before the next checkpoint
+        assert restarted.cursor.state() == prepared.cursor.state()
+        assert restarted.kl_coef == prepared.kl_coef
+        return prepared
 
     plan_fingerprints = pytest.MonkeyPatch()
     plan_fingerprints.setattr(resuming, "fingerprints", lambda plan: {})
