@@ -29,8 +29,23 @@ def detach():
         env={}, start_new_session=True,
     ).wait()
 
+def childless():
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+
+def around():
+    return (os.getcwd(), sys.getrecursionlimit(), json.loads("[1, 2]"), resource.getrlimit(resource.RLIMIT_CPU),
+            signal.getsignal(signal.SIGCHLD), signal.getitimer(signal.ITIMER_VIRTUAL), os.fstat(1).st_ino,
+            childless(), sys.stdout is None)
+
+BEFORE = around()
+
 def f(completion, row):
     if completion == "honest":
+        if around() != BEFORE:
+            raise RuntimeError("the call before has left its mark")
         return float(len(json.dumps([1, 2])) + math.floor(0.5))
     return attack()
 """
