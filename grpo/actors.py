@@ -257,6 +257,9 @@ class LearnerActor:
     def capture(self, folder: str) -> dict[str, Any]:
         return self._learner.capture(Path(folder) / f"rank-{self._rank}.safetensors")
 
+    def state_bytes(self) -> int:
+        return self._learner.state_bytes()
+
     def captured(self, wait: bool) -> FileRecord | None:
         return self._learner.captured(wait=wait)
 

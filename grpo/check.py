@@ -91,6 +91,36 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
     )
 
 
+def check_evaluation(config: Config, recipe: Path, log_dir: Path) -> Plan:
+    """As `check`, for an evaluation alone: no training data, no learner.
+
+    Raises UserError at the first thing that would not work.
+    """
+    refuse_secrets(config)
+    check_model(config)
+    tokenizer = data.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    ends = data.end_token_ids(tokenizer, config.model.path, config.sampling.stop_token_ids)
+    assert config.data.eval.path is not None
+    held_out = prompt_set(config, tokenizer, config.data.eval.path, config.data.eval.split, "data.eval.path")
+    files = tuple(rewards.locate(config.rewards, recipe))
+    tried = try_rewards(config, files, {"data.eval.path": held_out.prompts}, log_dir)
+    prompts = held_out.prompts[: config.data.eval.limit]
+    return Plan(
+        config=config,
+        tokenizer=tokenizer,
+        prompts=(),
+        eval_prompts=prompts,
+        end_token_ids=ends,
+        reward_files=files,
+        lines=(f"model      {config.model.path} in {config.model.dtype}", *tried),
+        fingerprints={
+            "data.eval.path": held_out.fingerprint,
+            **{f"rewards[{i}].file": checkpoint.fingerprint([file]) for i, file in enumerate(files)},
+        },
+        dropped=held_out.dropped,
+    )
+
+
 def refuse_secrets(config: Config) -> None:
     """The config is saved with the run, and so must hold no secret, by ${oc.env:...} or otherwise.
 

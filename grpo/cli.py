@@ -32,6 +32,27 @@ NAMED_ERRORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
+    parser = make_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if any("=" not in text or text.startswith("-") for text in rest) or (rest and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return dispatch(parsed, [*getattr(parsed, "overrides", ()), *rest])
+    except UserError as error:
+        print(f"grpo: {error}", file=sys.stderr)
+        return USERS
+    except OSError as error:
+        if error.errno not in NAMED_ERRORS:
+            raise
+        print(f"grpo: {error.filename}: {error.strerror}", file=sys.stderr)
+        return OURS if error.errno in (errno.ENOSPC, errno.EDQUOT) else USERS
+    except KeyboardInterrupt:
+        print("grpo: interrupted before anything was started", file=sys.stderr)
+        return OURS
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="grpo",
         description="Train language models with GRPO: vLLM samples, DeepSpeed learns, Ray holds them together.",
@@ -53,37 +74,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "a run folder's last checkpoint, or a checkpoint. allow=option,... lets options differ from the "
                 "checkpoint's."
             )
+    words = "evaluate a model on held-out data: avg@k, pass@k, maj@k with intervals; cached and resumable"
+    command = commands.add_parser("eval", help=words, description=words)
+    command.add_argument("model", help="a folder in Hugging Face layout, a hub id, or a run's folder (its final model)")
+    command.add_argument("overrides", nargs="*", metavar="section.option=value")
+    command.add_argument("--recipe", type=Path, help="take data, template, rewards and settings from it (a run's own)")
+    command.add_argument("--data", action="append", default=[], metavar="PATH", help="in the place of data.eval.sets")
+    command.add_argument("--reward", action="append", default=[], metavar="FILE", help="in the place of rewards")
+    command.add_argument("--out", type=Path, default=Path("evals"), help="where evaluations are kept (evals/)")
+    words = "hold two runs, or two evaluations, against each other: options, held-out accuracy, metrics"
+    command = commands.add_parser("compare", help=words, description=words)
+    command.add_argument("a", type=Path, help="a run's folder, or one that grpo eval made")
+    command.add_argument("b", type=Path)
+    command.add_argument("--step", type=int, help="the evaluations after this step (each run's last)")
     command = commands.add_parser("replay", help="compute an update again that was not finite, and say where it began")
     command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
     commands.add_parser("options", help="print every option with its default")
-    parsed = parser.parse_args(arguments)
-    try:
-        if parsed.command == "options":
-            print(config_module.options_text())
-            return DONE
-        if parsed.command == "replay":
-            from grpo.learner.replay import replay  # noqa: PLC0415 - torch and transformers take seconds to import
+    return parser
 
-            print("\n".join(replay(parsed.dump)))
-            return DONE
-        asked, overrides = apart(parsed.overrides)
-        config = config_module.load(parsed.recipe, overrides)
-        if parsed.command == "check":
-            if asked:
-                raise UserError(f"{next(iter(asked))}= is for grpo train")
-            return check_command(config, Path(parsed.recipe))
-        return train_command(config, Path(parsed.recipe), asked)
-    except UserError as error:
-        print(f"grpo: {error}", file=sys.stderr)
-        return USERS
-    except OSError as error:
-        if error.errno not in NAMED_ERRORS:
-            raise
-        print(f"grpo: {error.filename}: {error.strerror}", file=sys.stderr)
-        return OURS if error.errno in (errno.ENOSPC, errno.EDQUOT) else USERS
-    except KeyboardInterrupt:
-        print("grpo: interrupted before anything was started", file=sys.stderr)
-        return OURS
+
+def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the command that was asked for."""
+    if parsed.command == "options":
+        print(config_module.options_text())
+        return DONE
+    if parsed.command == "replay":
+        from grpo.learner.replay import replay  # noqa: PLC0415 - torch and transformers take seconds to import
+
+        print("\n".join(replay(parsed.dump)))
+        return DONE
+    if parsed.command == "compare":
+        from grpo.compare import compare  # noqa: PLC0415 - pyarrow takes half a second to import
+
+        print("\n".join(compare(parsed.a, parsed.b, parsed.step)))
+        return DONE
+    if parsed.command == "eval":
+        return eval_command(parsed, overrides)
+    asked, overrides = apart(overrides)
+    config = config_module.load(parsed.recipe, overrides)
+    if parsed.command == "check":
+        if asked:
+            raise UserError(f"{next(iter(asked))}= is for grpo train")
+        return check_command(config, Path(parsed.recipe))
+    return train_command(config, Path(parsed.recipe), asked)
 
 
 def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -108,6 +141,59 @@ def check_command(config: config_module.Config, recipe: Path) -> int:
         pass
     print("\n".join([*plan.lines, "ok         nothing has been started"]))
     return DONE
+
+
+def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """`grpo eval`: check, look into the cache, start samplers, evaluate what is missing."""
+    from grpo import check, cluster, evaluating  # noqa: PLC0415
+    from grpo.console import Console  # noqa: PLC0415
+
+    interrupt_early()
+    model, recipe = evaluating.model_of(parsed.model)
+    recipe = parsed.recipe or recipe
+    config = config_module.load_for_evaluation(
+        recipe, model=model, data=parsed.data, rewards=parsed.reward, overrides=overrides
+    )
+    config = check.resolve_paths(config)
+    with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+        plan = check.check_evaluation(config, recipe or Path("command line"), Path(log_dir))
+    key = evaluating.key_of(plan, check.model_fingerprint(config.model.path))
+    folder = evaluating.folder_of(parsed.out.expanduser().resolve(), evaluating.name_of(model), key)
+    with evaluating.opened(folder, key, plan), Console(steps=0, log=folder / "log.txt") as console:
+        result = evaluating.cached(folder)
+        if result is not None:
+            console.say(f"evaluated before: {folder}")
+        else:
+            for line in plan.lines:
+                console.say(line)
+            try:
+                result = evaluate(plan, folder, console)
+            except KeyboardInterrupt:
+                console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
+                return RESUMABLE
+        for line in evaluating.report(result):
+            console.say(line)
+        console.say(f"evaluation {folder}")
+    return DONE
+
+
+def evaluate(plan: Any, folder: Path, console: Any) -> dict[str, Any]:
+    """Start samplers and reward workers, evaluate, and take them down."""
+    from grpo import cluster, engines, evaluating  # noqa: PLC0415
+    from grpo.rewards.pool import RewardPool  # noqa: PLC0415
+
+    config, logs = plan.config, folder / "logs"
+    workers = config.cluster.reward_workers or min(8, os.cpu_count() or 1)
+    with (
+        RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
+        cluster.session(config, logs),
+    ):
+        interrupt_early()  # Ray has put its own handlers in the place of ours
+        group = engines.Engines(config, logs, console.say)
+        try:
+            return evaluating.evaluate(plan, folder, group, scorer, console.say)
+        finally:
+            group.close()
 
 
 def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str, str]) -> int:
@@ -247,12 +333,10 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
         cluster,
         driver,
         engines,
-        resuming,
         run_folder,
     )
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
-    from grpo.saving import Saver  # noqa: PLC0415
 
     config = plan.config
     logs = folder.path / "logs"
@@ -279,14 +363,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
                 train_settings=engines.train_settings(config, plan.end_token_ids),
                 eval_settings=engines.eval_settings(config, plan.end_token_ids),
                 progress=resumed.progress,
-                saver=Saver(
-                    config,
-                    folder.path,
-                    engines=group,
-                    fingerprints=functools.cache(lambda: resuming.fingerprints(plan)),
-                    flush=folder.flush,
-                    say=console.say,
-                ),
+                saver=saver_of(plan, folder, group, console),
                 stopping=lambda: stopper.asked is not None,
             )
             actors.freeze_garbage()
@@ -301,6 +378,21 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
         gain, low, high = paired_gain(outcome.before, outcome.after)
         folder.facts |= {"accuracy_gain": gain, "accuracy_gain_interval": [low, high]}
     return True
+
+
+def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
+    """What writes the run's checkpoints."""
+    from grpo import resuming  # noqa: PLC0415
+    from grpo.saving import Saver  # noqa: PLC0415
+
+    return Saver(
+        plan.config,
+        folder.path,
+        engines=group,
+        fingerprints=functools.cache(lambda: resuming.fingerprints(plan)),
+        flush=folder.flush,
+        say=console.say,
+    )
 
 
 def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:

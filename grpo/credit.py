@@ -64,20 +64,9 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
             if reason is not None:
                 uses[reason] += tokens_of(rollout)
             if reason != "truncated" and not is_stale(rollout, policy_version):
-                minibatches[p * a.minibatches_per_step // a.prompts_per_step].append(
-                    TrainingRow(
-                        rollout_index=p * a.group_size + i,
-                        prompt=p,
-                        prompt_ids=group.prompt.token_ids,
-                        completion_ids=rollout.completion.token_ids,
-                        sampler_logprobs=rollout.completion.sampler_logprobs,
-                        sampled_mask=rollout.completion.sampled_mask,
-                        advantage=value,
-                        reward=value if a.advantage == "reinforce_pp_baseline" else reward,
-                        has_spread=has_spread or not judged,
-                        truncated=rollout.completion.finish_reason == "length",
-                    )
-                )
+                returned = value if a.advantage == "reinforce_pp_baseline" else reward
+                row = training_row(rollout, p, p * a.group_size + i, value, returned, has_spread or not judged)
+                minibatches[p * a.minibatches_per_step // a.prompts_per_step].append(row)
     trained_groups = {p for p, _ in usable}
     for p, group in enumerate(groups):
         uses["sampled"] += sum(tokens_of(r) for r in group.rollouts)
@@ -95,6 +84,24 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
         minibatches=tuple(tuple(rows) for rows in minibatches),
         advantages=tuple(row.advantage for rows in minibatches for row in rows),
         uses={name: count * a.epochs_per_step for name, count in uses.items()},
+    )
+
+
+def training_row(
+    rollout: Rollout, prompt: int, index: int, advantage: float, reward: float, has_spread: bool
+) -> TrainingRow:
+    """The row of a rollout. `prompt`: position of its group in the step; `index`: its own among all rollouts."""
+    return TrainingRow(
+        rollout_index=index,
+        prompt=prompt,
+        prompt_ids=rollout.prompt.token_ids,
+        completion_ids=rollout.completion.token_ids,
+        sampler_logprobs=rollout.completion.sampler_logprobs,
+        sampled_mask=rollout.completion.sampled_mask,
+        advantage=advantage,
+        reward=reward,
+        has_spread=has_spread,
+        truncated=rollout.completion.finish_reason == "length",
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from grpo import metrics as m
 from grpo.batching import TrainingRow, rank_steps
-from grpo.config import Config, part_names
+from grpo.config import Config
 from grpo.credit import Credit, account, members_needed, training_rows
 from grpo.data import Cursor, sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
@@ -114,7 +114,6 @@ def train(loop: Loop) -> Outcome:
     engines.publish(at.step, probe, full_check=True)()
     if loop.eval_prompts and at.step == 0:
         at.before = at.after = evaluate(loop, 0)
-    skipped = 0
     while at.step < config.run.steps:
         step = at.step + 1
         started = time.monotonic()
@@ -126,7 +125,7 @@ def train(loop: Loop) -> Outcome:
                 loop.folder.log_metrics(at.step, eval_metrics(at.after))
             break
         learned = learn(loop, sampled, step)
-        skipped = count_skipped(loop, learned.result, step, skipped)
+        at.skipped = count_skipped(loop, learned.result, step, at.skipped)
         guard_mismatch(learned.result, config)
         synced = time.monotonic()
         every = config.run.verify_every
@@ -139,16 +138,7 @@ def train(loop: Loop) -> Outcome:
             at.retired |= solved(loop, sampled.every)
             metrics["progress/retired_prompts"] = float(len(at.retired))
         sync = syncing()
-        ended = time.monotonic()
-        metrics |= {
-            "sync/seconds": sync.seconds,
-            "sync/bytes": float(sync.nbytes),
-            "sync/probe_difference": sync.probe_difference,
-            "time/batch_s": learned.batch_s,
-            "time/update_s": learned.update_s,
-            "time/sync_s": ended - synced,
-            "time/step_s": ended - started,
-        }
+        metrics |= timings(learned, sync, started, synced)
         metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
         at.step = step
         at.tokens += int(metrics["tokens/sampled"])
@@ -170,6 +160,20 @@ def train(loop: Loop) -> Outcome:
     loop.saver.poll(wait=True)
     engines.save(loop.folder.path / "model")
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
+
+
+def timings(learned: Learned, sync: Any, started: float, synced: float) -> dict[str, float]:
+    """Of a step that began at `started` and whose weight sync began at `synced`; it ends now."""
+    ended = time.monotonic()
+    return {
+        "sync/seconds": sync.seconds,
+        "sync/bytes": float(sync.nbytes),
+        "sync/probe_difference": sync.probe_difference,
+        "time/batch_s": learned.batch_s,
+        "time/update_s": learned.update_s,
+        "time/sync_s": ended - synced,
+        "time/step_s": ended - started,
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,42 +386,59 @@ def eval_is_due(config: Config, step: int) -> bool:
 def evaluate(loop: Loop, step: int) -> Evaluation:
     """avg@k on the held-out prompts under the evaluation's own sampling settings; every completion is kept."""
     config = loop.config
-
-    def seed_of(prompt: Prompt, index: int) -> int | None:
-        return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling_is_seeded else None
-
-    collected = collect(
-        loop.eval_prompts,
-        sampler=loop.engines,
-        scorer=loop.scorer,
-        settings=loop.eval_settings,
-        samples_per_prompt=config.data.eval.samples_per_prompt,
-        seed_of=seed_of,
-        decode=loop.decode,
-        step=step,
-        reward_timeout_s=config.cluster.step_timeout_s,
-    )
-    loop.folder.write_samples(f"eval-{step:06d}", step, collected.groups, {})
-    enforce_failure_budget(collected.groups, config.algorithm)
-    evaluation = evaluate_groups(collected.groups, part_names(config.rewards)[0])
+    groups: dict[str, tuple[Group, ...]] = {}
+    for name in dict.fromkeys(prompt.dataset for prompt in loop.eval_prompts):
+        groups[name] = collect(
+            [prompt for prompt in loop.eval_prompts if prompt.dataset == name],
+            sampler=loop.engines,
+            scorer=loop.scorer,
+            settings=loop.eval_settings,
+            samples_per_prompt=config.data.eval.samples_of(name),
+            seed_of=lambda prompt, index: eval_seed(config, prompt, index),
+            decode=loop.decode,
+            step=step,
+            reward_timeout_s=config.cluster.step_timeout_s,
+        ).groups
+    every = [group for some in groups.values() for group in some]
+    loop.folder.write_samples(f"eval-{step:06d}", step, every, {})
+    enforce_failure_budget(every, config.algorithm)
+    evaluation = Evaluation(sets={name: evaluate_groups(some) for name, some in groups.items()})
     if step == 0:
         loop.folder.log_metrics(0, eval_metrics(evaluation))
         loop.folder.facts["accuracy_before"] = evaluation.accuracy
     loop.folder.facts["accuracy_after"] = evaluation.accuracy
-    count = len(loop.eval_prompts)
-    k = config.data.eval.samples_per_prompt
-    loop.reporter.say(f"step {step}: accuracy {evaluation.accuracy:.3f} (avg@{k} on {count} held-out prompts)")
+    said = "; ".join(
+        f"{name} {found.accuracy:.3f} (avg@{config.data.eval.samples_of(name)} of {len(found.per_prompt)})"
+        for name, found in evaluation.sets.items()
+    )
+    loop.reporter.say(f"step {step}: accuracy {evaluation.accuracy:.3f}: {said}")
     return evaluation
 
 
+def eval_seed(config: Config, prompt: Prompt, index: int) -> int | None:
+    """Seed of one completion of an evaluation, the same in every one of them."""
+    return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling_is_seeded else None
+
+
 def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {
-        "eval/accuracy": evaluation.accuracy,
-        "eval/pass_at_k": evaluation.pass_at_k,
-        "eval/tokens_mean": evaluation.tokens_mean,
-        "eval/truncated_fraction": evaluation.truncated_fraction,
-        "eval/failed": float(evaluation.failed),
+    """Means over data sets; where there are several, also of each."""
+    each = {
+        name: {
+            "eval/accuracy": found.accuracy,
+            "eval/pass_at_k": found.pass_at_k,
+            "eval/maj_at_k": found.maj_at_k,
+            "eval/tokens_mean": found.tokens_mean,
+            "eval/truncated_fraction": found.truncated_fraction,
+            "eval/failed": float(found.failed),
+        }
+        for name, found in evaluation.sets.items()
     }
+    names = next(iter(each.values()))
+    out = {name: sum(values[name] for values in each.values()) / len(each) for name in names}
+    out["eval/failed"] *= len(each)  # a count, not a mean
+    if len(each) > 1:
+        out |= {f"{name}/{data_set}": value for data_set, values in each.items() for name, value in values.items()}
+    return out
 
 
 def make_probe(prompts: Sequence[Prompt], *, tokens: int) -> Probe:

@@ -125,7 +125,8 @@ class Engines:
     """All actors of a run, with the verbs that the driver's loop calls. A sampler that dies is replaced."""
 
     def __init__(self, config: Config, log_dir: Path, say: Callable[[str], None]) -> None:
-        """Place the actors and load the engines, samplers and learner at the same time.
+        """Place the actors and load the engines, samplers and learner at the same time. Without learner ranks the
+        samplers keep the weights of the model's folder.
 
         `say`: where a replaced sampler is told.
 
@@ -150,10 +151,12 @@ class Engines:
         ]
         start = config.cluster.start_timeout_s
         loading = [s.start.remote(self._transport) for s in self.samplers]
-        host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
-        loading += [learner.start.remote(host, port) for learner in self.learners]
+        if self.learners:
+            host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
+            loading += [learner.start.remote(host, port) for learner in self.learners]
         self._wait(loading, "the engines to load", start)
-        self._connect()
+        if self.learners:
+            self._connect()
 
     def _connect(self) -> None:
         """Open the weight transfer between learner rank 0 and all samplers."""
@@ -214,7 +217,7 @@ class Engines:
         """
         self._replaced += len(lost)
         too_many = self._replaced > self._config.cluster.max_replacements
-        if too_many or self._transport == "nccl" or self._published is None:
+        if too_many or (self.learners and (self._transport == "nccl" or self._published is None)):
             raise error
         started = time.monotonic()
         for i in lost:
@@ -224,8 +227,9 @@ class Engines:
             self.samplers[i] = self._make_sampler(i)
         starting = [self.samplers[i].start.remote(self._transport) for i in lost]
         self._wait(starting, "a sampler to be replaced", self._config.cluster.start_timeout_s)
-        self._connect()
-        self._publish(*self._published, full_check=True)
+        if self._published is not None:
+            self._connect()
+            self._publish(*self._published, full_check=True)
         names = ", ".join(f"sampler-{i}" for i in lost)
         self._say(f"{str(error).splitlines()[0]}; replaced {names} in {time.monotonic() - started:.0f} s")
 
@@ -274,6 +278,10 @@ class Engines:
             [learner.capture.remote(str(folder)) for learner in self.learners], "the checkpoint's copy", self._timeout
         )[0]
         return counters | {"ranks": self._config.learner.ranks, "zero_stage": self._config.learner.zero_stage}
+
+    def state_bytes(self) -> int:
+        """Roughly what a checkpoint of the learner takes."""
+        return int(self._wait([self.learners[0].state_bytes.remote()], "the size of a checkpoint", self._timeout)[0])
 
     def captured(self, *, wait: bool) -> dict[str, FileRecord] | None:
         """The written files by name, or None while a rank still writes."""

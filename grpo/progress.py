@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo.config import Config
 from grpo.data import Cursor
-from grpo.evaluation import Evaluation
+from grpo.evaluation import Evaluation, SetEvaluation
 from grpo.types import Prompt, UserError
 
 
@@ -25,6 +25,8 @@ class Progress:
     """Indices of prompts that are not drawn again."""
     tokens: int = 0
     rollouts: int = 0
+    skipped: int = 0
+    """Steps in a row, up to the last one, with an update that was not finite."""
     before: Evaluation | None = None
     after: Evaluation | None = None
     """The first evaluation and the latest."""
@@ -48,6 +50,7 @@ class Progress:
             "retired": [prompts[i].prompt_id for i in sorted(self.retired)],
             "tokens": self.tokens,
             "rollouts": self.rollouts,
+            "skipped": self.skipped,
             "before": None if self.before is None else dataclasses.asdict(self.before),
             "after": None if self.after is None else dataclasses.asdict(self.after),
         }
@@ -65,7 +68,12 @@ class Progress:
         gone = [prompt_id for prompt_id in state["retired"] if prompt_id not in index]
         if gone and anew is None:
             raise UserError(f"data.train no longer has {gone[0]}, a prompt that the run had retired")
-        before, after = ((None if state[name] is None else Evaluation(**state[name])) for name in ("before", "after"))
+        before, after = (
+            None
+            if state[name] is None
+            else Evaluation(sets={n: SetEvaluation(**found) for n, found in state[name]["sets"].items()})
+            for name in ("before", "after")
+        )
         return cls(
             step=state["step"],
             cursor=anew or Cursor.restore(len(prompts), state["cursor"]),
@@ -73,6 +81,7 @@ class Progress:
             retired={index[prompt_id] for prompt_id in state["retired"] if prompt_id in index},
             tokens=state["tokens"],
             rollouts=state["rollouts"],
+            skipped=state["skipped"],
             before=before,
             after=after,
         )

@@ -53,6 +53,7 @@ def collect(
     decode: Callable[[Sequence[Any]], list[str]],
     step: int,
     reward_timeout_s: float,
+    when_scored: Callable[[Group], object] = lambda group: None,
 ) -> Collected:
     """Sample `samples_per_prompt` completions of every prompt and score each.
 
@@ -61,19 +62,20 @@ def collect(
         seed_of: seed of (prompt, sample index).
         decode: lists of token ids -> texts, special tokens skipped.
         reward_timeout_s: deadline for the rewards after the last completion.
+        when_scored: told of every group, as soon as it is seen to be complete.
     """
     started = time.monotonic()
-    requests = [
-        SampleRequest(
-            index=p,
-            token_ids=prompt.token_ids,
-            seeds=tuple(seed_of(prompt, i) for i in range(samples_per_prompt)),
-        )
-        for p, prompt in enumerate(prompts)
-    ]
+    requests = requests_of(prompts, samples_per_prompt, seed_of)
     completions: list[dict[int, Completion]] = [{} for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     scores: list[Future[list[Scored | Failed]] | None] = [None for _ in prompts]
+    groups: dict[int, Group] = {}
+
+    def take(p: int, future: Future[list[Scored | Failed]]) -> None:
+        outcomes = rewards_of(future, prompts[p], reward_timeout_s)
+        groups[p] = make_group(prompts[p], completions[p], texts[p], outcomes)
+        when_scored(groups[p])
+
     for block in sampler.sample(requests, settings):
         complete: list[int] = []
         for p, i, completion in completions_of(block, requests):
@@ -85,16 +87,32 @@ def collect(
             texts[p] = decoded[n * samples_per_prompt : (n + 1) * samples_per_prompt]
             items = reward_items(prompts[p], [completions[p][i] for i in range(samples_per_prompt)], texts[p], step)
             scores[p] = scorer.submit([item for i, item in enumerate(items) if is_whole(completions[p][i])])
+        for p, future in enumerate(scores):
+            if future is not None and p not in groups and future.done():
+                take(p, future)
     sampled = time.monotonic()
     missing = [prompts[p].prompt_id for p, future in enumerate(scores) if future is None]
     if missing:
         raise RuntimeError(f"the samplers returned too few completions for {len(missing)} prompts: {missing[:3]}")
-    groups = tuple(
-        make_group(prompts[p], completions[p], texts[p], rewards_of(future, prompts[p], reward_timeout_s))
-        for p, future in enumerate(scores)
-        if future is not None
-    )
-    return Collected(groups=groups, sample_s=sampled - started, reward_s=time.monotonic() - sampled)
+    for p, future in enumerate(scores):
+        if future is not None and p not in groups:
+            take(p, future)
+    ordered = tuple(groups[p] for p in range(len(prompts)))
+    return Collected(groups=ordered, sample_s=sampled - started, reward_s=time.monotonic() - sampled)
+
+
+def requests_of(
+    prompts: Sequence[Prompt], samples_per_prompt: int, seed_of: Callable[[Prompt, int], int | None]
+) -> list[SampleRequest]:
+    """What the samplers are asked for."""
+    return [
+        SampleRequest(
+            index=p,
+            token_ids=prompt.token_ids,
+            seeds=tuple(seed_of(prompt, i) for i in range(samples_per_prompt)),
+        )
+        for p, prompt in enumerate(prompts)
+    ]
 
 
 def is_whole(completion: Completion) -> bool:

@@ -225,6 +225,7 @@ def write_groups(target: Path, step: int, groups: Sequence[Group], learner_logpr
     completions = [rollout.completion for rollout in rollouts]
     columns: dict[str, Any] = {
         "step": [step] * len(rollouts),
+        "dataset": [rollout.prompt.dataset for rollout in rollouts],
         "prompt_id": [rollout.prompt.prompt_id for rollout in rollouts],
         "sample_index": [i for group in groups for i in range(len(group.rollouts))],
         "prompt": [rollout.prompt.text for rollout in rollouts],
@@ -259,6 +260,7 @@ def list_column(arrays: Sequence[NDArray[Any]]) -> pa.ListArray:
 SAMPLE_SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
+        ("dataset", pa.string()),
         ("prompt_id", pa.string()),
         ("sample_index", pa.int32()),
         ("prompt", pa.string()),

@@ -21,6 +21,8 @@ class Captured(Protocol):
 
     def capture(self, folder: Path) -> dict[str, Any]: ...
 
+    def state_bytes(self) -> int: ...
+
     def captured(self, *, wait: bool) -> dict[str, FileRecord] | None: ...
 
     def save(self, folder: Path) -> None: ...
@@ -50,7 +52,7 @@ class Saver:
         self._fingerprints, self._flush, self._say = fingerprints, flush, say
         self._pending: _Pending | None = None
         self._size = 0
-        """Bytes of the checkpoint before; of the first one nothing is known."""
+        """Bytes of the checkpoint before."""
 
     def save(self, step: int, driver: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Begin a checkpoint of the state after `step`; one that is being written is finished first. Nothing is done
@@ -61,7 +63,7 @@ class Saver:
         self.poll(wait=True)
         if checkpoint.folder_of(self._run, step).exists():
             return
-        partial = checkpoint.begin(self._run, step, need_bytes=self._size)
+        partial = checkpoint.begin(self._run, step, need_bytes=self._size or self._engines.state_bytes())
         learner = self._engines.capture(partial / "learner")
         if self._config.run.save_model:
             self._engines.save(partial / "model")

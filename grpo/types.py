@@ -40,6 +40,8 @@ class Prompt:
 
     prompt_id: str
     """`<data set>:<row index>:<content hash>`; stable over runs, distinct for duplicate rows."""
+    dataset: str
+    """The data set's name."""
     token_ids: tuple[int, ...]
     """[L] ids given to the sampler, special tokens included."""
     text: str

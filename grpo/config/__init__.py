@@ -10,7 +10,7 @@ nearest valid one.
 
 from __future__ import annotations
 
-from grpo.config.load import dump, load, options_text
+from grpo.config.load import dump, load, load_for_evaluation, options_text
 from grpo.config.schema import (
     AlgorithmConfig,
     ClusterConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "SamplingConfig",
     "dump",
     "load",
+    "load_for_evaluation",
     "options_text",
     "part_names",
 ]

@@ -29,7 +29,44 @@ def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 
     Raises UserError naming the file or option at fault.
     """
-    path = Path(recipe)
+    return _configure(_read(Path(recipe)), overrides, str(recipe))
+
+
+def load_for_evaluation(
+    recipe: Path | None,
+    *,
+    model: str,
+    data: typing.Sequence[str],
+    rewards: typing.Sequence[str],
+    overrides: typing.Sequence[str],
+) -> Config:
+    """The config of `grpo eval`: `recipe`, or nothing but defaults, with another model, and data and rewards where they
+    are given. It has no learner rank, and what only training needs may be missing.
+
+    Raises UserError naming the file or option at fault.
+    """
+    source = "grpo eval" if recipe is None else str(recipe)
+    unused = {
+        "data": {"train": "not used"},
+        "algorithm": {"prompts_per_step": 1, "group_size": 2},
+        "run": {"steps": 0},
+    }
+    tree = OmegaConf.create(unused)
+    if recipe is not None:
+        tree = typing.cast(DictConfig, OmegaConf.merge(tree, _read(recipe)))
+    OmegaConf.update(tree, "model.path", model, force_add=True)
+    if data:
+        OmegaConf.update(tree, "data.eval.path", data[0], force_add=True)
+    if rewards:
+        tree["rewards"] = [{"file": file} for file in rewards]
+    config = _configure(tree, overrides, source)
+    if config.data.eval.path is None:
+        raise UserError(f"{source} names no held-out data (data.eval.path); give it with --data PATH")
+    return dataclasses.replace(config, learner=dataclasses.replace(config.learner, ranks=0))
+
+
+def _read(path: Path) -> DictConfig:
+    """The tree of a YAML file."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -40,9 +77,14 @@ def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} must be a mapping of sections: {', '.join(_names(Config))}")
+    return tree
+
+
+def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> Config:
+    """A checked config out of a tree and overrides; `path`: where the tree is from."""
     for override in overrides:
         tree = _override(tree, override)
-    _check_keys(OmegaConf.to_container(tree), Config, "", str(path))
+    _check_keys(OmegaConf.to_container(tree), Config, "", path)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
         config = OmegaConf.to_object(merged)

@@ -42,6 +42,12 @@ class EvalConfig:
     min_p: float = 0.0
     max_tokens: int | None = None
     """None: `sampling.max_tokens`."""
+    by: tuple[str, ...] = ()
+    """Columns such as level or subject: `grpo eval` gives the numbers for each of their values, too."""
+
+    def samples_of(self, name: str) -> int:
+        """Completions of each prompt of the data set called `name`."""
+        return self.samples_per_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,7 +328,7 @@ class ClusterConfig:
     reward_workers: int | None = None
     """Processes that score completions. None: one per CPU of this machine, at most 8."""
     max_replacements: int = 3
-    """How many samplers that died may be replaced in a run."""
+    """How many samplers that died may be replaced; counted anew when all engines are started again."""
     max_restarts: int = 2
     """How often the engines may be started again from the last checkpoint when a learner rank dies or hangs."""
     start_timeout_s: float = 600.0

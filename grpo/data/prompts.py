@@ -79,7 +79,16 @@ def make_prompts(
                 f"{ids[:4]}...); take one out of the chat template, data.template or the row"
             )
         prompt_id = f"{dataset}:{row.index}:{_content_hash(row.values)}"
-        prompts.append(Prompt(prompt_id=prompt_id, token_ids=tuple(ids), text=text, row=row.values, messages=messages))
+        prompts.append(
+            Prompt(
+                prompt_id=prompt_id,
+                dataset=dataset,
+                token_ids=tuple(ids),
+                text=text,
+                row=row.values,
+                messages=messages,
+            )
+        )
     return _within_limit(prompts, rows, data, option)
 
 

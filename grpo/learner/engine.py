@@ -283,6 +283,18 @@ class Learner:
         self._writing = self._writer.submit(state.write, file, tensors, generators)
         return {**counters, "optimizer_steps": self._optimizer_steps, "steps": self._steps}
 
+    def state_bytes(self) -> int:
+        """What the captures of all ranks take together: float32 parameters, and AdamW's two moments of each."""
+        kinds = {"adamw": 3, "sgd": 1}
+        optimizers = {"policy": self._config.optimizer, "critic": self._config.critic.optimizer}
+        total = sum(
+            kinds[optimizers[section].name] * sum(whole_numel(p) for p in engine.module.parameters())
+            for section, engine in self._engines().items()
+        )
+        if self._moving_reference:
+            total += sum(whole_numel(p) for p in self._engine.module.parameters())
+        return 4 * total
+
     def captured(self, *, wait: bool) -> FileRecord | None:
         """The file that `capture` has begun to write, once it is on the disk; None while it is not."""
         assert self._writing is not None
@@ -316,6 +328,11 @@ class Learner:
         for engine in (self._engine, self._critic):
             if engine is not None:
                 engine.destroy()
+
+
+def whole_numel(parameter: Any) -> int:
+    """Elements of a parameter, also where ZeRO 3 keeps a part of it here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:

@@ -59,6 +59,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
         first = Learner(config, rank, device, folder / "nonfinite")
         for _ in range(2):
             first.step(steps)
+        out["state_bytes"] = first.state_bytes()
         counters = first.capture(folder / f"rank-{rank}.safetensors")
         out["straight"] = [numbers(first.step(steps)) for _ in range(2)]  # while the file is being written
         record = first.captured(wait=True)

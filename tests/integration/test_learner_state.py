@@ -124,6 +124,8 @@ def test_every_stage_and_number_of_ranks_captures_the_same_names_and_sizes(captu
         for index in range(4):
             tensors = whole(captured[ranks][1] / str(index), "rank-*.safetensors")
             shapes.add(tuple(sorted((name, t.numel()) for name, t in tensors.items())))
+            said = list(captured[ranks][2].values())[index]["state_bytes"]
+            assert said == sum(4 * t.numel() for t in tensors.values())  # known before the first is written
             assert any(name.startswith("policy/exp_avg_sq/") for name in tensors)
             assert any(name.startswith(f"policy/{PARAMETER}/") for name in tensors)
     assert len(shapes) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,6 +132,11 @@ class TablePolicy:
         self._written = seal(folder / "rank-0.safetensors")
         return {"ranks": 1}
 
+    needs = 0
+
+    def state_bytes(self) -> int:
+        return self.needs
+
     def captured(self, *, wait: bool) -> dict[str, FileRecord] | None:
         return {"rank-0.safetensors": self._written} if wait else None
 
@@ -202,7 +208,8 @@ def make_loop(
     tmp_path: Path, config: Config, scorer: CountTwos | Scripted | None = None, reopened: int | None = None
 ) -> tuple[Loop, TablePolicy]:
     prompts = [
-        Prompt(prompt_id=f"d:{i}:h", token_ids=(1, i % 4 + 1), text=str(i), row={}, messages=None) for i in range(12)
+        Prompt(prompt_id=f"d:{i}:h", dataset="d", token_ids=(1, i % 4 + 1), text=str(i), row={}, messages=None)
+        for i in range(12)
     ]
     policy = TablePolicy(config)
     settings = SimpleNamespace(max_tokens=6)
@@ -269,6 +276,17 @@ def test_checkpoints_and_evaluation_fall_due(tmp_path: Path) -> None:
     assert loop.folder.facts == {
         "steps": 5, "accuracy_before": outcome.before.accuracy, "accuracy_after": outcome.after.accuracy,
     }  # fmt: skip
+
+
+def test_room_for_the_first_checkpoint_is_looked_for_before_it_is_captured(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=2", "run.save_every=1"))
+    policy.needs = 2**60
+    with pytest.raises(OSError, match="a checkpoint takes") as raised:
+        train(loop)
+    loop.folder.close()
+    assert raised.value.errno == errno.ENOSPC
+    assert "capture" not in policy.calls
+    assert len(lines(tmp_path)) == 1  # the step itself is whole
 
 
 def test_failed_rewards_are_counted_and_never_trained_on(tmp_path: Path) -> None:
@@ -625,8 +643,25 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path: Path) -
     assert policy.calls.count("publish") == 1 + 5
 
 
+def test_steps_that_are_not_finite_are_counted_across_a_resume(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=2"))
+    poisoned(loop, policy, {1, 2})
+    train(loop)
+    loop.folder.close()
+    assert loop.progress.skipped == 2
+    state = json.loads(json.dumps(loop.progress.state(loop.prompts)))
+    assert Progress.restore(state, loop.prompts).skipped == 2
+    (tmp_path / "other").mkdir()
+    other, policy = make_loop(tmp_path / "other", make_config(tmp_path, "run.steps=2"))
+    poisoned(other, policy, {1})
+    other.progress.skipped = 2
+    with pytest.raises(NonFiniteError, match=r"step 1: .*3 steps in a row"):
+        train(other)
+    other.folder.close()
+
+
 def group_of(rewards: list[float | None], index: int) -> Group:
-    prompt = Prompt(prompt_id=f"d:{index}:h", token_ids=(1, 2), text="", row={}, messages=None)
+    prompt = Prompt(prompt_id=f"d:{index}:h", dataset="d", token_ids=(1, 2), text="", row={}, messages=None)
     completion = Completion(
         token_ids=np.asarray([3], dtype=np.int32), sampler_logprobs=np.zeros(1, dtype=np.float32),
         sampled_mask=np.ones(1, dtype=bool), policy_versions=np.zeros(1, dtype=np.int32),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from grpo.evaluation import Evaluation, evaluate_groups, paired_gain
+from grpo.evaluation import Judged, evaluate_groups, judged
 from grpo.metrics import learner_metrics, rollout_metrics, staleness_metrics
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, StepResult
 
-PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None)
+PROMPT = Prompt(prompt_id="d:0:x", dataset="d", token_ids=(1, 2, 3), text="p", row={}, messages=None)
 
 
 def rollout(reward: float | None, tokens: int = 2, reason: str = "stop", version: int = 0) -> Rollout:
@@ -97,32 +99,19 @@ def test_learner_sums_become_means_and_shares() -> None:
 
 
 def test_accuracy_is_the_mean_over_prompts_of_scored_samples() -> None:
-    other = Prompt(prompt_id="d:1:y", token_ids=(1,), text="q", row={}, messages=None)
-    result = evaluate_groups([group(rollout(1.0), rollout(0.0)), group(rollout(1.0), rollout(None), prompt=other)], "f")
+    other = Prompt(prompt_id="d:1:y", dataset="d", token_ids=(1,), text="q", row={}, messages=None)
+    result = evaluate_groups([group(rollout(1.0), rollout(0.0)), group(rollout(1.0), rollout(None), prompt=other)])
     assert result.per_prompt == {"d:0:x": 0.5, "d:1:y": 1.0}
     assert result.accuracy == 0.75
-    assert result.pass_at_k == 1.0
-    wrong = group(rollout(0.0), rollout(0.0), prompt=other)
-    assert evaluate_groups([group(rollout(1.0), rollout(0.0)), wrong], "f").pass_at_k == 0.5
-    assert evaluate_groups([wrong], "f").pass_at_k == 0.0  # nothing right, however equal
     assert result.failed == 1
+    wrong = group(rollout(0.0), rollout(0.0), prompt=other)
+    assert evaluate_groups([group(rollout(1.0), rollout(0.0)), wrong]).pass_at_k == 0.5
     with pytest.raises(ValueError, match="no completion"):
-        evaluate_groups([group(rollout(None), rollout(None))], "f")
+        evaluate_groups([group(rollout(None), rollout(None))])
 
 
-def test_paired_interval_is_narrower_than_the_spread_between_prompts() -> None:
-    rng = np.random.default_rng(0)
-    hard = rng.uniform(0, 0.6, 400)
-    noise = rng.normal(0, 0.1, 400)
-
-    def evaluation(values: np.ndarray) -> Evaluation:
-        return Evaluation(
-            per_prompt={str(i): float(v) for i, v in enumerate(values)}, failed=0, tokens_mean=1, truncated_fraction=0,
-            pass_at_k=0,
-        )  # fmt: skip
-
-    gain, low, high = paired_gain(evaluation(hard), evaluation(hard + 0.3 + noise))
-    standard_error = noise.std(ddof=1) / np.sqrt(400)
-    assert gain == pytest.approx(0.3 + noise.mean(), abs=1e-9)
-    assert low == pytest.approx(gain - 1.96 * standard_error, abs=0.002)
-    assert high == pytest.approx(gain + 1.96 * standard_error, abs=0.002)
+def test_a_completion_is_judged_by_the_first_reward_that_scored_it() -> None:
+    both = rollout(1.0, tokens=4, reason="length")
+    both = dataclasses.replace(both, text="#### 12", outcome=Scored(value=0.3, parts={"right": 0.0, "format": 1.0}))
+    assert judged(both) == Judged(value=0.0, answer="12", tokens=4, truncated=True)
+    assert judged(rollout(None)).value is None

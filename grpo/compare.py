@@ -1,0 +1,199 @@
+"""Two runs, or two evaluations, side by side: `grpo compare A B`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from numpy.typing import NDArray
+
+from grpo.evaluation import Interval, Judged, bootstrap, final_answer, interval, sign_test, statistics_of
+from grpo.metrics import HEADLINE
+from grpo.types import UserError
+
+Samples = dict[str, dict[str, list[Judged]]]
+"""Data set -> prompt_id -> its completions."""
+COLUMNS = ("dataset", "prompt_id", "completion", "reward_parts", "finish_reason", "completion_token_ids")
+NOT_COMPARED = ("run.name", "run.dir")
+LAST_STEPS = 10
+"""Steps at the end whose metrics are averaged."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is known of a run, or of an evaluation made by `grpo eval`."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """option -> value."""
+    metrics: Mapping[int, Mapping[str, float]]
+    """step -> its line of metrics.jsonl."""
+    samples: Samples
+    evaluated: str
+    """Which evaluation `samples` are of."""
+
+
+def compare(first: Path, second: Path, step: int | None = None) -> list[str]:
+    """Lines about what differs: options, evaluations with paired intervals, metrics.
+
+    Args:
+        step: compare the evaluations after this step; None: the last one of each.
+
+    Raises UserError when a folder is neither a run nor an evaluation, or the two have nothing in common.
+    """
+    a, b = (read_subject(path.expanduser(), step) for path in (first, second))
+    lines = [f"A  {a.path}  ({a.evaluated})", f"B  {b.path}  ({b.evaluated})", ""]
+    lines += [*differing_options(a, b), ""]
+    lines += compare_evaluations(a.samples, b.samples)
+    steps = sorted(set(a.metrics) & set(b.metrics) - {0})
+    if steps:
+        lines += ["", *compare_metrics(a, b, steps)]
+    return lines
+
+
+def read_subject(path: Path, step: int | None) -> Subject:
+    """Raises UserError when `path` holds neither a run nor an evaluation, or no evaluation after `step`."""
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is neither a run's folder nor an evaluation's: it has no config.yaml")
+    config = flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    made = sorted((path / "samples").glob("eval-*.parquet"))
+    if (path / "evaluation.json").is_file():
+        files, evaluated = sorted((path / "samples").glob("*.parquet")), "grpo eval"
+    elif step is not None:
+        files = [path / "samples" / f"eval-{step:06d}.parquet"]
+        if files[0] not in made:
+            have = ", ".join(str(int(file.stem.removeprefix("eval-"))) for file in made) or "none"
+            raise UserError(f"{path} has no evaluation after step {step}; it has {have}")
+        evaluated = f"evaluation after step {step}"
+    else:
+        files = made[-1:]
+        evaluated = f"evaluation after step {int(made[-1].stem.removeprefix('eval-'))}" if made else "no evaluation"
+    return Subject(
+        path=path, config=config, metrics=read_metrics(path / "metrics.jsonl"), samples=read_samples(files),
+        evaluated=evaluated,
+    )  # fmt: skip
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """option -> value of a nested config."""
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, item in tree.items() for k, v in flat(item, f"{prefix}{name}.").items()}
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        return {k: v for i, item in enumerate(tree) for k, v in flat(item, f"{prefix[:-1]}[{i}].").items()}
+    return {prefix[:-1]: tree}
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """step -> metrics; empty without a file. Raises UserError naming a damaged line."""
+    if not path.is_file():
+        return {}
+    out = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            out[int(values.pop("step"))] = {k: float(v) for k, v in values.items() if k != "time"}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}:{number} is damaged: {line[:80]!r}") from error
+    return out
+
+
+def read_samples(files: Sequence[Path]) -> Samples:
+    """The completions of samples files. Raises UserError naming one that cannot be read."""
+    out: Samples = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        try:
+            rows = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        for row in rows:
+            parts = json.loads(row["reward_parts"]) if row["reward_parts"] else {}
+            out[row["dataset"]][row["prompt_id"]].append(
+                Judged(
+                    value=next(iter(parts.values()), None),
+                    answer=final_answer(row["completion"]),
+                    tokens=len(row["completion_token_ids"]),
+                    truncated=row["finish_reason"] == "length",
+                )
+            )
+    return {name: dict(prompts) for name, prompts in out.items()}
+
+
+def differing_options(a: Subject, b: Subject) -> list[str]:
+    """A table of the options that are not the same."""
+    names = [n for n in sorted({*a.config, *b.config} - {*NOT_COMPARED}) if a.config.get(n) != b.config.get(n)]
+    if not names:
+        return ["options: the same"]
+    return table([["option", "A", "B"], *([n, shown(a.config.get(n)), shown(b.config.get(n))] for n in names)])
+
+
+def shown(value: Any) -> str:
+    """A value of a config, of bearable length."""
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 40 else f"...{text[-37:]}"
+
+
+def compare_evaluations(a: Samples, b: Samples) -> list[str]:
+    """A table with a line for each statistic of each data set, over the prompts that both have.
+
+    Raises UserError when both were evaluated and share no prompt.
+    """
+    if not a or not b:
+        return [f"nothing to compare on held-out data: {' and '.join(n for n, s in (('A', a), ('B', b)) if not s)} "
+                "has no evaluation"]  # fmt: skip
+    rows = [["data set", "prompts", "statistic", "A", "B", "B - A, 95 % interval", "p"]]
+    notes = []
+    for name in [name for name in a if name in b]:
+        shared = [prompt_id for prompt_id in a[name] if prompt_id in b[name]]
+        if not shared:
+            continue
+        left = {max(len(a[name]), len(b[name])) - len(shared)} - {0}
+        notes += [f"note: {n} prompts of {name} are in one of the two only, and left out" for n in left]
+        first, second = (statistics_of({p: some[name][p] for p in shared}) for some in (a, b))
+        for statistic in [s for s in first if s in second and s != "pass"]:
+            both = [p for p in first[statistic] if p in second[statistic]]
+            old, new = (np.asarray([values[statistic][p] for p in both]) for values in (first, second))
+            rows.append([name, str(len(both)), statistic, *row_of(old, new)])
+    if len(rows) == 1:
+        raise UserError(
+            f"the two evaluations share no prompt: A has {', '.join(a)} and B has {', '.join(b)}; the data must be the "
+            "same, with the same columns"
+        )
+    return [*table(rows), *notes]
+
+
+def row_of(old: NDArray[np.float64], new: NDArray[np.float64]) -> list[str]:
+    """Means with intervals, the paired gain with its interval, and the p-value."""
+    gains = new - old
+    low, high = bootstrap([gains])
+    gain = f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})" if len(gains) > 1 else f"{gains.mean():+.3f}"
+    return [with_bounds(interval(list(old))), with_bounds(interval(list(new))), gain, f"{sign_test([gains]):.4f}"]
+
+
+def with_bounds(value: Interval) -> str:
+    """`0.512 (0.480 to 0.544)`."""
+    return f"{value.mean:.3f}" if np.isnan(value.low) else f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
+
+
+def compare_metrics(a: Subject, b: Subject, steps: Sequence[int]) -> list[str]:
+    """A table of the headline metrics, averaged over the last steps that both have."""
+    last = steps[-LAST_STEPS:]
+    rows = [[f"mean of steps {last[0]} to {last[-1]}", "A", "B"]]
+    for name in (*HEADLINE, "tokens/sampled"):
+        means = [[subject.metrics[step][name] for step in last if name in subject.metrics[step]] for subject in (a, b)]
+        if all(means):
+            rows.append([name, *(f"{np.mean(values):.4g}" for values in means)])
+    return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

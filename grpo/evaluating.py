@@ -1,0 +1,290 @@
+"""`grpo eval`: a model on held-out data, with samplers alone. Cached by what was evaluated, and resumable.
+
+evals/<model>-<key>/  config.yaml  key.json  samples/<n>.parquet  evaluation.json  logs/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from grpo import config as config_module
+from grpo import engines, run_folder
+from grpo.check import Plan
+from grpo.compare import Samples, read_samples, table, with_bounds
+from grpo.driver import eval_seed
+from grpo.evaluation import Interval, Judged, interval, statistics_of
+from grpo.rollouts import Scorer, collect, enforce_failure_budget
+from grpo.types import Group, Prompt, UserError
+
+WRITE_S = 20.0
+"""Completions are written this often: what an interruption may cost."""
+SAY_S = 10.0
+RESULT = "evaluation.json"
+KEY = "key.json"
+
+
+def key_of(plan: Plan, model: str) -> dict[str, Any]:
+    """What decides an evaluation's numbers. `model`: SHA-256 of the model's folder."""
+    config, e = plan.config, plan.config.data.eval
+    return {
+        "model": model,
+        "fingerprints": {name: value for name, value in plan.fingerprints.items() if name != "data.train"},
+        "samples_per_prompt": {name: samples_of(plan, name) for name in set_names(plan)},
+        "settings": dataclasses.asdict(engines.eval_settings(config, plan.end_token_ids)),
+        "dtype": config.model.dtype,
+        "float32_head": config.model.float32_head,
+        "seeded": config.sampling_is_seeded,
+        "seed": config.run.seed,
+        "rewards": [[r.function, r.weight, r.style] for r in config.rewards],
+        "by": list(e.by),
+    }
+
+
+def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:
+    """Where the evaluation of this key lives."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return root / f"{name}-{digest[:12]}"
+
+
+@contextmanager
+def opened(folder: Path, key: Mapping[str, Any], plan: Plan) -> Iterator[None]:
+    """Make the folder or take it up again; of two processes one gets it.
+
+    Raises UserError where another process works in it.
+    """
+    for sub in ("samples", "logs"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is evaluating into {folder}") from error
+        run_folder.drop_unfinished(folder)
+        run_folder.write_text(folder / "config.yaml", config_module.dump(plan.config))
+        run_folder.write_text(folder / KEY, json.dumps(key, indent=2, sort_keys=True) + "\n")
+        yield
+
+
+def set_names(plan: Plan) -> list[str]:
+    """The data sets, in the recipe's order."""
+    return list(dict.fromkeys(prompt.dataset for prompt in plan.eval_prompts))
+
+
+def samples_of(plan: Plan, name: str) -> int:
+    """Completions of each prompt of a data set."""
+    return plan.config.data.eval.samples_of(name)
+
+
+def evaluate(
+    plan: Plan, folder: Path, sampler: engines.Engines, scorer: Scorer, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Sample and score what is not yet in the folder, then write and return the result.
+
+    Raises UserError when too many completions fail.
+    """
+    done = finished_prompts(folder, say)
+    writer = Writer(folder)
+    for name in set_names(plan):
+        prompts = [p for p in plan.eval_prompts if p.dataset == name]
+        left = [p for p in prompts if p.prompt_id not in done]
+        if len(left) < len(prompts):
+            say(f"{name}: {len(prompts) - len(left)} of {len(prompts)} prompts have been evaluated before")
+        if left:
+            sample_set(plan, name, left, sampler, scorer, writer, say)
+    writer.flush()
+    result = result_of(plan, read_samples(sorted((folder / "samples").glob("*.parquet"))))
+    for name, found in result["sets"].items():
+        bound = plan.config.algorithm.max_failed_fraction
+        if found["failed"] > bound * found["prompts"] * found["samples_per_prompt"]:
+            raise UserError(
+                f"{found['failed']} completions of {name} have no reward, more than algorithm.max_failed_fraction="
+                f"{bound:g} allows; they are in {folder / 'samples'}, with why"
+            )
+    run_folder.write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def sample_set(
+    plan: Plan,
+    name: str,
+    prompts: Sequence[Prompt],
+    sampler: engines.Engines,
+    scorer: Scorer,
+    writer: Writer,
+    say: Callable[[str], None],
+) -> None:
+    """The completions of one data set, written as they come."""
+    config = plan.config
+    started = said = time.monotonic()
+    count = tokens = 0
+
+    def keep(group: Group) -> None:
+        nonlocal said, count, tokens
+        writer.add(group)
+        count += 1
+        tokens += sum(len(rollout.completion.token_ids) for rollout in group.rollouts)
+        if time.monotonic() - said > SAY_S or count == len(prompts):
+            said = time.monotonic()
+            say(f"{name}: {count} of {len(prompts)} prompts, {tokens / (said - started):.0f} tokens/s")
+
+    collected = collect(
+        prompts,
+        sampler=sampler,
+        scorer=scorer,
+        settings=engines.eval_settings(config, plan.end_token_ids),
+        samples_per_prompt=samples_of(plan, name),
+        seed_of=lambda prompt, index: eval_seed(config, prompt, index),
+        decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
+        step=0,
+        reward_timeout_s=config.cluster.step_timeout_s,
+        when_scored=keep,
+    )
+    enforce_failure_budget(collected.groups, config.algorithm)
+
+
+class Writer:
+    """Groups to samples/<n>.parquet, every WRITE_S seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "samples"
+        self._number = 1 + max((int(path.stem) for path in self._folder.glob("*.parquet")), default=-1)
+        self._groups: list[Group] = []
+        self._written = time.monotonic()
+
+    def add(self, group: Group) -> None:
+        self._groups.append(group)
+        if time.monotonic() - self._written > WRITE_S:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._groups:
+            run_folder.write_groups(self._folder / f"{self._number:06d}.parquet", 0, self._groups, {})
+            self._number += 1
+        self._groups, self._written = [], time.monotonic()
+
+
+def finished_prompts(folder: Path, say: Callable[[str], None]) -> set[str]:
+    """The prompts whose completions are all in the folder. A file that cannot be read is removed: its prompts are
+    sampled again, with the same seeds."""
+    done: set[str] = set()
+    for path in sorted((folder / "samples").glob("*.parquet")):
+        try:
+            ids = pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist()
+        except (OSError, ValueError):  # pyarrow's errors are of these classes
+            say(f"{path} is damaged: its prompts are sampled again")
+            path.unlink()
+            continue
+        done.update(ids)  # a group is written whole
+    return done
+
+
+def result_of(plan: Plan, samples: Samples) -> dict[str, Any]:
+    """Everything that is said of the evaluation, as plain JSON."""
+    rows = {prompt.prompt_id: prompt.row for prompt in plan.eval_prompts}
+    sets = {}
+    for name in set_names(plan):
+        found = describe(samples[name])
+        for column in plan.config.data.eval.by:
+            values: dict[str, dict[str, list[Judged]]] = {}
+            for prompt_id, some in samples[name].items():
+                if column in rows[prompt_id]:
+                    values.setdefault(str(rows[prompt_id][column]), {})[prompt_id] = some
+            if values:
+                found[f"by {column}"] = {value: describe(values[value]) for value in sorted(values)}
+        sets[name] = found
+    return {"versions": run_folder.versions(), "sets": sets}
+
+
+def describe(samples: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
+    """The numbers of one data set, or of a part of it."""
+    every = [sample for some in samples.values() for sample in some]
+    out: dict[str, Any] = {
+        "prompts": len(samples),
+        "samples_per_prompt": max(len(some) for some in samples.values()),
+        "failed": sum(sample.value is None for sample in every),
+        "tokens_mean": float(np.mean([sample.tokens for sample in every])),
+        "tokens_max": max(sample.tokens for sample in every),
+        "truncated_fraction": float(np.mean([sample.truncated for sample in every])),
+    }
+    if out["failed"] < len(every):
+        for statistic, values in statistics_of(samples).items():
+            if statistic != "pass":  # of all of them, which pass@k says where none has failed
+                out[statistic] = as_json(interval(list(values.values())))
+    return out
+
+
+def as_json(value: Interval) -> dict[str, float | None]:
+    return {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(value).items()}
+
+
+def from_json(value: Mapping[str, float | None]) -> Interval:
+    return Interval(**{k: math.nan if v is None else v for k, v in value.items()})
+
+
+def report(result: Mapping[str, Any]) -> list[str]:
+    """The result as a table."""
+    statistics = list(dict.fromkeys(k for found in result["sets"].values() for k in found if k == "avg" or "@" in k))
+    statistics = [*statistics[:1], *sorted(statistics[1:], key=lambda s: int(s.partition("@")[2] or 0)), "maj"]
+    rows = [["data set", "prompts", "k", *statistics, "tokens", "truncated", "failed"]]
+    for name, found in result["sets"].items():
+        parts = {name: found}
+        for column, values in found.items():
+            if column.startswith("by "):
+                parts |= {f"  {column.removeprefix('by ')} {value}": part for value, part in values.items()}
+        for label, part in parts.items():
+            rows.append(
+                [
+                    label,
+                    str(part["prompts"]),
+                    str(part["samples_per_prompt"]),
+                    *(with_bounds(from_json(part[s])) if s in part else "-" for s in statistics),
+                    f"{part['tokens_mean']:.1f}",
+                    f"{part['truncated_fraction']:.1%}",
+                    str(part["failed"]),
+                ]
+            )
+    return table(rows)
+
+
+def cached(folder: Path) -> dict[str, Any] | None:
+    """The result of an evaluation that is done."""
+    try:
+        found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def model_of(name: str) -> tuple[str, Path | None]:
+    """The weights that a name means, and the recipe that comes with them: a run's folder means its final model.
+
+    Raises UserError for a run without one.
+    """
+    path = Path(name).expanduser()
+    recipe = path / "config.yaml"
+    if not recipe.is_file():
+        return name, None
+    if not (path / "model").is_dir():
+        raise UserError(
+            f"{path} is a run without a final model; give a checkpoint's model (run.save_model writes them)"
+        )
+    return str(path / "model"), recipe
+
+
+def name_of(model: str) -> str:
+    """A short name of a model for its folder: the run's where it is a run's model."""
+    path = Path(model).expanduser().resolve() if os.path.isdir(Path(model).expanduser()) else Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name

@@ -1,0 +1,121 @@
+"""`grpo compare` on small folders, written by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from grpo.compare import compare, flat, read_samples
+from grpo.run_folder import write_groups
+from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, UserError
+
+
+def group(number: int, values: list[float | None], dataset: str = "d") -> Group:
+    prompt = Prompt(prompt_id=f"{dataset}:{number}:x", dataset=dataset, token_ids=(1,), text="p", row={}, messages=None)
+    completion = Completion(
+        token_ids=np.zeros(3, dtype=np.int32),
+        sampler_logprobs=np.zeros(3, dtype=np.float32),
+        sampled_mask=np.ones(3, dtype=bool),
+        policy_versions=np.zeros(3, dtype=np.int32),
+        finish_reason="stop",
+        seed=None,
+    )
+    outcomes = [
+        Failed(kind="timeout", detail="slow") if v is None else Scored(value=v, parts={"right": v, "format": 0.0})
+        for v in values
+    ]
+    return Group(
+        prompt=prompt,
+        rollouts=tuple(
+            Rollout(prompt=prompt, completion=completion, text="7", outcome=outcome) for outcome in outcomes
+        ),
+    )
+
+
+def make_run(
+    folder: Path, evaluations: dict[int, list[Group]], metrics: list[dict[str, object]], lr: float = 1.0
+) -> Path:
+    (folder / "samples").mkdir(parents=True)
+    config = {"run": {"name": folder.name, "steps": 2}, "optimizer": {"lr": lr}, "rewards": [{"file": "f.py"}]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    for step, groups in evaluations.items():
+        write_groups(folder / "samples" / f"eval-{step:06d}.parquet", step, groups, {})
+    return folder
+
+
+def test_two_runs_side_by_side(tmp_path: Path) -> None:
+    line = {"time": "x", "completion/tokens_mean": 3.0}
+    a = make_run(
+        tmp_path / "a",
+        {0: [group(9, [0.0])], 2: [group(i, [1.0, 0.0]) for i in range(20)]},
+        [{"step": 1, "reward/mean": 0.25, **line}, {"step": 2, "reward/mean": 0.75, **line}],
+    )
+    b = make_run(
+        tmp_path / "b",
+        {2: [*(group(i, [1.0, 1.0 if i < 10 else 0.0]) for i in range(20)), group(77, [0.0, 0.0])]},
+        [{"step": 1, "reward/mean": 0.5, **line}, {"step": 2, "reward/mean": 0.5, **line}, {"step": 3, **line}],
+        lr=2.0,
+    )
+    lines = compare(a, b)
+    rows = [line.split() for line in lines]
+    assert ["optimizer.lr", "1.0", "2.0"] in rows
+    assert not any("run.name" in line for line in lines)
+    [average] = [row for row in rows if row[:3] == ["d", "20", "avg"]]
+    assert (average[3], average[7]) == ("0.500", "0.750")
+    assert average[11] == "+0.250"  # half of the prompts gain a half
+    assert float(average[-1]) < 0.01
+    assert any(row[:3] == ["d", "20", "pass@2"] for row in rows)
+    assert "note: 1 prompts of d are in one of the two only, and left out" in lines
+    assert ["reward/mean", "0.5", "0.5"] in rows
+    assert any(line.startswith("mean of steps 1 to 2") for line in lines)
+    assert "options: the same" in compare(a, a)
+
+
+def test_a_given_step_is_compared(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", {0: [group(i, [0.0]) for i in range(3)], 5: [group(i, [1.0]) for i in range(3)]}, [])
+    lines = compare(a, a, step=0)
+    assert any(line.split()[:4] == ["d", "3", "avg", "0.000"] for line in lines)
+    with pytest.raises(UserError, match=r"no evaluation after step 4; it has 0, 5"):
+        compare(a, a, step=4)
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", {1: [group(1, [1.0])]}, [])
+    b = make_run(tmp_path / "b", {1: [group(1, [1.0], "other")]}, [])
+    with pytest.raises(UserError, match=r"share no prompt: A has d and B has other"):
+        compare(a, b)
+    with pytest.raises(UserError, match=r"neither a run's folder nor an evaluation's"):
+        compare(a, tmp_path)
+    none = make_run(tmp_path / "none", {}, [])
+    assert any("B has no evaluation" in line for line in compare(a, none))
+    (a / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is damaged"):
+        compare(a, b)
+    (b / "samples" / "eval-000001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"eval-000001.parquet cannot be read"):
+        compare(b, b)
+
+
+def test_samples_are_read_as_they_were_judged(tmp_path: Path) -> None:
+    write_groups(tmp_path / "s.parquet", 0, [group(1, [0.5, None])], {})
+    found = read_samples([tmp_path / "s.parquet"])["d"]["d:1:x"]
+    assert [sample.value for sample in found] == [0.5, None]
+    assert [(sample.answer, sample.tokens, sample.truncated) for sample in found] == [("7", 3, False)] * 2
+
+
+def test_options_are_flattened() -> None:
+    tree = {"a": {"b": 1, "c": [1, 2]}, "rewards": [{"file": "x"}, {"file": "y"}], "e": {}}
+    assert flat(tree) == {"a.b": 1, "a.c": [1, 2], "rewards[0].file": "x", "rewards[1].file": "y", "e": {}}
+
+
+def test_the_first_part_judges(tmp_path: Path) -> None:
+    one = group(1, [1.0])
+    swapped = dataclasses.replace(one.rollouts[0], outcome=Scored(value=1.0, parts={"format": 0.0, "right": 1.0}))
+    write_groups(tmp_path / "s.parquet", 0, [dataclasses.replace(one, rollouts=(swapped,))], {})
+    assert read_samples([tmp_path / "s.parquet"])["d"]["d:1:x"][0].value == 0.0

@@ -1,0 +1,203 @@
+"""Statistics of evaluations against naive enumeration, and intervals against simulated models."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.evaluation import (
+    Evaluation,
+    Judged,
+    SetEvaluation,
+    bootstrap,
+    final_answer,
+    interval,
+    majority,
+    paired,
+    paired_gain,
+    pass_at_k,
+    sign_test,
+    statistics_of,
+    student_quantile,
+    summarize,
+)
+
+
+def sample(value: float | None, answer: str = "", tokens: int = 1, truncated: bool = False) -> Judged:
+    return Judged(value=value, answer=answer, tokens=tokens, truncated=truncated)
+
+
+def evaluation(**sets: dict[str, float]) -> Evaluation:
+    return Evaluation(
+        sets={
+            name: SetEvaluation(
+                per_prompt=values, pass_at_k=0, maj_at_k=0, tokens_mean=1, truncated_fraction=0, failed=0
+            )
+            for name, values in sets.items()
+        }
+    )
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(right: list[bool], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(right)))
+    subsets = [any(subset) for subset in itertools.combinations(right, k)]
+    assert pass_at_k(len(right), sum(right), k) == pytest.approx(sum(subsets) / len(subsets), abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "right", "k"), [(4, 1, 5), (4, 5, 1), (4, -1, 1), (4, 1, 0)])
+def test_pass_at_k_of_impossible_counts_is_refused(n: int, right: int, k: int) -> None:
+    with pytest.raises(ValueError, match="cannot be estimated"):
+        pass_at_k(n, right, k)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "1", "2", "3"]), st.booleans()), min_size=1, max_size=9))
+def test_majority_is_the_mean_over_every_way_to_break_ties(votes: list[tuple[str, bool]]) -> None:
+    counts = Counter(answer for answer, _ in votes if answer != "")
+    winners = [answer for answer in counts if counts[answer] == max(counts.values())]
+    outcomes = []  # of each winner, the verdict of each completion that gave it, every winner with the same weight
+    for winner in winners:
+        verdicts = [right for answer, right in votes if answer == winner]
+        outcomes += [right for right in verdicts for _ in range(math.lcm(*range(1, 10)) // len(verdicts))]
+    assert majority(votes) == pytest.approx(sum(outcomes) / len(outcomes) if outcomes else 0.0)
+
+
+def test_statistics_by_hand() -> None:
+    samples = {
+        "a": [sample(1.0, "7"), sample(0.0, "8"), sample(0.0, "8"), sample(0.5, "9")],
+        "b": [sample(1.0, "3"), sample(1.0, "3"), sample(None, "5"), sample(0.0, "")],
+        "c": [sample(None)] * 4,
+    }
+    found = statistics_of(samples)
+    assert found["avg"] == {"a": 0.375, "b": pytest.approx(2 / 3)}
+    assert found["pass"] == {"a": 1.0, "b": 1.0}
+    assert found["maj"] == {"a": 0.0, "b": 1.0}
+    assert found["pass@1"] == {"a": 0.25, "b": pytest.approx(2 / 3)}  # a reward of 0.5 is not right
+    assert found["pass@2"] == {"a": 0.5, "b": 1.0}
+    assert found["pass@4"] == {"a": 1.0}  # b has three scored completions
+    assert set(found) == {"avg", "pass", "maj", "pass@1", "pass@2", "pass@4"}
+
+
+def test_summary_by_hand() -> None:
+    samples = {
+        "a": [sample(1.0, "7", tokens=3), sample(0.0, "8", tokens=9, truncated=True), sample(0.0, "8", tokens=3)],
+        "b": [sample(0.0, "3", tokens=1), sample(0.0, "3", tokens=1), sample(None, "5", tokens=1)],
+    }
+    found = summarize(samples)
+    assert found.accuracy == pytest.approx((1 / 3 + 0) / 2)
+    assert found.pass_at_k == 1.0  # of the prompt that has all three; b has two
+    assert found.maj_at_k == 0.0
+    assert found.tokens_mean == 3.0
+    assert found.truncated_fraction == pytest.approx(1 / 6)
+    assert found.failed == 1
+    with pytest.raises(ValueError, match="no completion"):
+        summarize({"a": [sample(None)]})
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{5}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("12 + 3 = 15\n#### 1,005\nand more", "1005"),
+        ("<think>maybe 4</think> <answer> 5 + 6 </answer>", "5 + 6"),
+        ("first 12, then -3.5.", "-3.5"),
+        ("  Paris \n is it. ", "Paris is it"),
+        (r"unclosed \boxed{5", "5"),
+        ("", ""),
+    ],
+)
+def test_final_answers(text: str, answer: str) -> None:
+    assert final_answer(text) == answer
+
+
+def test_accuracy_and_gain_weigh_data_sets_alike() -> None:
+    before = evaluation(big={str(i): 0.0 for i in range(100)}, small={"x": 0.5, "y": 0.5})
+    after = evaluation(big={str(i): 0.2 for i in range(100)}, small={"x": 0.5, "y": 0.9, "z": 0.0})
+    assert before.accuracy == 0.25
+    gain, low, high = paired_gain(before, after)
+    assert gain == pytest.approx((0.2 + 0.2) / 2)  # z is in one of them only
+    assert low < gain < high
+    assert list(paired(before, after)) == ["big", "small"]
+    with pytest.raises(ValueError, match="share no prompt"):
+        paired(before, evaluation(big={"other": 1.0}))
+
+
+def test_paired_interval_is_narrower_than_the_spread_between_prompts() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0, 0.6, 400)
+    noise = rng.normal(0, 0.1, 400)
+    before = evaluation(d={str(i): float(v) for i, v in enumerate(hard)})
+    after = evaluation(d={str(i): float(v) for i, v in enumerate(hard + 0.3 + noise)})
+    gain, low, high = paired_gain(before, after)
+    standard_error = noise.std(ddof=1) / np.sqrt(400)
+    assert gain == pytest.approx(0.3 + noise.mean(), abs=1e-9)
+    assert low == pytest.approx(gain - 1.96 * standard_error, abs=0.002)
+    assert high == pytest.approx(gain + 1.96 * standard_error, abs=0.002)
+
+
+@pytest.mark.parametrize(("degrees", "expected"), [(5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)])
+def test_student_quantiles_are_those_of_the_tables(degrees: int, expected: float) -> None:
+    assert student_quantile(degrees) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize(("prompts", "k"), [(30, 64), (200, 64), (200, 1)])
+def test_intervals_cover_the_models_accuracy(prompts: int, k: int) -> None:
+    """Simulated models: a prompt's chance of a right completion is drawn, then its k completions. The share of
+    evaluations whose interval holds the mean chance must be 95 %, within 3 standard errors of 400 trials."""
+    rng = np.random.default_rng(prompts + k)
+    covered = 0
+    for trial in range(400):
+        chances = rng.beta(0.6, 1.4, size=prompts)  # most prompts nearly always right or wrong; mean 0.3
+        found = interval(list(rng.binomial(k, chances) / k), seed=trial)
+        covered += found.low <= 0.3 <= found.high
+    assert abs(covered / 400 - 0.95) <= 3 * math.sqrt(0.95 * 0.05 / 400)
+
+
+def test_small_samples_get_students_width() -> None:
+    """Of 12 values the plain percentile interval is 0.85 as wide."""
+    values = np.random.default_rng(1).uniform(0.2, 0.8, size=12)
+    found = interval(list(values))
+    width = 2 * 2.201 * values.std(ddof=1) / math.sqrt(12)
+    assert found.high - found.low == pytest.approx(width, rel=0.05)
+
+
+def test_intervals_where_all_prompts_agree() -> None:
+    none, every = interval([0.0] * 20), interval([1.0] * 20)
+    assert (none.mean, none.low, every.mean, every.high) == (0, 0, 1, 1)
+    assert (1 - none.high) ** 20 == pytest.approx(0.025)
+    assert every.low == pytest.approx(1 - none.high)
+    alone = interval([0.5])
+    assert alone.mean == 0.5
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.high)
+
+
+def test_the_sign_test_against_all_assignments() -> None:
+    gains = np.asarray([0.5, 0.25, 0.0, 1.0, -0.25, 0.5, 0.75, 0.25])
+    extreme = [
+        abs(sum(s * g for s, g in zip(signs, gains, strict=True))) >= gains.sum() - 1e-12
+        for signs in itertools.product((-1, 1), repeat=len(gains))
+    ]
+    assert sign_test([gains]) == pytest.approx(sum(extreme) / len(extreme), abs=0.005)
+    assert sign_test([np.zeros(5)]) == 1.0
+
+
+def test_the_sign_test_keeps_its_level() -> None:
+    rng = np.random.default_rng(3)
+    small = sum(sign_test([rng.normal(0, 1, 40), rng.normal(0, 3, 40)], seed=i) < 0.05 for i in range(200))
+    assert abs(small / 200 - 0.05) <= 3 * math.sqrt(0.05 * 0.95 / 200)
+
+
+def test_resampling_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import grpo.evaluation
+
+    values = np.random.default_rng(0).uniform(size=37)
+    whole = bootstrap([values])
+    monkeypatch.setattr(grpo.evaluation, "BLOCK", 37 * 7)
+    assert bootstrap([values]) == pytest.approx(whole, abs=0.004)
