@@ -103,6 +103,7 @@ def evaluate(
         if len(left) < len(prompts):
             say(f"{name}: {len(prompts) - len(left)} of {len(prompts)} prompts have been evaluated before")
         if left:
+            say(f"sampling {samples_of(plan, name)} completions of {len(left)} prompts of {name}")
             sample_set(plan, name, left, sampler, scorer, writer, say)
     writer.flush()
     result = result_of(plan, read_samples(sorted((folder / "samples").glob("*.parquet"))))
@@ -237,8 +238,9 @@ def from_json(value: Mapping[str, float | None]) -> Interval:
 def report(result: Mapping[str, Any]) -> list[str]:
     """The result as a table."""
     statistics = list(dict.fromkeys(k for found in result["sets"].values() for k in found if k == "avg" or "@" in k))
-    statistics = [*statistics[:1], *sorted(statistics[1:], key=lambda s: int(s.partition("@")[2] or 0)), "maj"]
-    rows = [["data set", "prompts", "k", *statistics, "tokens", "truncated", "failed"]]
+    statistics = [*statistics[:1], *sorted(statistics[1:], key=lambda s: int(s.partition("@")[2])), "maj"]
+    names = [s if "@" in s else f"{s}@k" for s in statistics]
+    rows = [["data set", "prompts", "k", *names, "tokens", "truncated", "failed"]]
     for name, found in result["sets"].items():
         parts = {name: found}
         for column, values in found.items():

@@ -59,9 +59,13 @@ def load_for_evaluation(
         OmegaConf.update(tree, "data.eval.path", data[0], force_add=True)
     if rewards:
         tree["rewards"] = [{"file": file} for file in rewards]
+    for option, flag, what in (
+        ("data.eval.path", "--data PATH", "held-out data"),
+        ("rewards", "--reward FILE", "reward"),
+    ):
+        if not OmegaConf.select(tree, option) and not any(text.startswith(option) for text in overrides):
+            raise UserError(f"{source} names no {what} ({option}); give it with {flag}, or a recipe with --recipe")
     config = _configure(tree, overrides, source)
-    if config.data.eval.path is None:
-        raise UserError(f"{source} names no held-out data (data.eval.path); give it with --data PATH")
     return dataclasses.replace(config, learner=dataclasses.replace(config.learner, ranks=0))
 
 

@@ -1,0 +1,83 @@
+"""`grpo eval` against bare vLLM on the same requests.
+
+    python -m benchmarks.evaluation MODEL --data ../shared/data/gsm8k_test.jsonl [--pairs 3] [section.option=value ...]
+
+Both with engines loaded and warm, in turns, in one process tree: the time from the first request to the written result
+for `grpo eval` (sampling, decoding, grading, files), and add_request/step alone for vLLM. Prints every pair and the
+median ratio. The bar is 1.15.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+
+from benchmarks.overhead import BareSampler
+from grpo import check, cluster, config, engines, evaluating
+from grpo.rewards.pool import RewardPool
+from grpo.types import SampleRequest
+
+BAR = 1.15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--reward", default="reward_fns/gsm8k.py")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("overrides", nargs="*")
+    parsed = parser.parse_args()
+    c = check.resolve_paths(
+        config.load_for_evaluation(
+            None, model=parsed.model, data=[parsed.data], rewards=[parsed.reward], overrides=parsed.overrides
+        )
+    )
+    with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
+        folder = Path(scratch)
+        plan = check.check_evaluation(c, Path("."), folder)
+        with (
+            RewardPool(c.rewards, files=plan.reward_files, workers=2, log_dir=folder) as scorer,
+            cluster.session(c, folder),
+        ):
+            group = engines.Engines(c, folder, print)
+            environment = engines.sampler_environment(c)
+            bare = ray.remote(BareSampler).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c)
+            settings = engines.eval_settings(c, plan.end_token_ids)
+            requests = [
+                SampleRequest(
+                    index=i,
+                    token_ids=prompt.token_ids,
+                    seeds=tuple(
+                        evaluating.eval_seed(c, prompt, k) for k in range(c.data.eval.samples_of(prompt.dataset))
+                    ),
+                )
+                for i, prompt in enumerate(plan.eval_prompts)
+            ]
+            ratios = []
+            for pair in range(parsed.pairs + 1):
+                vllm, tokens = ray.get(bare.run.remote(requests, settings))
+                target = folder / f"pair-{pair}"
+                key = evaluating.key_of(plan, "")
+                with evaluating.opened(target, key, plan):
+                    started = time.perf_counter()
+                    evaluating.evaluate(plan, target, group, scorer, lambda text: None)
+                    ours = time.perf_counter() - started
+                shutil.rmtree(target)
+                sampled = sum(map(len, tokens.values()))
+                said = f"{len(requests)} prompts, {sampled} tokens: grpo eval {ours:.2f} s, bare vLLM {vllm:.2f} s"
+                if pair:  # the first one warms up
+                    ratios.append(ours / vllm)
+                    print(f"{said}, ratio {ratios[-1]:.3f}", flush=True)
+            group.close()
+    print(f"median ratio {statistics.median(ratios):.3f} (bar {BAR})")
+
+
+if __name__ == "__main__":
+    main()
