@@ -100,7 +100,10 @@ def test_damaged_metrics_are_named_but_for_a_last_line_cut_short(damage: bytes, 
 def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     """Another seed of the data starts them anew; another coefficient replaces the adapted one."""
     config = config_in(tmp_path)
-    prompts = [Prompt(prompt_id=f"d:{i}:h", token_ids=(1,), text="", row={}, messages=None) for i in range(6)]
+    prompts = [
+        Prompt(prompt_id=f"d:{i}:h", token_ids=(1,), text="", row={}, messages=None, dataset="d", where=f"d[{i}]")
+        for i in range(6)
+    ]
     cursor = Cursor(6, seed=config.data.seed)
     cursor.take(4)
     driver = {"step": 2, "cursor": cursor.state(), "kl_coef": 0.7, "retired": ["d:1:h"], "tokens": 0, "rollouts": 0,
