@@ -20,6 +20,7 @@ import ray
 
 from benchmarks.overhead import BareSampler
 from grpo import check, cluster, config, engines, evaluating
+from grpo.driver import eval_seed
 from grpo.rewards.pool import RewardPool
 from grpo.types import SampleRequest
 
@@ -54,9 +55,7 @@ def main() -> None:
                 SampleRequest(
                     index=i,
                     token_ids=prompt.token_ids,
-                    seeds=tuple(
-                        evaluating.eval_seed(c, prompt, k) for k in range(c.data.eval.samples_of(prompt.dataset))
-                    ),
+                    seeds=tuple(eval_seed(c, prompt, k) for k in range(c.data.eval.samples_of(prompt.dataset))),
                 )
                 for i, prompt in enumerate(plan.eval_prompts)
             ]

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from grpo import checkpoint, data
-from grpo.config import Config
+from grpo.config import Config, DatasetConfig
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.process import secrets
 from grpo.types import Prompt, UserError
 
 TRIED_ROWS = 8
-SHOWN_DROPPED = 10
 MIN_SECRET = 8
 """Characters of a secret that is looked for; shorter ones occur by chance."""
 
@@ -44,13 +44,13 @@ class Plan:
     lines: tuple[str, ...]
     """The plan in words."""
     fingerprints: Mapping[str, str]
-    """What was read: data sets and reward files, by the option that names them -> SHA-256."""
+    """What was read: data sets (after their filters) and reward files, by the option that names them -> SHA-256."""
     dropped: tuple[str, ...]
-    """`<prompt id> (<n> tokens)` of every prompt left out for its length, of training and evaluation."""
+    """`<prompt id> (<why>)` of every row that a filter has left out, of training and evaluation."""
 
 
-def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
-    """Check a loaded config against its files.
+def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None) -> Plan:
+    """Check a loaded config against its files. `say` is told how far long work is.
 
     Raises UserError at the first thing that would not work.
     """
@@ -61,37 +61,31 @@ def check(config: Config, recipe: Path, log_dir: Path) -> Plan:
     check_trackers(config)
     tokenizer = data.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = data.end_token_ids(tokenizer, config.model.path, config.sampling.stop_token_ids)
-    train = prompt_set(config, tokenizer, config.data.train, config.data.split, "data.train")
-    held_out = data.PromptSet(prompts=(), dropped=(), fingerprint="")
-    if config.data.eval.path is not None:
-        held_out = prompt_set(config, tokenizer, config.data.eval.path, config.data.eval.split, "data.eval.path")
-    per_step = config.algorithm.prompts_per_step
-    if per_step > len(train.prompts):
-        raise UserError(
-            f"algorithm.prompts_per_step={per_step} is more than data.train has prompts ({len(train.prompts)}); "
-            f"nearest: {len(train.prompts)}"
-        )
+    train, held_out = read_data(config, tokenizer)
+    prompts = tuple(prompt for dataset in train for prompt in dataset.prompts)
+    eval_prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
+    check_batch(config, train)
     files = tuple(rewards.locate(config.rewards, recipe))
-    tried = try_rewards(config, files, {"data.train": train.prompts, "data.eval.path": held_out.prompts}, log_dir)
-    eval_prompts = held_out.prompts[: config.data.eval.limit]
+    check_reward_sets(config, [*train, *held_out])
+    tried = try_rewards(config, files, [*train, *held_out], log_dir, say)
     return Plan(
         config=config,
         tokenizer=tokenizer,
-        prompts=train.prompts,
+        prompts=prompts,
         eval_prompts=eval_prompts,
         end_token_ids=ends,
         reward_files=files,
         lines=tuple(describe(config, train, held_out, ends) + tried),
         fingerprints={
-            "data.train": train.fingerprint,
-            **({"data.eval.path": held_out.fingerprint} if held_out.prompts else {}),
+            "data.train": data.fingerprint(prompts),
+            **({"data.eval.sets": data.fingerprint(eval_prompts)} if eval_prompts else {}),
             **{f"rewards[{i}].file": checkpoint.fingerprint([file]) for i, file in enumerate(files)},
         },
-        dropped=train.dropped + held_out.dropped,
+        dropped=tuple(line for dataset in (*train, *held_out) for line in dataset.dropped),
     )
 
 
-def check_evaluation(config: Config, recipe: Path, log_dir: Path) -> Plan:
+def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None) -> Plan:
     """As `check`, for an evaluation alone: no training data, no learner.
 
     Raises UserError at the first thing that would not work.
@@ -100,11 +94,18 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path) -> Plan:
     check_model(config)
     tokenizer = data.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = data.end_token_ids(tokenizer, config.model.path, config.sampling.stop_token_ids)
-    assert config.data.eval.path is not None
-    held_out = prompt_set(config, tokenizer, config.data.eval.path, config.data.eval.split, "data.eval.path")
+    _, held_out = read_data(config, tokenizer)
+    prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
+    names = {dataset.name for dataset in held_out}
+    # rewards of sets that only training draws from have nothing to score here
+    own = [reward for reward in config.rewards if not reward.sets or names & {*reward.sets}]
+    config = dataclasses.replace(
+        config, rewards=[dataclasses.replace(r, sets=tuple(n for n in r.sets if n in names)) for r in own]
+    )
     files = tuple(rewards.locate(config.rewards, recipe))
-    tried = try_rewards(config, files, {"data.eval.path": held_out.prompts}, log_dir)
-    prompts = held_out.prompts[: config.data.eval.limit]
+    check_reward_sets(config, held_out)
+    tried = try_rewards(config, files, held_out, log_dir, say)
+    sizes = ", ".join(f"{dataset.name} ({len(dataset.prompts)} prompts)" for dataset in held_out)
     return Plan(
         config=config,
         tokenizer=tokenizer,
@@ -112,12 +113,12 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path) -> Plan:
         eval_prompts=prompts,
         end_token_ids=ends,
         reward_files=files,
-        lines=(f"model      {config.model.path} in {config.model.dtype}", *tried),
+        lines=(f"model      {config.model.path} in {config.model.dtype}", f"data       {sizes}", *tried),
         fingerprints={
-            "data.eval.path": held_out.fingerprint,
+            "data.eval.sets": data.fingerprint(prompts),
             **{f"rewards[{i}].file": checkpoint.fingerprint([file]) for i, file in enumerate(files)},
         },
-        dropped=held_out.dropped,
+        dropped=tuple(line for dataset in held_out for line in dataset.dropped),
     )
 
 
@@ -233,12 +234,77 @@ def model_fingerprint(path: str) -> str:
     return checkpoint.fingerprint([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
-def prompt_set(config: Config, tokenizer: Any, path: str, split: str, option: str) -> data.PromptSet:
-    """Read and tokenize one data set."""
-    rows = data.read_rows(path, split=split, option=option)
-    return data.make_prompts(
-        rows, data=config.data, tokenizer=tokenizer, dataset=data.dataset_name(path), option=option
-    )
+def read_data(config: Config, tokenizer: Any) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
+    """The prompts of every data set, of training and evaluation, filtered.
+
+    Raises UserError.
+    """
+
+    def read(option: str, sets: Sequence[DatasetConfig]) -> list[data.PromptSet]:
+        names: dict[str, str] = {}
+        for i, dataset in enumerate(sets):
+            here, name = f"{option}[{i}]", dataset.name or data.dataset_name(dataset.path)
+            if name in names:
+                raise UserError(f"{names[name]} and {here} are both called {name}; give one another name: {here}.name")
+            names[name] = here
+        return [
+            data.read_set(dataset, data=config.data, tokenizer=tokenizer, option=f"{option}[{i}]")
+            for i, dataset in enumerate(sets)
+        ]
+
+    def limited(sets: Sequence[data.PromptSet], configs: Sequence[DatasetConfig]) -> list[data.PromptSet]:
+        return [data.limited(dataset, of.limit) for dataset, of in zip(sets, configs, strict=True)]
+
+    held_out = limited(read("data.eval.sets", config.data.eval.sets), config.data.eval.sets)
+    asked = [prompt for dataset in held_out for prompt in dataset.prompts]
+    train = [data.without_overlaps(dataset, asked, config.data) for dataset in read("data.train", config.data.train)]
+    return limited(train, config.data.train), held_out
+
+
+def check_batch(config: Config, train: Sequence[data.PromptSet]) -> None:
+    """A step must never need the same prompt twice.
+
+    Raises UserError with the nearest number of prompts.
+    """
+    a, total = config.algorithm, sum(len(dataset.prompts) for dataset in train)
+    if a.prompts_per_step > total:
+        raise UserError(
+            f"algorithm.prompts_per_step={a.prompts_per_step} is more than data.train has prompts ({total}); "
+            f"nearest: {total}"
+        )
+    weights = [dataset.weight for dataset in config.data.train if dataset.weight is not None]
+
+    def short(count: int) -> tuple[data.PromptSet, int] | None:
+        needed = data.most_in_one_draw(weights, count, any_start=a.max_refills > 0)
+        pairs = zip(train, needed, strict=bool(weights))
+        return next(((dataset, most) for dataset, most in pairs if most > len(dataset.prompts)), None)
+
+    lacking = short(a.prompts_per_step)
+    if lacking is not None:
+        dataset, most = lacking
+        fits = [n for n in range(a.prompts_per_step - 1, 0, -1) if n % a.minibatches_per_step == 0 and not short(n)]
+        hint = f"nearest: {fits[0]}" if fits else "no smaller step fits either; give it less weight"
+        raise UserError(
+            f"algorithm.prompts_per_step={a.prompts_per_step} may need {most} prompts of {dataset.option} "
+            f"({dataset.name}) in one step by its weight, and it has {len(dataset.prompts)}; {hint}"
+        )
+
+
+def check_reward_sets(config: Config, sets: Sequence[data.PromptSet]) -> None:
+    """`rewards[i].sets` name data sets that there are, and every data set has a reward.
+
+    Raises UserError.
+    """
+    names = sorted({dataset.name for dataset in sets})
+    for i, reward in enumerate(config.rewards):
+        for name in reward.sets:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f"rewards[{i}].sets: no data set is called {name}; there are {', '.join(names)}{hint}")
+    for dataset in sets:
+        if not any(reward.applies_to(dataset.name) for reward in config.rewards):
+            raise UserError(f"{dataset.option}: no reward is for {dataset.name}; name it in rewards[i].sets of one")
 
 
 def check_trackers(config: Config) -> None:
@@ -248,40 +314,43 @@ def check_trackers(config: Config) -> None:
 
 
 def try_rewards(
-    config: Config, files: Sequence[Path], prompts: Mapping[str, Sequence[Prompt]], log_dir: Path
+    config: Config, files: Sequence[Path], sets: Sequence[data.PromptSet], log_dir: Path, say: Callable[[str], None]
 ) -> list[str]:
-    """Run every reward on a few real rows of each data set."""
-    samples = {
-        option: [
-            rewards.RewardItem(
-                completion="",
-                row=prompt.row,
-                messages=prompt.messages,
-                info={"token_count": 0, "finish_reason": "stop", "prompt": prompt.text, "step": 0},
-            )
-            for prompt in some[:TRIED_ROWS]
-        ]
-        for option, some in prompts.items()
-    }
+    """Run every reward on a few real rows of each data set, and on all gold answers."""
+    prompts = {f"{dataset.option} ({dataset.name})": dataset.prompts for dataset in sets}
+    gold_template, answer_column = config.data.gold_template, config.data.answer_column
     report = preflight.try_out(
         config.rewards,
         files,
-        samples,
-        gold_template=config.data.gold_template,
-        answer_column=config.data.answer_column,
+        {label: [preflight.item_of(prompt, "") for prompt in some[:TRIED_ROWS]] for label, some in prompts.items()},
+        gold_template=gold_template,
+        answer_column=answer_column,
         log_dir=log_dir,
+    )
+    report += preflight.try_golds(
+        config.rewards,
+        files,
+        prompts,
+        gold_template=gold_template,
+        answer_column=answer_column,
+        workers=config.reward_workers,
+        log_dir=log_dir,
+        say=say,
     )
     return [f"reward     {line}" for line in report]
 
 
-def describe(config: Config, train: data.PromptSet, held_out: data.PromptSet, ends: Sequence[int]) -> list[str]:
+def describe(
+    config: Config, train: Sequence[data.PromptSet], held_out: Sequence[data.PromptSet], ends: Sequence[int]
+) -> list[str]:
     """The plan: data, batch algebra, objective, engines."""
-    eval_prompts = held_out.prompts[: config.data.eval.limit]
+    prompts = [prompt for dataset in train for prompt in dataset.prompts]
+    eval_prompts = [prompt for dataset in held_out for prompt in dataset.prompts]
     a = config.algorithm
     rollouts = a.prompts_per_step * a.group_size
     updates = config.optimizer_steps_per_step
-    longest = max(len(prompt.token_ids) for prompt in train.prompts)
-    epochs = config.run.steps * a.prompts_per_step / len(train.prompts)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    drawn = config.run.steps * a.prompts_per_step
     ratio = (
         "one update per batch: the ratio is exactly 1 and clipping inactive"
         if updates == 1
@@ -289,9 +358,10 @@ def describe(config: Config, train: data.PromptSet, held_out: data.PromptSet, en
     )
     lines = [
         f"model      {config.model.path} in {config.model.dtype}",
-        f"data       {len(train.prompts)} prompts, longest {longest} tokens; {epochs:.2f} epochs in "
+        f"data       {len(prompts)} prompts, longest {longest} tokens; {drawn / len(prompts):.2f} epochs in "
         f"{config.run.steps} steps",
-        f"first      {train.prompts[0].text[-60:]!r} -> {list(train.prompts[0].token_ids[-12:])}, ends on {list(ends)}",
+        *mix(config, train, drawn),
+        f"first      {prompts[0].text[-60:]!r} -> {list(prompts[0].token_ids[-12:])}, ends on {list(ends)}",
         f"step       {a.prompts_per_step} prompts x {a.group_size} completions = {rollouts} rollouts -> "
         f"{a.minibatches_per_step} minibatches x {a.epochs_per_step} epochs = {updates} optimizer steps",
         f"objective  {a.advantage}, {a.loss}, {a.aggregation}; {ratio}; {anchor(config)}; temperature "
@@ -302,21 +372,26 @@ def describe(config: Config, train: data.PromptSet, held_out: data.PromptSet, en
     if eval_prompts:
         k = config.data.eval.samples_per_prompt
         lines.append(f"eval       {len(eval_prompts)} held-out prompts, avg@{k}")
-        overlap = {p.token_ids for p in eval_prompts} & {p.token_ids for p in train.prompts}
-        if overlap:
-            lines.append(f"warning    {len(overlap)} evaluation prompts are also in data.train")
-    for option, prompts in (("data.train", train.prompts), ("data.eval.path", held_out.prompts)):
-        doubles = len(prompts) - len({prompt.token_ids for prompt in prompts})
+    for option, some in (("data.train", prompts), ("data.eval.sets", eval_prompts)):
+        doubles = len(some) - len({prompt.token_ids for prompt in some})
         if doubles:
-            lines.append(f"warning    {doubles} of {len(prompts)} prompts of {option} stand there more than once")
-    for option, dropped in (("data.train", train.dropped), ("data.eval.path", held_out.dropped)):
-        if dropped:
-            more = f" and {len(dropped) - SHOWN_DROPPED} more" if len(dropped) > SHOWN_DROPPED else ""
-            lines.append(
-                f"dropped    {len(dropped)} prompts of {option} with more than {config.data.max_prompt_tokens} tokens: "
-                f"{', '.join(dropped[:SHOWN_DROPPED])}{more}"
-            )
-    return lines
+            lines.append(f"warning    {doubles} of {len(some)} prompts of {option} stand there more than once")
+    return lines + [note for dataset in (*train, *held_out) for note in dataset.notes]
+
+
+def mix(config: Config, train: Sequence[data.PromptSet], drawn: int) -> list[str]:
+    """A line for each data set, where there are several: how many prompts, and how often they are drawn."""
+    if len(train) == 1:
+        return []
+    weights = [of.weight for of in config.data.train if of.weight is not None]
+    if not weights:
+        return [f"set        {dataset.name}: {len(dataset.prompts)} prompts, in one pool" for dataset in train]
+    shares = [weight / sum(weights) for weight in weights]
+    return [
+        f"set        {dataset.name}: {len(dataset.prompts)} prompts, {share:.1%} of those drawn: "
+        f"{drawn * share / len(dataset.prompts):.2f} epochs"
+        for dataset, share in zip(train, shares, strict=True)
+    ]
 
 
 def anchor(config: Config) -> str:
@@ -329,7 +404,16 @@ def anchor(config: Config) -> str:
 
 
 def resolve_paths(config: Config) -> Config:
-    """The model's path absolute where it is a local one: actors may run in another working directory."""
+    """The model's path absolute where it is a local one, since actors may run in another working directory; and every
+    data set with its name."""
+
+    def named(sets: Sequence[Any]) -> list[Any]:
+        return [dataclasses.replace(one, name=one.name or data.dataset_name(one.path)) for one in sets]
+
+    held_out = dataclasses.replace(config.data.eval, sets=named(config.data.eval.sets))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, train=named(config.data.train), eval=held_out)
+    )
     path = Path(config.model.path).expanduser()
     if not path.is_dir():
         return config

@@ -47,7 +47,7 @@ class Manifest:
     config: Mapping[str, Any]
     """The resolved config, as nested plain values."""
     fingerprints: Mapping[str, str]
-    """What was read from files: model, data.train, data.eval.path, every reward file -> SHA-256."""
+    """What was read from files: model, data.train, data.eval.sets, every reward file -> SHA-256."""
     versions: Mapping[str, str]
     driver: Mapping[str, Any]
     """The driver's own state."""
@@ -198,7 +198,12 @@ def _rating(folder: Path, metric: str) -> float:
 FREE = (
     "run.name", "run.dir", "run.steps", "run.save_every", "run.save_model", "run.keep_last", "run.keep_every",
     "run.keep_best", "run.verify_every", "run.tensorboard", "run.wandb", "run.wandb_project", "run.grace_s", "cluster",
-    "data.eval.every", "model.path", "data.train", "data.eval.path", "critic.path", "sampler",
+    "data.eval.every", "model.path", "critic.path", "sampler",
+    *(
+        f"{sets}[i].{name}" for sets in ("data.train", "data.eval.sets")
+        for name in ("path", "split", "name", "columns", "between", "limit")
+    ),
+    "data.contaminated", "data.overlap_ngram",
 )  # fmt: skip
 """Options that change no number of a run, or whose content is compared by fingerprint."""
 
@@ -213,13 +218,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         before, now = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             out |= differences(before, now, f"{prefix}{key}.")
+        elif (one := _items(before)) and (other := _items(now)) and len(one) == len(other):
+            for i in range(len(one)):
+                out |= differences(one[i], other[i], f"{prefix}{key}[{i}].")
         elif before != now:
             out[f"{prefix}{key}"] = (before, now)
     return out
 
 
+def _items(value: Any) -> list[Mapping[str, Any]]:
+    """The sections of a list of them, as data.train and rewards are; none of anything else."""
+    return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
+
+
 def _within(option: str, names: Sequence[str]) -> bool:
-    return any(option == name or option.startswith(f"{name}.") for name in names)
+    any_item = re.sub(r"\[\d+\]", "[i]", option)
+    return any(
+        whole == name or whole.startswith((f"{name}.", f"{name}[")) for whole in (option, any_item) for name in names
+    )
 
 
 def compare(
@@ -254,7 +270,9 @@ def compare(
             notes.append(f"{option} is {now}, was {before}: equal up to the order of additions, not bit for bit")
     for name in contents:
         if not _within(name, allowed):
-            raise UserError(f"the content of {name} has changed since the checkpoint; go on with it: allow={name}")
+            by = ", ".join(option for option in options if _within(option, [name]))
+            by = f" (by {by})" if by else ""
+            raise UserError(f"the content of {name} has changed since the checkpoint{by}; go on with it: allow={name}")
         notes.append(f"the content of {name} has changed, as allowed")
     return notes
 

@@ -136,7 +136,7 @@ def check_command(config: config_module.Config, recipe: Path) -> int:
     run_folder.choose(config, str(recipe))  # refuses a taken name
     config = check.resolve_paths(config)
     with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-        plan = check.check(config, recipe, Path(log_dir))
+        plan = check.check(config, recipe, Path(log_dir), say=tell)
     with cluster.session(config, None):
         pass
     print("\n".join([*plan.lines, "ok         nothing has been started"]))
@@ -215,7 +215,7 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
     config = check.resolve_paths(config)
     try:
         with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-            plan = check.check(config, recipe, Path(log_dir))
+            plan = check.check(config, recipe, Path(log_dir), say=tell)
     except KeyboardInterrupt:
         if origin.checkpoint is None:
             raise
@@ -248,6 +248,11 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
             console.say(f"grpo: besides, summary.json could not be written: {error}")
         report(summary, path, console, code)
     return code
+
+
+def tell(text: str) -> None:
+    """How far the work is that comes before the console."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
@@ -341,9 +346,8 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
 
     config = plan.config
     logs = folder.path / "logs"
-    workers = config.cluster.reward_workers or min(8, os.cpu_count() or 1)
     with (
-        RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
+        RewardPool(config.rewards, files=plan.reward_files, workers=config.reward_workers, log_dir=logs) as scorer,
         cluster.session(config, logs),
     ):
         stopper.install()  # Ray has put its own handlers in the place of ours

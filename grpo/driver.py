@@ -27,7 +27,7 @@ from grpo import metrics as m
 from grpo.batching import TrainingRow, rank_steps
 from grpo.config import Config
 from grpo.credit import Credit, account, members_needed, training_rows
-from grpo.data import Cursor, sample_seed
+from grpo.data import sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
@@ -204,7 +204,7 @@ def sample_step(loop: Loop, step: int) -> Sampled:
     sample_s = reward_s = 0.0
     attempt = 0
     while len(kept) < wanted and attempt <= a.max_refills:
-        prompts = [loop.prompts[i] for i in draw(at.cursor, at.retired, wanted - len(kept))]
+        prompts = [loop.prompts[i] for i in at.cursor.draw(wanted - len(kept), at.retired)]
         collected = rollouts_of(loop, prompts, step, attempt)
         for group in collected.groups:
             rewards = m.scored_rewards(group)
@@ -248,18 +248,6 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
         sums = result.learner_logprob_sums if result else {}
         loop.folder.write_samples(f"step-{step:06d}", step, sampled.every, sums)
     return Learned(credit=credit, result=result, batch_s=batched - started, update_s=time.monotonic() - batched)
-
-
-def draw(cursor: Cursor, retired: set[int], count: int) -> list[int]:
-    """The next `count` different prompts that are not retired."""
-    if not retired:
-        return cursor.take(count)
-    taken: list[int] = []
-    while len(taken) < count:
-        [index] = cursor.take(1)
-        if index not in retired and index not in taken:
-            taken.append(index)
-    return taken
 
 
 def solved(loop: Loop, groups: Sequence[Group]) -> set[int]:
@@ -342,10 +330,13 @@ def step_metrics(loop: Loop, sampled: Sampled, credit: Credit, result: StepResul
         **learner,
         **account(credit.uses, learner),
         "optim/optimizer_steps": float(result.optimizer_steps),
-        "progress/epoch": at.cursor.epoch + at.cursor.position / len(loop.prompts),
+        "progress/epoch": at.cursor.epochs,
+        **{f"progress/epoch/{name}": epochs for name, epochs in at.cursor.epochs_by_set.items()},
         "time/sample_s": sampled.sample_s,
         "time/reward_s": sampled.reward_s,
     }
+    if len(loop.config.data.train) > 1:
+        out |= m.metrics_by_set(sampled.every, members_needed(a))
     if a.advantage in GROUP_RELATIVE:
         out |= m.spread_of("advantage/", credit.advantages, ("mean", "std", "min", "max"))
     if a.max_refills:

@@ -48,7 +48,7 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
         "float32_head": config.model.float32_head,
         "seeded": config.sampling_is_seeded,
         "seed": config.run.seed,
-        "rewards": [[r.function, r.weight, r.style] for r in config.rewards],
+        "rewards": [[r.function, r.weight, r.style, list(r.sets)] for r in config.rewards],
         "by": list(e.by),
     }
 

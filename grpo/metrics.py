@@ -89,6 +89,21 @@ def group_metrics(groups: Sequence[Group], best: float, least: int) -> dict[str,
     return out
 
 
+BY_SET = (
+    "reward/mean", "completion/tokens_mean", "completion/truncated_fraction", "group/no_spread_fraction", "group/count",
+)  # fmt: skip
+"""What is also said of each data set of a mix."""
+
+
+def metrics_by_set(groups: Sequence[Group], least: int) -> dict[str, float]:
+    """BY_SET of the groups of each data set, as `<name>/<data set>`."""
+    out: dict[str, float] = {}
+    for dataset in sorted({group.prompt.dataset for group in groups}):
+        own = rollout_metrics([group for group in groups if group.prompt.dataset == dataset], least)
+        out |= {f"{name}/{dataset}": own[name] for name in BY_SET if name in own}
+    return out
+
+
 def fraction(items: Sequence[T], predicate: Callable[[T], bool]) -> float:
     """Share of `items` for which `predicate` holds."""
     return sum(bool(predicate(item)) for item in items) / len(items)

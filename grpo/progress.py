@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo.config import Config
-from grpo.data import Cursor
+from grpo.data import Cursor, MixedCursor, restore_cursor, start_cursor
 from grpo.evaluation import Evaluation, SetEvaluation
 from grpo.types import Prompt, UserError
 
@@ -17,7 +17,7 @@ from grpo.types import Prompt, UserError
 class Progress:
     """After `step` steps."""
 
-    cursor: Cursor
+    cursor: Cursor | MixedCursor
     kl_coef: float
     """Of the next step."""
     step: int = 0
@@ -34,7 +34,7 @@ class Progress:
     @classmethod
     def start(cls, config: Config, prompts: Sequence[Prompt]) -> Progress:
         """At the beginning."""
-        return cls(cursor=Cursor(len(prompts), seed=config.data.seed), kl_coef=config.algorithm.kl_coef)
+        return cls(cursor=start_cursor(prompts, config.data), kl_coef=config.algorithm.kl_coef)
 
     def accuracies(self) -> dict[str, float]:
         """What the summary says of the evaluations made so far."""
@@ -56,7 +56,9 @@ class Progress:
         }
 
     @classmethod
-    def restore(cls, state: Mapping[str, Any], prompts: Sequence[Prompt], *, anew: Cursor | None = None) -> Progress:
+    def restore(
+        cls, state: Mapping[str, Any], prompts: Sequence[Prompt], *, anew: Cursor | MixedCursor | None = None
+    ) -> Progress:
         """The progress that `state` was taken of.
 
         Args:
@@ -76,7 +78,7 @@ class Progress:
         )
         return cls(
             step=state["step"],
-            cursor=anew or Cursor.restore(len(prompts), state["cursor"]),
+            cursor=anew or restore_cursor(prompts, state["cursor"]),
             kl_coef=state["kl_coef"],
             retired={index[prompt_id] for prompt_id in state["retired"] if prompt_id in index},
             tokens=state["tokens"],

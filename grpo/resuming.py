@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo import checkpoint, run_folder
 from grpo.check import Plan, model_fingerprint
 from grpo.checkpoint import Manifest
 from grpo.config import Config
-from grpo.data import Cursor
+from grpo.data import start_cursor
 from grpo.progress import Progress
 from grpo.saving import plain
 from grpo.types import UserError
@@ -132,14 +133,14 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
 
 def progress_of(manifest: Manifest, plan: Plan) -> Progress:
     """What a checkpoint says, but for what `plan` was allowed to have otherwise: other data or another order of them
-    are drawn from their beginning, and another `kl_coef` takes the adapted one's place.
+    (another seed, other weights) are drawn from their beginning, and another `kl_coef` takes the adapted one's place.
 
     Raises UserError when the checkpoint is of another version.
     """
     config, before = plan.config, manifest.config
     same_data = manifest.fingerprints.get("data.train") == plan.fingerprints.get("data.train")
-    same_order = before["data"]["seed"] == config.data.seed
-    anew = None if same_data and same_order else Cursor(len(plan.prompts), seed=config.data.seed)
+    same_order = before["data"]["seed"] == config.data.seed and weights_of(before) == weights_of(plain(config))
+    anew = None if same_data and same_order else start_cursor(plan.prompts, config.data)
     try:
         progress = Progress.restore(manifest.driver, plan.prompts, anew=anew)
     except (LookupError, TypeError, ValueError) as error:
@@ -147,6 +148,11 @@ def progress_of(manifest: Manifest, plan: Plan) -> Progress:
     if before["algorithm"]["kl_coef"] != config.algorithm.kl_coef:
         progress.kl_coef = config.algorithm.kl_coef
     return progress
+
+
+def weights_of(config: Mapping[str, Any]) -> list[float | None]:
+    """Of the training sets."""
+    return [dataset["weight"] for dataset in config["data"]["train"]]
 
 
 def again(plan: Plan, run: Path) -> Resumed:

@@ -166,6 +166,7 @@ def reward_items(
                 "prompt": prompt.text,
                 "step": step,
             },
+            dataset=prompt.dataset,
         )
         for completion, text in zip(completions, texts, strict=True)
     ]

@@ -40,16 +40,18 @@ class Prompt:
 
     prompt_id: str
     """`<data set>:<row index>:<content hash>`; stable over runs, distinct for duplicate rows."""
-    dataset: str
-    """The data set's name."""
     token_ids: tuple[int, ...]
     """[L] ids given to the sampler, special tokens included."""
     text: str
     """What `token_ids` were made from; a view for reward functions and the samples file."""
     row: Mapping[str, Any]
-    """The row as it was read, untouched."""
+    """The row as it was read, with the columns that the recipe adds."""
     messages: Sequence[Mapping[str, str]] | None
     """The chat turns when the prompt is conversational, else None."""
+    dataset: str
+    """Name of its data set."""
+    where: str
+    """Its row's place, for messages: `file.jsonl:17` (line, from 1) or `name[16]` (index, from 0)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import re
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config.schema import Config, RewardConfig, SamplingConfig
+from grpo.config.schema import Config, DatasetConfig, SamplingConfig
 from grpo.config.validate import validate
 from grpo.types import UserError
 
@@ -47,20 +48,21 @@ def load_for_evaluation(
     """
     source = "grpo eval" if recipe is None else str(recipe)
     unused = {
-        "data": {"train": "not used"},
+        "data": {"train": []},
         "algorithm": {"prompts_per_step": 1, "group_size": 2},
         "run": {"steps": 0},
     }
     tree = OmegaConf.create(unused)
     if recipe is not None:
         tree = typing.cast(DictConfig, OmegaConf.merge(tree, _read(recipe)))
+        tree.data.train = []
     OmegaConf.update(tree, "model.path", model, force_add=True)
     if data:
-        OmegaConf.update(tree, "data.eval.path", data[0], force_add=True)
+        OmegaConf.update(tree, "data.eval.sets", [{"path": path} for path in data], force_add=True)
     if rewards:
         tree["rewards"] = [{"file": file} for file in rewards]
     for option, flag, what in (
-        ("data.eval.path", "--data PATH", "held-out data"),
+        ("data.eval.sets", "--data PATH", "held-out data"),
         ("rewards", "--reward FILE", "reward"),
     ):
         if not OmegaConf.select(tree, option) and not any(text.startswith(option) for text in overrides):
@@ -81,13 +83,13 @@ def _read(path: Path) -> DictConfig:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} must be a mapping of sections: {', '.join(_names(Config))}")
-    return tree
+    return _listed(tree)
 
 
 def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> Config:
     """A checked config out of a tree and overrides; `path`: where the tree is from."""
     for override in overrides:
-        tree = _override(tree, override)
+        tree = _listed(_override(tree, override))
     _check_keys(OmegaConf.to_container(tree), Config, "", path)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
@@ -108,35 +110,69 @@ def dump(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def _listed(tree: DictConfig) -> DictConfig:
+    """`tree` with the data sets as lists of mappings, also where the recipe has no more than paths."""
+    plain: Any = OmegaConf.to_container(tree)
+    data = plain.get("data")
+    held_out = data.get("eval") if isinstance(data, dict) else None
+    for section, key in ((data, "train"), (held_out, "sets")):
+        if not isinstance(section, dict) or section.get(key) in (None, MISSING):
+            continue
+        items = [section[key]] if isinstance(section[key], str) else section[key]
+        if isinstance(items, list):
+            section[key] = [{"path": item} if isinstance(item, str) else item for item in items]
+    listed: DictConfig = OmegaConf.create(plain)
+    return listed
+
+
 def _override(tree: DictConfig, text: str) -> DictConfig:
-    key, equals, _ = text.partition("=")
+    key, equals, raw = text.partition("=")
     if not equals or not re.fullmatch(r"[\w.\[\]]+", key):
         raise UserError(f"override {text!r} is not of the form section.option=value")
     bracketed = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
-    raw = text.partition("=")[2]
-    index = re.match(r"rewards\[(\d+)\]", bracketed)
-    count = len(tree.get("rewards") or [])
-    if index and int(index[1]) >= count:
-        raise UserError(f"override {text!r}: the recipe has {count} rewards, counted from 0")
+    index = re.match(r"([\w.]+)\[(\d+)\]", bracketed)
+    if index and _item_class(_kind(index[1])):
+        found = OmegaConf.select(tree, index[1])
+        count = len(found) if isinstance(found, ListConfig) else 0
+        if int(index[2]) >= count:
+            raise UserError(f"override {text!r}: the recipe has {count} {index[1]}, counted from 0")
     try:
-        value = raw if _is_text(key) else OmegaConf.from_dotlist([f"value={raw}"])["value"]
-        if raw == "null":
-            value = None
+        value = None if raw == "null" else _value(_kind(bracketed), raw)
         OmegaConf.update(tree, bracketed, value, force_add=True)
     except Exception as error:  # a bad list index or an unparsable value, in omegaconf's or yaml's own words
         raise UserError(f"override {text!r}: {' '.join(str(error).split())}") from error
     return tree
 
 
-def _is_text(key: str) -> bool:
-    """Whether an option is a string, whose override is taken as it stands: templates are seldom valid YAML."""
+def _value(kind: Any, raw: str) -> Any:
+    """The value of an override. Texts are taken as they stand: templates are seldom valid YAML; so are paths in the
+    place of a list of data sets."""
+    if kind in (str, str | None) or (_item_class(kind) and not raw.startswith(("[", "{"))):
+        return raw
+    return OmegaConf.from_dotlist([f"value={raw}"])["value"]
+
+
+def _kind(key: str) -> Any:
+    """The type of an option, None of an unknown one."""
     kind: Any = Config
     for part in re.sub(r"\[(\d+)\]", r".\1", key).split("."):
         if part.isdigit():
-            kind = RewardConfig
+            kind = _item_class(kind)
         elif dataclasses.is_dataclass(kind):
             kind = typing.get_type_hints(kind).get(part)
-    return kind in (str, str | None)
+        elif typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        else:
+            return None
+    return kind
+
+
+def _item_class(kind: Any) -> type | None:
+    """The dataclass whose list `kind` is, if it is one."""
+    if typing.get_origin(kind) is not list:
+        return None
+    [item] = typing.get_args(kind)
+    return typing.cast(type, item) if dataclasses.is_dataclass(item) else None
 
 
 def _names(cls: type) -> list[str]:
@@ -160,13 +196,24 @@ def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
         inner = hints[key]
         if dataclasses.is_dataclass(inner):
             _check_keys(value, typing.cast(type, inner), f"{name}.", source)
-        elif key == "rewards" and cls is Config:
-            if not isinstance(value, list):
-                raise UserError(f"{source}: rewards must be a list of {{file, name, weight, ...}}")
-            for i, item in enumerate(value):
-                _check_keys(item, RewardConfig, f"rewards[{i}].", source)
-        elif inner is str and not isinstance(value, str):
-            raise UserError(f"{source}: {name} must be a string, not {value!r}")
+        elif item_class := _item_class(inner):
+            if not isinstance(value, list) and value != MISSING:
+                shape = f"a list of {{{', '.join(_names(item_class)[:3])}, ...}}"
+                shape = f"a path or {shape}" if issubclass(item_class, DatasetConfig) else shape
+                raise UserError(f"{source}: {name} must be {shape}, not {value!r}")
+            for i, item in enumerate(value if isinstance(value, list) else []):
+                _check_keys(item, item_class, f"{name}[{i}].", source)
+        else:
+            _check_texts(value, inner, name, source)
+
+
+def _check_texts(value: Any, kind: Any, name: str, source: str) -> None:
+    """What is a text must be written as one: numbers would be turned into texts without a word."""
+    if kind is str and not isinstance(value, str):
+        raise UserError(f"{source}: {name} must be a string, not {value!r}")
+    if kind == dict[str, str] and isinstance(value, dict):
+        for key, text in value.items():
+            _check_texts(text, str, f"{name}.{key}", source)
 
 
 def _misfit(node: Any, cls: type, prefix: str) -> str | None:
@@ -175,8 +222,8 @@ def _misfit(node: Any, cls: type, prefix: str) -> str | None:
     for key, value in node.items():
         if dataclasses.is_dataclass(hints[key]):
             found = _misfit(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
-        elif key == "rewards":
-            items = (_misfit(item, RewardConfig, f"rewards[{i}].") for i, item in enumerate(value))
+        elif (item_class := _item_class(hints[key])) and isinstance(value, list):
+            items = (_misfit(item, item_class, f"{prefix}{key}[{i}].") for i, item in enumerate(value))
             found = next((item for item in items if item), None)
         else:
             found = None
@@ -198,41 +245,42 @@ def _misfit(node: Any, cls: type, prefix: str) -> str | None:
 
 
 def _nearest(key: str, cls: type, prefix: str) -> str:
-    """`did you mean ...?`, looking in this section first and then in all of them."""
+    """`did you mean ...?`: an option of this very name, the nearest in this section, the nearest of all."""
+    everywhere: dict[str, str] = {}
+    for option, _ in sorted(_options(Config, ""), key=lambda o: _shared(o[0], prefix), reverse=True):
+        everywhere.setdefault(option.rpartition(".")[2], option)
     here = difflib.get_close_matches(key, _names(cls), n=1, cutoff=0.5)
-    if here:
+    if key not in everywhere and here:
         return f"did you mean {prefix}{here[0]}?"
-    everywhere = {
-        option: f"{section}.{option}"
-        for section, kind in typing.get_type_hints(Config).items()
-        if dataclasses.is_dataclass(kind)
-        for option in _names(typing.cast(type, kind))
-    }
     far = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
     if far:
         return f"did you mean {everywhere[far[0]]}?"
     return f"{prefix.rstrip('.') or 'a recipe'} has {', '.join(_names(cls))}"
 
 
+def _shared(option: str, prefix: str) -> int:
+    """How many characters the two begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(option, prefix, strict=False)) if a != b), len(prefix))
+
+
 def options_text() -> str:
     """Every option with its type and default, a line each."""
     lines = []
-    for section, kind in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(kind):
-            lines += _option_lines(typing.cast(type, kind), f"{section}.")
-        else:
-            lines += _option_lines(RewardConfig, "rewards[i].")
+    for option, f in _options(Config, ""):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        shown = "required" if default == MISSING else repr(default)
+        lines.append(f"{option} = {shown}   ({str(f.type).replace('typing.', '')})")
     return "\n".join(lines)
 
 
-def _option_lines(cls: type, prefix: str) -> list[str]:
-    lines = []
+def _options(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(full name, field) of every option of `cls`; of lists, those of their items."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            lines += _option_lines(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
-            continue
-        default = {} if f.default is dataclasses.MISSING else f.default
-        shown = "required" if default == MISSING else repr(default)
-        lines.append(f"{prefix}{f.name} = {shown}   ({str(f.type).replace('typing.', '')})")
-    return lines
+        kind, item_class = hints[f.name], _item_class(hints[f.name])
+        if dataclasses.is_dataclass(kind):
+            yield from _options(typing.cast(type, kind), f"{prefix}{f.name}.")
+        elif item_class:
+            yield from _options(item_class, f"{prefix}{f.name}[i].")
+        else:
+            yield f"{prefix}{f.name}", f

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,43 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    path: str | None = None
-    """Held-out data, any form that `data.train` takes. None: no evaluation."""
-    split: str = "test"
+class DatasetConfig:
+    """One data set; docs/data.md."""
+
+    path: str = MISSING
+    """A .jsonl or .parquet file, a folder in `datasets` layout, or a hub id; `PATH:config` where there are several."""
+    split: str = MISSING
+    """Split of a folder or hub data set; files have none."""
+    name: str | None = None
+    """What it is called in metrics, prompt ids and `rewards[i].sets`. None: the file's or folder's name, or the hub
+    id."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """New column: Python format string over the row's own. Exactly one field gives the value itself."""
+    between: dict[str, list[float]] = field(default_factory=dict)
+    """Column: [lowest, highest]. Rows whose number lies elsewhere are left out."""
     limit: int | None = None
-    """Use the first N rows only."""
+    """Use the first N of the rows that every filter has left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSetConfig(DatasetConfig):
+    split: str = "train"
+    weight: float | None = None
+    """Share of the prompts that are drawn from it, relative to the other sets'. All or none: without weights the rows
+    of all sets are one pool."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSetConfig(DatasetConfig):
+    split: str = "test"
+    samples_per_prompt: int | None = None
+    """k of avg@k. None: `data.eval.samples_per_prompt`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    sets: list[EvalSetConfig] = field(default_factory=list)
+    """Held-out data sets, or the path of one. None: no evaluation."""
     every: int = 0
     """Evaluate every N steps, besides before the first and after the last. 0: only those two."""
     samples_per_prompt: int = 1
@@ -47,15 +79,14 @@ class EvalConfig:
 
     def samples_of(self, name: str) -> int:
         """Completions of each prompt of the data set called `name`."""
-        return self.samples_per_prompt
+        own = next((each.samples_per_prompt for each in self.sets if each.name == name), None)
+        return own or self.samples_per_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    train: str = MISSING
-    """A .jsonl or .parquet file, a folder in `datasets` layout, or a hub id."""
-    split: str = "train"
-    """Split of a folder or hub data set; files have none."""
+    train: list[TrainSetConfig] = MISSING
+    """Data sets, or the path of one."""
     style: Literal["template", "chat"] = "template"
     """`chat`: the rendered template becomes a user turn under the tokenizer's chat template."""
     template: str = "{question}"
@@ -71,6 +102,10 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     overlong_prompts: Literal["refuse", "drop"] = "refuse"
     """What to do with longer prompts. They are listed either way and never cut."""
+    contaminated: Literal["report", "drop"] = "report"
+    """What to do with training prompts that overlap with an evaluation prompt."""
+    overlap_ngram: int = 13
+    """Prompts overlap when they are the same text or share this many words in a row. 0: only the same text."""
     seed: int = 0
     """Seed of the shuffled order; independent of `run.seed`."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -242,6 +277,8 @@ class RewardConfig:
     """Deadline of one call; the worker is killed when it passes."""
     memory_gib: float = 8.0
     """Memory that it and what it starts may use; of several rewards the largest counts, as a worker runs all."""
+    sets: tuple[str, ...] = ()
+    """Names of the data sets whose rows it scores; on others it abstains. Empty: all."""
     env: tuple[str, ...] = ()
     """Environment variables that it needs although they look like secrets, which are otherwise kept from rewards."""
 
@@ -249,6 +286,10 @@ class RewardConfig:
     def function(self) -> str:
         """The function's name."""
         return self.name or Path(self.file).stem
+
+    def applies_to(self, dataset: str) -> bool:
+        """Whether it scores the rows of this data set."""
+        return not self.sets or dataset in self.sets
 
 
 def part_names(rewards: Sequence[RewardConfig]) -> list[str]:
@@ -362,6 +403,10 @@ class Config:
     @property
     def optimizer_steps_per_step(self) -> int:
         return self.algorithm.minibatches_per_step * self.algorithm.epochs_per_step
+
+    @property
+    def reward_workers(self) -> int:
+        return self.cluster.reward_workers or min(8, os.cpu_count() or 1)
 
     @property
     def max_row_tokens(self) -> int:

@@ -7,20 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+from grpo.config.rules import inert, need
 from grpo.config.schema import (
     AlgorithmConfig,
     ClusterConfig,
     Config,
     CriticConfig,
-    DataConfig,
-    EvalConfig,
     OptimizerConfig,
     RunConfig,
     SamplerConfig,
     part_names,
 )
+from grpo.config.validate_data import validate_data
 from grpo.objective import legal
-from grpo.types import UserError
 
 ENGINE_ARGUMENTS_TAKEN = frozenset(
     (
@@ -46,20 +45,7 @@ def validate(c: Config) -> None:
     _validate_batch(c)
     _validate_engines(c)
     _validate_rewards(c)
-    _validate_data(c)
-
-
-def need(ok: bool, sentence: str) -> None:
-    """Raises UserError with `sentence` unless `ok`."""
-    if not ok:
-        raise UserError(sentence)
-
-
-def inert(section: Any, defaults: Any, names: tuple[str, ...], prefix: str, why: str) -> None:
-    """Options that would change nothing must be left at their defaults. Raises UserError naming the first."""
-    for name in names:
-        value, default = getattr(section, name), getattr(defaults, name)
-        need(value == default, f"{prefix}{name}={value} has no effect {why}; leave it out (default {default})")
+    validate_data(c)
 
 
 def _validate_numbers(c: Config) -> None:
@@ -72,6 +58,9 @@ def _validate_numbers(c: Config) -> None:
         elif isinstance(value, (list, tuple)):
             for i, item in enumerate(value):
                 walk(f"{name}[{i}]", item)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{name}.{key}", item)
         elif isinstance(value, float):
             need(math.isfinite(value), f"{name.removeprefix('.')} must be a finite number, not {value}")
 
@@ -99,7 +88,6 @@ def _validate_ranges(c: Config) -> None:
         "sampler.threads": c.sampler.threads,
         "learner.threads": c.learner.threads,
         "cluster.reward_workers": c.cluster.reward_workers,
-        "data.eval.limit": c.data.eval.limit,
         "data.eval.max_tokens": c.data.eval.max_tokens,
     }.items():
         need(optional is None or optional >= 1, f"{name} must be at least 1, not {optional}")
@@ -115,6 +103,7 @@ def _validate_ranges(c: Config) -> None:
         "data.eval.temperature": c.data.eval.temperature,
         "data.eval.top_k": c.data.eval.top_k,
         "data.seed": c.data.seed,
+        "data.overlap_ngram": c.data.overlap_ngram,
         "algorithm.kl_coef": c.algorithm.kl_coef,
         "algorithm.entropy_coef": c.algorithm.entropy_coef,
         "algorithm.reference_refresh_every": c.algorithm.reference_refresh_every,
@@ -370,6 +359,10 @@ def _validate_rewards(c: Config) -> None:
             f"rewards[{twice[0]}] and rewards[{twice[-1]}] are both {name}: the same function twice, or files of the "
             "same name with functions of the same name; rename one",
         )
+    if not c.run.wandb:
+        inert(c.run, RunConfig(), ("wandb_project",), "run.", "without run.wandb=true")
+    if c.cluster.address is not None:
+        inert(c.cluster, ClusterConfig(), ("cpus", "gpus"), "cluster.", "on a cluster that runs already")
     need(c.run.grace_s > 0, f"run.grace_s must be above 0, not {c.run.grace_s}")
     need(c.run.keep_last >= 1, f"run.keep_last must be at least 1, not {c.run.keep_last}")
     if c.run.save_every == 0:
@@ -381,30 +374,6 @@ def _validate_rewards(c: Config) -> None:
             f"run.name={c.run.name} must be the name of a folder inside run.dir, without slashes; "
             f"nearest: run.name={Path(c.run.name).name or 'run'}",
         )
-
-
-def _validate_data(c: Config) -> None:
-    need(
-        c.data.messages_column is None or c.data.style == "chat",
-        "data.messages_column has no effect with data.style=template; set data.style=chat",
-    )
-    need(
-        c.data.system_prompt is None or (c.data.style == "chat" and c.data.messages_column is None),
-        "data.system_prompt has no effect without data.style=chat or when data.messages_column gives the turns",
-    )
-    if not any(reward.gold for reward in c.rewards):
-        inert(c.data, DataConfig(), ("gold_template",), "data.", "without a reward that has gold: true")
-    if not c.run.wandb:
-        inert(c.run, RunConfig(), ("wandb_project",), "run.", "without run.wandb=true")
-    if c.cluster.address is not None:
-        inert(c.cluster, ClusterConfig(), ("cpus", "gpus"), "cluster.", "on a cluster that runs already")
-    if c.data.eval.path is None:
-        plain = EvalConfig()
-        for f in dataclasses.fields(EvalConfig):
-            need(
-                getattr(c.data.eval, f.name) == getattr(plain, f.name),
-                f"data.eval.{f.name} has no effect without data.eval.path",
-            )
 
 
 def _validate_batch(c: Config) -> None:

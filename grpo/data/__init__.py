@@ -1,9 +1,11 @@
 """Data files to tokenized prompts, and the order in which they are used.
 
+    read_set        a data set's options -> PromptSet   read, mapped, filtered, tokenized once
     read_rows       path or hub id   -> list[Row]       every row parsed, none skipped
     load_tokenizer  model path       -> tokenizer
-    make_prompts    rows             -> PromptSet       tokenized once, length-checked, fingerprinted
+    make_prompts    rows             -> PromptSet       tokenized once, length-checked
     Cursor          number of prompts -> endless shuffled stream of their indices, resumable
+    MixedCursor     several data sets -> the same, dealt by their weights
     sample_seed     who is sampled   -> the seed of one completion
 
 Everything here runs before an engine starts, or costs nothing. transformers, datasets and pyarrow take seconds to
@@ -13,22 +15,36 @@ import, so they are imported in the functions that need them: the order and the 
 from __future__ import annotations
 
 from grpo.data.hub import hub_or_cache, is_path
+from grpo.data.mixing import MixedCursor, most_in_one_draw, restore_cursor, start_cursor
 from grpo.data.order import Cursor, sample_seed
-from grpo.data.prompts import PromptSet, make_prompts, render_template
+from grpo.data.overlap import find_overlaps
+from grpo.data.prompts import PromptSet, fingerprint, make_prompts
 from grpo.data.rows import Row, dataset_name, read_rows
+from grpo.data.sets import limited, read_set, without_overlaps
+from grpo.data.template import map_columns, render_template
 from grpo.data.tokenizer import end_token_ids, load_tokenizer
 
 __all__ = [
     "Cursor",
+    "MixedCursor",
     "PromptSet",
     "Row",
     "dataset_name",
     "end_token_ids",
+    "find_overlaps",
+    "fingerprint",
     "hub_or_cache",
     "is_path",
+    "limited",
     "load_tokenizer",
     "make_prompts",
+    "map_columns",
+    "most_in_one_draw",
     "read_rows",
+    "read_set",
     "render_template",
+    "restore_cursor",
     "sample_seed",
+    "start_cursor",
+    "without_overlaps",
 ]

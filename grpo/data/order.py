@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,29 @@ class Cursor:
     def position(self) -> int:
         """How many indices of this epoch have been yielded."""
         return self.size - len(self._rest)
+
+    @property
+    def epochs_by_set(self) -> dict[str, float]:
+        """Nothing: all prompts are one pool."""
+        return {}
+
+    @property
+    def epochs(self) -> float:
+        """How often the data have been gone through."""
+        return self.epoch + self.position / self.size
+
+    def draw(self, count: int, retired: Collection[int]) -> list[int]:
+        """The next `count` indices, all different, none of `retired`."""
+        if not retired:
+            return self.take(count)
+        if count > self.size - len(retired):
+            raise ValueError(f"cannot draw {count} different prompts out of {self.size - len(retired)}")
+        drawn: list[int] = []
+        while len(drawn) < count:
+            [index] = self.take(1)
+            if index not in retired and index not in drawn:
+                drawn.append(index)
+        return drawn
 
     def take(self, n: int) -> list[int]:
         """The next `n` indices, all different."""

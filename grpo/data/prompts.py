@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import re
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from tokenizers.models import BPE
 from grpo.config import DataConfig
 from grpo.data.hub import one_line
 from grpo.data.rows import Row
+from grpo.data.template import render_template
 from grpo.types import Prompt, UserError
 
 if TYPE_CHECKING:
@@ -37,12 +37,15 @@ SHOWN = 10
 class PromptSet:
     """The prompts of one data set, in the order of its rows."""
 
+    name: str
+    option: str
+    """The option that names it, `data.train[0]`."""
     prompts: tuple[Prompt, ...]
     """At least one."""
     dropped: tuple[str, ...]
-    """`<prompt id> (<n> tokens)` of each prompt left out for its length."""
-    fingerprint: str
-    """Hex sha256 over prompt ids and token ids in order: equal means the same tokens from the same rows."""
+    """`<prompt id> (<why>)` of each row that a filter has left out."""
+    notes: tuple[str, ...]
+    """What the filters did, for the plan."""
 
 
 def make_prompts(
@@ -78,52 +81,31 @@ def make_prompts(
                 f"{option}: {row.where}: the prompt begins with two BOS tokens ({tokenizer.bos_token!r}, ids "
                 f"{ids[:4]}...); take one out of the chat template, data.template or the row"
             )
-        prompt_id = f"{dataset}:{row.index}:{_content_hash(row.values)}"
         prompts.append(
             Prompt(
-                prompt_id=prompt_id,
-                dataset=dataset,
+                prompt_id=prompt_id(dataset, row),
                 token_ids=tuple(ids),
                 text=text,
                 row=row.values,
                 messages=messages,
+                dataset=dataset,
+                where=row.where,
             )
         )
-    return _within_limit(prompts, rows, data, option)
+    return _within_limit(prompts, data, dataset, option)
 
 
-def render_template(template: str, row: Row, *, option: str) -> str:
-    """`template` (a Python format string) over the row's columns; UserError names `option` and the row."""
-    for name in _columns_of(template, option):
-        if name not in row.values:
-            near = difflib.get_close_matches(name, row.values, n=1, cutoff=0.5)
-            raise UserError(
-                f"{option}: {row.where} has no column {name!r}; it has {', '.join(row.values) or 'none'}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
-        if row.values[name] is None:
-            raise UserError(f"{option}: {row.where}: column {name!r} is null, which would be written as 'None'")
-    try:
-        return template.format_map(row.values)
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{option}: {template!r} does not fit {row.where}: {one_line(error)}") from error
+def prompt_id(dataset: str, row: Row) -> str:
+    """`<data set>:<row index>:<content hash>`; the content is the row with its mapped columns."""
+    return f"{dataset}:{row.index}:{_content_hash(row.values)}"
 
 
-def _columns_of(template: str, option: str) -> list[str]:
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(
-            f"{option}: {template!r} is not a format string: {error}; literal braces are written {{{{ and }}}}"
-        ) from error
-    names = [re.split(r"[.\[]", name, maxsplit=1)[0] for name in fields]
-    for name in names:
-        if not name or name.isdigit():
-            raise UserError(
-                f"{option}: {template!r} has {{{name}}}, which names no column; "
-                "literal braces are written {{ and }}"
-            )
-    return names
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Hex sha256 over prompt ids and token ids in order: equal means the same tokens from the same rows."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.prompt_id, prompt.token_ids]).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _messages(row: Row, data: DataConfig, option: str) -> Messages:
@@ -260,24 +242,23 @@ def _without_doubled_ends(
     return out
 
 
-def _within_limit(prompts: list[Prompt], rows: Sequence[Row], data: DataConfig, option: str) -> PromptSet:
+def _within_limit(prompts: list[Prompt], data: DataConfig, name: str, option: str) -> PromptSet:
     limit = data.max_prompt_tokens
-    long = [(row.where, prompt) for row, prompt in zip(rows, prompts, strict=True) if len(prompt.token_ids) > limit]
+    long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
     kept = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= limit)
+    more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
     if long and (data.overlong_prompts == "refuse" or not kept):
-        longest = max(len(prompt.token_ids) for _, prompt in long)
-        listed = ", ".join(f"{where} ({len(prompt.token_ids)} tokens)" for where, prompt in long[:SHOWN])
-        more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
+        longest = max(len(prompt.token_ids) for prompt in long)
+        listed = ", ".join(f"{prompt.where} ({len(prompt.token_ids)} tokens)" for prompt in long[:SHOWN])
         way_out = "" if not kept else ", or data.overlong_prompts=drop to leave them out"
         raise UserError(
             f"{option}: {len(long)} of {len(prompts)} prompts are longer than data.max_prompt_tokens={limit}: "
             f"{listed}{more}; set it to {longest} to hold all of them{way_out}"
         )
-    digest = hashlib.sha256()
-    for prompt in kept:
-        digest.update(json.dumps([prompt.prompt_id, prompt.token_ids]).encode() + b"\n")
-    dropped = tuple(f"{prompt.prompt_id} ({len(prompt.token_ids)} tokens)" for _, prompt in long)
-    return PromptSet(prompts=kept, dropped=dropped, fingerprint=digest.hexdigest())
+    dropped = tuple(f"{prompt.prompt_id} ({len(prompt.token_ids)} tokens)" for prompt in long)
+    shown = f"{', '.join(dropped[:SHOWN])}{more}"
+    note = f"dropped    {len(long)} prompts of {option} with more than {limit} tokens: {shown}"
+    return PromptSet(name=name, option=option, prompts=kept, dropped=dropped, notes=(note,) if long else ())
 
 
 def _content_hash(values: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
 from grpo.types import UserError
 
-FORMATS = "a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id"
+FORMATS = "a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id (FOLDER:config, owner/name:config)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,23 +32,24 @@ class Row:
 
 
 def dataset_name(path: str) -> str:
-    """Short name of a data set, for prompt ids: a file's name without its ending, a folder's name, or the hub id."""
-    local = Path(path).expanduser()
+    """Short name of a data set, for prompt ids: a file's name without its ending, a folder's name with the
+    configuration, or the hub id."""
+    local, configuration = _local(path)
     if local.is_dir():
-        return local.resolve().name
+        return local.resolve().name + (f":{configuration}" if configuration else "")
     return local.stem if local.exists() or is_path(path) else path
 
 
 def read_rows(path: str, *, split: str, option: str) -> list[Row]:
-    """All rows of a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id (`owner/name`, with
-    `owner/name:config` where the data set has several configurations).
+    """All rows of a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id (`owner/name`); `FOLDER:config`
+    and `owner/name:config` where the data set has several configurations.
 
     `split` chooses within folders and hub data sets; a file has none, nor has a folder that holds a single saved
     `Dataset`. `option` is the config option at fault, named in every error. Raises UserError; never returns no rows.
     """
-    local = Path(path).expanduser()
+    local, configuration = _local(path)
     if local.is_dir():
-        rows = _read_folder(local, split, option)
+        rows = _read_folder(local, configuration, split, option)
     elif local.exists():
         rows = _read_file(local, option)
     elif is_path(path):
@@ -147,37 +148,61 @@ def _read_parquet(path: Path, option: str) -> list[Row]:
     return _number(values, path.name)
 
 
-def _read_folder(folder: Path, split: str, option: str) -> list[Row]:
+def _local(path: str) -> tuple[Path, str | None]:
+    """The local path that `path` means, and the configuration behind a folder's colon."""
+    local = Path(path).expanduser()
+    folder, colon, configuration = path.rpartition(":")
+    if colon and not local.exists() and Path(folder).expanduser().is_dir():
+        return Path(folder).expanduser(), configuration
+    return local, None
+
+
+def _read_folder(folder: Path, configuration: str | None, split: str, option: str) -> list[Row]:
     """`save_to_disk` folders are recognised by the files that only it writes; any other goes to `load_dataset`."""
     import datasets  # noqa: PLC0415
 
-    name = folder.resolve().name
+    name = folder.resolve().name + (f":{configuration}" if configuration else "")
     saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    if saved and configuration:
+        raise UserError(f"{option}: folder {folder} was written by save_to_disk and has no configuration to choose")
     # datasets, pyarrow, fsspec and the builders share no base class of errors, and all of them mean: unreadable.
     try:
-        found = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder), split=split)
+        found = datasets.load_from_disk(str(folder)) if saved else _load_dataset(str(folder), configuration, split)
     except Exception as error:
         raise UserError(f"{option}: folder {folder} cannot be loaded: {_reason(error)}") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
-            raise UserError(f"{option}: folder {folder} has no split {split!r}; {_nearest_split(split, list(found))}")
+            raise UserError(f"{option}: folder {folder} has no split {split!r}; {_nearest_of(split, list(found))}")
         found = found[split]
     return _number(found.to_list(), name)
 
 
 def _read_hub(name: str, split: str, option: str) -> list[Row]:
-    import datasets  # noqa: PLC0415
-
     repository, _, configuration = name.partition(":")
     # As in _read_folder, plus the hub client's own classes.
     with hub_or_cache() as remark:
         try:
-            found = datasets.load_dataset(repository, configuration or None, split=split)
+            found = _load_dataset(repository, configuration or None, split)
         except Exception as error:
             raise UserError(
                 f"{option}: {name} is neither a local path nor a data set that the hub gave{remark}: {_reason(error)}"
             ) from error
     return _number(found.to_list(), name)
+
+
+def _load_dataset(source: str, configuration: str | None, split: str) -> Any:
+    """`datasets` on a folder or a hub id. ValueError names the configurations when it has no such one."""
+    import datasets  # noqa: PLC0415
+
+    try:
+        return datasets.load_dataset(source, configuration, split=split)
+    except ValueError as error:
+        if configuration is None or configuration not in str(error):
+            raise
+        known = datasets.get_dataset_config_names(source)
+        if configuration in known:
+            raise
+        raise ValueError(f"it has no configuration {configuration!r}; {_nearest_of(configuration, known)}") from None
 
 
 def _reason(error: BaseException) -> str:
@@ -187,9 +212,9 @@ def _reason(error: BaseException) -> str:
     return one_line(error)
 
 
-def _nearest_split(split: str, splits: list[str]) -> str:
-    near = difflib.get_close_matches(split, splits, n=1, cutoff=0.5)
-    return f"it has {', '.join(splits)}" + (f"; did you mean {near[0]}?" if near else "")
+def _nearest_of(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"it has {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _number(values: Sequence[Mapping[str, Any]], name: str) -> list[Row]:

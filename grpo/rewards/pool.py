@@ -43,6 +43,9 @@ MAX_FAILED_STARTS = 3
 CALLS_PER_JOB = 8
 """Small enough to spread a group of slow calls over the workers, large enough that messages cost little."""
 
+ABSTAINED: Part = (None, {})
+"""What a reward says of rows that are not its own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardItem:
@@ -54,6 +57,8 @@ class RewardItem:
     """Chat turns of the prompt, or None."""
     info: Mapping[str, Any]
     """token_count, finish_reason, prompt (text), step."""
+    dataset: str
+    """Name of the row's data set; rewards that are for other sets abstain."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,16 +143,24 @@ class RewardPool:
         if any(item.row is not row and item.row != row for item in items):
             raise ValueError("the items of one group must have one row")
         calls: list[tuple[int, Sequence[int]]] = []
+        everyone = range(len(items))
+        answers: list[dict[int, Part]] = []
         for reward, config in enumerate(self._rewards):
-            everyone = range(len(items))
+            asked = config.applies_to(items[0].dataset)
+            answers.append({} if asked else dict.fromkeys(everyone, ABSTAINED))
+            if not asked:
+                continue
             calls += [(reward, everyone)] if config.style == "trl" else [(reward, (i,)) for i in everyone]
         group = _Group(
             future=future,
             context=pickle.dumps((dict(row), None if messages is None else [dict(turn) for turn in messages])),
             inputs=[(item.completion, dict(item.info)) for item in items],
-            answers=[{} for _ in self._rewards],
+            answers=answers,
             missing=len(calls),
         )
+        if not calls:
+            future.set_result([self._outcome(group, i) for i in everyone])
+            return future
         jobs = [
             _Job(group=group, calls=deque(calls[start : start + CALLS_PER_JOB]))
             for start in range(0, len(calls), CALLS_PER_JOB)

@@ -1,21 +1,33 @@
-"""Reward functions before a run: they must load, run on real rows, and tell a gold answer from a corrupted one."""
+"""Reward functions before a run: they must load, run on real rows, tell a gold answer from a corrupted one, and be able
+to read the gold answer of every row."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import select
 import string
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, TypeVar
 
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of
-from grpo.types import Failed, Scored, UserError
+from grpo.types import Failed, Prompt, Scored, UserError
+
+T = TypeVar("T")
 
 ANY_COMPLETION = "no answer"
+MAX_GOLDS = 20_000
+"""Rows of a data set whose gold answers are scored."""
+GOLDS_UNDER_WAY = 512
+SHOWN, SHOWN_BROKEN = 10, 3
+SAY_EVERY_S = 5.0
 NEXT_DIGIT = str.maketrans(string.digits, "1234567890")
 NEXT_LETTER = str.maketrans(string.ascii_letters, string.ascii_letters[1:] + "a")
 
@@ -33,19 +45,19 @@ def check_loads(
     rewards: Sequence[RewardConfig],
     files: Sequence[Path],
     *,
-    columns: Sequence[str] | None = None,
+    columns: Sequence[Sequence[str]] | None = None,
     deadline_s: float = START_S,
 ) -> None:
     """Load every file as a worker does, each in a process of its own.
 
-    `columns`: those of the rows; with them, functions of style trl are checked to ask for no other.
+    `columns`: of the rows that each reward scores; with them, functions of style trl are checked to ask for no other.
 
     Raises UserError naming the reward, the file and the line.
     """
     for i, (reward, file) in enumerate(zip(rewards, files, strict=True)):
         where = f"rewards[{i}]: {reward.file}"
         worker = WorkerProcess(
-            [spec_of(i, reward, file, columns)],
+            [spec_of(i, reward, file, None if columns is None else columns[i])],
             environment=scrubbed(os.environ, reward.env),
             memory_gib=reward.memory_gib,
             log=None,
@@ -76,29 +88,126 @@ def try_out(
     answer_column: str,
     log_dir: Path,
 ) -> list[str]:
-    """Load every reward and run it by itself, unweighted, on real rows. Returns a line about each.
+    """Load every reward and run it by itself, unweighted, on real rows. Returns a line about each and every data set
+    that it is for.
 
     Args:
-        samples: data set (the option that names it) -> items of some of its rows; their completions are ignored.
+        samples: data set, in words -> items of some of its rows; their completions are ignored.
 
     Raises UserError when a file does not load, a function fails on every row, or a reward with `gold: true` does not
     score the gold answer above 0 or scores a corrupted one as highly.
     """
-    columns = next((list(items[0].row) for items in samples.values() if items), None)
-    check_loads(rewards, files, columns=columns)
+    tried = [_of_reward(reward, samples) for reward in rewards]
+    check_loads(rewards, files, columns=[_common_columns(items) for items in tried])
     lines = []
     for i, (reward, file, name) in enumerate(zip(rewards, files, part_names(rewards), strict=True)):
         where, alone = f"rewards[{i}]: {name}", dataclasses.replace(reward, weight=1.0)
         with RewardPool([alone], files=[file], workers=1, log_dir=log_dir) as pool:
-            scored = sum(run_on_any(pool, f"{where} on {option}", items) for option, items in samples.items())
-            every = [item for items in samples.values() for item in items]
-            if reward.gold:
-                lines.append(f"{name}: {run_on_gold(pool, where, every, gold_template, answer_column)}")
-            elif scored:
-                lines.append(f"{name}: ran on {len(every)} rows")
-            else:
-                lines.append(f"{name}: warning: it returned None (abstained) on each of the {len(every)} rows tried")
+            for dataset, items in tried[i].items():
+                scored = run_on_any(pool, f"{where} on {dataset}", items)
+                if reward.gold:
+                    said = run_on_gold(pool, f"{where} on {dataset}", items, gold_template, answer_column)
+                elif scored:
+                    said = f"ran on {len(items)} rows"
+                else:
+                    said = f"warning: it returned None (abstained) on each of the {len(items)} rows tried"
+                lines.append(f"{name} on {dataset}: {said}")
     return lines
+
+
+def _of_reward(reward: RewardConfig, samples: Mapping[str, Sequence[RewardItem]]) -> dict[str, Sequence[RewardItem]]:
+    """The data sets whose rows the reward scores."""
+    return {name: items for name, items in samples.items() if items and reward.applies_to(items[0].dataset)}
+
+
+def _common_columns(samples: Mapping[str, Sequence[RewardItem]]) -> list[str]:
+    """Columns that the first row of every data set has."""
+    rows = [items[0].row for items in samples.values()]
+    return [column for column in rows[0] if all(column in row for row in rows)]
+
+
+def try_golds(
+    rewards: Sequence[RewardConfig],
+    files: Sequence[Path],
+    prompts: Mapping[str, Sequence[Prompt]],
+    *,
+    gold_template: str,
+    answer_column: str,
+    workers: int,
+    log_dir: Path,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Score the gold answers of all rows by the rewards with `gold: true`. Returns a line about each reward and data
+    set: how many score above 0, and the first rows of those that do not.
+
+    Args:
+        prompts: data set, in words -> its prompts.
+        say: is told now and then how far the work is.
+
+    Raises UserError naming the rows when a call fails: what the reward cannot read is no gold answer.
+    """
+    lines = []
+    for i, (reward, file, name) in enumerate(zip(rewards, files, part_names(rewards), strict=True)):
+        own = {label: some for label, some in prompts.items() if some and reward.applies_to(some[0].dataset)}
+        if not reward.gold:
+            continue
+        alone = dataclasses.replace(reward, weight=1.0)
+        with RewardPool([alone], files=[file], workers=workers, log_dir=log_dir) as pool:
+            for label, some in own.items():
+                where = f"rewards[{i}]: {name} on {label}"
+                tried = evenly_spread(some, MAX_GOLDS)
+                texts = (gold_text(prompt.row, where, gold_template, answer_column) for prompt in tried)
+                unread = _golds_without_reward(pool, where, tried, texts, say)
+                said = f"{len(tried) - len(unread)} of {len(tried)} gold answers score above 0"
+                if len(tried) < len(some):
+                    said += f" (of {len(some)} rows, evenly spread)"
+                if unread:
+                    more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
+                    said = f"warning: {said}; not those of {', '.join(unread[:SHOWN])}{more}"
+                lines.append(f"{name} on {label}: {said}")
+    return lines
+
+
+def _golds_without_reward(
+    pool: RewardPool, where: str, prompts: Sequence[Prompt], texts: Iterator[str], say: Callable[[str], None]
+) -> list[str]:
+    """Places of the rows whose gold answer gets no reward above 0. A bounded number of calls is under way at once."""
+    unread, broken = list[str](), list[str]()
+    pending: deque[tuple[Prompt, Future[list[Scored | Failed]]]] = deque()
+    waiting, told = iter(zip(prompts, texts, strict=True)), time.monotonic()
+    for done in range(len(prompts)):
+        for prompt, text in itertools.islice(waiting, GOLDS_UNDER_WAY - len(pending)):
+            pending.append((prompt, pool.submit([item_of(prompt, text)])))
+        prompt, future = pending.popleft()
+        [outcome] = future.result()
+        if isinstance(outcome, Failed) and outcome.kind != "abstained":
+            broken.append(f"{prompt.where}: {outcome.kind}: {outcome.detail}")
+            if len(broken) == SHOWN_BROKEN:
+                break
+        elif isinstance(outcome, Failed) or outcome.value <= 0:
+            unread.append(prompt.where)
+        if time.monotonic() - told > SAY_EVERY_S:
+            say(f"{where}: {done + 1} of {len(prompts)} gold answers scored")
+            told = time.monotonic()
+    if broken:
+        raise UserError(f"{where} cannot read the gold answer of {'; '.join(broken)}")
+    return unread
+
+
+def evenly_spread(items: Sequence[T], count: int) -> Sequence[T]:
+    """`count` of them at even distances; all of them where there are no more."""
+    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+
+
+def item_of(prompt: Prompt, completion: str) -> RewardItem:
+    """A completion that nobody has sampled."""
+    return RewardItem(
+        completion=completion,
+        row=prompt.row,
+        messages=prompt.messages,
+        info={"token_count": 0, "finish_reason": "stop", "prompt": prompt.text, "step": 0},
+        dataset=prompt.dataset,
+    )
 
 
 def run_on_any(pool: RewardPool, where: str, samples: Sequence[RewardItem]) -> int:
@@ -150,16 +259,25 @@ def score(pool: RewardPool, sample: RewardItem, texts: Sequence[str]) -> list[Sc
 
 def gold_texts(sample: RewardItem, where: str, gold_template: str, answer_column: str) -> tuple[str, str]:
     """The gold answer and a corrupted one, written as completions."""
-    if answer_column not in sample.row:
-        raise UserError(
-            f"{where} has gold: true and needs the gold answer, but data.answer_column={answer_column} is no column "
-            f"of the row {dict(sample.row)!r:.300}"
-        )
+    gold = gold_text(sample.row, where, gold_template, answer_column)
     answer = sample.row[answer_column]
     wrong = corrupt(str(answer))
     try:
         # a number stays one, for templates like {answer:d}
         other = {**sample.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
-        return gold_template.format(**sample.row), gold_template.format(**other)
+        return gold, gold_template.format(**other)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"data.gold_template={gold_template!r} does not fit the rows: {error!r}") from error
+
+
+def gold_text(row: Mapping[str, Any], where: str, gold_template: str, answer_column: str) -> str:
+    """The gold answer, written as a completion."""
+    if answer_column not in row:
+        raise UserError(
+            f"{where} has gold: true and needs the gold answer, but data.answer_column={answer_column} is no column "
+            f"of the row {dict(row)!r:.300}"
+        )
+    try:
+        return gold_template.format(**row)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"data.gold_template={gold_template!r} does not fit the rows: {error!r}") from error

@@ -30,7 +30,7 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
             path=model_path, dtype="bfloat16" if fixed == "head" else "float32", float32_head=fixed == "head"
         ),
         sampling=SamplingConfig(max_tokens=8),
-        data=DataConfig(train="", max_prompt_tokens=24),
+        data=DataConfig(train=[], max_prompt_tokens=24),
         algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
         run=RunConfig(steps=1),
     )

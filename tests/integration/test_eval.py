@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path
         root,
         make_model("qwen2"),
         rewards=[write_spread(root)],
-        data={"eval": {"path": str(root / "eval.jsonl"), "samples_per_prompt": 4, "by": ["sum"]}},
+        data={"eval": {"sets": str(root / "eval.jsonl"), "samples_per_prompt": 4, "by": ["sum"]}},
     )
     grpo("train", str(recipe))
     return root / "runs" / "run"

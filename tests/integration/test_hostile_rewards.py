@@ -174,7 +174,10 @@ def test_an_attack_is_bounded_and_the_next_sample_scored(
     body, outcome, said = KIT[name]
     reward = written(tmp_path, body, 1.0 if outcome == "timeout" else 20.0)
     row = {"answer": "2"}
-    items = [RewardItem(completion=text, row=row, messages=None, info={}) for text in ("honest", "attack", "honest")]
+    items = [
+        RewardItem(completion=text, row=row, messages=None, info={}, dataset="d")
+        for text in ("honest", "attack", "honest")
+    ]
     monkeypatch.chdir(tmp_path)
     started = time.monotonic()
     with RewardPool([reward], files=[Path(reward.file)], workers=1, log_dir=tmp_path / "logs") as pool:
@@ -196,7 +199,7 @@ def test_a_log_is_cut_before_it_grows_again(tmp_path: Path) -> None:
     reward = written(
         tmp_path, "print('x' * (worker_bytes + 1)); return 1.0".replace("worker_bytes", str(worker.LOG_BYTES))
     )
-    items = [RewardItem(completion="attack", row={}, messages=None, info={})] * 5
+    items = [RewardItem(completion="attack", row={}, messages=None, info={}, dataset="d")] * 5
     with RewardPool([reward], files=[Path(reward.file)], workers=1, log_dir=tmp_path / "logs") as pool:
         outcomes = pool.submit(items).result(timeout=60)
     assert [o.value for o in outcomes if isinstance(o, Scored)] == [1.0] * 5
@@ -230,6 +233,8 @@ def test_a_reward_sees_no_secret_but_those_it_is_given(tmp_path: Path, monkeypat
     )
     reward = RewardConfig(file=str(tmp_path / "f.py"), env=("JUDGE_KEY",))
     with RewardPool([reward], files=[Path(reward.file)], workers=1, log_dir=tmp_path / "logs") as pool:
-        [outcome] = pool.submit([RewardItem(completion="", row={}, messages=None, info={})]).result(timeout=60)
+        [outcome] = pool.submit([RewardItem(completion="", row={}, messages=None, info={}, dataset="d")]).result(
+            timeout=60
+        )
     assert isinstance(outcome, Failed)
     assert re.findall(r"\bs\d+\b", outcome.detail) == ["s11"]

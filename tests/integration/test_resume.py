@@ -41,7 +41,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def recipe_of(make_recipe: Callable[..., Path], model: Path, layout: str) -> Path:
     sections = {name: dict(section) for name, section in LAYOUTS[layout].items()}
     folder = make_recipe(model).parent
-    data = {"eval": {"path": str(folder / "eval.jsonl"), "every": 3}}
+    data = {"eval": {"sets": str(folder / "eval.jsonl"), "every": 3}}
     sections["run"] = {"steps": STEPS, "save_every": 2, "verify_every": 5}
     sections["cluster"] = {"cpus": 4}
     sections["algorithm"] |= {"prompts_per_step": 8, "group_size": 4}

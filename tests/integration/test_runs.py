@@ -54,7 +54,7 @@ def ray_processes() -> set[int]:
 def arithmetic_recipe(arithmetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = yaml.safe_load((ROOT / "recipes" / "arithmetic_cpu.yaml").read_text())
     recipe["algorithm"] |= {"prompts_per_step": 32, "group_size": 8, "kl_coef": 0.01}
-    recipe["data"]["eval"] |= {"limit": 50, "every": 2}
+    recipe["data"]["eval"] |= {"sets": [{"path": recipe["data"]["eval"]["sets"], "limit": 50}], "every": 2}
     recipe["run"] = {"steps": 3, "save_every": 2, "dir": str(tmp_path_factory.mktemp("runs")), "verify_every": 2}
     path = tmp_path_factory.mktemp("recipe") / "arithmetic_test.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -296,7 +296,7 @@ def test_the_less_usual_options_together(
     recipe = make_recipe(
         model,
         data={"train": str(tmp_path / "rows.parquet"), "style": "chat", "template": "{question}", "eval": {
-            "path": str(tmp_path / "rows.parquet"), "limit": 6, "samples_per_prompt": 2, "temperature": 0.7,
+            "sets": [{"path": str(tmp_path / "rows.parquet"), "limit": 6}], "samples_per_prompt": 2, "temperature": 0.7,
             "top_p": 0.9, "top_k": 5, "min_p": 0.01, "max_tokens": 4,
         }},
         sampling={"stop": ["3"], "seeded": False, "temperature": 0.8},

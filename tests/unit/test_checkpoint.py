@@ -296,7 +296,7 @@ def test_what_changes_no_number_may_differ(tmp_path: Path, override: str) -> Non
         ("run.seed=1", "run.seed"),
         ("data.seed=1", "data.seed"),
         ("data.max_prompt_tokens=7", "data.max_prompt_tokens"),
-        ("rewards.0.weight=2", "rewards"),
+        ("rewards.0.weight=2", "rewards[0].weight"),
         ("model.dtype=bfloat16", "model.dtype"),
     ],
 )
@@ -334,8 +334,8 @@ def test_changed_content_is_refused_until_it_is_named(tmp_path: Path) -> None:
             compare(manifest, config, {**same, name: "other"}, [])
         assert f"allow={name}" in str(caught.value)
         assert len(compare(manifest, config, {**same, name: "other"}, [name])) == 1
-    with pytest.raises(UserError, match=r"the content of data\.eval\.path has changed"):
-        compare(manifest, config, {**same, "data.eval.path": "new"}, [])
+    with pytest.raises(UserError, match=r"the content of data\.eval\.sets has changed"):
+        compare(manifest, config, {**same, "data.eval.sets": "new"}, [])
 
 
 def test_allowing_what_does_not_differ_is_a_mistake(tmp_path: Path) -> None:

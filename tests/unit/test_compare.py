@@ -16,7 +16,9 @@ from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, UserE
 
 
 def group(number: int, values: list[float | None], dataset: str = "d") -> Group:
-    prompt = Prompt(prompt_id=f"{dataset}:{number}:x", dataset=dataset, token_ids=(1,), text="p", row={}, messages=None)
+    prompt = Prompt(
+        prompt_id=f"{dataset}:{number}:x", dataset=dataset, token_ids=(1,), text="p", row={}, messages=None, where=""
+    )
     completion = Completion(
         token_ids=np.zeros(3, dtype=np.int32),
         sampler_logprobs=np.zeros(3, dtype=np.float32),

@@ -48,16 +48,16 @@ def test_values_defaults_and_overrides(recipe: Path) -> None:
 
 
 def test_text_overrides_are_taken_as_they_stand(recipe: Path) -> None:
-    config = load(recipe, ["data.template={question}= :", "rewards[0].name=on", "run.name=7", "data.eval.path=x: y"])
+    config = load(recipe, ["data.template={question}= :", "rewards[0].name=on", "run.name=7", "data.eval.sets=x: y"])
     assert config.data.template == "{question}= :"
     assert config.rewards[0].name == "on"
     assert config.run.name == "7"
-    assert config.data.eval.path == "x: y"
+    assert [dataset.path for dataset in config.data.eval.sets] == ["x: y"]
     assert load(recipe, ["run.name=a", "run.name=null"]).run.name is None
 
 
 def test_the_saved_config_loads_to_the_same_config(recipe: Path, tmp_path: Path) -> None:
-    config = load(recipe, ["sampling.stop_token_ids=[3,4]", "data.eval.path=x.jsonl", "data.eval.top_p=0.7"])
+    config = load(recipe, ["sampling.stop_token_ids=[3,4]", "data.eval.sets=x.jsonl", "data.eval.top_p=0.7"])
     again = tmp_path / "again.yaml"
     again.write_text(dump(config))
     assert load(again) == config
@@ -84,7 +84,7 @@ def test_the_saved_config_loads_to_the_same_config(recipe: Path, tmp_path: Path)
         ("learner.offload=parameters", "needs learner.zero_stage=3"),
         ("learner.reference_offload=true", "there is no reference"),
         ("learner.gpus=1", "both run on GPUs or both on CPUs"),
-        ("data.eval.every=5", "data.eval.every has no effect without data.eval.path"),
+        ("data.eval.every=5", "data.eval.every=5 has no effect without data.eval.sets"),
         ("data.system_prompt=hi", "data.system_prompt has no effect"),
         ("algorithm.importance_high=0.5", "must lie on either side of 1"),
         ("algorithm.rejection_low=1.5", "must lie on either side of 1"),
@@ -138,7 +138,7 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         (["model.dtype=bfloat16", "learner.zero_stage=0"], "nearest: learner.zero_stage=1"),
         (["optimizer.name=sgd", "optimizer.betas=[0.9,0.99]"], "has no effect with optimizer.name=sgd"),
         (["cluster.address=auto", "cluster.cpus=4"], "cluster.cpus=4 has no effect on a cluster that runs already"),
-        (["data.eval.path=x", "data.eval.top_p=7"], "data.eval.top_p must lie between 0 and 1"),
+        (["data.eval.sets=x", "data.eval.top_p=7"], "data.eval.top_p must lie between 0 and 1"),
         (["algorithm.loss=gspo"], "algorithm.aggregation=token_mean does not go with algorithm.loss=gspo"),
         (["algorithm.loss=gmpo", "algorithm.aggregation=sequence_sum"], "it takes sequence_mean"),
         (["algorithm.loss=reinforce", "algorithm.eps_low=0.1"], "no effect with algorithm.loss=reinforce"),
@@ -223,12 +223,12 @@ def test_gpu_layouts_that_work(recipe: Path, sampler: float, learner: float) -> 
 def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:
     """Swapping two letters of any option's name must point back at that option."""
     for line in module.options_text().splitlines():
-        name = line.split(" = ")[0].replace("rewards[i]", "rewards.0")
+        name = line.split(" = ")[0].replace("[i]", ".0")
         section, _, option = name.rpartition(".")
         wrong = option[0] + option[2:3] + option[1:2] + option[3:] if option[1:2] != option[2:3] else option + "x"
         if wrong == option:
             continue
-        message = refusal(recipe, f"{section}.{wrong}=1")
+        message = refusal(recipe, "data.eval.sets=x", f"{section}.{wrong}=1")
         assert "unknown option" in message
         assert f"{section.replace('.0', '[0]')}.{option}?" in message, message
 
@@ -236,7 +236,7 @@ def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:
 @pytest.mark.slow
 def test_every_letter_of_every_option_left_out_or_replaced(recipe: Path) -> None:
     """The suggestion may be the option itself or, where another is as near, that one; it is always a real one."""
-    names = [line.split(" = ")[0].replace("rewards[i]", "rewards.0") for line in module.options_text().splitlines()]
+    names = [line.split(" = ")[0].replace("[i]", ".0") for line in module.options_text().splitlines()]
     missed = []
     for name in names:
         section, _, option = name.rpartition(".")
@@ -244,12 +244,12 @@ def test_every_letter_of_every_option_left_out_or_replaced(recipe: Path) -> None
             for wrong in {option[:i] + option[i + 1 :], option[:i] + "x" + option[i + 1 :]} - {""}:
                 if f"{section}.{wrong}" in names or not wrong.isidentifier():
                     continue
-                message = refusal(recipe, f"{section}.{wrong}=1")
+                message = refusal(recipe, "data.eval.sets=x", f"{section}.{wrong}=1")
                 assert "unknown option" in message
                 suggested = re.search(r"did you mean ([\w.\[\]]+)\?", message)
-                if suggested is None or suggested[1].replace("[0]", ".0") != name:
+                if suggested is None or re.sub(r"\[.\]", ".0", suggested[1]) != name:
                     missed.append((wrong, suggested and suggested[1]))
-                    assert suggested is None or suggested[1].replace("[0]", ".0") in names
+                    assert suggested is None or re.sub(r"\[.\]", ".0", suggested[1]) in names
     assert len(missed) < 40, missed
 
 

@@ -28,6 +28,7 @@ from grpo.data import (
     Row,
     dataset_name,
     end_token_ids,
+    fingerprint,
     load_tokenizer,
     make_prompts,
     read_rows,
@@ -81,7 +82,7 @@ def rows_of(*values: dict[str, Any]) -> list[Row]:
 
 
 def prompts_of(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, **data: Any) -> PromptSet:
-    settings_ = DataConfig(**{"train": "x.jsonl", "template": "{q}", **data})
+    settings_ = DataConfig(**{"train": [], "template": "{q}", **data})
     return make_prompts(rows, data=settings_, tokenizer=tokenizer, dataset="x", option="data.train")
 
 
@@ -133,8 +134,8 @@ def test_json_lines_are_read_as_they_are(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, second: str | bytes, reason: str) -> None:
     line = second if isinstance(second, bytes) else second.encode()
     path = write(tmp_path / "x.jsonl", b'{"q": 0}\n' + line + b'\n{"q": 3}\n')
-    with refused("data.eval.path: x.jsonl:2: ", reason):
-        read_rows(path, split="test", option="data.eval.path")
+    with refused("data.eval.sets[0]: x.jsonl:2: ", reason):
+        read_rows(path, split="test", option="data.eval.sets[0]")
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
@@ -199,10 +200,10 @@ def test_saved_dataset_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Row(index=0, values={"q": "a"}, where="one[0]"),
         Row(index=1, values={"q": "b"}, where="one[1]"),
     ]
-    held_out = read_rows(str(tmp_path / "both"), split="held_out", option="data.eval.path")
+    held_out = read_rows(str(tmp_path / "both"), split="held_out", option="data.eval.sets[0]")
     assert held_out == [Row(index=0, values={"q": "c"}, where="both[0]")]
-    with refused("data.eval.path", "no split 'heldout'", "train, held_out", "did you mean held_out?"):
-        read_rows(str(tmp_path / "both"), split="heldout", option="data.eval.path")
+    with refused("data.eval.sets[0]", "no split 'heldout'", "train, held_out", "did you mean held_out?"):
+        read_rows(str(tmp_path / "both"), split="heldout", option="data.eval.sets[0]")
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"not arrow")
     with refused("data.train", "cannot be loaded"):
         read_rows(str(tmp_path / "one"), split="train", option="data.train")
@@ -398,13 +399,13 @@ def test_prompt_ids_tell_duplicates_and_contents_apart() -> None:
 
 def test_the_fingerprint_sees_rows_tokens_and_order() -> None:
     a, b = {"q": "1"}, {"q": "2"}
-    base = prompts_of(rows_of(a, b), char_tokenizer()).fingerprint
-    assert prompts_of(rows_of(dict(a), dict(b)), char_tokenizer()).fingerprint == base
+    base = fingerprint(prompts_of(rows_of(a, b), char_tokenizer()).prompts)
+    assert fingerprint(prompts_of(rows_of(dict(a), dict(b)), char_tokenizer()).prompts) == base
     others = [
-        prompts_of(rows_of(b, a), char_tokenizer()).fingerprint,
-        prompts_of(rows_of(a), char_tokenizer()).fingerprint,
-        prompts_of(rows_of(a, {**b, "extra": 0}), char_tokenizer()).fingerprint,
-        prompts_of(rows_of(a, b), char_tokenizer(), template="{q}=").fingerprint,
+        fingerprint(prompts_of(rows_of(b, a), char_tokenizer()).prompts),
+        fingerprint(prompts_of(rows_of(a), char_tokenizer()).prompts),
+        fingerprint(prompts_of(rows_of(a, {**b, "extra": 0}), char_tokenizer()).prompts),
+        fingerprint(prompts_of(rows_of(a, b), char_tokenizer(), template="{q}=").prompts),
     ]
     assert len({base, *others}) == 5
 
@@ -737,14 +738,14 @@ def test_importing_the_package_stays_cheap() -> None:
 def test_gsm8k() -> None:
     if not SHARED.is_dir():
         pytest.skip(f"the public math data is not at {SHARED}")
-    rows = read_rows(str(SHARED / "gsm8k_test.jsonl"), split="test", option="data.eval.path")
+    rows = read_rows(str(SHARED / "gsm8k_test.jsonl"), split="test", option="data.eval.sets[0]")
     assert len(rows) == 1319
     assert rows[-1].where == "gsm8k_test.jsonl:1319"
     assert rows[0].values["answer"] == "18"
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    data = DataConfig(train="x", template="{question}")
-    out = make_prompts(rows, data=data, tokenizer=tokenizer, dataset="gsm8k_test", option="data.eval.path")
+    data = DataConfig(train=[], template="{question}")
+    out = make_prompts(rows, data=data, tokenizer=tokenizer, dataset="gsm8k_test", option="data.eval.sets[0]")
     assert len(out.prompts) == len({p.prompt_id for p in out.prompts}) == 1319
     assert [len(p.token_ids) for p in out.prompts] == [len(row.values["question"].split()) for row in rows]

@@ -208,7 +208,15 @@ def make_loop(
     tmp_path: Path, config: Config, scorer: CountTwos | Scripted | None = None, reopened: int | None = None
 ) -> tuple[Loop, TablePolicy]:
     prompts = [
-        Prompt(prompt_id=f"d:{i}:h", dataset="d", token_ids=(1, i % 4 + 1), text=str(i), row={}, messages=None)
+        Prompt(
+            prompt_id=f"d:{i}:h",
+            token_ids=(1, i % 4 + 1),
+            text=str(i),
+            row={},
+            messages=None,
+            dataset="d",
+            where=f"d[{i}]",
+        )
         for i in range(12)
     ]
     policy = TablePolicy(config)
@@ -217,7 +225,7 @@ def make_loop(
         (tmp_path / "run").mkdir()
     folder = RunFolder(tmp_path / "run", config, step=reopened or 0)
     loop = Loop(
-        config=config, prompts=prompts, eval_prompts=prompts[:3] if config.data.eval.path else [], engines=policy,
+        config=config, prompts=prompts, eval_prompts=prompts[:3] if config.data.eval.sets else [], engines=policy,
         scorer=scorer or CountTwos(), folder=folder, reporter=Silent(),
         decode=lambda lists: ["".join(str(t) for t in ids) for ids in lists], train_settings=settings,
         eval_settings=settings, progress=Progress.start(config, prompts),
@@ -263,7 +271,7 @@ def test_the_samples_file_recomputes_the_metrics(tmp_path: Path) -> None:
 
 
 def test_checkpoints_and_evaluation_fall_due(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "run.steps=5", "run.save_every=2", "data.eval.path=x", "data.eval.every=2")
+    config = make_config(tmp_path, "run.steps=5", "run.save_every=2", "data.eval.sets=x", "data.eval.every=2")
     config = dataclasses.replace(config, rewards=[dataclasses.replace(config.rewards[0], name="twos")])
     loop, _ = make_loop(tmp_path, config)
     outcome = train(loop)
@@ -457,7 +465,7 @@ def test_solved_prompts_are_not_drawn_again_and_the_run_ends_when_none_is_left(t
 
 def test_a_run_that_ends_early_is_evaluated_at_its_end(tmp_path: Path) -> None:
     config = make_config(
-        tmp_path, "algorithm.retire_reward=1.0", "data.eval.path=x", "rewards.0.file=a.py", "rewards.0.name=scripted"
+        tmp_path, "algorithm.retire_reward=1.0", "data.eval.sets=x", "rewards.0.file=a.py", "rewards.0.name=scripted"
     )
     loop, _ = make_loop(tmp_path, config, Scripted(lambda n: 1.0 if n >= 3 else 0.0))  # 3: the first evaluation's
     outcome = train(loop)
@@ -479,7 +487,7 @@ def untimed(tmp_path: Path) -> list[dict[str, Any]]:
 
 def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     overrides = (
-        "run.steps=8", "run.save_every=3", "data.eval.path=x", "data.eval.every=2", "algorithm.kl_coef=0.1",
+        "run.steps=8", "run.save_every=3", "data.eval.sets=x", "data.eval.every=2", "algorithm.kl_coef=0.1",
         "algorithm.kl_target=0.01", "algorithm.retire_reward=0.6",
     )  # fmt: skip
     (tmp_path / "straight").mkdir()
@@ -579,7 +587,7 @@ def test_two_runs_cannot_work_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_accuracy_is_read_from_the_first_of_two_functions_of_one_name(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "run.steps=1", "data.eval.path=x")
+    config = make_config(tmp_path, "run.steps=1", "data.eval.sets=x")
     rewards = [RewardConfig(file=file, name="score") for file in ("good.py", "other.py")]
     scorer = Scripted(lambda n: 1.0, parts={"good.score": 0.25, "other.score": 0.75})
     loop, _ = make_loop(tmp_path, dataclasses.replace(config, rewards=rewards), scorer)
@@ -661,7 +669,9 @@ def test_steps_that_are_not_finite_are_counted_across_a_resume(tmp_path: Path) -
 
 
 def group_of(rewards: list[float | None], index: int) -> Group:
-    prompt = Prompt(prompt_id=f"d:{index}:h", dataset="d", token_ids=(1, 2), text="", row={}, messages=None)
+    prompt = Prompt(
+        prompt_id=f"d:{index}:h", token_ids=(1, 2), text="", row={}, messages=None, dataset="d", where="d[0]"
+    )
     completion = Completion(
         token_ids=np.asarray([3], dtype=np.int32), sampler_logprobs=np.zeros(1, dtype=np.float32),
         sampled_mask=np.ones(1, dtype=bool), policy_versions=np.zeros(1, dtype=np.int32),

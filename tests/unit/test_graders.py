@@ -305,7 +305,9 @@ def test_graders_run_in_the_workers(tmp_path: Path) -> None:
 
     def outcomes(config: RewardConfig, texts: Sequence[str], gold: str) -> list[Scored | Failed]:
         with RewardPool([config], files=[Path(config.file)], workers=1, log_dir=tmp_path / "logs") as pool:
-            items = [RewardItem(completion=t, row={"answer": gold}, messages=None, info=info) for t in texts]
+            items = [
+                RewardItem(completion=t, row={"answer": gold}, messages=None, info=info, dataset="d") for t in texts
+            ]
             return pool.submit(items).result(timeout=120)
 
     right, late, wrong = outcomes(reward, [boxed("5"), slow, boxed("6")], "5")

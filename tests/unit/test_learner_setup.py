@@ -47,7 +47,7 @@ def test_a_model_that_lacks_weights_is_refused(family: str, make_model: Callable
     folder = make_model(family)
     config = Config(
         model=ModelConfig(path=str(folder), dtype="float32"),
-        data=DataConfig(train="x.jsonl"),
+        data=DataConfig(train=[]),
         algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
         run=RunConfig(steps=1),
     )
@@ -69,7 +69,7 @@ def test_a_critic_with_dropout_is_refused(make_model: Callable[..., Path]) -> No
     folder, critic = make_model("llama"), make_model("llama", attention_dropout=0.3)
     config = Config(
         model=ModelConfig(path=str(folder), dtype="float32"),
-        data=DataConfig(train="x.jsonl"),
+        data=DataConfig(train=[]),
         algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2, advantage="gae"),
         critic=CriticConfig(path=str(critic)),
         run=RunConfig(steps=1),

@@ -11,7 +11,7 @@ from grpo.evaluation import Judged, evaluate_groups, judged
 from grpo.metrics import learner_metrics, rollout_metrics, staleness_metrics
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, StepResult
 
-PROMPT = Prompt(prompt_id="d:0:x", dataset="d", token_ids=(1, 2, 3), text="p", row={}, messages=None)
+PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None, dataset="d", where="d[0]")
 
 
 def rollout(reward: float | None, tokens: int = 2, reason: str = "stop", version: int = 0) -> Rollout:
@@ -99,7 +99,7 @@ def test_learner_sums_become_means_and_shares() -> None:
 
 
 def test_accuracy_is_the_mean_over_prompts_of_scored_samples() -> None:
-    other = Prompt(prompt_id="d:1:y", dataset="d", token_ids=(1,), text="q", row={}, messages=None)
+    other = Prompt(prompt_id="d:1:y", token_ids=(1,), text="q", row={}, messages=None, dataset="d", where="d[0]")
     result = evaluate_groups([group(rollout(1.0), rollout(0.0)), group(rollout(1.0), rollout(None), prompt=other)])
     assert result.per_prompt == {"d:0:x": 0.5, "d:1:y": 1.0}
     assert result.accuracy == 0.75

@@ -101,7 +101,8 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     """Another seed of the data starts them anew; another coefficient replaces the adapted one."""
     config = config_in(tmp_path)
     prompts = [
-        Prompt(prompt_id=f"d:{i}:h", dataset="d", token_ids=(1,), text="", row={}, messages=None) for i in range(6)
+        Prompt(prompt_id=f"d:{i}:h", token_ids=(1,), text="", row={}, messages=None, dataset="d", where=f"d[{i}]")
+        for i in range(6)
     ]
     cursor = Cursor(6, seed=config.data.seed)
     cursor.take(4)

@@ -67,7 +67,7 @@ def items(
 ) -> list[RewardItem]:
     info = {"token_count": 3, "finish_reason": "stop", "prompt": "1+1=", "step": 7}
     return [
-        RewardItem(completion=text, row=row, messages=messages, info={**info, "token_count": len(text)})
+        RewardItem(completion=text, row=row, messages=messages, info={**info, "token_count": len(text)}, dataset="d")
         for text in texts
     ]
 
@@ -495,7 +495,7 @@ from grpo.config import RewardConfig
 from grpo.rewards.pool import RewardItem, RewardPool
 pool = RewardPool([RewardConfig(file={hang.file!r}, name="f")], files=[Path({hang.file!r})], workers=1,
                   log_dir=Path({str(tmp_path)!r}))
-pool.submit([RewardItem(completion="x", row={{}}, messages=None, info={{}})])
+pool.submit([RewardItem(completion="x", row={{}}, messages=None, info={{}}, dataset="d")])
 time.sleep(600)
 """
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -638,7 +638,7 @@ def test_what_cannot_be_loaded_is_one_sentence(write: Write, style: Any, source:
     reward = write(source, style=style)
     limit = 0.5 if "while True" in source else 30.0
     with pytest.raises(UserError) as caught:
-        check_loads([reward], [Path(reward.file)], columns=["question", "answer"], deadline_s=limit)
+        check_loads([reward], [Path(reward.file)], columns=[["question", "answer"]], deadline_s=limit)
     assert str(caught.value) == sentence.format(file=reward.file)
 
 
@@ -699,10 +699,10 @@ def tried(
 def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
     exact = RewardConfig(file=str(ROOT / "reward_fns" / "arithmetic.py"), gold=True, weight=-1.0)
     rows = [{"answer": "14"}, {"answer": 5}]
-    assert tried(exact, tmp_path, rows) == ["arithmetic: gold 1, corrupted 0 on 2 rows"]
+    assert tried(exact, tmp_path, rows) == ["arithmetic on data.train: gold 1, corrupted 0 on 2 rows"]
     boxed = write("def f(completion, row): return completion == f'[{row[\"sum\"]:03d}]'", gold=True)
     assert tried(boxed, tmp_path, [{"sum": 7}], gold_template="[{sum:03d}]", answer_column="sum") == [
-        "f: gold 1, corrupted 0 on 1 rows"
+        "f on data.train: gold 1, corrupted 0 on 1 rows"
     ]
     grouped = write(
         "def f(completions, answer):\n    assert len(completions[0])\n"
@@ -711,10 +711,10 @@ def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="AssertionError"):  # fails on the empty completion, so on the whole group
         tried(grouped, tmp_path)
     assert tried(write("def f(completion, row): return None"), tmp_path, [ROW, ROW]) == [
-        "f: warning: it returned None (abstained) on each of the 2 rows tried"
+        "f on data.train: warning: it returned None (abstained) on each of the 2 rows tried"
     ]
     some = write("def f(completion, row): return 1.0 if completion else None")
-    assert tried(some, tmp_path) == ["f: ran on 1 rows"]
+    assert tried(some, tmp_path) == ["f on data.train: ran on 1 rows"]
 
 
 @pytest.mark.parametrize(
@@ -731,7 +731,7 @@ def test_a_gold_answer_that_does_not_stand_out_is_refused(write: Write, tmp_path
     reward = write(f"def f(completion, row): {source}", gold=True)
     with pytest.raises(UserError) as caught:
         tried(reward, tmp_path)
-    assert str(caught.value).startswith("rewards[0]: f gives the gold answer '2' ")
+    assert str(caught.value).startswith("rewards[0]: f on data.train gives the gold answer '2' ")
     assert said in str(caught.value)
     assert "'question': '1+1'" in str(caught.value)
 
@@ -750,16 +750,18 @@ def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path
     )
     fitting = [items([""], row=row)[0] for row in (ROW, {"answer": "", "question": ""})]
     options: Any = {"gold_template": "{answer}", "answer_column": "answer", "log_dir": tmp_path}
-    assert try_out([bad], [Path(bad.file)], {"data.train": fitting}, **options) == ["bad: ran on 2 rows"]
-    with pytest.raises(UserError, match=r"bad on data\.eval\.path fails on every row"):
-        try_out([bad], [Path(bad.file)], {"data.train": fitting, "data.eval.path": samples}, **options)
+    assert try_out([bad], [Path(bad.file)], {"data.train": fitting}, **options) == ["bad on data.train: ran on 2 rows"]
+    with pytest.raises(UserError, match=r"bad on data\.eval\.sets\[0\] fails on every row"):
+        try_out([bad], [Path(bad.file)], {"data.train": fitting, "data.eval.sets[0]": samples}, **options)
     with pytest.raises(UserError, match=r"timeout: f: ran longer than 0\.5 s"):
         tried(write("def f(completion, row):\n    while True: pass", timeout_s=0.5), tmp_path, [ROW] * 8)
 
 
 def test_gold_needs_its_column_and_template(write: Write, tmp_path: Path) -> None:
     reward = write("def f(completion, row): return 1.0", gold=True)
-    with pytest.raises(UserError, match=r"rewards\[0\]: f has gold: true .* data\.answer_column=answer is no column"):
+    with pytest.raises(
+        UserError, match=r"rewards\[0\]: f on data\.train has gold: true .* data\.answer_column=answer is no column"
+    ):
         tried(reward, tmp_path, [{"solution": "2"}])
     with pytest.raises(UserError, match=r"data\.gold_template='\{anwser\}' does not fit the rows: KeyError"):
         tried(reward, tmp_path, gold_template="{anwser}")

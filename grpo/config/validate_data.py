@@ -1,0 +1,65 @@
+"""What must hold between the options of data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from grpo.config.rules import inert, need
+from grpo.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    EvalConfig,
+    EvalSetConfig,
+    TrainSetConfig,
+)
+
+
+def validate_data(c: Config) -> None:
+    """The section data, and what depends on it."""
+    need(
+        c.data.messages_column is None or c.data.style == "chat",
+        "data.messages_column has no effect with data.style=template; set data.style=chat",
+    )
+    need(
+        c.data.system_prompt is None or (c.data.style == "chat" and c.data.messages_column is None),
+        "data.system_prompt has no effect without data.style=chat or when data.messages_column gives the turns",
+    )
+    if not any(reward.gold for reward in c.rewards):
+        inert(c.data, DataConfig(), ("gold_template",), "data.", "without a reward that has gold: true")
+    need(len(c.data.train) > 0, "data.train is empty: give at least one data set, as a path or {path: train.jsonl}")
+    for option, sets in (("data.train", c.data.train), ("data.eval.sets", c.data.eval.sets)):
+        for i, dataset in enumerate(sets):
+            _validate_set(f"{option}[{i}]", dataset)
+    _validate_weights(c.data.train)
+    if not c.data.eval.sets:
+        without = "without data.eval.sets"
+        inert(c.data, DataConfig(), ("contaminated", "overlap_ngram"), "data.", without)
+        names = tuple(f.name for f in dataclasses.fields(EvalConfig) if f.name != "sets")
+        inert(c.data.eval, EvalConfig(), names, "data.eval.", without)
+
+
+def _validate_set(option: str, dataset: DatasetConfig) -> None:
+    need(dataset.name != "", f"{option}.name must not be empty; leave it out for the path's own name")
+    need(dataset.limit is None or dataset.limit >= 1, f"{option}.limit must be at least 1, not {dataset.limit}")
+    k = dataset.samples_per_prompt if isinstance(dataset, EvalSetConfig) else None
+    need(k is None or k >= 1, f"{option}.samples_per_prompt must be at least 1, not {k}")
+    for column, bounds in dataset.between.items():
+        need(
+            len(bounds) == 2 and bounds[0] <= bounds[1],
+            f"{option}.between.{column} must be [lowest, highest], not {bounds}",
+        )
+
+
+def _validate_weights(sets: Sequence[TrainSetConfig]) -> None:
+    weights = [dataset.weight for dataset in sets]
+    if all(weight is None for weight in weights):
+        return
+    need(len(sets) > 1, "data.train[0].weight has no effect with one data set; leave it out")
+    for i, weight in enumerate(weights):
+        need(
+            weight is not None,
+            f"data.train[{i}].weight is missing while other data sets have weights: give one to all of them or to none",
+        )
+        need(weight is None or weight > 0, f"data.train[{i}].weight must be above 0, not {weight}")

@@ -1,0 +1,94 @@
+"""Python format strings over a row's columns: prompts are written with them, and columns are mapped."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo.data.hub import one_line
+from grpo.data.rows import Row
+from grpo.types import UserError
+
+
+def render_template(template: str, row: Row, *, option: str) -> str:
+    """`template` over the row's columns; UserError names `option` and the row."""
+    values_of(template, row, option=option)
+    try:
+        return template.format_map(row.values)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise _misfit(template, row, option, error) from error
+
+
+def values_of(template: str, row: Row, *, option: str) -> list[Any]:
+    """The value of each field of `template`, none of them null."""
+    values = []
+    for field in _fields(template, option):
+        column = re.split(r"[.\[]", field, maxsplit=1)[0]
+        if column not in row.values:
+            near = difflib.get_close_matches(column, row.values, n=1, cutoff=0.5)
+            raise UserError(
+                f"{option}: {row.where} has no column {column!r}; it has {', '.join(row.values) or 'none'}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        try:
+            value, _ = string.Formatter().get_field(field, (), row.values)
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+            raise _misfit(template, row, option, error) from error
+        if value is None:
+            raise UserError(f"{option}: {row.where}: column {field!r} is null, which would be written as 'None'")
+        values.append(value)
+    return values
+
+
+def map_columns(rows: Sequence[Row], columns: Mapping[str, str], *, option: str) -> list[Row]:
+    """Rows with new columns, each a format string over the row's own columns. A string that is one field and nothing
+    else gives the value itself, so that lists and numbers stay what they are.
+
+    Raises UserError naming the option and the row.
+    """
+    mapped = []
+    for row in rows:
+        new: dict[str, Any] = {}
+        for column, template in columns.items():
+            name = f"{option}.columns.{column}"
+            if _is_one_field(template):
+                [new[column]] = values_of(template, row, option=name)
+            else:
+                new[column] = render_template(template, row, option=name)
+        mapped.append(dataclasses.replace(row, values={**row.values, **new}) if new else row)
+    return mapped
+
+
+def _is_one_field(template: str) -> bool:
+    """Whether the template is a field without format or conversion and nothing else."""
+    try:
+        return [(text, spec, how) for text, _, spec, how in string.Formatter().parse(template)] == [("", "", None)]
+    except ValueError:  # _fields says what is wrong with it
+        return False
+
+
+@functools.cache
+def _fields(template: str, option: str) -> tuple[str, ...]:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(
+            f"{option}: {template!r} is not a format string: {error}; literal braces are written {{{{ and }}}}"
+        ) from error
+    for field in fields:
+        column = re.split(r"[.\[]", field, maxsplit=1)[0]
+        if not column or column.isdigit():
+            raise UserError(
+                f"{option}: {template!r} has {{{column}}}, which names no column; "
+                "literal braces are written {{ and }}"
+            )
+    return tuple(fields)
+
+
+def _misfit(template: str, row: Row, option: str, error: Exception) -> UserError:
+    return UserError(f"{option}: {template!r} does not fit {row.where}: {one_line(error)}")
