@@ -59,6 +59,12 @@ class Manifest:
     """Path below the folder -> record."""
 
 
+KINDS = {"format": int, "step": int} | dict.fromkeys(
+    ("config", "fingerprints", "versions", "driver", "learner", "metrics", "files"), dict
+)
+"""Types of a manifest's fields in JSON."""
+
+
 def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
@@ -137,26 +143,34 @@ def read(folder: Path) -> Manifest:
         known = {field.name for field in dataclasses.fields(Manifest)}
         if set(raw) != known:
             raise ValueError(f"it has {sorted(raw)}")
+        wrong = [name for name, kind in KINDS.items() if type(raw[name]) is not kind]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is {raw[wrong[0]]!r}")
         records = {name: FileRecord(**record) for name, record in raw["files"].items()}
         manifest = Manifest(**{**raw, "files": records})
     except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
         raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
     if manifest.format != FORMAT:
         raise UserError(f"{file} is of format {manifest.format}; this version reads format {FORMAT}")
-    if folder_of(folder.parent.parent, manifest.step).name != folder.name or manifest.driver["step"] != manifest.step:
+    own = folder_of(folder.parent.parent, manifest.step).name
+    if own != folder.name or manifest.driver.get("step") != manifest.step:
         raise UserError(f"{file} is of step {manifest.step}, which is not the step of its folder")
     for name, record in manifest.files.items():
-        path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise UserError(f"{file} names {name}, outside its folder")
-        if not path.is_file():
-            raise UserError(f"{path} is missing from its checkpoint")
-        if path.stat().st_size != record.bytes:
-            raise UserError(f"{path} has {path.stat().st_size} bytes and was written with {record.bytes}")
-        with path.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != record.sha256:
-                raise UserError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
+        check_file(folder / name, record)
     return manifest
+
+
+def check_file(path: Path, record: FileRecord) -> None:
+    """Raises UserError unless the file is the one that was written."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing from its checkpoint")
+    if path.stat().st_size != record.bytes:
+        raise UserError(f"{path} has {path.stat().st_size} bytes and was written with {record.bytes}")
+    with path.open("rb") as handle:
+        if hashlib.file_digest(handle, "sha256").hexdigest() != record.sha256:
+            raise UserError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
 
 
 def found(run: Path) -> list[Path]:
@@ -245,35 +259,43 @@ def compare(
 
     Raises UserError at what would make it another run, naming the option that lets it.
     """
-    options = differences(manifest.config, config)
     contents = [
         name
         for name in sorted({*manifest.fingerprints, *fingerprints})
         if manifest.fingerprints.get(name) != fingerprints.get(name)
     ]
     for name in allowed:
-        if not any(_within(option, [name]) for option in (*options, *contents)):
+        if not any(_within(option, [name]) for option in (*differences(manifest.config, config), *contents)):
             raise UserError(f"allow={name}: that does not differ from the checkpoint")
-    schedules = {config["optimizer"]["schedule"], config["critic"]["optimizer"]["schedule"]}
-    notes = []
-    for option, (before, now) in options.items():
-        stretched = option == "run.steps" and schedules != {"constant"}
-        if _within(option, allowed):
-            notes.append(f"{option} is {now}, was {before}, as allowed")
-        elif stretched or not _within(option, (*FREE, *FLOAT_ORDER)):
-            why = "; the learning-rate schedule would be another" if stretched else ""
-            raise UserError(
-                f"{option}={now} was {before} in the run to be resumed{why}: put it back, or go on with it: "
-                f"allow={option}"
-            )
-        elif _within(option, FLOAT_ORDER):
-            notes.append(f"{option} is {now}, was {before}: equal up to the order of additions, not bit for bit")
+    options = differences(manifest.config, config)
+    notes = compare_options(manifest.config, config, allowed)
     for name in contents:
         if not _within(name, allowed):
             by = ", ".join(option for option in options if _within(option, [name]))
             by = f" (by {by})" if by else ""
             raise UserError(f"the content of {name} has changed since the checkpoint{by}; go on with it: allow={name}")
         notes.append(f"the content of {name} has changed, as allowed")
+    return notes
+
+
+def compare_options(before: Mapping[str, Any], config: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
+    """What other options the continued run has than the one `before`, in words.
+
+    Raises UserError at what would make it another run, naming the option that lets it.
+    """
+    schedules = {config["optimizer"]["schedule"], config["critic"]["optimizer"]["schedule"]}
+    notes = []
+    for option, (old, now) in differences(before, config).items():
+        stretched = option == "run.steps" and schedules != {"constant"}
+        if _within(option, allowed):
+            notes.append(f"{option} is {now}, was {old}, as allowed")
+        elif stretched or not _within(option, (*FREE, *FLOAT_ORDER)):
+            why = "; the learning-rate schedule would be another" if stretched else ""
+            raise UserError(
+                f"{option}={now} was {old} in the run to be resumed{why}: put it back, or go on with it: allow={option}"
+            )
+        elif _within(option, FLOAT_ORDER):
+            notes.append(f"{option} is {now}, was {old}: equal up to the order of additions, not bit for bit")
     return notes
 
 

@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped by a 
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import functools
 import os
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"grpo: {error.filename}: {error.strerror}", file=sys.stderr)
         return OURS if error.errno in (errno.ENOSPC, errno.EDQUOT) else USERS
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib's words about ~nobody
+            raise
+        print(f"grpo: a path begins with ~ and a user that there is none of: {error}", file=sys.stderr)
+        return USERS
     except KeyboardInterrupt:
         print("grpo: interrupted before anything was started", file=sys.stderr)
         return OURS
@@ -124,6 +130,11 @@ def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     asked = {
         name: value for name, _, value in (text.partition("=") for text in overrides) if name in ("resume", "allow")
     }
+    for text in overrides:
+        name = text.partition("=")[0]
+        near = difflib.get_close_matches(name, ("resume", "allow"), n=1, cutoff=0.75)
+        if near and name not in asked:
+            raise UserError(f"override {text!r}: did you mean {near[0]}=?")
     if "allow" in asked and "resume" not in asked:
         raise UserError("allow= is for a run that is resumed: resume=auto or resume=PATH")
     return asked, [text for text in overrides if text.partition("=")[0] not in asked]
@@ -207,25 +218,28 @@ def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str
     started = time.monotonic()
     interrupt_early()
     origin = resuming.find(asked.get("resume"), config, str(recipe))
-    if origin.done:
+    config = check.resolve_paths(config)
+    allowed = [name for name in asked.get("allow", "").split(",") if name]
+    if origin.done and origin.run is not None:
+        resuming.refuse_other_run(origin.run, config, allowed)
         print(f"{origin.run} is done: it has {config.run.steps} steps; more of them: run.steps=N")
         return DONE
     if origin.run is None:
         run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
-    config = check.resolve_paths(config)
     try:
         with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
             plan = check.check(config, recipe, Path(log_dir), say=tell)
+        resumed = resuming.prepare(origin, plan, allowed)
     except KeyboardInterrupt:
         if origin.checkpoint is None:
             raise
         print(f"grpo: interrupted before anything was started; go on with resume={origin.run}", file=sys.stderr)
         return RESUMABLE
-    resumed = resuming.prepare(origin, plan, [name for name in asked.get("allow", "").split(",") if name])
     if origin.run is None:
         folder = run_folder.create(config, str(recipe))
     else:
-        folder = run_folder.reopen(origin.run, config, resumed.step)
+        run, seen = origin.run, origin.state
+        folder = run_folder.reopen(run, config, resumed.step, lambda: resuming.state_of(run) == seen)
         folder.facts |= resumed.progress.accuracies()
     path = folder.path
     if plan.dropped:

@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from grpo import sweeper
 from grpo.config import Config
@@ -160,7 +161,7 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
         if log_dir is None:
             yield
             return
-        with _loopback_only(), _private_ray(node):
+        with _loopback_only(), _out_of_the_process_group(), _private_ray(node):
             yield
         return
     refuse_silent(address)
@@ -195,6 +196,23 @@ def _loopback_only() -> Iterator[None]:
 
 
 @contextmanager
+def _out_of_the_process_group() -> Iterator[None]:
+    """Let what Ray starts be in a session of its own: a signal to the job's process group, as `timeout` and terminals
+    send it, is for the driver, which needs its engines to finish the step."""
+
+    class Popen(services.ConsolePopen):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, start_new_session=True)
+
+    before = services.ConsolePopen
+    services.ConsolePopen = Popen  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before  # type: ignore[misc]
+
+
+@contextmanager
 def _private_ray(node: Node) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="grpo-ray-"))  # short: socket paths below it are limited to 107 bytes
     os.environ["RAY_AUTH_TOKEN"] = _token()
@@ -214,7 +232,7 @@ def _private_ray(node: Node) -> Iterator[None]:
             log_to_driver=False,
             logging_level="ERROR",
             object_store_memory=1 << 30,
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "r"),  # Ray opens it to everybody; the folder above it stays ours alone
             _node_ip_address=LOOPBACK,
             _system_config={"task_events_report_interval_ms": 0},  # else Ray remembers the last 100,000 calls
         )

@@ -17,6 +17,7 @@ This file reaches no engine: it sees `Loop`, whose parts are protocols, and is t
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from grpo.progress import Progress
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
 from grpo.run_folder import RunFolder
 from grpo.saving import Saver
-from grpo.types import Group, Prompt, RankStep, StepResult
+from grpo.types import Group, Prompt, RankStep, StepResult, UserError
 from grpo.weight_sync import Probe
 
 
@@ -149,6 +150,7 @@ def train(loop: Loop) -> Outcome:
             metrics |= eval_metrics(at.after)
         loop.folder.log_metrics(step, metrics)
         loop.folder.facts["steps"] = step
+        refuse_unknown_best(config, metrics)
         loop.reporter.step(step, metrics)
         loop.saver.poll()
         stopping = loop.stopping() and step < config.run.steps
@@ -366,6 +368,26 @@ def throughput(
     flops = parameters * positions * (6 * a.epochs_per_step + 2 * forwards)
     out["perf/learner_tflops_per_rank"] = flops / metrics["time/update_s"] / config.learner.ranks / 1e12
     return out
+
+
+def refuse_unknown_best(config: Config, metrics: Mapping[str, float]) -> None:
+    """`run.keep_best` must be a metric that every step has, or one of the evaluation.
+
+    Raises UserError with the nearest name.
+    """
+    best = config.run.keep_best
+    if best is None or best in metrics or best in eval_names(config):
+        return
+    near = difflib.get_close_matches(best, [*metrics, *eval_names(config)], n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"run.keep_best={best} is no metric of this run{hint}")
+
+
+def eval_names(config: Config) -> list[str]:
+    """The metrics of an evaluation."""
+    names = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")
+    sets = ["", *(f"/{one.name}" for one in config.data.eval.sets if len(config.data.eval.sets) > 1)]
+    return [f"eval/{name}{of_set}" for of_set in sets for name in names]
 
 
 def eval_is_due(config: Config, step: int) -> bool:

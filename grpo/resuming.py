@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from grpo import checkpoint, run_folder
 from grpo.check import Plan, model_fingerprint
 from grpo.checkpoint import Manifest
@@ -27,6 +29,8 @@ class Origin:
     """None: from the beginning."""
     done: bool = False
     """The run has reached its last step: there is nothing to do."""
+    state: tuple[str, ...] = ()
+    """What the folder held when this was decided (`state_of`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +67,10 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
             raise UserError(f"resume=auto: {run} is no run folder (it has no config.yaml); choose another run.name")
         every = checkpoint.found(run)
         done = run_folder.is_done(run, config.run.steps)
-        return Origin(run=run, checkpoint=every[-1] if every else None, done=done)
+        return Origin(run=run, checkpoint=every[-1] if every else None, done=done, state=state_of(run))
     path = Path(resume).expanduser().resolve()
     if path.parent.name == "checkpoints" and path in checkpoint.found(path.parent.parent):
-        return Origin(run=path.parent.parent, checkpoint=path)
+        return Origin(run=path.parent.parent, checkpoint=path, state=state_of(path.parent.parent))
     if not (path / "checkpoints").is_dir():
         raise UserError(
             f"resume={resume} is neither a run folder nor a checkpoint (runs/NAME or .../checkpoints/step-N)"
@@ -76,7 +80,29 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
         raise UserError(
             f"resume={resume}: the run has no checkpoint (run.save_every writes them); resume=auto starts over"
         )
-    return Origin(run=path, checkpoint=every[-1], done=run_folder.is_done(path, config.run.steps))
+    done = run_folder.is_done(path, config.run.steps)
+    return Origin(run=path, checkpoint=every[-1], done=done, state=state_of(path))
+
+
+def state_of(run: Path) -> tuple[str, ...]:
+    """What another process changes in a run's folder when it works there: checkpoints, and the end."""
+    summary = run / "summary.json"
+    ended = f"ended {summary.stat().st_mtime_ns}" if summary.exists() else "not ended"
+    return (*(path.name for path in checkpoint.found(run)), ended)
+
+
+def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
+    """A folder that `resume=auto` has found by its name must be of a run with these options.
+
+    Raises UserError naming the first that differs.
+    """
+    try:
+        before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        checkpoint.compare_options(before, plain(config), allowed)
+    except UserError as error:
+        raise UserError(f"{run} is another run: {error}; or choose another run.name") from error
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, yaml.YAMLError) as error:
+        raise UserError(f"{run / 'config.yaml'} is damaged: {' '.join(str(error).split())[:200]}") from error
 
 
 def newest(config: Config, recipe: str) -> Path | None:
@@ -110,6 +136,13 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
     if origin.checkpoint is None:
         if allowed:
             raise UserError(f"allow={allowed[0]}: there is no checkpoint to differ from")
+        if origin.run is not None:
+            if run_folder.is_done(origin.run, 0):
+                raise UserError(
+                    f"{origin.run} is done and has no checkpoint to go on from (run.save_every writes them); choose "
+                    "another run.name"
+                )
+            refuse_other_run(origin.run, config, ())
         lines = (
             () if origin.run is None else (f"resumed    {origin.run.name} from its beginning: it has no checkpoint",)
         )
@@ -145,6 +178,12 @@ def progress_of(manifest: Manifest, plan: Plan) -> Progress:
         progress = Progress.restore(manifest.driver, plan.prompts, anew=anew)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint of step {manifest.step} is of another version: {error!r}") from error
+    if manifest.fingerprints.get("data.eval.sets") != plan.fingerprints.get("data.eval.sets") or any(
+        before["data"]["eval"].get(name) != value
+        for name, value in plain(config)["data"]["eval"].items()
+        if name not in ("sets", "every", "by")
+    ):  # what was measured otherwise is nothing to compare with
+        progress.before = progress.after = None
     if before["algorithm"]["kl_coef"] != config.algorithm.kl_coef:
         progress.kl_coef = config.algorithm.kl_coef
     return progress

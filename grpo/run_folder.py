@@ -84,20 +84,20 @@ def is_disk_full(error: BaseException) -> bool:
 
 def drop_unfinished(path: Path) -> None:
     """Remove what was being written aside, which makes room for a run's last words."""
-    for aside in (*path.glob("*.partial"), *(path / "checkpoints").glob("*.partial"), *path.glob("samples/*.partial")):
+    for aside in (*path.glob("*.partial"), *path.glob("*/*.partial")):
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)  # a rank may still be writing into it
         else:
             aside.unlink(missing_ok=True)
 
 
-def reopen(path: Path, config: Config, step: int) -> RunFolder:
+def reopen(path: Path, config: Config, step: int, unchanged: Callable[[], bool] = lambda: True) -> RunFolder:
     """The folder of a run that goes on after `step`. What lies beyond that step is cut: lines of metrics.jsonl,
-    samples, checkpoints and the final model.
+    samples, checkpoints, dumps and the final model.
 
-    Raises UserError when another process works in it.
+    Raises UserError when another process works in it, or has worked in it since the step was chosen (`unchanged`).
     """
-    folder = RunFolder(path, config, step=step)
+    folder = RunFolder(path, config, step=step, unchanged=unchanged)
     folder.facts["steps"] = step
     return folder
 
@@ -116,6 +116,17 @@ def cut(path: Path, step: int) -> None:
 
     Raises UserError when metrics.jsonl is damaged before its last line.
     """
+    drop_unfinished(path)
+    for sub in (
+        "checkpoints",
+        "samples",
+        "nonfinite",
+    ):  # checkpoints first: after an end in between, the others are cut
+        beyond = [(n, file) for file in (path / sub).glob("*-*") if (n := step_of(file)) is not None and n > step]
+        for _, file in sorted(beyond, reverse=True):
+            aside = file.with_name(file.name + ".partial")  # half-deleted, it is no checkpoint
+            os.rename(file, aside)
+            shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
     metrics = path / "metrics.jsonl"
     if metrics.exists():
         kept = []
@@ -128,10 +139,6 @@ def cut(path: Path, step: int) -> None:
                 if number < len(lines):  # the last one may have been cut short
                     raise UserError(f"{metrics}:{number} is damaged: {line[:80]!r}") from error
         write_text(metrics, "".join(f"{line}\n" for line in kept))
-    for file in (*(path / "samples").glob("*-*.parquet*"), *(path / "checkpoints").glob("step-*")):
-        named = re.match(r"(?:step|eval)-(\d+)", file.name)
-        if file.name.endswith(".partial") or (named and int(named[1]) > step):
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
     if (path / "model").exists():
         shutil.rmtree(path / "model.before", ignore_errors=True)
         os.rename(path / "model", path / "model.before")
@@ -139,11 +146,20 @@ def cut(path: Path, step: int) -> None:
     (path / "summary.json").unlink(missing_ok=True)
 
 
+def step_of(file: Path) -> int | None:
+    """The step that a checkpoint, a file of samples or a dump is of."""
+    named = re.match(r"(?:step|eval)-(\d+)", file.name)
+    return int(named[1]) if named else None
+
+
 class RunFolder:
     """Writers of one run, in a folder that exists and is its own."""
 
-    def __init__(self, path: Path, config: Config, *, step: int = 0) -> None:
-        """`step`: where the run goes on."""
+    def __init__(
+        self, path: Path, config: Config, *, step: int = 0, unchanged: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`step`: where the run goes on. `unchanged`: whether the folder still is what that was decided by; asked once
+        no other process can be working in it."""
         self.path = path
         self.facts: dict[str, Any] = {"steps": 0}
         """What the summary says of a run however it ends."""
@@ -153,6 +169,9 @@ class RunFolder:
         except OSError as error:
             self._lock.close()
             raise UserError(f"another process is working in {path}") from error
+        if not unchanged():
+            self._lock.close()
+            raise UserError(f"another process has worked in {path} since this one looked at it; start again")
         for sub in ("logs", "samples", "checkpoints"):
             (path / sub).mkdir(exist_ok=True)
         cut(path, step or -1)  # from the beginning, the evaluation before the first step is made again

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -107,7 +108,18 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` of it gives the same config."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(_literal(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _literal(tree: Any) -> Any:
+    """`tree` for a YAML file that OmegaConf reads: what looks like an interpolation is escaped, tuples are lists."""
+    if isinstance(tree, dict):
+        return {key: _literal(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_literal(value) for value in tree]
+    if isinstance(tree, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", tree)
+    return tree
 
 
 def _listed(tree: DictConfig) -> DictConfig:

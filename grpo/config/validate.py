@@ -49,7 +49,7 @@ def validate(c: Config) -> None:
 
 
 def _validate_numbers(c: Config) -> None:
-    """No NaN and no infinity anywhere: every comparison below would let one through."""
+    """No NaN and no infinity anywhere: every comparison below would let one through. And no NUL, which no path has."""
 
     def walk(name: str, value: Any) -> None:
         if dataclasses.is_dataclass(value):
@@ -61,6 +61,8 @@ def _validate_numbers(c: Config) -> None:
         elif isinstance(value, dict):
             for key, item in value.items():
                 walk(f"{name}.{key}", item)
+        elif isinstance(value, str):
+            need("\0" not in value, f"{name.removeprefix('.')} must not hold a NUL character, as {value!r:.80} does")
         elif isinstance(value, float):
             need(math.isfinite(value), f"{name.removeprefix('.')} must be a finite number, not {value}")
 
@@ -368,6 +370,13 @@ def _validate_rewards(c: Config) -> None:
     if c.run.save_every == 0:
         names_of_saving = ("save_model", "keep_last", "keep_every", "keep_best")
         inert(c.run, RunConfig(), names_of_saving, "run.", "without run.save_every")
+    if (c.run.keep_best or "").startswith("eval/"):
+        every = c.data.eval.every
+        need(
+            bool(c.data.eval.sets) and every > 0 and c.run.save_every % every == 0,
+            f"run.keep_best={c.run.keep_best} needs an evaluation whenever a checkpoint is written: data.eval.sets, "
+            f"and data.eval.every={c.run.save_every} (the value of run.save_every) or a divisor of it, not {every}",
+        )
     if c.run.name is not None:
         need(
             c.run.name not in ("", ".", "..") and "/" not in c.run.name and "\0" not in c.run.name,

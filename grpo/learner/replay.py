@@ -38,9 +38,13 @@ def replay(folder: Path) -> list[str]:
     lines += [f"weights: {name} {_counted(p)}" for name, p in model.named_parameters() if not _finite(p)]
     for rank, file in enumerate(files):
         for number, (batch, prepared, kl_coef) in enumerate(read(file)):
-            found = examine(model, head, config, batch, prepared, kl_coef, device)
-            if critic is not None:
-                found |= examine_critic(critic, config, batch, prepared, device)
+            try:
+                found = examine(model, head, config, batch, prepared, kl_coef, device)
+                if critic is not None:
+                    found |= examine_critic(critic, config, batch, prepared, device)
+            except (IndexError, RuntimeError, ValueError) as error:
+                what = " ".join(str(error).split())[:200]
+                raise UserError(f"{file}: microbatch {number} does not fit the dump's model: {what}") from error
             where = f"rank {rank} microbatch {number}"
             lines += [f"{where}: {name} {text}" for name, text in found.items()]
     begins = next((line for line in lines[1:] if "not finite" in line), None)
@@ -57,16 +61,18 @@ def read(file: Path) -> list[tuple[Batch, Prepared, float]]:
     except SafetensorError as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     out = []
-    if about is None or not {"microbatches", "kl_coef"} <= about.keys():
-        raise UserError(f"{file} is not of a dump: it does not say how many microbatches it holds")
-    for number in range(int(about["microbatches"])):
+    try:
+        count, kl_coef = int(about["microbatches"]), float(about["kl_coef"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is not of a dump: it does not say how many microbatches it holds") from error
+    for number in range(count):
         own = {name.split("/")[1]: t for name, t in tensors.items() if name.startswith(f"{number}/")}
         missing = [f.name for f in dataclasses.fields(Batch) if f.name not in own]
         if missing:
             raise UserError(f"{file} lacks {number}/{missing[0]}")
         batch = Batch(**{f.name: own[f.name] for f in dataclasses.fields(Batch)})
         prepared = Prepared(**{f.name: own.get(f.name) for f in dataclasses.fields(Prepared)})  # type: ignore[arg-type]
-        out.append((batch, prepared, float(about["kl_coef"])))
+        out.append((batch, prepared, kl_coef))
     return out
 
 

@@ -137,8 +137,12 @@ def restore(
             elif zero_stage > 0 and name in ranges:
                 target = ranges[name].tensors[kind]
                 target.copy_(whole[ranges[name].start : ranges[name].start + target.numel()])
-    engine.lr_scheduler.load_state_dict({**engine.lr_scheduler.state_dict(), **counters["schedule"]})
-    for group, rate in zip(engine.basic_optimizer.param_groups, counters["schedule"]["_last_lr"], strict=True):
+    schedule = engine.lr_scheduler
+    schedule.load_state_dict({**schedule.state_dict(), **counters["schedule"]})
+    # of this run's own schedule at that step: where optimizer.lr is allowed to be another, it counts from here on
+    rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule._last_lr = rates
+    for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 

@@ -30,9 +30,11 @@ START_S = 120.0
 KEEPER_S = 10.0
 """How long a keeper may take to kill what it keeps."""
 SECRET_NAME = re.compile(
-    r"(^|_)(TOKEN|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|KEY|CREDENTIALS?|AUTH|COOKIE|PAT)(_|$)"
+    r"TOKENS?(_|$)|SECRET|PASSW|PASSPHRASE|(^|_|SSH|DB)PASS(_|$)|_PWD$"
+    r"|(^|_|API|PRIVATE|ACCESS|ENCRYPTION|SIGNING)KEYS?(_|$)|CREDENTIAL|AUTH(_|$)|AUTHORIZATION|COOKIE"
+    r"|(^|_)(PAT|JWT|BEARER|DSN)(_|$)|CONNECTION_?STRING|WEBHOOK"
 )
-SECRET_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+SECRET_URL = re.compile(r"://[^/@\s]+@")
 MAX_LINE_BYTES = 1 << 22
 MAX_DETAIL = 300
 

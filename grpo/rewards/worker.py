@@ -36,6 +36,8 @@ LOG_BYTES = 1 << 24
 """A log that has grown beyond this is cut before the next call."""
 HEADER_BYTES = 8
 """Length of the pickle that follows, little endian."""
+MAX_PARTS = 64
+"""Entries of a mapping that a reward returns."""
 NOT_GIVEN = ("completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric", "environments")
 """What newer versions of TRL pass besides prompts, completions and columns, and we do not."""
 
@@ -367,6 +369,7 @@ def value_of(returned: Any) -> Result:
         return result(None if returned is None else number(returned))
     if not returned:
         raise BadReturnError("wrong_type", "returned an empty mapping")
+    refuse_crowd(returned)
     parts = {str(key): number(value) for key, value in returned.items()}
     return result(number(sum(parts.values())), parts)
 
@@ -377,6 +380,7 @@ def score_of(returned: Any) -> Result:
         return result(None if returned is None else number(returned))
     if "score" not in returned:
         raise BadReturnError("wrong_type", f"returned a mapping without 'score', with {list(returned)!r:.100}")
+    refuse_crowd(returned)
     parts: dict[str, float] = {}
     for key, value in returned.items():
         try:
@@ -385,6 +389,14 @@ def score_of(returned: Any) -> Result:
         except BadReturnError:  # texts and the like: of no use in a log of numbers, and no part of the reward
             continue
     return result(number(returned["score"]), parts)
+
+
+def refuse_crowd(returned: Mapping[Any, Any]) -> None:
+    """Each entry becomes a metric. Raises BadReturnError for more than MAX_PARTS."""
+    if len(returned) > MAX_PARTS:
+        raise BadReturnError(
+            "wrong_type", f"returned a mapping of {len(returned)} entries; at most {MAX_PARTS} are taken"
+        )
 
 
 def number(value: Any) -> float:

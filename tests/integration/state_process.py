@@ -70,6 +70,8 @@ def main(rank: int, ranks: int, job: dict) -> None:
             (folder / "counters.json").write_text(json.dumps(counters))
         torch.distributed.barrier()
         source = Path(case["restore"]) if "restore" in case else folder
+        rate = case.get("lr", config.optimizer.lr)
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=rate))
         second = Learner(config, rank, device, folder / "nonfinite")
         second.restore(sorted(source.glob("*.safetensors")), json.loads((source / "counters.json").read_text()))
         second.capture(folder / f"again-{rank}.bin")  # what was restored, captured again

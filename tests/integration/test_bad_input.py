@@ -55,6 +55,12 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *overrides: str, c
         (["data.answer_column=gold"], "data.answer_column=gold"),
         (["sampler.kv_cache_gib=99999"], "99999 GiB; this machine has"),
         (["rewards.0.file=reward_fns"], "rewards[0].file=reward_fns is a folder"),
+        (["run.dir=~nobody_here/runs"], "begins with ~"),
+        (["data.train=~nobody_here/x.jsonl"], "begins with ~"),
+        (["model.path=~nobody_here/model"], "begins with ~"),
+        (["data.template={question}\0="], "data.template must not hold a NUL character"),
+        (["resme=auto"], "did you mean resume=?"),
+        (["run.save_every=5", "run.keep_best=eval/accuracy"], "run.keep_best=eval/accuracy needs an evaluation"),
     ],
 )
 def test_mistakes_are_named(

@@ -40,6 +40,7 @@ def alive(processes: list[psutil.Process]) -> list[str]:
     [
         ("kill sampler", 1, "sampler-0 died"),
         ("SIGTERM", 75, "grpo: interrupted by SIGTERM; go on with resume="),
+        ("SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; go on with resume="),
         ("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; go on with resume="),
         ("Ctrl-C thrice", None, "grpo: interrupted by SIGINT; "),
         ("SIGKILL", -signal.SIGKILL, ""),
@@ -54,7 +55,7 @@ def test_an_end_in_mid_run(
     with (recipe.parent / "console.txt").open("w") as console:
         process = subprocess.Popen(
             [sys.executable, "-m", "grpo", "train", str(recipe)], stdout=console, stderr=console, text=True, cwd=ROOT,
-            env=os.environ | {"TMPDIR": str(temporary)},
+            env=os.environ | {"TMPDIR": str(temporary)}, start_new_session=True,
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 180
@@ -66,6 +67,8 @@ def test_an_end_in_mid_run(
             if strike == "kill sampler":
                 [sampler] = [p for p in family if "SamplerActor" in " ".join(p.cmdline())]
                 sampler.kill()
+            elif strike == "SIGTERM to the group":  # as `timeout` sends it
+                os.killpg(process.pid, signal.SIGTERM)
             elif strike == "Ctrl-C thrice":
                 for _ in range(3):
                     process.send_signal(signal.SIGINT)

@@ -210,6 +210,9 @@ SECRETS = {
     "HF_TOKEN": "s1", "WANDB_API_KEY": "s2", "AWS_SECRET_ACCESS_KEY": "s3", "AWS_SESSION_TOKEN": "s4",
     "DB_PASSWORD": "s5", "GOOGLE_APPLICATION_CREDENTIALS": "s6", "RAY_AUTH_TOKEN": "s7", "openai_apikey": "s8",
     "HTTPS_PROXY": "http://me:s9@proxy:80", "SSH_AUTH_SOCK": "s10", "JUDGE_KEY": "s11",
+    "PGPASSWORD": "s", "MYPASSWORD": "s", "ACCESSTOKEN": "s", "GITHUB_TOKENS": "s", "API_KEYS": "s", "PRIVATEKEY": "s",
+    "CLIENTSECRET": "s", "ENCRYPTIONKEY": "s", "SSHPASS": "s", "DB_PASS": "s", "MYSQL_PWD": "s", "JWT": "s",
+    "AZURE_STORAGE_CONNECTION_STRING": "s", "SENTRY_DSN": "s", "SLACK_WEBHOOK_URL": "s", "X_URL": "https://s@host/a",
 }  # fmt: skip
 HARMLESS = {
     "PATH": "/bin",
@@ -217,6 +220,11 @@ HARMLESS = {
     "KEYBOARD": "de",
     "HTTP_PROXY": "http://proxy:80",
     "MONKEY": "1",
+    "PWD": "/",
+    "OLDPWD": "/",
+    "COMPASS": "1",
+    "GIT_AUTHOR_NAME": "me",
+    "X_URL_WITHOUT": "https://host/a@b",
 }
 
 

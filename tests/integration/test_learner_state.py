@@ -131,6 +131,14 @@ def test_every_stage_and_number_of_ranks_captures_the_same_names_and_sizes(captu
     assert len(shapes) == 1
 
 
+def test_another_learning_rate_counts_from_the_first_step_on(captured: Any, tmp_path: Path) -> None:
+    recipe, folder, results = captured[1]
+    [result] = run(tmp_path / "job", recipe, 1, [{"stage": 0, "restore": str(folder / "0"), "lr": 5e-2}])
+    before = [step["optim/lr"] for step in next(iter(results.values()))["straight"]]
+    after = [step["optim/lr"] for step in result["resumed"]]
+    assert [a[0] / a[1] for a in after] == pytest.approx([5 * b[0] / b[1] for b in before])  # from 1e-2, same schedule
+
+
 def test_other_ranks_and_stages_go_on_from_it(captured: Any, tmp_path: Path) -> None:
     """From 2 ranks at ZeRO 2 to 1 rank at each stage and back: what is restored is equal bit for bit, and what follows
     is equal up to the order of additions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -132,6 +133,17 @@ def test_a_manifest_that_was_edited_is_not_read(tmp_path: Path) -> None:
         read(path)
     (path / "manifest.sha256").unlink()
     with pytest.raises(UserError, match=r"manifest.json is damaged: .*manifest.sha256"):
+        read(path)
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 3.5, True])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Manifest)])
+def test_a_manifest_of_other_types_is_a_sentence(tmp_path: Path, field: str, value: Any) -> None:
+    path = make(tmp_path, 4)
+    manifest = path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {field: value}))
+    (path / "manifest.sha256").write_text(seal(manifest).sha256)
+    with pytest.raises(UserError, match=f"manifest.json is damaged: its {field} is"):
         read(path)
 
 

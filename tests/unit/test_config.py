@@ -288,3 +288,25 @@ def test_options_lists_every_option_once() -> None:
     assert len(names) == len(set(names))
     assert {"model.path", "data.eval.top_k", "rewards[i].gold", "run.steps"} <= set(names)
     assert len(Config.__dataclass_fields__) == 11
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Cost ${a}: {question}",
+        "\\${a}",
+        "$${{question}}",
+        "${oc.env:HOME}",
+        "\\\\${a}",
+        "${",
+        "a: b # c\n- {question}",
+        "no",
+    ],
+)
+def test_a_dumped_config_loads_as_it_was(template: str, recipe: Path, tmp_path: Path) -> None:
+    """Nothing in it is taken for an interpolation: ${oc.env:...} would put an environment's value in."""
+    loaded = load(recipe)
+    changed = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, template=template))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(changed))
+    assert load(path) == changed

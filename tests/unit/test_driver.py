@@ -23,7 +23,15 @@ from grpo.batching import rank_steps
 from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import training_rows
-from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, throughput, train
+from grpo.driver import (
+    Loop,
+    MismatchError,
+    NonFiniteError,
+    guard_mismatch,
+    refuse_unknown_best,
+    throughput,
+    train,
+)
 from grpo.progress import Progress
 from grpo.run_folder import RunFolder, reopen
 from grpo.saving import Saver
@@ -295,6 +303,21 @@ def test_room_for_the_first_checkpoint_is_looked_for_before_it_is_captured(tmp_p
     assert raised.value.errno == errno.ENOSPC
     assert "capture" not in policy.calls
     assert len(lines(tmp_path)) == 1  # the step itself is whole
+
+
+def test_a_best_by_no_metric_is_named_after_the_first_step(tmp_path: Path) -> None:
+    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.save_every=2", "run.keep_best=reward/maen"))
+    with pytest.raises(
+        UserError, match=r"run.keep_best=reward/maen is no metric of this run; did you mean reward/mean"
+    ):
+        train(loop)
+    loop.folder.close()
+    assert len(lines(tmp_path)) == 1
+    known = make_config(tmp_path, "run.save_every=2", "run.keep_best=reward/mean")
+    refuse_unknown_best(known, {"reward/mean": 1.0})
+    of_sets = ["data.eval.sets=[{path: x, name: a}, {path: y, name: b}]", "data.eval.every=2"]
+    known = make_config(tmp_path, *of_sets, "run.save_every=2", "run.keep_best=eval/accuracy/b")
+    refuse_unknown_best(known, {})
 
 
 def test_failed_rewards_are_counted_and_never_trained_on(tmp_path: Path) -> None:

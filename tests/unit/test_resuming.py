@@ -12,10 +12,10 @@ import pytest
 from test_checkpoint import make
 from test_driver import make_config
 
-from grpo import resuming
+from grpo import checkpoint, resuming
 from grpo.config import Config
 from grpo.data import Cursor
-from grpo.run_folder import create, cut
+from grpo.run_folder import create, cut, reopen
 from grpo.saving import plain
 from grpo.types import Prompt, UserError
 
@@ -77,6 +77,84 @@ def test_a_half_written_checkpoint_cannot_be_asked_for(tmp_path: Path) -> None:
         resuming.find(str(partial), config, "exp.yaml")
 
 
+def test_what_another_process_did_meanwhile_is_not_cut(tmp_path: Path) -> None:
+    """A start that has chosen checkpoint 10 must not undo what the run went on to, nor its end."""
+    config = config_in(tmp_path, steps=40)
+    folder = create(config, "exp.yaml")
+    folder.log_metrics(10, {})
+    make(folder.path, 10)
+    origin = resuming.find("auto", config, "exp.yaml")
+    make(folder.path, 20)
+    folder.log_metrics(20, {})
+    folder.close()
+
+    def go_on() -> None:
+        reopen(folder.path, config, 10, lambda: resuming.state_of(folder.path) == origin.state).close()
+
+    with pytest.raises(UserError, match=r"another process has worked in .* since this one looked at it; start again"):
+        go_on()
+    assert (folder.path / "checkpoints" / "step-000020").is_dir()
+    assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == 2
+    origin = resuming.find("auto", config, "exp.yaml")
+    go_on()
+    assert not (folder.path / "checkpoints" / "step-000020").exists()
+    origin = resuming.find("auto", config, "exp.yaml")
+    finished(folder.path, steps=40)
+    with pytest.raises(UserError, match="start again"):
+        go_on()
+    assert (folder.path / "summary.json").exists()
+
+
+def test_a_run_of_that_name_with_other_options_is_neither_done_nor_begun_again(tmp_path: Path) -> None:
+    config = config_in(tmp_path, steps=8, name="one")
+    folder = create(config, "exp.yaml")
+    folder.log_metrics(3, {})
+    folder.close()
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=7))
+    with pytest.raises(UserError, match=r"one is another run: data.seed=7 was 0 .*choose another run.name"):
+        resuming.refuse_other_run(folder.path, other, ())
+    resuming.refuse_other_run(folder.path, other, ("data.seed",))
+    resuming.refuse_other_run(folder.path, config, ())
+
+    def prepare(changed: Config) -> Any:
+        origin = resuming.find("auto", changed, "exp.yaml")
+        plan: Any = SimpleNamespace(config=changed, prompts=[], fingerprints={})
+        return resuming.prepare(origin, plan, [])
+
+    with pytest.raises(UserError, match=r"is another run: data.seed"):
+        prepare(other)
+    finished(folder.path, steps=8)
+    with pytest.raises(UserError, match=r"one is done and has no checkpoint to go on from .*another run.name"):
+        prepare(config_in(tmp_path, steps=9, name="one"))
+    (folder.path / "config.yaml").write_text("[")
+    with pytest.raises(UserError, match=r"config.yaml is damaged"):
+        resuming.refuse_other_run(folder.path, config, ())
+
+
+def test_what_is_cut_is_cut_whole_whenever_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20, 30):
+        make(tmp_path, step)
+        for name in (f"samples/step-{step:06d}.parquet", f"nonfinite/step-{step:06d}-1/rank-0.safetensors"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("x")
+    lines = "".join(f'{{"step": {step}}}\n' for step in (10, 20, 30))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    with monkeypatch.context() as killed:
+        killed.setattr(
+            "grpo.run_folder.shutil.rmtree", lambda path, **options: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            cut(tmp_path, 10)
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-000010", "step-000020"]  # none of them in parts
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    cut(tmp_path, 10)
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-000010"]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000010.parquet"]
+    assert [path.name for path in (tmp_path / "nonfinite").iterdir()] == ["step-000010-1"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10}\n'
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
 def test_a_model_that_was_saved_stays_when_a_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     (tmp_path / "model").mkdir()
@@ -106,8 +184,10 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     ]
     cursor = Cursor(6, seed=config.data.seed)
     cursor.take(4)
+    measured = {"sets": {"d": {"per_prompt": {"p": 0.5}, "pass_at_k": 1.0, "maj_at_k": 1.0, "tokens_mean": 1.0,
+                               "truncated_fraction": 0.0, "failed": 0}}}  # fmt: skip
     driver = {"step": 2, "cursor": cursor.state(), "kl_coef": 0.7, "retired": ["d:1:h"], "tokens": 0, "rollouts": 0,
-              "skipped": 0, "before": None, "after": None}  # fmt: skip
+              "skipped": 0, "before": measured, "after": measured}  # fmt: skip
     folder = create(config, "exp.yaml")
     folder.close()
     saved = make(folder.path, 2, driver=driver, config=plain(config))
@@ -126,6 +206,10 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     try:
         same = resumed(config, [])
         assert (same.cursor.position, same.kl_coef, same.retired) == (4, 0.7, {1})
+        assert same.accuracies() == {"accuracy_before": 0.5, "accuracy_after": 0.5}
+        measuring = dataclasses.replace(config.data, eval=dataclasses.replace(config.data.eval, temperature=0.5))
+        anew = resumed(dataclasses.replace(config, data=measuring), ["data.eval.temperature"])
+        assert anew.accuracies() == {}  # measured otherwise, they are nothing to compare with
         data = dataclasses.replace(config.data, seed=7)
         other = resumed(dataclasses.replace(config, data=data), ["data.seed"])
         assert other.cursor.position == 0

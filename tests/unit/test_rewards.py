@@ -101,7 +101,8 @@ def test_numbers_count_and_nothing_else_does(write: Write, tmp_path: Path) -> No
         "10 ** 400": "not_finite", "__import__('numpy').float64('nan')": "not_finite", "'1.0'": "wrong_type",
         "b'1'": "wrong_type", "[1.0]": "wrong_type", "(1.0,)": "wrong_type", "object()": "wrong_type",
         "1j": "wrong_type", "__import__('numpy').array([1.0])": "wrong_type", "{}": "wrong_type",
-        "{'a': 'x'}": "wrong_type", "{'a': float('nan')}": "not_finite", "1 / 0": "exception",
+        "{'a': 'x'}": "wrong_type",
+        "{str(i): 1 for i in range(65)}": "wrong_type", "{'a': float('nan')}": "not_finite", "1 / 0": "exception",
         "sys.exit(0)": "exception", "exec('raise KeyboardInterrupt')": "exception",
     }  # fmt: skip
     assert values(scored(write(EVALUATE), tmp_path, list(expected))) == list(expected.values())
