@@ -356,8 +356,12 @@ LAYOUTS: dict[str, tuple[str, str, list[dict[str, Any]], dict[str, str], str, An
         ),
         {"question": "{prompt[0][content]}", "answer": "{reward_model[ground_truth]}"}, "Solve 1.", "1",
     ),
-    "agentica-org/DeepScaleR-Preview-Dataset:default": (
-        "train", "jsonl", three(problem="Find N.", answer="N", solution=""), {"question": "{problem}"}, "Find 1.", "1",
+    "agentica-org/DeepScaleR-Preview-Dataset": (
+        "train", "json", three(problem="Find N.", answer="N", solution=""), {"question": "{problem}"}, "Find 1.", "1",
+    ),
+    "open-r1/DAPO-Math-17k-Processed:all": (
+        "train", "parquet", three(prompt="Find N.", solution="N", data_source="math_dapo", source_prompt=[TURN]),
+        {"question": "{prompt}", "answer": "{solution}"}, "Find 1.", "1",
     ),
     "HuggingFaceH4/aime_2024:default": (
         "train", "parquet",
@@ -400,13 +404,17 @@ def test_public_layouts_become_question_and_answer(
     repository, _, config = hub_id.partition(":")
     split, kind, rows, columns, question, answer = LAYOUTS[hub_id]
     other = three(question="other", answer="other")
-    hub_folder(tmp_path, repository, {config: {split: rows}, "other": {split: other}}, kind)
+    if kind == "json":  # one file that is one list, and a card that says nothing of it
+        write(tmp_path / repository / "README.md")
+        (tmp_path / repository / "deepscaler.json").write_text(json.dumps(rows))
+    else:
+        hub_folder(tmp_path, repository, {config: {split: rows}, "other": {split: other}}, kind)
     made = read(TrainSetConfig(path=hub_id, split=split, columns=columns))
     assert [prompt.text for prompt in made.prompts] == [question.replace("1.", f"{n}.").replace("1?", f"{n}?") if
         answer is not None else question for n in (1, 2, 3)]  # fmt: skip
     assert made.prompts[0].row.get("answer") == answer
     assert made.prompts[0].row.keys() >= rows[0].keys()
-    name = repository.partition("/")[2] + ":" + config
+    name = hub_id.partition("/")[2]
     assert [prompt.where for prompt in made.prompts] == [f"{name}[{i}]" for i in range(3)]
     if answer is None:
         assert made.prompts[0].row["nums"] == [19, 36, 61]
