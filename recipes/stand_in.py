@@ -76,7 +76,7 @@ DATA: dict[str, list[dict[str, Any]]] = {
     "HuggingFaceH4/aime_2024": [{"problem": q, "solution": "", "answer": a} for q, a in QUESTIONS],
     "math-ai/amc23": PLAIN,
     "math-ai/minervamath": PLAIN,
-    "math-ai/olympiadbench": [{"question": q, "final_answer": [a]} for q, a in QUESTIONS],
+    "Hothan/OlympiadBench:OE_TO_maths_en_COMP": [{"question": q, "final_answer": [a]} for q, a in QUESTIONS],
 }  # fmt: skip
 """Rows with the columns of the data sets on the hub. The last quarter stands in for evaluation."""
 

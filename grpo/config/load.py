@@ -91,8 +91,9 @@ def _override(tree: DictConfig, text: str) -> DictConfig:
         if int(index[2]) >= count:
             raise UserError(f"override {text!r}: the recipe has {count} {index[1]}, counted from 0")
     try:
-        value = None if raw == "null" else _value(_kind(bracketed), raw)
-        OmegaConf.update(tree, bracketed, value, force_add=True)
+        kind = _kind(bracketed)
+        value = None if raw == "null" else _value(kind, raw)
+        OmegaConf.update(tree, bracketed, value, merge=_item_class(kind) is None, force_add=True)
     except Exception as error:  # a bad list index or an unparsable value, in omegaconf's or yaml's own words
         raise UserError(f"override {text!r}: {' '.join(str(error).split())}") from error
     return tree

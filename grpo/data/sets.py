@@ -70,10 +70,10 @@ def without_overlaps(train: PromptSet, held_out: Sequence[Prompt], data: DataCon
             f"first one with {overlaps[0].held_out.prompt_id}"
         )
     shown = ", ".join(f"{o.prompt.prompt_id} with {o.held_out.prompt_id}" for o in overlaps[:SHOWN])
+    by_words = f" and {len(overlaps) - exact} by {data.overlap_ngram} words in a row" if data.overlap_ngram else ""
     note = (
         f"{'dropped' if drop else 'warning':11}{len(overlaps)} of {total} prompts of {train.option} overlap with "
-        f"data.eval.sets, {exact} as the same text and {len(overlaps) - exact} in {data.overlap_ngram} words in a row: "
-        f"{shown}{more_than(len(overlaps))}"
+        f"data.eval.sets, {exact} as the same text{by_words}: {shown}{more_than(len(overlaps))}"
     )
     if not drop:
         return dataclasses.replace(train, notes=(*train.notes, note))

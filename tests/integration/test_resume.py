@@ -150,3 +150,41 @@ def test_ten_random_instants(layout: str, make_model: Callable[..., Path], make_
         if n % 2:
             kill_at(recipe, f"killed-{n}", random.uniform(0, seconds / 2), "resume=auto")
         same(finish(recipe, f"killed-{n}", "resume=auto"), straight)
+
+
+def test_a_mix_of_two_sets_goes_on_where_it_was(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    """Weights, a reward for each set, and an evaluation set that one of them scores."""
+    model = make_model("qwen2")
+    folder = make_recipe(model).parent
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    for name, part in (("a", rows[:48]), ("b", rows[48:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+    (folder / "length.py").write_text("def length(completion, row): return len(completion) / 4 + len(row['sum']) / 8\n")
+    recipe = make_recipe(
+        model,
+        data={
+            "train": [
+                {"path": str(folder / "a.jsonl"), "weight": 3, "columns": {"sum": "is {sum}"}},
+                {"path": str(folder / "b.jsonl"), "weight": 1, "columns": {"sum": "{sum:d}"}},
+            ],
+            "eval": {"sets": str(folder / "eval.jsonl"), "every": 3},
+        },
+        rewards=[
+            {**write_spread(folder), "sets": ["a", "eval"]}, {"file": str(folder / "length.py"), "sets": ["b"]},
+        ],
+        run={"steps": STEPS, "save_every": 2, "verify_every": 5},
+    )  # fmt: skip
+    straight = finish(recipe, "straight")
+    lines = untimed(straight)[1:]
+    assert [(line["group/count/a"], line["group/count/b"]) for line in lines] == [(6, 2)] * STEPS
+    assert [line["progress/epoch/b"] for line in lines] == [2 * step / 16 for step in range(1, STEPS + 1)]
+    table = pq.read_table(straight / "samples" / "step-000001.parquet").to_pandas()
+    parts = {(row.prompt_id[0], *json.loads(row.reward_parts)) for row in table.itertuples()}
+    assert parts == {("a", "spread"), ("b", "length")}
+    kill_at(recipe, "killed", 0.5)
+    same(finish(recipe, "killed", "resume=auto"), straight)
+    refused = start(recipe, "killed", "resume=auto", "data.train.0.weight=2", "run.steps=9")
+    assert refused.wait(timeout=100) == 2
+    assert "data.train[0].weight=2.0 was 3.0" in (recipe.parent / "killed.txt").read_text()

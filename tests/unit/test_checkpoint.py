@@ -280,7 +280,9 @@ def test_differences_are_found_at_any_depth() -> None:
     "override",
     [
         "run.steps=50", "run.save_every=5", "run.name=other", "cluster.step_timeout_s=60", "sampler.num_samplers=2",
-        "data.train=moved.jsonl", "model.path=moved", "sampler.max_num_seqs=8", "run.tensorboard=false",
+        "data.train=moved.jsonl", "data.train[0].split=other", "data.train[0].columns.q={a}", "data.train[0].limit=5",
+        "data.train[0].between.level=[1,2]", "data.train[0].name=n",
+        "model.path=moved", "sampler.max_num_seqs=8", "run.tensorboard=false",
     ],
 )  # fmt: skip
 def test_what_changes_no_number_may_differ(tmp_path: Path, override: str) -> None:
@@ -297,6 +299,7 @@ def test_what_changes_no_number_may_differ(tmp_path: Path, override: str) -> Non
         ("data.seed=1", "data.seed"),
         ("data.max_prompt_tokens=7", "data.max_prompt_tokens"),
         ("rewards.0.weight=2", "rewards[0].weight"),
+        ("rewards.0.sets=[x]", "rewards[0].sets"),
         ("model.dtype=bfloat16", "model.dtype"),
     ],
 )
@@ -307,6 +310,27 @@ def test_what_makes_another_run_is_refused_until_it_is_named(tmp_path: Path, ove
     assert f"allow={option}" in str(caught.value)
     [note] = compare(manifest, now, {}, [option])
     assert option in note
+
+
+def test_data_sets_are_compared_one_by_one(tmp_path: Path) -> None:
+    """Their content by fingerprint, their weights as options."""
+    mixed = ["data.train=[a,b]", "data.train.0.weight=1", "data.train.1.weight=2", "data.eval.sets=[c,d]"]
+    manifest = manifest_of(config_of(tmp_path, *mixed), {"data.train": "1"})
+    now = config_of(tmp_path, *mixed, "data.train.1.weight=3", "data.eval.sets.1.samples_per_prompt=4")
+    with pytest.raises(UserError, match=r"data\.train\[1\]\.weight=3\.0 was 2\.0 .*allow=data\.train\[1\]\.weight$"):
+        compare(manifest, now, {"data.train": "1"}, [])
+    with pytest.raises(UserError, match=r"allow=data\.eval\.sets\[1\]\.samples_per_prompt$"):
+        compare(manifest, now, {"data.train": "1"}, ["data.train"])
+    assert len(compare(manifest, now, {"data.train": "1"}, ["data.train", "data.eval.sets[1]"])) == 2
+    now = config_of(tmp_path, *mixed, "data.train.1.columns.q={x}", "data.train.0.between.n=[1,2]")
+    with pytest.raises(UserError) as caught:
+        compare(manifest, now, {"data.train": "2"}, [])
+    assert str(caught.value) == (
+        "the content of data.train has changed since the checkpoint (by data.train[0].between.n, "
+        "data.train[1].columns.q); go on with it: allow=data.train"
+    )
+    with pytest.raises(UserError, match=r"allow=data\.train$"):
+        compare(manifest, config_of(tmp_path, "data.train=[a]", "data.eval.sets=[c,d]"), {"data.train": "1"}, [])
 
 
 def test_learner_layouts_go_on_up_to_float_order(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo import config as module
-from grpo.config import Config, dump, load
+from grpo.config import Config, EvalSetConfig, TrainSetConfig, dump, load
 from grpo.types import UserError
 
 RECIPE = """
@@ -57,15 +57,68 @@ def test_text_overrides_are_taken_as_they_stand(recipe: Path) -> None:
 
 
 def test_the_saved_config_loads_to_the_same_config(recipe: Path, tmp_path: Path) -> None:
-    config = load(recipe, ["sampling.stop_token_ids=[3,4]", "data.eval.sets=x.jsonl", "data.eval.top_p=0.7"])
+    recipe.write_text(RECIPE.replace("{train: train.jsonl}", "{train: [a, {path: b, columns: {q: '{x}'}}]}"))
+    config = load(
+        recipe,
+        [
+            "sampling.stop_token_ids=[3,4]",
+            "data.train.1.between.n=[0,1]",
+            "rewards[0].sets=[a]",
+            "data.eval.sets=x.jsonl",
+            "data.eval.top_p=0.7",
+        ],
+    )
     again = tmp_path / "again.yaml"
     again.write_text(dump(config))
     assert load(again) == config
 
 
+def test_data_sets_are_lists_and_a_path_is_the_list_of_one(recipe: Path) -> None:
+    one = load(recipe).data
+    assert one.train == [TrainSetConfig(path="train.jsonl", split="train")]
+    assert one.eval.sets == []
+    text = RECIPE.replace(
+        "train: train.jsonl", "train: [a, {path: b, weight: 2, columns: {q: '{x} {y[z]}'}}], eval: {sets: o/n:main}"
+    )
+    recipe.write_text(text)
+    data = load(recipe, ["data.train.0.weight=0.5", "data.train[1].columns.answer={a}: {b}",
+                         "data.train[1].between.level=[3,5]", "data.eval.sets[0].limit=10"]).data  # fmt: skip
+    assert data.train[0] == TrainSetConfig(path="a", weight=0.5)
+    assert data.train[1] == TrainSetConfig(
+        path="b", weight=2.0, columns={"q": "{x} {y[z]}", "answer": "{a}: {b}"}, between={"level": [3.0, 5.0]}
+    )
+    assert data.eval.sets == [EvalSetConfig(path="o/n:main", split="test", limit=10)]
+    again = load(recipe, ["data.train=[{path: c, split: x}, d]", "data.train.1.limit=3", "data.eval.sets=[]"]).data
+    assert again.train == [TrainSetConfig(path="c", split="x"), TrainSetConfig(path="d", limit=3)]
+    assert again.eval.sets == []
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("data.train[0].colums={}", "unknown option data.train[0].colums; did you mean data.train[0].columns?"),
+        ("data.train[0].columns={q: 1}", "data.train[0].columns.q must be a string, not 1"),
+        ("data.train[0].columns=q", "data.train[0].columns must be of type dict[str, str], not 'q'"),
+        ("data.train[0].limit=many", "data.train[0].limit must be of type int | None, not 'many'"),
+        ("data.train[0].limit=0", "data.train[0].limit must be at least 1"),
+        ("data.train[0].between.level=[5,3]", "data.train[0].between.level must be [lowest, highest], not [5.0, 3.0]"),
+        ("data.train[0].between.level=[5]", "data.train[0].between.level must be [lowest, highest]"),
+        ("data.train[0].between.level=[5,.inf]", "data.train[0].between.level[1] must be a finite number"),
+        ("data.train[0].weight=2", "data.train[0].weight has no effect with one data set"),
+        ("data.train[0].name=", "data.train[0].name must not be empty"),
+        ("data.train[1].split=x", "the recipe has 1 data.train, counted from 0"),
+        ("data.train={path: x}", "data.train must be a path or a list of {path, split, name, ...}"),
+        ("data.train=[7]", "data.train[0] must be a mapping, not 7"),
+        ("data.train=[{split: x}]", "data.train[0].path is required and not set"),
+        ("data.train=[]", "data.train is empty: give at least one data set"),
+        ("data.split=x", "unknown option data.split; did you mean data.train[i].split?"),
+        ("data.eval.path=x", "unknown option data.eval.path; did you mean data.eval.sets[i].path?"),
+        ("data.eval.sets=null", "data.eval.sets must be a path or a list of"),
+        ("data.contaminated=drop", "data.contaminated=drop has no effect without data.eval.sets"),
+        ("data.overlap_ngram=5", "data.overlap_ngram=5 has no effect without data.eval.sets"),
+        ("data.contaminated=remove", "data.contaminated must be one of report, drop"),
+        ("data.overlap_ngram=-1", "data.overlap_ngram must not be negative"),
+        ("rewards[0].sets=gsm8k", "rewards[0].sets must be of type tuple[str, ...]"),
         ("algorithm.group_sise=4", "unknown option algorithm.group_sise; did you mean algorithm.group_size?"),
         ("algorithm.lr=1", "did you mean optimizer.lr?"),
         ("sampler.temperature=1", "did you mean sampling.temperature?"),
@@ -138,6 +191,15 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         (["model.dtype=bfloat16", "learner.zero_stage=0"], "nearest: learner.zero_stage=1"),
         (["optimizer.name=sgd", "optimizer.betas=[0.9,0.99]"], "has no effect with optimizer.name=sgd"),
         (["cluster.address=auto", "cluster.cpus=4"], "cluster.cpus=4 has no effect on a cluster that runs already"),
+        (
+            ["data.eval.sets=x", "data.eval.sets[0].samples_per_prompt=0"],
+            "samples_per_prompt must be at least 1, not 0",
+        ),
+        (["data.train=[a,b]", "data.train.1.weight=2"], "data.train[0].weight is missing while other data sets have"),
+        (
+            ["data.train=[a,b]", "data.train.0.weight=2", "data.train.1.weight=0"],
+            "data.train[1].weight must be above 0",
+        ),
         (["data.eval.sets=x", "data.eval.top_p=7"], "data.eval.top_p must lie between 0 and 1"),
         (["algorithm.loss=gspo"], "algorithm.aggregation=token_mean does not go with algorithm.loss=gspo"),
         (["algorithm.loss=gmpo", "algorithm.aggregation=sequence_sum"], "it takes sequence_mean"),

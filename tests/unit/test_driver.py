@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,20 +199,20 @@ def make_config(tmp_path: Path, *overrides: str) -> Config:
 
 
 def make_loop(
-    tmp_path: Path, config: Config, scorer: CountTwos | Scripted | None = None, reopened: int | None = None
+    tmp_path: Path,
+    config: Config,
+    scorer: CountTwos | Scripted | None = None,
+    reopened: int | None = None,
+    datasets: Mapping[str, int] = MappingProxyType({"d": 12}),
 ) -> tuple[Loop, TablePolicy]:
+    names = [name for name, size in datasets.items() for _ in range(size)]
     prompts = [
         Prompt(
-            prompt_id=f"d:{i}:h",
-            token_ids=(1, i % 4 + 1),
-            text=str(i),
-            row={},
-            messages=None,
-            dataset="d",
-            where=f"d[{i}]",
+            prompt_id=f"{name}:{i}:h", token_ids=(1, i % 4 + 1), text=str(i), row={}, messages=None, dataset=name,
+            where=f"{name}[{i}]",
         )
-        for i in range(12)
-    ]
+        for i, name in enumerate(names)
+    ]  # fmt: skip
     policy = TablePolicy(config)
     settings = SimpleNamespace(max_tokens=6)
     if reopened is None:
@@ -468,20 +468,24 @@ def untimed(tmp_path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines(tmp_path)]
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("datasets", [{"d": 12}, {"c": 7, "d": 5}])
+def test_a_resumed_run_is_the_same_run(tmp_path: Path, datasets: dict[str, int]) -> None:
+    """Of one data set, and of two with weights."""
+    mixed = ("data.train=[c,d]", "data.train.0.weight=3", "data.train.1.weight=2") if len(datasets) > 1 else ()
     overrides = (
+        *mixed,
         "run.steps=8", "run.save_every=3", "data.eval.sets=x", "data.eval.every=2", "algorithm.kl_coef=0.1",
-        "algorithm.kl_target=0.01", "algorithm.retire_reward=0.6",
+        "algorithm.kl_target=0.01", "algorithm.retire_reward=0.1", "algorithm.group_size=3",
     )  # fmt: skip
     (tmp_path / "straight").mkdir()
     (tmp_path / "cut").mkdir()
     config = make_config(tmp_path, *overrides)
-    straight, policy = make_loop(tmp_path / "straight", config)
+    straight, policy = make_loop(tmp_path / "straight", config, datasets=datasets)
     train(straight)
     straight.folder.close()
     assert [path.name for path in found(tmp_path / "straight" / "run")] == ["step-000003", "step-000006"]
 
-    dying, dying_policy = make_loop(tmp_path / "cut", config)
+    dying, dying_policy = make_loop(tmp_path / "cut", config, datasets=datasets)
     learn, died_at = dying_policy.step, []
 
     def die(steps: Sequence[Any]) -> StepResult:
@@ -499,7 +503,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     assert died_at == [5]
     assert found(run) == []  # captured, and not yet a checkpoint
 
-    again, _ = make_loop(tmp_path / "cut", config, reopened=0)
+    again, _ = make_loop(tmp_path / "cut", config, reopened=0, datasets=datasets)
     dying_policy.step = learn  # type: ignore[method-assign]
     assert lines(tmp_path / "cut") == []
     stop_after(again, 7)
@@ -507,7 +511,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path / "cut")] == list(range(8))
 
     manifest = read(run / "checkpoints" / "step-000003")
-    resumed, resumed_policy = make_loop(tmp_path / "cut", config, reopened=3)
+    resumed, resumed_policy = make_loop(tmp_path / "cut", config, reopened=3, datasets=datasets)
     assert [line["step"] for line in lines(tmp_path / "cut")] == list(range(4))
     assert sorted(path.name for path in (run / "samples").glob("step-*")) == [
         f"step-00000{n}.parquet" for n in (1, 2, 3)
@@ -523,6 +527,54 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     for step in range(1, 9):
         name = f"run/samples/step-{step:06d}.parquet"
         assert pq.read_table(tmp_path / "cut" / name).equals(pq.read_table(tmp_path / "straight" / name)), step
+    assert all(line["progress/retired_prompts"] > 0 for line in untimed(tmp_path / "cut")[-2:])
+    if mixed:
+        epochs = {name: [line[f"progress/epoch/{name}"] for line in untimed(tmp_path / "cut")[1:]] for name in "cd"}
+        assert all(sorted(of_set) == of_set for of_set in epochs.values())
+        assert epochs["c"][0] == pytest.approx(2 / 7) or epochs["c"][0] == pytest.approx(3 / 7)
+
+
+def test_a_mix_is_drawn_by_its_weights_and_told_apart(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run.steps=9", "data.train=[c,d]", "data.train.0.weight=3", "data.train.1.weight=1")
+    loop, _ = make_loop(tmp_path, config, datasets={"c": 7, "d": 5})
+    train(loop)
+    loop.folder.close()
+    for step, line in enumerate(lines(tmp_path), start=1):
+        assert (line["group/count/c"], line["group/count/d"]) == (3, 1)
+        assert line["progress/epoch/c"] == pytest.approx(3 * step / 7)
+        assert line["progress/epoch/d"] == pytest.approx(step / 5)
+        assert line["progress/epoch"] == pytest.approx(4 * step / 12)
+        table = pq.read_table(tmp_path / "run" / "samples" / f"step-{step:06d}.parquet").to_pandas()
+        for name in "cd":
+            own = table[table.prompt_id.str.startswith(f"{name}:")]
+            assert line[f"reward/mean/{name}"] == pytest.approx(own.reward.mean())
+            tokens = own.completion_token_ids.map(len)
+            assert line[f"completion/tokens_mean/{name}"] == pytest.approx(tokens.mean())
+            assert line[f"completion/truncated_fraction/{name}"] == pytest.approx(
+                (own.finish_reason == "length").mean()
+            )
+            spread = own.groupby("prompt_id").reward.nunique()
+            assert line[f"group/no_spread_fraction/{name}"] == pytest.approx((spread == 1).mean())
+
+
+def test_two_sets_without_weights_are_one_pool(tmp_path: Path) -> None:
+    for folder, sets, datasets in (("one", "x", {"d": 12}), ("two", "[c,d]", {"c": 7, "d": 5})):
+        (tmp_path / folder).mkdir()
+        loop, _ = make_loop(
+            tmp_path / folder, make_config(tmp_path, "run.steps=4", f"data.train={sets}"), datasets=datasets
+        )
+        train(loop)
+        loop.folder.close()
+    drawn = [
+        [row.split(":")[1] for n in range(1, 5) for row in
+         pq.read_table(tmp_path / folder / "run" / "samples" / f"step-{n:06d}.parquet")["prompt_id"].to_pylist()]
+        for folder in ("one", "two")
+    ]  # fmt: skip
+    assert drawn[0] == drawn[1]
+    assert not [name for name in lines(tmp_path / "one")[0] if name.endswith(("/c", "/d"))]
+    last = lines(tmp_path / "two")[-1]
+    assert last["group/count/c"] + last["group/count/d"] == last["group/count"]
+    assert "progress/epoch/c" not in last
 
 
 def test_a_run_that_is_asked_to_end_finishes_its_step_and_saves(tmp_path: Path) -> None:

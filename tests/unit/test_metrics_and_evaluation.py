@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from grpo.evaluation import Evaluation, evaluate_groups, paired_gain
-from grpo.metrics import learner_metrics, rollout_metrics, staleness_metrics
+from grpo.metrics import learner_metrics, metrics_by_set, rollout_metrics, staleness_metrics
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, StepResult
 
 PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None, dataset="d", where="d[0]")
@@ -52,6 +54,24 @@ def test_rollout_metrics_by_hand() -> None:
     assert numbers["group/pass_at_group_size"] == 1.0
     assert numbers["group/reward_std_mean"] == pytest.approx(np.sqrt(0.5) / 2)
     assert numbers["tokens/sampled"] == 22
+
+
+def test_data_sets_are_told_apart() -> None:
+    other = dataclasses.replace(PROMPT, dataset="owner/e:main")
+    groups = [
+        group(rollout(1.0, tokens=4), rollout(0.0, tokens=5, reason="length")),
+        group(rollout(1.0), rollout(1.0), prompt=other),
+        group(rollout(0.5), rollout(None), prompt=dataclasses.replace(PROMPT, dataset="f")),
+    ]
+    assert metrics_by_set(groups, 2) == {
+        "reward/mean/d": 0.5, "completion/tokens_mean/d": 4.5, "completion/truncated_fraction/d": 0.5,
+        "group/no_spread_fraction/d": 0.0, "group/count/d": 1.0,
+        "reward/mean/owner/e:main": 1.0, "completion/tokens_mean/owner/e:main": 2.0,
+        "completion/truncated_fraction/owner/e:main": 0.0, "group/no_spread_fraction/owner/e:main": 1.0,
+        "group/count/owner/e:main": 1.0,
+        "reward/mean/f": 0.5, "completion/tokens_mean/f": 2.0, "completion/truncated_fraction/f": 0.0,
+        "group/count/f": 1.0,
+    }  # fmt: skip
 
 
 def test_dropped_groups_are_those_that_the_advantage_cannot_use() -> None:

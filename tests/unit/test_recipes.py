@@ -4,6 +4,7 @@ is made small by nothing but sizes. tests/integration/test_recipes.py runs them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import recipe_hours
 from grpo.checkpoint import differences
-from grpo.config import load
+from grpo.config import Config, load
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ("arithmetic_cpu", "arithmetic_objectives")
@@ -30,6 +31,11 @@ algorithm: {prompts_per_step: 8, group_size: 4}
 rewards: [{file: reward.py}]
 run: {steps: 3}
 """
+
+
+@functools.cache
+def loaded(name: str) -> Config:
+    return load(RECIPES[name])
 
 
 def yaml_blocks() -> list[Any]:
@@ -79,7 +85,7 @@ def test_headers_say_source_result_hardware_hours_and_what_is_not_the_source_s(n
 @pytest.mark.parametrize("name", RECIPES)
 def test_headers_agree_with_the_options(name: str) -> None:
     """The GPUs and the hours."""
-    config = load(RECIPES[name])
+    config = loaded(name)
     engines = config.sampler.gpus * config.sampler.num_samplers + config.learner.gpus * config.learner.ranks
     assert recipe_hours.gpus_of(RECIPES[name])[0] == engines
     assert f"Hours: {recipe_hours.reckoned(RECIPES[name])}, reckoned" in header(name)
@@ -97,7 +103,7 @@ def test_hours_by_hand() -> None:
     a second, and 21 evaluations of 512; 12 flops a parameter and token at 0.3 x 989e12."""
     sampling = 500 * (128_000 + 21 * 512) / 10_374.2
     learning = 12 * 3.1e9 * 128_000 * 620 / 296.7e12
-    config = load(RECIPES["countdown_3b"])
+    config = loaded("countdown_3b")
     found = recipe_hours.hours(config, "H100", recipe_hours.ASSUMED["countdown_3b"])
     assert found == pytest.approx(1.2 * (sampling + learning) / 3600, rel=1e-4)
 
@@ -253,7 +259,7 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("source", "name", "values"), PUBLISHED, ids=[name for _, name, _ in PUBLISHED])
 def test_published_numbers_stay_what_the_source_has(source: str, name: str, values: dict[str, Any]) -> None:
-    config = dataclasses.asdict(load(RECIPES[name]))
+    config = dataclasses.asdict(loaded(name))
     for option, published in values.items():
         value: Any = config
         for part in option.split("."):
@@ -278,11 +284,11 @@ SIZES = re.compile(
 def test_the_stand_in_changes_nothing_but_sizes(name: str) -> None:
     recipe = RECIPES[name]
     small = load(recipe, stand_in.overrides(recipe))
-    changed = differences(dataclasses.asdict(load(recipe)), dataclasses.asdict(small))
+    changed = differences(dataclasses.asdict(loaded(name)), dataclasses.asdict(small))
     assert [option for option in changed if not SIZES.fullmatch(option)] == []
     assert (small.run.steps, small.learner.gpus, small.model.dtype) == (2, 0, "float32")
     assert small.learner.ranks <= 2
-    assert (small.optimizer_steps_per_step > 1) == (load(recipe).optimizer_steps_per_step > 1)
+    assert (small.optimizer_steps_per_step > 1) == (loaded(name).optimizer_steps_per_step > 1)
 
 
 def test_the_stand_in_is_small_and_takes_any_text() -> None:

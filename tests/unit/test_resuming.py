@@ -13,8 +13,8 @@ from test_checkpoint import make
 from test_driver import make_config
 
 from grpo import resuming
-from grpo.config import Config
-from grpo.data import Cursor
+from grpo.config import Config, TrainSetConfig
+from grpo.data import Cursor, MixedCursor
 from grpo.run_folder import create, cut
 from grpo.saving import plain
 from grpo.types import Prompt, UserError
@@ -130,6 +130,10 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
         other = resumed(dataclasses.replace(config, data=data), ["data.seed"])
         assert other.cursor.position == 0
         assert other.cursor.take(6) == Cursor(6, seed=7).take(6)
+        both = [TrainSetConfig(path="d", weight=1.0), TrainSetConfig(path="e", weight=3.0)]
+        prompts[4:] = [dataclasses.replace(prompt, dataset="e") for prompt in prompts[4:]]
+        mixed = resumed(dataclasses.replace(config, data=dataclasses.replace(config.data, train=both)), ["data.train"])
+        assert mixed.cursor.state() == MixedCursor({"d": 4, "e": 2}, [1, 3], seed=config.data.seed).state()
         algorithm = dataclasses.replace(config.algorithm, kl_coef=0.01)
         assert resumed(dataclasses.replace(config, algorithm=algorithm), ["algorithm.kl_coef"]).kl_coef == 0.01
     finally:

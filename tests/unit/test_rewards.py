@@ -17,10 +17,11 @@ import psutil
 import pytest
 
 from grpo.config import RewardConfig
+from grpo.rewards import preflight
 from grpo.rewards.pool import RewardItem, RewardPool, locate
-from grpo.rewards.preflight import check_loads, corrupt, try_out
+from grpo.rewards.preflight import check_loads, corrupt, try_golds, try_out
 from grpo.rewards.process import parse_answer, parse_greeting
-from grpo.types import Failed, Scored, UserError
+from grpo.types import Failed, Prompt, Scored, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = {"question": "1+1", "answer": "2", "sum": 2}
@@ -63,11 +64,16 @@ def no_child_left() -> Iterator[None]:
 
 
 def items(
-    texts: Sequence[str], row: Mapping[str, Any] = ROW, messages: Sequence[Mapping[str, str]] | None = None
+    texts: Sequence[str],
+    row: Mapping[str, Any] = ROW,
+    messages: Sequence[Mapping[str, str]] | None = None,
+    dataset: str = "d",
 ) -> list[RewardItem]:
     info = {"token_count": 3, "finish_reason": "stop", "prompt": "1+1=", "step": 7}
     return [
-        RewardItem(completion=text, row=row, messages=messages, info={**info, "token_count": len(text)}, dataset="d")
+        RewardItem(
+            completion=text, row=row, messages=messages, info={**info, "token_count": len(text)}, dataset=dataset
+        )
         for text in texts
     ]
 
@@ -765,3 +771,105 @@ def test_gold_needs_its_column_and_template(write: Write, tmp_path: Path) -> Non
         tried(reward, tmp_path, [{"solution": "2"}])
     with pytest.raises(UserError, match=r"data\.gold_template='\{anwser\}' does not fit the rows: KeyError"):
         tried(reward, tmp_path, gold_template="{anwser}")
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+def test_a_reward_scores_the_rows_of_its_sets_and_abstains_on_others(write: Write, tmp_path: Path) -> None:
+    one = write("def one(completion, row): return 1.0", file="one.py", name=None, sets=("a", "b"))
+    two = write("def two(completions, **kw): return [2.0 for _ in completions]", file="two.py", name=None, sets=("b",),
+                style="trl", weight=10.0)  # fmt: skip
+    with open_pool([one, two], tmp_path) as pool:
+        outcomes = {name: pool.submit(items(["x", "y"], dataset=name)).result(timeout=PATIENCE_S) for name in "abc"}
+    assert outcomes["a"] == [Scored(value=1.0, parts={"one": 1.0})] * 2
+    assert outcomes["b"] == [Scored(value=21.0, parts={"one": 1.0, "two": 2.0})] * 2
+    assert values(outcomes["c"]) == ["abstained"] * 2
+
+
+def prompt(row: Mapping[str, Any], dataset: str, place: int) -> Prompt:
+    return Prompt(prompt_id=f"{dataset}:{place}:h", token_ids=(1,), text="q", row=row, messages=None, dataset=dataset,
+                  where=f"{dataset}.jsonl:{place}")  # fmt: skip
+
+
+def golds(reward: RewardConfig, tmp_path: Path, sets: Mapping[str, Sequence[Mapping[str, Any]]], **options: Any) -> Any:
+    prompts = {name: [prompt(row, name, i + 1) for i, row in enumerate(rows)] for name, rows in sets.items()}
+    settings: dict[str, Any] = {
+        "gold_template": "{answer}", "answer_column": "answer", "workers": 2, "say": lambda text: None, **options
+    }  # fmt: skip
+    return try_golds([reward], [Path(reward.file)], prompts, log_dir=tmp_path, **settings)
+
+
+READS_NUMBERS = """
+def f(completion, row):
+    gold = int(row["answer"])
+    return None if gold == 9 else float(int(completion) == gold and gold < 7)
+"""
+
+
+def test_every_gold_answer_is_tried(write: Write, tmp_path: Path) -> None:
+    reward = write(READS_NUMBERS, gold=True)
+    rows = [{"answer": str(i % 7)} for i in range(600)]
+    assert golds(
+        reward, tmp_path, {"a": rows, "b": [*rows[:3], {"answer": "8"}, {"answer": "9"}, {"answer": "7"}]}
+    ) == [
+        "f on a: 600 of 600 gold answers score above 0",
+        "f on b: warning: 3 of 6 gold answers score above 0; not those of b.jsonl:4, b.jsonl:5, b.jsonl:6",
+    ]
+    [many] = golds(reward, tmp_path, {"a": [{"answer": "8"}] * 12})
+    assert many.endswith("a.jsonl:9, a.jsonl:10 and 2 more")
+    other = dataclasses.replace(reward, sets=("b",))
+    assert [line[:7] for line in golds(other, tmp_path, {"a": [{"answer": "x"}], "b": rows})] == ["f on b:"]
+    assert golds(dataclasses.replace(reward, gold=False), tmp_path, {"a": [{"answer": "x"}]}) == []
+
+
+def test_a_gold_answer_that_cannot_be_read_is_an_error_that_names_its_row(write: Write, tmp_path: Path) -> None:
+    reward = write(READS_NUMBERS, gold=True)
+    rows = [{"answer": str(i % 7)} for i in range(600)]
+    with pytest.raises(UserError) as caught:
+        golds(reward, tmp_path, {"a": [*rows, {"answer": "n/a"}, *rows]})
+    assert str(caught.value).startswith("rewards[0]: f on a cannot read the gold answer of a.jsonl:601: exception: f: ")
+    assert "invalid literal for int() with base 10: 'n/a'" in str(caught.value)
+    calls = tmp_path / "calls"
+    counting = write(f"def f(completion, row): open({str(calls)!r}, 'a').write('.'); return 1 / 0", gold=True)
+    with pytest.raises(UserError) as caught:
+        golds(counting, tmp_path, {"a": rows * 10})
+    assert str(caught.value).count("ZeroDivisionError") == 3  # the first few
+    assert len(calls.read_text()) < 2000  # and the rest is not tried
+    slow = write("def f(completion, row):\n    while True: pass", gold=True, timeout_s=0.3)
+    with pytest.raises(UserError, match=r"a\.jsonl:1: timeout"):
+        golds(slow, tmp_path, {"a": rows[:1]})
+    with pytest.raises(UserError, match=r"data\.answer_column=answer is no column of the row \{'gold': 1\}"):
+        golds(reward, tmp_path, {"a": [*rows[:5], {"gold": 1}]})
+
+
+def test_of_large_sets_an_even_share_of_the_golds_is_tried(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "MAX_GOLDS", 4)
+    monkeypatch.setattr(preflight, "SAY_EVERY_S", 0.0)
+    said: list[str] = []
+    reward = write("def f(completion, row): return float(row['n'] in (0, 2, 5))", gold=True)
+    assert golds(reward, tmp_path, {"a": [{"answer": "", "n": i} for i in range(10)]}, say=said.append) == [
+        "f on a: warning: 3 of 4 gold answers score above 0 (of 10 rows, evenly spread); not those of a.jsonl:8"
+    ]
+    assert said[-1] == "rewards[0]: f on a: 4 of 4 gold answers scored"
+    assert preflight.evenly_spread(range(10), 10) == range(10)
+    assert preflight.evenly_spread(range(10), 3) == [0, 3, 6]
+
+
+def test_rewards_are_tried_on_the_sets_that_they_are_for(write: Write, tmp_path: Path) -> None:
+    one = write("def one(completion, row): return float(row['x'])", file="one.py", name=None, sets=("a",))
+    two = write("def two(completions, x): return [None for _ in x]", file="two.py", name=None, style="trl")
+    samples = {name: items([""], row={"x": 1, name: 2}, dataset=name) for name in "ab"}
+    options: Any = {"gold_template": "{answer}", "answer_column": "answer", "log_dir": tmp_path}
+    assert try_out([one, two], [Path(one.file), Path(two.file)], samples, **options) == [
+        "one on a: ran on 1 rows",
+        "two on a: warning: it returned None (abstained) on each of the 1 rows tried",
+        "two on b: warning: it returned None (abstained) on each of the 1 rows tried",
+    ]
+    asks = write("def asks(completions, b): return [1.0 for _ in b]", file="asks.py", name=None, style="trl")
+    with pytest.raises(UserError, match="asks asks for b, which is no column of the rows"):
+        try_out([asks], [Path(asks.file)], samples, **options)
+    own = dataclasses.replace(asks, sets=("b",))
+    assert try_out([own], [Path(own.file)], samples, **options) == ["asks on b: ran on 1 rows"]

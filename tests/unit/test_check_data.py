@@ -1,0 +1,150 @@
+"""What `grpo check` says and refuses of data sets, their mix and their rewards. Starts no engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo import config as module
+from grpo.check import Plan, check
+from grpo.types import UserError
+
+
+@pytest.fixture
+def planned(make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Plan]:
+    """planned(*overrides, a=[rows], ...) -> the plan of the small recipe with the data sets a.jsonl, ..."""
+    model = make_model("qwen2")
+
+    def plan(*overrides: str, **sets: list[dict[str, Any]]) -> Plan:
+        recipe = make_recipe(model)
+        for name, rows in sets.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        texts = [text.replace("DIR", str(tmp_path)) for text in overrides]
+        return check(module.load(recipe, ["cluster.reward_workers=2", *texts]), recipe, tmp_path / "logs")
+
+    return plan
+
+
+def sums(low: int, high: int, **more: Any) -> list[dict[str, Any]]:
+    return [{"question": f"{n}+11", "answer": str(n + 11)[::-1], **more} for n in range(low, high)]
+
+
+def line(plan: Plan, *words: str) -> str:
+    [found] = [text for text in plan.lines if all(word in text for word in words)]
+    return found
+
+
+MIX = ("data.train=[DIR/a.jsonl,DIR/b.jsonl]", "rewards.0.gold=false")
+
+
+def test_a_mix_is_planned(planned: Callable[..., Plan]) -> None:
+    plan = planned(*MIX, "data.train.0.weight=3", "data.train.1.weight=1", a=sums(10, 40), b=sums(40, 50))
+    assert [prompt.dataset for prompt in plan.prompts] == ["a"] * 30 + ["b"] * 10
+    assert line(plan, "set        a") == "set        a: 30 prompts, 75.0% of those drawn: 0.40 epochs"  # 12 of 16 drawn
+    assert line(plan, "set        b") == "set        b: 10 prompts, 25.0% of those drawn: 0.40 epochs"
+    pool = planned(*MIX, a=sums(10, 40), b=sums(40, 50))
+    assert line(pool, "set        b") == "set        b: 10 prompts, in one pool"
+    assert pool.fingerprints["data.train"] == plan.fingerprints["data.train"]
+
+
+def test_one_data_set_is_planned_as_ever(planned: Callable[..., Plan]) -> None:
+    plan = planned("data.train=DIR/a.jsonl", a=sums(10, 40))
+    assert not [text for text in plan.lines if text.startswith("set ")]
+    assert line(plan, "reward", "corrupted") == (
+        "reward     arithmetic on data.train[0] (a): gold 1, corrupted 0 on 8 rows"
+    )
+    assert line(plan, "gold answers") == (
+        "reward     arithmetic on data.train[0] (a): 30 of 30 gold answers score above 0"
+    )
+
+
+def test_a_step_that_could_need_more_of_a_set_than_it_has(planned: Callable[..., Plan]) -> None:
+    weights = ("data.train.0.weight=1", "data.train.1.weight=1")
+    with pytest.raises(UserError) as caught:
+        planned(*MIX, *weights, "algorithm.minibatches_per_step=2", a=sums(10, 40), b=sums(40, 43))
+    assert str(caught.value) == (
+        "algorithm.prompts_per_step=8 may need 4 prompts of data.train[1] (b) in one step by its weight, and it has 3; "
+        "nearest: 6"
+    )
+    planned(*MIX, *weights, "algorithm.prompts_per_step=6", a=sums(10, 40), b=sums(40, 43))
+    with pytest.raises(UserError, match=r"may need 5 prompts .* and it has 4; nearest: 7"):
+        planned(*MIX, *weights, "algorithm.max_refills=1", a=sums(10, 40), b=sums(40, 44))
+    with pytest.raises(UserError, match=r"may need 2 prompts .* and it has 1; no smaller step fits either"):
+        planned(*MIX, *weights, "algorithm.prompts_per_step=4", "algorithm.minibatches_per_step=4",
+                a=sums(10, 40), b=sums(40, 41))  # fmt: skip
+
+
+def test_names_of_data_sets(planned: Callable[..., Plan]) -> None:
+    twice = ("data.train=[DIR/a.jsonl,DIR/a.jsonl]", "rewards.0.gold=false")
+    with pytest.raises(UserError, match=r"data\.train\[0\] and data\.train\[1\] are both called a; give one another"):
+        planned(*twice, a=sums(10, 40))
+    plan = planned(*twice, "data.train.1.name=other", a=sums(10, 40))
+    assert {prompt.dataset for prompt in plan.prompts} == {"a", "other"}
+    assert len({prompt.prompt_id for prompt in plan.prompts}) == 60
+
+
+def test_rewards_name_data_sets_that_there_are(planned: Callable[..., Plan]) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(*MIX, "rewards.0.sets=[a,bb]", a=sums(10, 40), b=sums(40, 50))
+    assert str(caught.value) == "rewards[0].sets: no data set is called bb; there are a, b; did you mean b?"
+    with pytest.raises(UserError) as caught:
+        planned(*MIX, "rewards.0.sets=[a]", a=sums(10, 40), b=sums(40, 50))
+    assert str(caught.value) == "data.train[1]: no reward is for b; name it in rewards[i].sets of one"
+    with pytest.raises(UserError, match=r"data\.eval\.sets\[0\]: no reward is for b"):
+        planned("data.train=DIR/a.jsonl", "data.eval.sets=DIR/b.jsonl", "rewards.0.sets=[a]", a=sums(10, 40),
+                b=sums(40, 50))  # fmt: skip
+
+
+def test_gold_answers_of_all_rows(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    """The reward fails on an answer that is no number, scores 0 where it is 7, and the first eight rows say nothing."""
+    reward = tmp_path / "number.py"
+    reward.write_text(
+        "def number(completion, row): return float(int(row['answer']) != 7 and completion == row['answer'])"
+    )
+    rows = sums(10, 40)
+    one = ("data.train=DIR/a.jsonl", f"rewards.0.file={reward}")
+    plan = planned(*one, a=[*rows, {"question": "1+1", "answer": "7"}])
+    assert line(plan, "gold answers") == (
+        "reward     number on data.train[0] (a): warning: 30 of 31 gold answers score above 0; not those of a.jsonl:31"
+    )
+    with pytest.raises(UserError, match=r"cannot read the gold answer of a\.jsonl:31: exception: .*ValueError"):
+        planned(*one, a=[*rows, {"question": "1+1", "answer": "n"}])
+    with pytest.raises(UserError, match=r"data\.eval\.sets\[0\] \(b\) cannot read the gold answer of b\.jsonl:9: "):
+        planned(*one, "data.eval.sets=DIR/b.jsonl", a=rows, b=[*sums(40, 48), {"question": "1+1", "answer": "n"}])
+
+
+def test_filters_are_in_the_plan_and_listed(planned: Callable[..., Plan]) -> None:
+    train = [*sums(10, 30, level=1), *sums(30, 40, level=2), *sums(40, 44, level=3), {**sums(44, 45)[0], "level": 9}]
+    options = (
+        "data.train=DIR/a.jsonl", "data.eval.sets=DIR/b.jsonl", "data.train[0].between.level=[1,3]",
+        "data.train[0].limit=20", "data.eval.sets[0].limit=4",
+    )  # fmt: skip
+    plan = planned(*options, a=train, b=sums(38, 60))
+    assert line(plan, "kept") == "kept       34 of 35 rows of data.train[0] by between level 1..3"
+    assert line(plan, "overlap").startswith(  # 38, 39, 40 and 41 of the evaluation that the limit leaves
+        "warning    4 of 34 prompts of data.train[0] overlap with data.eval.sets, 4 as the same text and 0 by 13 words"
+    )
+    assert line(plan, "limit", "train") == "limit      the first 20 of 34 prompts of data.train[0]"
+    assert line(plan, "limit", "eval") == "limit      the first 4 of 22 prompts of data.eval.sets[0]"
+    assert [text.split(" ", 1)[1] for text in plan.dropped] == ["(level 9)"]
+    assert (len(plan.prompts), len(plan.eval_prompts)) == (20, 4)
+
+    dropping = planned(*options, "data.contaminated=drop", "data.train[0].limit=null", a=train, b=sums(38, 60))
+    assert line(dropping, "overlap").startswith("dropped    4 of 34 prompts of data.train[0] overlap")
+    assert len(dropping.prompts) == 30
+    assert [text.split(" ", 1)[1].split(":")[0] for text in dropping.dropped] == ["(level" + " 9)"] + [
+        "(overlaps with b"
+    ] * 4
+    assert dropping.fingerprints["data.train"] != plan.fingerprints["data.train"]
+    assert dropping.fingerprints["data.eval.sets"] == plan.fingerprints["data.eval.sets"]
+    other = planned(*options, "data.eval.sets[0].limit=5", a=train, b=sums(38, 60))
+    assert other.fingerprints["data.eval.sets"] != plan.fingerprints["data.eval.sets"]
+
+
+def test_rows_that_stand_there_twice_are_said_of_all_sets_together(planned: Callable[..., Plan]) -> None:
+    plan = planned(*MIX, a=sums(10, 40), b=sums(35, 50))
+    assert line(plan, "more than once") == "warning    5 of 45 prompts of data.train stand there more than once"
