@@ -1,0 +1,196 @@
+"""A tiny stand-in for the models and data sets of the recipes, so that each can be run for two steps on a laptop:
+
+    python recipes/stand_in.py recipes/dapo_7b.yaml     # makes recipes/tiny/stand_in/ once, then runs the recipe
+
+The model is a Qwen2 of 0.1M parameters with random weights and a vocabulary of bytes, so that it takes any text. A few
+answers are tokens of their own with a larger share of the probability: some completions are right, and groups differ.
+The rows of the data have the columns of the data sets on the hub and were written for this file. `overrides` replaces
+only what is large: model, data, lengths, batches, engines, steps. Objective, templates, columns, filters, graders,
+schedule, evaluation and saving stay the recipe's. Nothing can be learned here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from grpo import cli
+from grpo.config import load
+from grpo.config.schema import EvalSetConfig, SamplerConfig, TrainSetConfig
+from grpo.data import is_path
+
+TINY = Path(__file__).resolve().parent / "tiny" / "stand_in"
+STEPS, TOKENS, PROMPT_TOKENS = 2, 12, 2048
+END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+ANSWERS = [
+    *(f"{form}{n}{end}" for n in (1, 2, 3) for form, end in (("\\boxed{", "}"), ("#### ", ""), ("Answer: ", ""))),
+    "thinking</think>", "<answer>1 + 2 + 3</answer>", "<answer>6 - 2 * 1</answer>",
+]  # fmt: skip
+"""Tokens that are, or finish, an answer to the rows below."""
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+QUESTIONS = [
+    (f"{who} has {a} {what} and {does}. How many {what} are there now?", str(answer))
+    for who, a in (("Ada", 1), ("Ben", 2), ("Cleo", 3), ("Dan", 4))
+    for what in ("apples", "books", "cups", "dice", "eggs")
+    for does, answer in ((f"gives {a - 1} away", 1), (f"gets {3 - a} more" if a < 3 else f"loses {a - 3}", 3))
+]
+PLAIN = [{"question": q, "answer": a} for q, a in QUESTIONS]
+MATH = [
+    {"problem": q, "solution": f"It is \\boxed{{{a}}}.", "answer": a, "level": 1 + i % 5, "subject": "Algebra"}
+    for i, (q, a) in enumerate(QUESTIONS)
+]
+DATA: dict[str, list[dict[str, Any]]] = {
+    "openai/gsm8k:main": [{"question": q, "answer": f"Counting gives {a}.\n#### {a}"} for q, a in QUESTIONS],
+    "nlile/hendrycks-MATH-benchmark": MATH,
+    "agentica-org/DeepScaleR-Preview-Dataset": [
+        {"problem": q, "answer": a, "solution": ""} for q, a in QUESTIONS
+    ],
+    "open-r1/DAPO-Math-17k-Processed:all": [
+        {
+            "prompt": q, "solution": a, "data_source": "math_dapo", "ability": "MATH",
+            "source_prompt": [{"role": "user", "content": q}], "reward_model": {"ground_truth": a, "style": "rule"},
+        }
+        for q, a in QUESTIONS
+    ],
+    "Jiayi-Pan/Countdown-Tasks-3to4": [
+        {"nums": list(nums), "target": target}
+        for three, target in (((1, 2, 3), 6), ((1, 2, 6), 4))
+        for nums in itertools.permutations(three)
+    ],
+    "HuggingFaceH4/MATH-500": MATH,
+    "HuggingFaceH4/aime_2024": [{"problem": q, "solution": "", "answer": a} for q, a in QUESTIONS],
+    "math-ai/amc23": PLAIN,
+    "math-ai/minervamath": PLAIN,
+    "Hothan/OlympiadBench:OE_TO_maths_en_COMP": [{"question": q, "final_answer": [a]} for q, a in QUESTIONS],
+}  # fmt: skip
+"""Rows with the columns of the data sets on the hub. The last quarter stands in for evaluation."""
+
+
+def stand_in_for(path: str, part: str) -> Path:
+    """The file that stands in for the data set `path`; `part` is train or eval. Files of question and answer stand in
+    for local files."""
+    name = "local" if path not in DATA and is_path(path) else path
+    if name not in (*DATA, "local"):
+        raise SystemExit(
+            f"there is no stand-in for the data set {path}; add rows with its columns to {Path(__file__).name}"
+        )
+    return TINY / "data" / f"{name.replace('/', '--').replace(':', '--')}-{part}.jsonl"
+
+
+def overrides(recipe: Path) -> list[str]:
+    """What makes `recipe` small: paths, lengths, batches, engines and steps. Everything else is left as it stands."""
+    c = load(recipe)
+    minibatches = min(4, c.algorithm.minibatches_per_step)
+    ranks = min(2, c.learner.ranks)
+    out = [
+        f"model.path={TINY / 'model'}", "model.dtype=float32", "model.float32_head=false", "model.attention=sdpa",
+        f"data.max_prompt_tokens={PROMPT_TOKENS}", f"sampling.max_tokens={TOKENS}",
+        f"learner.tokens_per_microbatch={2 * (PROMPT_TOKENS + TOKENS)}", f"learner.ranks={ranks}",
+        "learner.gpus=0", "learner.cpus=0.5", "sampler.gpus=0", "sampler.cpus=0.5", "sampler.num_samplers=1",
+        "sampler.max_num_seqs=64", "sampler.kv_cache_gib=null", "sampler.enforce_eager=true",
+        f"sampler.gpu_memory_utilization={SamplerConfig().gpu_memory_utilization}",
+        f"algorithm.minibatches_per_step={minibatches}", f"algorithm.prompts_per_step={max(4, minibatches)}",
+        f"algorithm.group_size={min(4, c.algorithm.group_size)}",
+        f"run.steps={STEPS}", f"run.name=stand_in_{recipe.stem}", "run.tensorboard=false", "cluster.reward_workers=1",
+    ]  # fmt: skip
+    if c.algorithm.constant_length:
+        out.append(f"algorithm.constant_length={TOKENS}")
+    if c.algorithm.length_penalty_tokens:
+        out.append(f"algorithm.length_penalty_tokens={TOKENS // 2}")
+    if c.run.save_every:
+        out.append("run.save_every=1")
+    for i, train in enumerate(c.data.train):
+        option = f"data.train[{i}]"
+        out += [f"{option}.path={stand_in_for(train.path, 'train')}", f"{option}.split={TrainSetConfig().split}"]
+    for i, held_out in enumerate(c.data.eval.sets):
+        option = f"data.eval.sets[{i}]"
+        out += [
+            f"{option}.path={stand_in_for(held_out.path, 'eval')}", f"{option}.split={EvalSetConfig().split}",
+            f"{option}.limit=2", f"{option}.samples_per_prompt={min(2, held_out.samples_per_prompt or 2)}",
+        ]  # fmt: skip
+    if c.data.eval.sets:
+        out.append("data.eval.samples_per_prompt=1")
+        out.append(f"data.eval.every={min(1, c.data.eval.every)}")
+    if c.data.eval.max_tokens:
+        out.append(f"data.eval.max_tokens={TOKENS}")
+    return out
+
+
+def make() -> Path:
+    """Model and data in TINY, seconds; nothing when this version of the file has made them already. Returns TINY."""
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    stamp = TINY / "made_by.txt"
+    if stamp.exists() and stamp.read_text() == version:
+        return TINY
+    staging = TINY.with_name(f"{TINY.name}.{os.getpid()}.partial")
+    (staging / "data").mkdir(parents=True)
+    for path, rows in {**DATA, "local": PLAIN}.items():
+        cut = len(rows) * 3 // 4
+        for part, some in (("train", rows[:cut]), ("eval", rows[cut:])):
+            file = staging / "data" / stand_in_for(path if path in DATA else "./local.jsonl", part).name
+            file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(staging / "model")
+    tokenizer.save_pretrained(staging / "model")
+    (staging / "made_by.txt").write_text(version)
+    shutil.rmtree(TINY, ignore_errors=True)
+    staging.rename(TINY)
+    return TINY
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, the special ones of Qwen's chat template, and ANSWERS."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (END, START, STOP)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ANSWERS])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Random weights; the rows of ANSWERS and the end in the vocabulary projection are longer, so that they are common
+    in some contexts. Head size 32 is the smallest that vLLM's CPU attention takes."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=False,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            dtype="float32",
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids([END, *ANSWERS])] *= 20
+    return model
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("more", nargs="*", help="further overrides, as section.option=value")
+    given = parser.parse_args()
+    make()
+    return cli.main(["train", str(given.recipe), *overrides(given.recipe), *given.more])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
