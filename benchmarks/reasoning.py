@@ -3,10 +3,10 @@
     python -m benchmarks.reasoning [--variants NAME ...] [--seeds N ...] [--out docs/results] [--table-only]
 
 Makes the runs of recipes/reasoning_variants.yaml one after another. Resumable: a run whose summary is in
-OUT/reasoning/<variant>-<seed>/ is not made again, one that was interrupted goes on from its last checkpoint. After every
-run the table (OUT/reasoning.md) and the figure (OUT/reasoning.svg) are made anew, from what is kept in OUT/reasoning/
-alone: config.yaml, summary.json and metrics.jsonl with the metrics of KEPT. Of the page only what stands between the
-marks of a table is replaced. Whole runs stay in runs/reasoning/.
+OUT/reasoning/<variant>-<seed>/ is not made again, one that was interrupted goes on from its last checkpoint. After
+every run the tables (OUT/reasoning.md) and the figure (OUT/reasoning.svg) are made anew, from what is kept in
+OUT/reasoning/ alone: config.yaml, summary.json and metrics.jsonl with the metrics of KEPT. Of the page only what stands
+between the marks of a table is replaced. Whole runs stay in runs/reasoning/.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ of the working. The splits share no pair of numbers, in either order:
     train.jsonl      GRPO draws its prompts from these
     eval.jsonl       held out from both; accuracy before and after is measured on these
 
-The base is a character-level Qwen2 of 1.05M parameters, trained from scratch and stopped as soon as it writes two fifths
-of a development slice wholly right at temperature 1. That the working matters is measured, not supposed:
-`--answers-only` trains the same model for as many batches on the answers alone, and `made_by.json` has the chance of the
-right answer behind right working.
+The base is a character-level Qwen2 of 1.05M parameters, trained from scratch and stopped as soon as it writes two
+fifths of a development slice wholly right at temperature 1. The working is needed: trained for as many batches on the
+answers alone (`--answers-only`) the same model reaches an accuracy of 0.0004, and behind right working the base gives
+the right answer with chance 0.90 (`made_by.json`).
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_a_row_fits_the_recipes_lengths_exactly(splits: dict[str, list[dict[str,
     ids, mask = recipe.encode(splits["pretrain"], recipe.COMPLETION)
     assert ids.shape[1] == recipe.PROMPT_TOKENS + recipe.COMPLETION_TOKENS
     assert mask.sum(1).max() == recipe.COMPLETION_TOKENS == 44
-    assert recipe.PROMPT_TOKENS == config.data.max_prompt_tokens
+    assert config.data.max_prompt_tokens == recipe.PROMPT_TOKENS
     assert config.sampling.max_tokens >= recipe.COMPLETION_TOKENS
     assert config.data.gold_template == recipe.COMPLETION
     row, kept = ids[0].tolist(), mask[0].tolist()
