@@ -23,6 +23,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,22 +50,22 @@ def problems() -> dict[str, list[dict[str, object]]]:
     return out
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(characters: str = "0123456789+=") -> PreTrainedTokenizerFast:
     """One token per character, `<eos>` also pads."""
-    vocab = {token: i for i, token in enumerate(["<eos>", *"0123456789+="])}
+    vocab = {token: i for i, token in enumerate(["<eos>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def make_model(vocab_size: int) -> Qwen2ForCausalLM:
-    """0.79M parameters, tied embeddings; head size 32, the smallest that vLLM's CPU attention takes."""
+def make_model(vocab_size: int, layers: int = 3) -> Qwen2ForCausalLM:
+    """0.26M parameters a layer, tied embeddings; head size 32, the smallest that vLLM's CPU attention takes."""
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=512,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,
@@ -77,34 +78,44 @@ def make_model(vocab_size: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def encode(rows: list[dict[str, object]], tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows -> (ids [N, 10] padded with EOS, target mask [N, 10]: true on answer tokens and on the first EOS)."""
+def encode(
+    rows: list[dict[str, object]], tokenizer: PreTrainedTokenizerFast, completion: str = "{answer}", length: int = 10
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows -> (ids [N, length] padded with EOS, target mask [N, length]: true on the completion and the first EOS)."""
     ids, mask = [], []
     for row in rows:
         prompt = tokenizer.encode(f"{row['question']}=")
-        answer = [*tokenizer.encode(str(row["answer"])), tokenizer.eos_token_id]
-        pad = 10 - len(prompt) - len(answer)
-        ids.append(prompt + answer + [tokenizer.eos_token_id] * pad)
-        mask.append([False] * len(prompt) + [True] * len(answer) + [False] * pad)
+        target = [*tokenizer.encode(completion.format(**row)), tokenizer.eos_token_id]
+        pad = length - len(prompt) - len(target)
+        ids.append(prompt + target + [tokenizer.eos_token_id] * pad)
+        mask.append([False] * len(prompt) + [True] * len(target) + [False] * pad)
     return torch.tensor(ids), torch.tensor(mask)
 
 
 @torch.no_grad()
 def sampled_accuracy(model: Qwen2ForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> float:
-    """Chance, at temperature 1, that the whole answer is sampled right: the mean over problems of the product of the
-    answer tokens' probabilities. Exact, so that no sampling noise decides when pre-training stops."""
+    """Chance, at temperature 1, that every token under the mask is sampled right: the mean over problems of the product
+    of those tokens' probabilities. Exact, so that no sampling noise decides when pre-training stops."""
     logprobs = F.log_softmax(model(input_ids=ids[:, :-1]).logits, -1)
     picked = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
     return (picked * mask[:, 1:]).sum(1).exp().mean().item()
 
 
-def pretrain(model: Qwen2ForCausalLM, splits: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[int, float]:
-    """AdamW on the answers of the pre-training split until TARGET_ACCURACY on the development split."""
+def pretrain(
+    model: Qwen2ForCausalLM,
+    splits: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    *,
+    target: float = TARGET_ACCURACY,
+    batch_size: int = BATCH,
+    max_batches: int = MAX_BATCHES,
+) -> tuple[int, float]:
+    """AdamW on the completions of the pre-training split until accuracy `target` on the development split, or for
+    `max_batches`: the number of batches and the accuracy."""
     ids, mask = splits["pretrain"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     generator = torch.Generator().manual_seed(SEED)
-    for batch in range(1, MAX_BATCHES + 1):
-        rows = torch.randint(len(ids), (BATCH,), generator=generator)
+    for batch in range(1, max_batches + 1):
+        rows = torch.randint(len(ids), (batch_size,), generator=generator)
         logits = model(input_ids=ids[rows, :-1]).logits
         keep = mask[rows, 1:]
         loss = F.cross_entropy(logits[keep], ids[rows, 1:][keep])
@@ -113,18 +124,15 @@ def pretrain(model: Qwen2ForCausalLM, splits: dict[str, tuple[torch.Tensor, torc
         optimizer.zero_grad()
         if batch % 5 == 0:
             accuracy = sampled_accuracy(model, *splits["dev"])
-            if batch % 100 == 0 or accuracy >= TARGET_ACCURACY:
+            if batch % 100 == 0 or accuracy >= target:
                 print(f"  batch {batch}: loss {loss.item():.3f}, development accuracy {accuracy:.3f}", flush=True)
-            if accuracy >= TARGET_ACCURACY:
-                return batch, accuracy
-    raise SystemExit(f"pre-training did not reach {TARGET_ACCURACY} in {MAX_BATCHES} batches")
+            if accuracy >= target:
+                break
+    return batch, accuracy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "arithmetic")
-    out: Path = parser.parse_args().out
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+def build(out: Path, version: str, make: Callable[[Path], dict[str, object]]) -> None:
+    """Fill the folder `out` by `make(staging folder)`, which returns facts to note, unless `version` has made it."""
     stamp = out / "made_by.json"
     if stamp.exists() and json.loads(stamp.read_text())["script"] == version:
         print(f"base model and data are in {out} already", flush=True)
@@ -134,21 +142,44 @@ def main() -> None:
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    facts = {"script": version, "seed": SEED, **make(staging)}
+    (staging / "made_by.json").write_text(json.dumps(facts) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    staging.rename(out)
+    print(f"base model and data written to {out} in {time.time() - started:.0f} s", flush=True)
+
+
+def version_of(*scripts: str) -> str:
+    """What `build` knows these scripts' present texts by."""
+    return hashlib.sha256(b"".join(Path(script).read_bytes() for script in scripts)).hexdigest()[:16]
+
+
+def write_splits(folder: Path, splits: dict[str, list[dict[str, object]]]) -> None:
+    """One .jsonl a split."""
+    for name, rows in splits.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make(folder: Path) -> dict[str, object]:
+    """Data and base model."""
     tokenizer = make_tokenizer()
     splits = problems()
-    for name, rows in splits.items():
-        (staging / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_splits(folder, splits)
     model = make_model(len(tokenizer))
     count = sum(p.numel() for p in model.parameters())
     print(f"pre-training a {count / 1e6:.2f}M-parameter Qwen2 on {len(splits['pretrain'])} additions", flush=True)
     batches, accuracy = pretrain(model, {name: encode(rows, tokenizer) for name, rows in splits.items()})
-    model.save_pretrained(staging / "base")
-    tokenizer.save_pretrained(staging / "base")
-    made_by = {"script": version, "seed": SEED, "batches": batches, "development_accuracy": round(accuracy, 4)}
-    (staging / "made_by.json").write_text(json.dumps(made_by) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    staging.rename(out)
-    print(f"base model and data written to {out} in {time.time() - started:.0f} s", flush=True)
+    if accuracy < TARGET_ACCURACY:
+        raise SystemExit(f"pre-training did not reach {TARGET_ACCURACY} in {batches} batches")
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return {"batches": batches, "development_accuracy": round(accuracy, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "arithmetic")
+    build(parser.parse_args().out, version_of(__file__), make)
 
 
 if __name__ == "__main__":
