@@ -57,6 +57,10 @@ MATH = [
 DATA: dict[str, list[dict[str, Any]]] = {
     "openai/gsm8k:main": [{"question": q, "answer": f"Counting gives {a}.\n#### {a}"} for q, a in QUESTIONS],
     "nlile/hendrycks-MATH-benchmark": MATH,
+    "EleutherAI/hendrycks_math:algebra": [
+        {"problem": row["problem"], "level": f"Level {row['level']}", "type": "Algebra", "solution": row["solution"]}
+        for row in MATH
+    ],
     "agentica-org/DeepScaleR-Preview-Dataset": [
         {"problem": q, "answer": a, "solution": ""} for q, a in QUESTIONS
     ],
