@@ -251,7 +251,7 @@ def test_of_messages_the_last_user_turn_is_compared(tmp_path: Path) -> None:
         return {"m": [{"role": "user" if i % 2 == 0 else "assistant", "content": c} for i, c in enumerate(said)]}
 
     path = write(tmp_path / "t.jsonl", turns("same start", "ok", "one"), turns("other", "ok", "two"))
-    other = write(tmp_path / "e.jsonl", turns("same start", "ok", "three"), turns("two"))
+    other = write(tmp_path / "e.jsonl", turns("same start", "ok", "three"), turns("TWO"))
     data: dict[str, Any] = {"style": "chat", "messages_column": "m"}
     train, held_out = read(TrainSetConfig(path=path), **data), read(EvalSetConfig(path=other), **data)
     found = overlaps(list(train.prompts), list(held_out.prompts), **data)
