@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from grpo import cli
 from grpo.config import load
@@ -57,6 +57,10 @@ MATH = [
 DATA: dict[str, list[dict[str, Any]]] = {
     "openai/gsm8k:main": [{"question": q, "answer": f"Counting gives {a}.\n#### {a}"} for q, a in QUESTIONS],
     "nlile/hendrycks-MATH-benchmark": MATH,
+    "EleutherAI/hendrycks_math:algebra": [
+        {"problem": row["problem"], "level": f"Level {row['level']}", "type": "Algebra", "solution": row["solution"]}
+        for row in MATH
+    ],
     "agentica-org/DeepScaleR-Preview-Dataset": [
         {"problem": q, "answer": a, "solution": ""} for q, a in QUESTIONS
     ],
@@ -153,20 +157,19 @@ def make() -> Path:
     return TINY
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, the special ones of Qwen's chat template, and ANSWERS."""
+def make_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's tokenizer without merges: one token for each byte, the special ones of its chat template, and ANSWERS."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (END, START, STOP)])
+    tokenizer = Qwen2Tokenizer(
+        vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token=None, eos_token=END, pad_token=END
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [START, STOP]})
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ANSWERS])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
-    made.chat_template = CHAT_TEMPLATE
-    return made
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """Random weights; the rows of ANSWERS and the end in the vocabulary projection are longer, so that they are common
     in some contexts. Head size 32 is the smallest that vLLM's CPU attention takes."""
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
 """Every recipe and every YAML in the documentation: loads, says where it comes from, keeps the published numbers, and
-is made small by nothing but sizes. tests/integration/test_recipes.py runs them."""
+is made small by nothing but sizes. tests/integration/test_recipe_runs.py runs them."""
 
 from __future__ import annotations
 
@@ -11,48 +11,17 @@ from typing import Any
 
 import pytest
 import stand_in
-import yaml
+from documented import RECIPES, ROOT, blocks, completed
 from transformers import AutoTokenizer
 
 from benchmarks import recipe_hours
 from grpo.checkpoint import differences
 from grpo.config import Config, load
 
-ROOT = Path(__file__).resolve().parents[2]
-OWN = ("arithmetic_cpu", "arithmetic_objectives")
-"""Not of the field: no source and no published result."""
-RECIPES = {p.stem: p for p in sorted((ROOT / "recipes").glob("*.yaml")) if p.stem not in OWN}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-SMALL = """
-model: {path: some/folder}
-data: {train: train.jsonl}
-algorithm: {prompts_per_step: 8, group_size: 4}
-rewards: [{file: reward.py}]
-run: {steps: 3}
-"""
-
 
 @functools.cache
 def loaded(name: str) -> Config:
     return load(RECIPES[name])
-
-
-def yaml_blocks() -> list[Any]:
-    found = []
-    for page in PAGES:
-        text = page.read_text()
-        for block in re.finditer(r"^```yaml\n(.*?)^```", text, re.S | re.M):
-            line = text[: block.start()].count("\n") + 1
-            found.append(pytest.param(block[1], id=f"{page.relative_to(ROOT)}:{line}"))
-    return found
-
-
-def merged(base: Any, over: Any) -> Any:
-    """`over` laid on `base`, section by section; lists are replaced."""
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
-    return {key: merged(base.get(key), over[key]) if key in over else base[key] for key in {**base, **over}}
 
 
 def header(name: str) -> str:
@@ -64,14 +33,12 @@ def header(name: str) -> str:
 
 def test_there_are_the_recipes_of_the_field() -> None:
     assert len(RECIPES) >= 12
-    assert len(yaml_blocks()) >= 3
+    assert len(blocks("yaml")) >= 4
 
 
-@pytest.mark.parametrize("block", yaml_blocks())
+@pytest.mark.parametrize("block", blocks("yaml"))
 def test_every_yaml_of_the_documentation_loads(block: str, tmp_path: Path) -> None:
-    recipe = tmp_path / "block.yaml"
-    recipe.write_text(yaml.safe_dump(merged(yaml.safe_load(SMALL), yaml.safe_load(block))))
-    load(recipe)
+    load(completed(block, tmp_path))
 
 
 @pytest.mark.parametrize("name", RECIPES)
