@@ -2,7 +2,7 @@
 
     python -m benchmarks.reasoning [--variants NAME ...] [--seeds N ...] [--out docs/results] [--table-only]
 
-Makes the runs of recipes/reasoning_variants.yaml one after another. Resumable: a run whose summary is in
+Makes the runs of benchmarks/reasoning_variants.yaml one after another. Resumable: a run whose summary is in
 OUT/reasoning/<variant>-<seed>/ is not made again, one that was interrupted goes on from its last checkpoint. After
 every run the tables (OUT/reasoning.md) and the figure (OUT/reasoning.svg) are made anew, from what is kept in
 OUT/reasoning/ alone: config.yaml, summary.json and metrics.jsonl with the metrics of KEPT. Of the page only what stands
@@ -28,7 +28,7 @@ from benchmarks import curves
 from grpo import config as config_module
 from grpo.run_folder import is_done
 
-LIST = Path("recipes/reasoning_variants.yaml")
+LIST = Path("benchmarks/reasoning_variants.yaml")
 RUNS = Path("runs/reasoning")
 KEPT = (
     "step", "eval/accuracy", "eval/pass_at_k", "reward/mean", "group/mixed_fraction", "completion/tokens_mean",
