@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = ("arithmetic_cpu", "arithmetic_objectives")
+OWN = ("arithmetic_cpu", "arithmetic_objectives", "reasoning_cpu")
 """Not of the field: no source and no published result."""
 RECIPES = {p.stem: p for p in sorted((ROOT / "recipes").glob("*.yaml")) if p.stem not in OWN}
 
