@@ -49,14 +49,13 @@ def load_for_evaluation(
     """
     source = "grpo eval" if recipe is None else str(recipe)
     unused = {
-        "data": {"train": []},
+        "data": {"train": "none.jsonl"},
         "algorithm": {"prompts_per_step": 1, "group_size": 2},
         "run": {"steps": 0},
     }
     tree = OmegaConf.create(unused)
     if recipe is not None:
         tree = typing.cast(DictConfig, OmegaConf.merge(tree, _read(recipe)))
-        tree.data.train = []
     OmegaConf.update(tree, "model.path", model, force_add=True)
     if data:
         OmegaConf.update(tree, "data.eval.sets", [{"path": path} for path in data], force_add=True)
@@ -69,7 +68,11 @@ def load_for_evaluation(
         if not OmegaConf.select(tree, option) and not any(text.startswith(option) for text in overrides):
             raise UserError(f"{source} names no {what} ({option}); give it with {flag}, or a recipe with --recipe")
     config = _configure(tree, overrides, source)
-    return dataclasses.replace(config, learner=dataclasses.replace(config.learner, ranks=0))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, train=[]),
+        learner=dataclasses.replace(config.learner, ranks=0),
+    )
 
 
 def _read(path: Path) -> DictConfig:
