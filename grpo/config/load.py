@@ -49,7 +49,7 @@ def load_for_evaluation(
     """
     source = "grpo eval" if recipe is None else str(recipe)
     unused = {
-        "data": {"train": "none.jsonl"},
+        "data": {"train": [{"path": "none.jsonl"}]},
         "algorithm": {"prompts_per_step": 1, "group_size": 2},
         "run": {"steps": 0},
     }
