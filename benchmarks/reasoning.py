@@ -236,6 +236,7 @@ def main() -> None:
         (a.out / "reasoning.svg").write_text(figure(runs, variants))
 
     if not a.table_only:
+        subprocess.run([sys.executable, "recipes/reasoning.py"], check=True)
         for name in a.variants:
             for seed in a.seeds or variants[name]["seeds"]:
                 options = [*variants[name]["options"], f"run.seed={seed}", f"data.seed={seed}"]

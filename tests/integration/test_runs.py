@@ -379,3 +379,23 @@ def test_a_run_joins_a_cluster_and_leaves_it_as_it_was(
         head.terminate()
         head.wait(timeout=60)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def test_the_reasoning_recipe_runs_on_an_untrained_model_of_its_shape(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    script = [sys.executable, str(ROOT / "recipes" / "reasoning.py"), "--untrained", "--out", str(made)]
+    subprocess.run(script, check=True, timeout=200)
+    _, summary, metrics, _ = train(
+        ROOT / "recipes" / "reasoning_cpu.yaml", f"model.path={made / 'base'}", f"data.train={made / 'train.jsonl'}",
+        f"data.eval.sets=[{{path: {made / 'eval.jsonl'}, limit: 16}}]", "data.eval.every=0", "run.steps=2",
+        "run.tensorboard=false", f"run.dir={tmp_path}",
+    )  # fmt: skip
+    assert summary["accuracy_before"] == summary["accuracy_after"] == 0.0  # it writes no sums
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    for line in metrics[1:]:
+        assert line["progress/rollouts"] == line["step"] * 512
+        assert line["prompt/tokens_mean"] == 10
+        assert line["completion/tokens_max"] == 48
+        assert line["reward/failed_fraction"] == 0
+        assert line["mismatch/max"] < 1e-3
+        assert line["group/no_spread_fraction"] == 1
