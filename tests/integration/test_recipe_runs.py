@@ -44,12 +44,15 @@ def two_steps(recipe: Path, runs: Path) -> tuple[Path, list[dict[str, Any]]]:
     return folder, metrics
 
 
-SAME_BUT_SIZES = ("dapo_7b", "deepscaler_1.5b_16k", "deepscaler_1.5b_24k", "gsm8k_qwen2.5_1.5b", "gsm8k_qwen2.5_7b")
-"""Others take the same path; these run with --full."""
+AT_FULL = (
+    "dapo_7b", "deepscaler_1.5b_16k", "deepscaler_1.5b_24k", "gsm8k_qwen2.5_1.5b", "gsm8k_qwen2.5_7b",
+    "math_simplerl_zoo_7b",
+)  # fmt: skip
+"""Each of these differs in sizes from one that the default suite runs, or in objectives that other tests run."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SAME_BUT_SIZES else []) for name in RECIPES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in AT_FULL else []) for name in RECIPES]
 )
 def test_a_recipe_is_checked_and_runs_two_steps(name: str, tmp_path: Path) -> None:
     folder, metrics = two_steps(RECIPES[name], tmp_path)
@@ -78,7 +81,14 @@ def every_set_is_asked(config: Config, folder: Path) -> None:
     assert names(samples("eval-000000")) == {held_out.name for held_out in config.data.eval.sets}
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
+BLOCKS = [
+    pytest.param(*block.values, id=block.id, marks=[] if str(block.id).startswith("README") else [pytest.mark.slow])
+    for block in blocks("yaml")
+]
+"""Those of docs/ run with --full."""
+
+
+@pytest.mark.parametrize("block", BLOCKS)
 def test_a_yaml_of_the_documentation_is_checked_and_runs_two_steps(block: str, tmp_path: Path) -> None:
     recipe = completed(block, tmp_path)
     [polite] = [python.values[0] for python in blocks("python") if "def polite" in python.values[0]]
