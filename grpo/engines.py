@@ -25,8 +25,6 @@ from grpo.weight_sync import Probe, WeightSyncError
 
 LOOK_S = 2.0
 """How often a wait looks whether the nodes are still there."""
-NEEDED = ("raylet", "gcs_server")
-"""Processes of Ray without which nothing goes on; its helpers may end."""
 STACK_S = 10.0
 """How long a node may take to deliver it."""
 
@@ -343,8 +341,8 @@ class Engines:
 
     def _lost(self) -> str | None:
         """What of Ray has gone that the engines need."""
-        ended = ray._private.worker.global_worker.node.dead_processes()  # of a private Ray
-        dead = [kind for kind, _ in ended if kind in NEEDED]
+        # of a private Ray; a helper that ends alone is a sign that all of them do: asking a dying GCS would hang
+        dead = [kind for kind, _ in ray._private.worker.global_worker.node.dead_processes()]
         if dead:
             return f"the node of all engines was lost (its {', '.join(dead)} ended)"
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
