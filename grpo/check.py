@@ -59,8 +59,7 @@ def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None
     if config.critic.path is not None:
         check_critic(config)
     check_trackers(config)
-    tokenizer = data.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    ends = data.end_token_ids(tokenizer, config.model.path, config.sampling.stop_token_ids)
+    tokenizer, ends = load_tokenizer(config)
     train, held_out = read_data(config, tokenizer)
     prompts = tuple(prompt for dataset in train for prompt in dataset.prompts)
     eval_prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
@@ -92,8 +91,7 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
     """
     refuse_secrets(config)
     check_model(config)
-    tokenizer = data.load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    ends = data.end_token_ids(tokenizer, config.model.path, config.sampling.stop_token_ids)
+    tokenizer, ends = load_tokenizer(config)
     _, held_out = read_data(config, tokenizer)
     prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     names = {dataset.name for dataset in held_out}
@@ -120,6 +118,13 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
         },
         dropped=tuple(line for dataset in held_out for line in dataset.dropped),
     )
+
+
+def load_tokenizer(config: Config) -> tuple[Any, tuple[int, ...]]:
+    """The model's tokenizer, and the ids that end a completion."""
+    path = config.model.path
+    tokenizer = data.load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    return tokenizer, tuple(data.end_token_ids(tokenizer, path, config.sampling.stop_token_ids))
 
 
 def refuse_secrets(config: Config) -> None:

@@ -264,10 +264,10 @@ def compare(
         for name in sorted({*manifest.fingerprints, *fingerprints})
         if manifest.fingerprints.get(name) != fingerprints.get(name)
     ]
-    for name in allowed:
-        if not any(_within(option, [name]) for option in (*differences(manifest.config, config), *contents)):
-            raise UserError(f"allow={name}: that does not differ from the checkpoint")
     options = differences(manifest.config, config)
+    for name in allowed:
+        if not any(_within(option, [name]) for option in (*options, *contents)):
+            raise UserError(f"allow={name}: that does not differ from the checkpoint")
     notes = compare_options(manifest.config, config, allowed)
     for name in contents:
         if not _within(name, allowed):

@@ -171,9 +171,9 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     key = evaluating.key_of(plan, check.model_fingerprint(config.model.path))
     folder = evaluating.folder_of(parsed.out.expanduser().resolve(), evaluating.name_of(model), key)
     with evaluating.opened(folder, key, plan), Console(steps=0, log=folder / "log.txt") as console:
-        result = evaluating.cached(folder)
-        if result is not None:
+        if (folder / evaluating.RESULT).exists():
             console.say(f"evaluated before: {folder}")
+            result = evaluating.conclude(plan, folder)
         else:
             for line in plan.lines:
                 console.say(line)

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import yaml
 from numpy.typing import NDArray
 
-from grpo.evaluation import Interval, Judged, bootstrap, final_answer, interval, sign_test, statistics_of
+from grpo.checkpoint import differences
+from grpo.evaluation import Interval, Judged, bootstrap, final_answer, interval, judge, sign_test, statistics_of
 from grpo.metrics import HEADLINE
 from grpo.types import UserError
 
@@ -33,7 +34,6 @@ class Subject:
 
     path: Path
     config: Mapping[str, Any]
-    """option -> value."""
     metrics: Mapping[int, Mapping[str, float]]
     """step -> its line of metrics.jsonl."""
     samples: Samples
@@ -63,7 +63,7 @@ def read_subject(path: Path, step: int | None) -> Subject:
     """Raises UserError when `path` holds neither a run nor an evaluation, or no evaluation after `step`."""
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is neither a run's folder nor an evaluation's: it has no config.yaml")
-    config = flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    config = read_config(path / "config.yaml")
     made = sorted((path / "samples").glob("eval-*.parquet"))
     if (path / "evaluation.json").is_file():
         files, evaluated = sorted((path / "samples").glob("*.parquet")), "grpo eval"
@@ -82,13 +82,15 @@ def read_subject(path: Path, step: int | None) -> Subject:
     )  # fmt: skip
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """option -> value of a nested config."""
-    if isinstance(tree, dict) and tree:
-        return {k: v for name, item in tree.items() for k, v in flat(item, f"{prefix}{name}.").items()}
-    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
-        return {k: v for i, item in enumerate(tree) for k, v in flat(item, f"{prefix[:-1]}[{i}].").items()}
-    return {prefix[:-1]: tree}
+def read_config(path: Path) -> dict[str, Any]:
+    """A saved config. Raises UserError when it is damaged."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it holds no sections")
+    return config
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
@@ -107,31 +109,36 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 def read_samples(files: Sequence[Path]) -> Samples:
     """The completions of samples files. Raises UserError naming one that cannot be read."""
-    out: Samples = defaultdict(lambda: defaultdict(list))
+    by_set: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = defaultdict(list)
     for file in files:
         try:
             rows = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
         for row in rows:
-            parts = json.loads(row["reward_parts"]) if row["reward_parts"] else {}
-            out[row["dataset"]][row["prompt_id"]].append(
+            by_set[row["dataset"]].append((row, json.loads(row["reward_parts"]) if row["reward_parts"] else {}))
+    out: Samples = {}
+    for name, rows_of_set in by_set.items():
+        by = judge([parts for _, parts in rows_of_set])
+        prompts = out[name] = defaultdict(list)
+        for row, parts in rows_of_set:
+            prompts[row["prompt_id"]].append(
                 Judged(
-                    value=next(iter(parts.values()), None),
+                    value=None if by is None else parts.get(by),
                     answer=final_answer(row["completion"]),
                     tokens=len(row["completion_token_ids"]),
                     truncated=row["finish_reason"] == "length",
                 )
             )
-    return {name: dict(prompts) for name, prompts in out.items()}
+    return out
 
 
 def differing_options(a: Subject, b: Subject) -> list[str]:
     """A table of the options that are not the same."""
-    names = [n for n in sorted({*a.config, *b.config} - {*NOT_COMPARED}) if a.config.get(n) != b.config.get(n)]
-    if not names:
+    found = {k: v for k, v in sorted(differences(a.config, b.config).items()) if k not in NOT_COMPARED}
+    if not found:
         return ["options: the same"]
-    return table([["option", "A", "B"], *([n, shown(a.config.get(n)), shown(b.config.get(n))] for n in names)])
+    return table([["option", "A", "B"], *([name, shown(old), shown(new)] for name, (old, new) in found.items())])
 
 
 def shown(value: Any) -> str:

@@ -50,6 +50,8 @@ class NonFiniteError(RuntimeError):
 
 
 MAX_SKIPPED = 3
+OF_EVALUATION = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")
+"""What is logged of an evaluation, as eval/<name>."""
 
 
 class EngineGroup(SamplerGroup, Protocol):
@@ -385,9 +387,8 @@ def refuse_unknown_best(config: Config, metrics: Mapping[str, float]) -> None:
 
 def eval_names(config: Config) -> list[str]:
     """The metrics of an evaluation."""
-    names = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")
     sets = ["", *(f"/{one.name}" for one in config.data.eval.sets if len(config.data.eval.sets) > 1)]
-    return [f"eval/{name}{of_set}" for of_set in sets for name in names]
+    return [f"eval/{name}{of_set}" for of_set in sets for name in OF_EVALUATION]
 
 
 def eval_is_due(config: Config, step: int) -> bool:
@@ -436,18 +437,10 @@ def eval_seed(config: Config, prompt: Prompt, index: int) -> int | None:
 def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Means over data sets; where there are several, also of each."""
     each = {
-        name: {
-            "eval/accuracy": found.accuracy,
-            "eval/pass_at_k": found.pass_at_k,
-            "eval/maj_at_k": found.maj_at_k,
-            "eval/tokens_mean": found.tokens_mean,
-            "eval/truncated_fraction": found.truncated_fraction,
-            "eval/failed": float(found.failed),
-        }
-        for name, found in evaluation.sets.items()
+        data_set: {f"eval/{name}": float(getattr(found, name)) for name in OF_EVALUATION}
+        for data_set, found in evaluation.sets.items()
     }
-    names = next(iter(each.values()))
-    out = {name: sum(values[name] for values in each.values()) / len(each) for name in names}
+    out = {f"eval/{n}": sum(values[f"eval/{n}"] for values in each.values()) / len(each) for n in OF_EVALUATION}
     out["eval/failed"] *= len(each)  # a count, not a mean
     if len(each) > 1:
         out |= {f"{name}/{data_set}": value for data_set, values in each.items() for name, value in values.items()}

@@ -38,7 +38,7 @@ KEY = "key.json"
 
 def key_of(plan: Plan, model: str) -> dict[str, Any]:
     """What decides an evaluation's numbers. `model`: SHA-256 of the model's folder."""
-    config, e = plan.config, plan.config.data.eval
+    config = plan.config
     return {
         "model": model,
         "fingerprints": {name: value for name, value in plan.fingerprints.items() if name != "data.train"},
@@ -49,7 +49,6 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
         "seeded": config.sampling_is_seeded,
         "seed": config.run.seed,
         "rewards": [[r.function, r.weight, r.style, list(r.sets)] for r in config.rewards],
-        "by": list(e.by),
     }
 
 
@@ -106,6 +105,14 @@ def evaluate(
             say(f"sampling {samples_of(plan, name)} completions of {len(left)} prompts of {name}")
             sample_set(plan, name, left, sampler, scorer, writer, say)
     writer.flush()
+    return conclude(plan, folder)
+
+
+def conclude(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Write and return the result of the samples that are in the folder.
+
+    Raises UserError when too many completions failed.
+    """
     result = result_of(plan, read_samples(sorted((folder / "samples").glob("*.parquet"))))
     for name, found in result["sets"].items():
         bound = plan.config.algorithm.max_failed_fraction
@@ -259,15 +266,6 @@ def report(result: Mapping[str, Any]) -> list[str]:
                 ]
             )
     return table(rows)
-
-
-def cached(folder: Path) -> dict[str, Any] | None:
-    """The result of an evaluation that is done."""
-    try:
-        found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found
 
 
 def model_of(name: str) -> tuple[str, Path | None]:

@@ -84,11 +84,26 @@ class Evaluation:
         return float(np.mean([each.accuracy for each in self.sets.values()]))
 
 
-def judged(rollout: Rollout) -> Judged:
-    """What counts of a completion: the first of the recipe's rewards that scored it."""
-    outcome = rollout.outcome
+def judge(scored: Sequence[Mapping[str, float]]) -> str | None:
+    """The reward that a data set is judged by: the recipe's first of those that scored any of its completions.
+
+    `scored`: the parts of each completion, in the recipe's order. Where that reward abstained, another one does not
+    take its place.
+    """
+    firsts = dict.fromkeys(next(iter(parts)) for parts in scored if parts)
+    behind = {name for parts in scored for name in list(parts)[1:]}
+    return next((name for name in firsts if name not in behind), None)
+
+
+def parts_of(rollout: Rollout) -> Mapping[str, float]:
+    """The parts of its reward; none where it failed."""
+    return rollout.outcome.parts if isinstance(rollout.outcome, Scored) else {}
+
+
+def judged(rollout: Rollout, by: str | None) -> Judged:
+    """What counts of a completion. `by`: the reward that judges its data set."""
     return Judged(
-        value=next(iter(outcome.parts.values())) if isinstance(outcome, Scored) else None,
+        value=None if by is None else parts_of(rollout).get(by),
         answer=final_answer(rollout.text),
         tokens=len(rollout.completion.token_ids),
         truncated=rollout.completion.finish_reason == "length",
@@ -132,7 +147,8 @@ def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetEvaluation:
 
 def evaluate_groups(groups: Sequence[Group]) -> SetEvaluation:
     """`summarize` of the groups of one data set."""
-    return summarize({group.prompt.prompt_id: [judged(rollout) for rollout in group.rollouts] for group in groups})
+    by = judge([parts_of(rollout) for group in groups for rollout in group.rollouts])
+    return summarize({group.prompt.prompt_id: [judged(r, by) for r in group.rollouts] for group in groups})
 
 
 def statistics_of(samples: Mapping[str, Sequence[Judged]]) -> dict[str, dict[str, float]]:

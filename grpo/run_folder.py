@@ -117,11 +117,8 @@ def cut(path: Path, step: int) -> None:
     Raises UserError when metrics.jsonl is damaged before its last line.
     """
     drop_unfinished(path)
-    for sub in (
-        "checkpoints",
-        "samples",
-        "nonfinite",
-    ):  # checkpoints first: after an end in between, the others are cut
+    # checkpoints first: a run that goes on after an end in between cuts the rest again
+    for sub in ("checkpoints", "samples", "nonfinite"):
         beyond = [(n, file) for file in (path / sub).glob("*-*") if (n := step_of(file)) is not None and n > step]
         for _, file in sorted(beyond, reverse=True):
             aside = file.with_name(file.name + ".partial")  # half-deleted, it is no checkpoint

@@ -73,6 +73,9 @@ def test_what_was_evaluated_is_not_evaluated_again(run: Path, evaluated: tuple[P
     said = grpo("eval", str(run), "--out", str(folder.parent))
     assert f"evaluated before: {folder}" in said
     assert result_in(said)[1] == result
+    said = grpo("eval", str(run), "--out", str(folder.parent), "data.eval.by=[]")
+    assert f"evaluated before: {folder}" in said  # only the report is another
+    assert "by sum" not in result_in(said)[1]["sets"]["eval"]
     other, fresh = result_in(grpo("eval", str(run), "--out", str(folder.parent), "data.eval.temperature=0.5"))
     assert other != folder
     assert fresh["sets"] != result["sets"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from grpo.compare import compare, flat, read_samples
+from grpo.compare import compare, read_samples
 from grpo.run_folder import write_groups
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, UserError
 
@@ -99,6 +99,10 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     (a / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2 is damaged"):
         compare(a, b)
+    for damage in ("[", "text", "\x00"):
+        (none / "config.yaml").write_text(damage)
+        with pytest.raises(UserError, match=r"none/config.yaml is damaged"):
+            compare(none, a)
     (b / "samples" / "eval-000001.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"eval-000001.parquet cannot be read"):
         compare(b, b)
@@ -109,11 +113,6 @@ def test_samples_are_read_as_they_were_judged(tmp_path: Path) -> None:
     found = read_samples([tmp_path / "s.parquet"])["d"]["d:1:x"]
     assert [sample.value for sample in found] == [0.5, None]
     assert [(sample.answer, sample.tokens, sample.truncated) for sample in found] == [("7", 3, False)] * 2
-
-
-def test_options_are_flattened() -> None:
-    tree = {"a": {"b": 1, "c": [1, 2]}, "rewards": [{"file": "x"}, {"file": "y"}], "e": {}}
-    assert flat(tree) == {"a.b": 1, "a.c": [1, 2], "rewards[0].file": "x", "rewards[1].file": "y", "e": {}}
 
 
 def test_the_first_part_judges(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from grpo.evaluation import Judged, evaluate_groups, judged
+from grpo.evaluation import Judged, evaluate_groups, judge, judged
 from grpo.metrics import learner_metrics, metrics_by_set, rollout_metrics, staleness_metrics
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, StepResult
 
@@ -128,8 +128,23 @@ def test_accuracy_is_the_mean_over_prompts_of_scored_samples() -> None:
         evaluate_groups([group(rollout(None), rollout(None))])
 
 
-def test_a_completion_is_judged_by_the_first_reward_that_scored_it() -> None:
+def test_a_data_set_is_judged_by_the_first_reward_that_scores_it() -> None:
+    """Where that one abstains there is no verdict, and none by another reward."""
+    parts = [{"format": 1.0}, {"right": 0.0, "format": 1.0}, {}, {"right": 1.0, "format": 0.0}]
+    assert judge(parts) == "right"
+    assert judge([{"format": 1.0}, {}]) == "format"
+    assert judge([{}]) is None
+    members = [
+        dataclasses.replace(rollout(1.0), outcome=Scored(value=1.0, parts=some) if some else rollout(None).outcome)
+        for some in parts
+    ]
+    found = evaluate_groups([group(*members)])
+    assert found.per_prompt == {"d:0:x": 0.5}
+    assert found.failed == 2
+
+
+def test_what_counts_of_a_completion() -> None:
     both = rollout(1.0, tokens=4, reason="length")
     both = dataclasses.replace(both, text="#### 12", outcome=Scored(value=0.3, parts={"right": 0.0, "format": 1.0}))
-    assert judged(both) == Judged(value=0.0, answer="12", tokens=4, truncated=True)
-    assert judged(rollout(None)).value is None
+    assert judged(both, "right") == Judged(value=0.0, answer="12", tokens=4, truncated=True)
+    assert judged(rollout(None), "right").value is None
