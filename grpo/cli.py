@@ -9,22 +9,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import functools
 import os
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grpo import __version__
 from grpo import config as config_module
-from grpo.stopping import Stopper, interrupt_early
-from grpo.types import UserError
+from grpo.stopping import interrupt_early
+from grpo.training import tell, train_command
+from grpo.types import DONE, OURS, RESUMABLE, USERS, UserError
 
-DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
 NAMED_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
 )  # fmt: skip
@@ -206,223 +203,6 @@ def evaluate(plan: Any, folder: Path, console: Any) -> dict[str, Any]:
             return evaluating.evaluate(plan, folder, group, scorer, console.say)
         finally:
             group.close()
-
-
-def train_command(config: config_module.Config, recipe: Path, asked: Mapping[str, str]) -> int:
-    """`grpo train`: check, start Ray and the engines, run the loop, say what came of it.
-
-    `asked`: `resume` and `allow`, where they are given.
-    """
-    from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
-
-    started = time.monotonic()
-    interrupt_early()
-    origin = resuming.find(asked.get("resume"), config, str(recipe))
-    config = check.resolve_paths(config)
-    allowed = [name for name in asked.get("allow", "").split(",") if name]
-    if origin.done and origin.run is not None:
-        resuming.refuse_other_run(origin.run, config, allowed)
-        print(f"{origin.run} is done: it has {config.run.steps} steps; more of them: run.steps=N")
-        return DONE
-    if origin.run is None:
-        run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
-    try:
-        with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-            plan = check.check(config, recipe, Path(log_dir), say=tell)
-        resumed = resuming.prepare(origin, plan, allowed)
-    except KeyboardInterrupt:
-        if origin.checkpoint is None:
-            raise
-        print(f"grpo: interrupted before anything was started; go on with resume={origin.run}", file=sys.stderr)
-        return RESUMABLE
-    if origin.run is None:
-        folder = run_folder.create(config, str(recipe))
-    else:
-        run, seen = origin.run, origin.state
-        folder = run_folder.reopen(run, config, resumed.step, lambda: resuming.state_of(run) == seen)
-        folder.facts |= resumed.progress.accuracies()
-    path = folder.path
-    if plan.dropped:
-        run_folder.write_text(path / "dropped_prompts.txt", "\n".join(plan.dropped) + "\n")
-    from grpo.console import Console  # noqa: PLC0415
-
-    with Console(steps=config.run.steps, log=path / "log.txt") as console:
-        code, reason = to_its_end(plan, resumed, folder, console)
-        summary = {
-            "recipe": str(recipe),
-            "seed": config.run.seed,
-            "versions": run_folder.versions(),
-            **folder.facts,
-            "wall_s": round(time.monotonic() - started, 3),
-            "exit_reason": reason,
-        }
-        try:
-            folder.write_summary(summary)
-        except OSError as error:
-            console.say(f"grpo: besides, summary.json could not be written: {error}")
-        report(summary, path, console, code)
-    return code
-
-
-def tell(text: str) -> None:
-    """How far the work is that comes before the console."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
-    """Run, and say however that ends: the exit code, and the reason for the summary."""
-    from grpo import checkpoint, run_folder  # noqa: PLC0415
-    from grpo.engines import EngineFailure  # noqa: PLC0415
-
-    # a handler may come in the middle of a console line, where another could not be written
-    stopper = Stopper(plan.config.run.grace_s, lambda text: os.write(sys.stderr.fileno(), f"{text}\n".encode()))
-    stopper.install()
-    code, reason, stopped = OURS, "failed", ""
-    try:
-        for line in (*plan.lines, *resumed.lines):
-            console.say(line)
-        finished = attempts(plan, resumed, folder, console, stopper)
-        folder.close()
-        if finished:
-            return DONE, "done"
-        stopped = f"interrupted by {stopper.asked}"
-    except UserError as error:
-        code, reason = USERS, f"failed: {error}"
-        console.say(f"grpo: {error}")
-    except KeyboardInterrupt:  # Stopped, or what Ray makes of it
-        stopped = f"interrupted by {stopper.asked}"
-    except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
-        # Stopped may come out of C code as that code's own error; a signal to the whole job also ends the engines
-        if stopper.enforced or (stopper.asked and isinstance(error, EngineFailure)):
-            stopped = f"interrupted by {stopper.asked}"
-            keep_traceback(folder.path)
-        elif run_folder.is_disk_full(error):
-            stopped = f"stopped by a full disk: {error}"
-            run_folder.drop_unfinished(folder.path)
-        else:
-            reason = f"failed: {error}"
-            console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(folder.path)}")
-    finally:
-        stopper.uninstall()
-    if stopped:
-        every = checkpoint.found(folder.path)
-        hint = f"go on with resume={folder.path}" if every else "there is no checkpoint to go on from"
-        code, reason = RESUMABLE if every else OURS, stopped
-        console.say(f"grpo: {reason}; {hint}")
-    try:
-        folder.close()
-    except Exception as error:  # noqa: BLE001 - said beside the first failure, which stays the reason
-        console.say(f"grpo: besides, a file could not be written: {error}")
-    return code, reason
-
-
-def keep_traceback(path: Path) -> str:
-    """Write the present exception's traceback to the run folder, where that can still be written to; says where."""
-    target = path / "logs" / "driver-traceback.txt"
-    try:
-        target.write_text(traceback.format_exc())
-    except OSError as error:
-        return f"(its traceback could not be written: {error})\n{traceback.format_exc()}"
-    return f"(traceback in {target})"
-
-
-def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
-    """`run`, and when engines are lost, again from the last checkpoint: `cluster.max_restarts` times."""
-    from grpo import checkpoint, engines, resuming  # noqa: PLC0415
-
-    for left in range(plan.config.cluster.max_restarts, -1, -1):
-        try:
-            return run(plan, resumed, folder, console, stopper)
-        except engines.EngineFailure as error:
-            if stopper.asked or not left or not checkpoint.found(folder.path):
-                raise
-            resumed = resuming.again(plan, folder.path)
-            console.say(f"{error}\n{keep_traceback(folder.path)}; starting the engines again after step {resumed.step}")
-            folder.rewind(plan.config, resumed.step)
-            folder.facts |= resumed.progress.accuracies()
-    raise AssertionError("the last attempt returns or raises")
-
-
-def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
-    """Start what the plan needs, train, and take everything down; what came of it is in the folder's facts.
-
-    Returns whether the run is at its end; else it was stopped between two steps.
-    """
-    from grpo import (  # noqa: PLC0415
-        actors,
-        cluster,
-        driver,
-        engines,
-        run_folder,
-    )
-    from grpo.evaluation import paired_gain  # noqa: PLC0415
-    from grpo.rewards.pool import RewardPool  # noqa: PLC0415
-
-    config = plan.config
-    logs = folder.path / "logs"
-    with (
-        RewardPool(config.rewards, files=plan.reward_files, workers=config.reward_workers, log_dir=logs) as scorer,
-        cluster.session(config, logs),
-    ):
-        stopper.install()  # Ray has put its own handlers in the place of ours
-        console.say(f"starting {config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks")
-        group = engines.Engines(config, logs, console.say)
-        try:
-            if resumed.manifest is not None:
-                group.restore(resumed.folder, resumed.manifest.learner)
-            loop = driver.Loop(
-                config=config,
-                prompts=plan.prompts,
-                eval_prompts=plan.eval_prompts,
-                engines=group,
-                scorer=scorer,
-                folder=folder,
-                reporter=console,
-                decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
-                train_settings=engines.train_settings(config, plan.end_token_ids),
-                eval_settings=engines.eval_settings(config, plan.end_token_ids),
-                progress=resumed.progress,
-                saver=saver_of(plan, folder, group, console),
-                stopping=lambda: stopper.asked is not None,
-            )
-            actors.freeze_garbage()
-            with stopper.finishing_steps():
-                outcome = driver.train(loop)
-        finally:
-            group.close()
-    if not outcome.finished:
-        return False
-    folder.facts["weights_sha256"] = run_folder.weights_sha256(folder.path / "model")
-    if outcome.before is not None and outcome.after is not None:
-        gain, low, high = paired_gain(outcome.before, outcome.after)
-        folder.facts |= {"accuracy_gain": gain, "accuracy_gain_interval": [low, high]}
-    return True
-
-
-def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
-    """What writes the run's checkpoints."""
-    from grpo import resuming  # noqa: PLC0415
-    from grpo.saving import Saver  # noqa: PLC0415
-
-    return Saver(
-        plan.config,
-        folder.path,
-        engines=group,
-        fingerprints=functools.cache(lambda: resuming.fingerprints(plan)),
-        flush=folder.flush,
-        say=console.say,
-    )
-
-
-def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:
-    """The last lines."""
-    if code == DONE and "accuracy_before" in summary:
-        low, high = summary["accuracy_gain_interval"]
-        console.say(
-            f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f} "
-            f"(gain {summary['accuracy_gain']:.3f}, 95 % interval {low:.3f} to {high:.3f})"
-        )
-    console.say(f"run folder {path}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ FailureKind = Literal[
 scored; the others are of rewards. `abstained`: every part returned None."""
 
 
+DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
+"""Exit codes: as asked; our fault, or what nobody foresaw; the user's mistake; stopped, and can be gone on with."""
+
+
 class UserError(Exception):
     """The user's mistake (exit code 2): one sentence naming the file, line or option and the nearest right value."""
 
