@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="counted steps, after three that warm up")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
-    fixed = [f"run.steps={arguments.steps + 3}", "optimizer.lr=0", "learner.ranks=1", "run.verify_every=0"]
+    fixed = [f"run.steps={arguments.steps + 3}", "optimizer.lr=0", "cluster.learner_ranks=1", "run.verify_every=0"]
     c = check.resolve_paths(config.load(arguments.recipe, [*arguments.overrides, *fixed]))
     with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
         folder = Path(scratch)

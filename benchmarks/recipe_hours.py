@@ -74,13 +74,14 @@ def hours(config: Config, gpu: str, assumed: Assumed) -> float:
     evaluations = 2 + (max(0, (config.run.steps - 1) // held_out.every) if held_out.every else 0)
     asked = sum(EVAL_ROWS[s.name or ""] * (s.samples_per_prompt or held_out.samples_per_prompt) for s in held_out.sets)
     sampled = (rollouts * assumed.rounds + evaluations * asked) * assumed.completion
-    rate = min(SAMPLER_CAP, SAMPLER_SHARE * SAMPLER_ROWS * bandwidth / (2 * assumed.parameters))
+    memory_bound = SAMPLER_SHARE * SAMPLER_ROWS * bandwidth * config.sampler_workers / (2 * assumed.parameters)
+    rate = min(SAMPLER_CAP, memory_bound)
     flops_per_parameter = 6 + 2 * (
         config.learner.gradient_checkpointing + (config.optimizer_steps_per_step > 1) + (a.kl_coef > 0)
     )
     flops = flops_per_parameter * assumed.parameters * rollouts * (assumed.prompt + assumed.completion)
-    sampling = sampled / (rate * config.sampler.num_samplers)
-    learning = flops / (LEARNER_SHARE * peak * config.learner.ranks)
+    sampling = sampled / (rate * config.cluster.samplers)
+    learning = flops / (LEARNER_SHARE * peak * config.cluster.learner_ranks)
     return REST * (sampling + learning) / 3600
 
 

@@ -20,14 +20,23 @@ import ray
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
-from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError
+from grpo.transport import (
+    GlooSender,
+    IpcSender,
+    Place,
+    Sender,
+    SharedMemorySender,
+    join_store,
+    joined,
+    network_environment,
+    open_store,
+    senders,
+)
+from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult
 from grpo.weight_sync import (
     PROBE_TOLERANCE,
     Bucket,
-    IpcSender,
     Probe,
-    Sender,
-    SharedMemorySender,
     SyncReport,
     WeightSyncError,
     buckets_of,
@@ -73,12 +82,9 @@ def _process() -> tuple[str, int]:
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
-def place() -> tuple[str, str]:
-    """The Ray node of this process, and the UUID of its GPU ("" without one)."""
-    import torch  # noqa: PLC0415 - the driver's import of this file stays light
-
-    node: str = ray.get_runtime_context().get_node_id()
-    return node, str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else ""
+def _place(gpus: Sequence[str]) -> Place:
+    """Where this process is; `gpus`: the UUIDs of those that it uses."""
+    return Place(node=ray.get_runtime_context().get_node_id(), host=ray.util.get_node_ip_address(), gpus=tuple(gpus))
 
 
 def freeze_garbage() -> None:
@@ -97,16 +103,18 @@ class SamplerActor:
     def process(self) -> tuple[str, int]:
         return _process()
 
-    def start(self, transport: str) -> None:
-        """Load the engine."""
+    def start(self, transport: str, devices: Sequence[str]) -> None:
+        """Load the engine. `devices`: the GPUs of the learner ranks that it shares them with, where it does."""
+        os.environ.update(network_environment(ray.util.get_node_ip_address()))
+        if devices:  # Ray has given them to the ranks
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         from grpo.sampler.engine import Sampler  # noqa: PLC0415 - keeps vllm out of the driver
 
         self._sampler = Sampler(self._config, transport, self._index)
         freeze_garbage()
 
-    def place(self) -> tuple[str, str]:
-        """The Ray node of this process, and the UUID of its GPU ("" without one)."""
-        return place()
+    def place(self) -> Place:
+        return _place(self._sampler.gpus())
 
     def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
         yield from self._sampler.sample(requests, settings, FLUSH_S)
@@ -136,6 +144,8 @@ class LearnerActor:
         self._dumps = Path(log).parents[1] / "nonfinite"
         self._store: Any = None
         self._sender: Sender | None = None
+        self._sending: list[int] = [0]
+        """The ranks that send."""
         self._samplers: Sequence[Any] = ()
         self._lost: Exception | None = None
         """A sampler died in the sync under way."""
@@ -143,43 +153,63 @@ class LearnerActor:
     def process(self) -> tuple[str, int]:
         return _process()
 
+    def devices(self) -> list[str]:
+        """The GPUs that Ray has given this rank, as CUDA_VISIBLE_DEVICES names them."""
+        found: list[str] = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return found
+
     def open_store(self) -> tuple[str, int]:
         """Rank 0: open the rendezvous; returns its host and port."""
-        from grpo.learner import setup  # noqa: PLC0415 - keeps deepspeed out of the driver
-
         host = ray.util.get_node_ip_address()
-        self._store = setup.open_store(host, self._config.learner.ranks, self._config.cluster.start_timeout_s)
+        self._store = open_store(host, self._config.cluster.learner_ranks, self._config.cluster.start_timeout_s)
         return host, self._store.port
 
     def start(self, host: str, port: int) -> None:
         """Join the group and build the engine; a collective."""
-        from grpo.learner import setup  # noqa: PLC0415
+        os.environ.update(network_environment(ray.util.get_node_ip_address()))
+        from grpo.learner import setup  # noqa: PLC0415 - keeps deepspeed out of the driver
         from grpo.learner.engine import Learner  # noqa: PLC0415
 
         if self._store is None:
             timeout = self._config.cluster.start_timeout_s
-            self._store = setup.join_store(host, port, self._config.learner.ranks, timeout)
+            self._store = join_store(host, port, self._config.cluster.learner_ranks, timeout)
         device = setup.init_process_group(self._config, self._rank, self._store)
         self._learner = Learner(self._config, self._rank, device, self._dumps)
         freeze_garbage()
 
-    def connect(self, samplers: Sequence[Any], transport: str, timeout_s: float) -> None:
-        """Rank 0: open the weight transfer to `samplers`, on both ends.
+    def place(self) -> Place:
+        return _place(self._learner.gpus())
 
-        Raises UserError when the transport cannot reach from here to where a sampler was placed.
+    def connect(
+        self, ranks: Sequence[Place], samplers: Sequence[Any], at: Sequence[Place], transport: str, timeout_s: float
+    ) -> None:
+        """Open this rank's end of the weight transfer; rank 0 also has the `samplers`, which are `at` their places,
+        open theirs.
+
+        Raises UserError when the transport cannot reach from the `ranks` to where a sampler was placed.
         """
-        self._samplers = samplers
-        if transport != "nccl":
-            refuse_distance(transport, place(), ray.get([s.place.remote() for s in samplers], timeout=timeout_s))
-        if transport == "nccl":
-            from grpo.sampler.nccl_sender import NcclSender  # noqa: PLC0415 - it needs vllm
+        self._sending = senders(transport, ranks, at)
+        if self._rank not in self._sending:
+            return
+        self._sender = self._make_sender(transport, len(samplers), timeout_s)
+        if self._rank == 0:
+            self._samplers = samplers
+            infos = [self._sender.init_info(i, place) for i, place in enumerate(at)]
+            pending = [s.init_transfer.remote(info) for s, info in zip(samplers, infos, strict=True)]
+            self._sender.connect()
+            ray.get(pending, timeout=timeout_s)
 
-            self._sender = NcclSender(ray.util.get_node_ip_address(), len(samplers))
-        else:
-            self._sender = IpcSender() if transport == "ipc" else SharedMemorySender()
-        pending = [s.init_transfer.remote(self._sender.init_info(i)) for i, s in enumerate(samplers)]
-        self._sender.connect()
-        ray.get(pending, timeout=timeout_s)
+    def _make_sender(self, transport: str, samplers: int, timeout_s: float) -> Sender:
+        if transport == "ipc":
+            return IpcSender()
+        if transport == "shared_memory":
+            return SharedMemorySender(ray.get_runtime_context().get_node_id())
+        host, workers = ray.util.get_node_ip_address(), self._config.sampler_workers
+        if transport == "gloo":
+            return GlooSender(host, workers, samplers, timeout_s)
+        from grpo.sampler.nccl_sender import NcclSender  # noqa: PLC0415 - it needs vllm
+
+        return NcclSender(host, workers, samplers)
 
     def step(self, step: RankStep) -> StepResult:
         return self._learner.step(step)
@@ -213,14 +243,15 @@ class LearnerActor:
         pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
         for tensors in buckets_of(self._learner.weights()):
             refuse_not_finite(tensors)
-            if self._sender is not None and self._lost is None:
-                bucket = self._sender.pack(tensors)
+            bucket = self._packed(tensors)
+            if bucket is not None and self._lost is None:
                 pending += [s.load_bucket.remote(bucket) for s in self._samplers]
-                self._sender.transmit(tensors)
-                self._all_of(pending, timeout_s)
+                self._transmit(tensors, pending, timeout_s)
                 pending = []
                 sent |= {spec.name: value for spec, value in zip(bucket.tensors, bucket.checksums, strict=True)}
                 nbytes += sum(spec.nbytes for spec in bucket.tensors)
+            if len(self._sending) > 1:
+                self._learner.barrier()  # what the others have packed has been read
         reports: list[SyncReport] = []
         if self._lost is None:
             reports = self._all_of([s.finish_sync.remote(probe) for s in self._samplers], timeout_s)
@@ -242,12 +273,37 @@ class LearnerActor:
             probe_difference=max(worst, default=0.0),
         )
 
+    def _packed(self, tensors: Sequence[tuple[str, Any]]) -> Bucket | None:
+        """What all sending ranks have packed, on rank 0."""
+        ours = self._sender.pack(tensors) if self._sender is not None else None
+        if len(self._sending) > 1:
+            every = self._learner.gathered(ours)
+            ours = joined([bucket for bucket in every if bucket is not None])
+        return ours if self._rank == 0 else None
+
+    def _transmit(self, tensors: Sequence[tuple[str, Any]], pending: Sequence[Any], timeout_s: float) -> None:
+        """Send a bucket, and wait until every sampler has loaded it."""
+        assert self._sender is not None
+        try:
+            self._sender.transmit(tensors)
+        except RuntimeError:  # the other end of a collective may have gone: whether it has is asked of Ray
+            self._all_of(pending, timeout_s)
+            if self._lost is None:
+                raise
+        else:
+            self._all_of(pending, timeout_s)
+
     def _all_of(self, references: Sequence[Any], timeout_s: float) -> list[Any]:
         """Results from the samplers; none where one of them has died."""
         try:
             found: list[Any] = ray.get(list(references), timeout=timeout_s)
         except ray.exceptions.RayActorError as error:
             self._lost = error
+            return []
+        except ray.exceptions.RayTaskError:  # one that lost its peers in a collective fails, too; who died is the cause
+            self._lost = next(filter(None, map(died, references)), None)
+            if self._lost is None:
+                raise
             return []
         return found
 
@@ -267,17 +323,13 @@ class LearnerActor:
         self._learner.restore(files, counters)
 
 
-def refuse_distance(transport: str, learner: tuple[str, str], samplers: Sequence[tuple[str, str]]) -> None:
-    """Shared memory ends at the node, CUDA IPC at the GPU. Raises UserError naming the sampler beyond it."""
-    for i, (node, gpu) in enumerate(samplers):
-        if node != learner[0]:
-            raise UserError(
-                f"Ray placed sampler {i} on another node than learner rank 0, and {transport.replace('_', ' ')} does "
-                "not reach there; use a cluster with one node that holds them all, or whole GPUs (sampler.gpus=1 "
-                "learner.gpus=1), whose weights travel by NCCL"
-            )
-        if transport == "ipc" and gpu != learner[1]:
-            raise UserError(
-                f"Ray placed sampler {i} on GPU {gpu} and learner rank 0 on GPU {learner[1]}: sharing one GPU is what "
-                "sampler.gpus + learner.gpus <= 1 means; use cluster.gpus=1, or sampler.gpus=1 learner.gpus=1"
-            )
+def died(reference: Any) -> Exception | None:
+    """The error of a call whose actor has died; None for any other end. Waits for it."""
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayActorError as error:
+        lost: Exception = error
+        return lost
+    except ray.exceptions.RayTaskError:
+        return None
+    return None

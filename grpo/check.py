@@ -371,7 +371,7 @@ def describe(
         f"{a.minibatches_per_step} minibatches x {a.epochs_per_step} epochs = {updates} optimizer steps",
         f"objective  {a.advantage}, {a.loss}, {a.aggregation}; {ratio}; {anchor(config)}; temperature "
         f"{config.sampling.temperature:g}",
-        f"engines    {config.sampler.num_samplers} samplers, {config.learner.ranks} learner ranks at ZeRO "
+        f"engines    {config.cluster.samplers} samplers, {config.cluster.learner_ranks} learner ranks at ZeRO "
         f"{config.learner.zero_stage}, microbatches of up to {config.learner.tokens_per_microbatch} tokens",
     ]
     if eval_prompts:

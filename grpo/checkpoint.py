@@ -221,7 +221,7 @@ FREE = (
 )  # fmt: skip
 """Options that change no number of a run, or whose content is compared by fingerprint."""
 
-FLOAT_ORDER = ("learner",)
+FLOAT_ORDER = ("learner", "cluster.learner_ranks", "cluster.device", "cluster.tensor_parallel")
 """Options that change the order of additions: the run goes on, equal up to rounding."""
 
 

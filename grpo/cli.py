@@ -197,7 +197,7 @@ def evaluate(plan: Any, folder: Path, console: Any) -> dict[str, Any]:
         cluster.session(config, logs),
     ):
         interrupt_early()  # Ray has put its own handlers in the place of ours
-        console.say(f"starting {config.sampler.num_samplers} samplers")
+        console.say(f"starting {config.cluster.samplers} samplers")
         group = engines.Engines(config, logs, console.say)
         try:
             return evaluating.evaluate(plan, folder, group, scorer, console.say)

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from ray._private import ray_constants, services
 
 from grpo import sweeper
 from grpo.config import Config
+from grpo.placement import Node, check_fit, nodes_of_cluster
 from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -32,77 +32,15 @@ CONNECT_S = 5.0
 """How long a Ray cluster may take to accept a connection."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What one actor asks for."""
-
-    who: str
-    option: str
-    cpus: float
-    gpus: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """What one node offers."""
-
-    name: str
-    cpus: float
-    gpus: float
-
-
-def demands(config: Config) -> list[Demand]:
-    """Every actor of the run."""
-    samplers = [
-        Demand(who=f"sampler {i}", option="sampler", cpus=config.sampler.cpus, gpus=config.sampler.gpus)
-        for i in range(config.sampler.num_samplers)
-    ]
-    learners = [
-        Demand(who=f"learner rank {i}", option="learner", cpus=config.learner.cpus, gpus=config.learner.gpus)
-        for i in range(config.learner.ranks)
-    ]
-    return samplers + learners
-
-
-def check_fit(config: Config, nodes: list[Node], place: str) -> None:
-    """Whether every actor finds a node, first fit.
-
-    Raises UserError with the arithmetic: what is asked, what there is, which actor found no place.
-    """
-    left = {node.name: [node.cpus, node.gpus] for node in nodes}
-    asked = demands(config)
-    for demand in asked:
-        for free in left.values():
-            if demand.cpus <= free[0] + 1e-9 and demand.gpus <= free[1] + 1e-9:
-                free[0] -= demand.cpus
-                free[1] -= demand.gpus
-                break
-        else:
-            raise UserError(
-                f"{demand.who} finds no node with {demand.cpus:g} CPUs and {demand.gpus:g} GPUs free on {place}: "
-                f"{_sum(config)} ask for {sum(d.cpus for d in asked):g} CPUs and {sum(d.gpus for d in asked):g} GPUs, "
-                f"there are {_offer(nodes)}; lower {demand.option}.cpus, {demand.option}.gpus or the number of "
-                f"{demand.option}s"
-            )
-
-
 def check_memory(config: Config) -> None:
     """Raises UserError when the KV caches of a run on this machine's CPUs exceed its memory."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    each, count = config.sampler.kv_cache_gib, config.sampler.num_samplers
+    each, count = config.sampler.kv_cache_gib, config.cluster.samplers
     if each is not None and not config.on_gpu and each * count > total:
         raise UserError(
             f"sampler.kv_cache_gib={each:g} for {count} samplers is {each * count:g} GiB; this machine has "
             f"{total:.1f} GiB of memory"
         )
-
-
-def _sum(config: Config) -> str:
-    return f"{config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks"
-
-
-def _offer(nodes: list[Node]) -> str:
-    return "; ".join(f"{node.name}: {node.cpus:g} CPUs, {node.gpus:g} GPUs" for node in nodes) or "no nodes"
 
 
 def cluster_address(config: Config) -> str | None:
@@ -112,25 +50,9 @@ def cluster_address(config: Config) -> str | None:
 
 def local_node(config: Config) -> Node:
     """What a private Ray will offer."""
-    cpus = config.cluster.cpus if config.cluster.cpus is not None else os.cpu_count() or 1
-    gpus = config.cluster.gpus if config.cluster.gpus is not None else torch.cuda.device_count()
-    return Node(name="this machine", cpus=float(cpus), gpus=float(gpus))
-
-
-def free_nodes() -> list[Node]:
-    """What the nodes of the joined cluster have free now."""
-    from ray._private.state import available_resources_per_node  # noqa: PLC0415 - ray has no public call for it
-
-    free = available_resources_per_node()
-    return [
-        Node(
-            name=node["NodeManagerHostname"],
-            cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
-            gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    cpus: float = config.cluster.cpus if config.cluster.cpus is not None else os.cpu_count() or 1
+    gpus: float = config.cluster.gpus if config.cluster.gpus is not None else torch.cuda.device_count()
+    return Node(name="this machine", cpus=cpus, gpus=gpus, free_cpus=cpus, free_gpus=gpus)
 
 
 def refuse_silent(address: str) -> None:
@@ -166,11 +88,11 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
         return
     refuse_silent(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace=f"grpo-{os.getpid()}")
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"cluster.address={address}: {' '.join(str(error).split())[:300]}") from error
     try:
-        check_fit(config, free_nodes(), f"the cluster at {address}")
+        check_fit(config, nodes_of_cluster(), f"the cluster at {address}")
         yield
     finally:
         ray.shutdown()

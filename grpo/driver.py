@@ -239,7 +239,7 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
         credit = training_rows(sampled.groups, sampled.unused, config, at.step)
         steps = rank_steps(
             credit.minibatches,
-            ranks=config.learner.ranks,
+            ranks=config.cluster.learner_ranks,
             tokens_per_microbatch=config.learner.tokens_per_microbatch,
             aggregation=config.algorithm.aggregation,
             constant_length=config.algorithm.constant_length or config.sampling.max_tokens,
@@ -362,13 +362,12 @@ def throughput(
     rate = metrics["tokens/sampled"] / metrics["time/step_s"]
     out = {"tokens/per_second": rate}
     if config.on_gpu:
-        reserved = config.learner.gpus * config.learner.ranks + config.sampler.gpus * config.sampler.num_samplers
-        out["tokens/per_second_per_gpu"] = rate / reserved
+        out["tokens/per_second_per_gpu"] = rate / config.gpus_used
     parameters = weight_bytes / (4 if config.model.dtype == "float32" else 2)
     positions = sum(row.positions for rows in minibatches for row in rows)
     forwards = (a.kl_coef > 0) + (config.optimizer_steps_per_step > 1)
     flops = parameters * positions * (6 * a.epochs_per_step + 2 * forwards)
-    out["perf/learner_tflops_per_rank"] = flops / metrics["time/update_s"] / config.learner.ranks / 1e12
+    out["perf/learner_tflops_per_rank"] = flops / metrics["time/update_s"] / config.cluster.learner_ranks / 1e12
     return out
 
 

@@ -19,7 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grpo.actors import STACK_SIGNAL, LearnerActor, SamplerActor, SyncResult
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
+from grpo.placement import Reservation
 from grpo.run_folder import is_disk_full
+from grpo.transport import transport_of
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
 from grpo.weight_sync import Probe, WeightSyncError
 
@@ -56,13 +58,6 @@ def _signal(pids: Sequence[int]) -> None:
             os.kill(pid, STACK_SIGNAL)
 
 
-def transport_of(config: Config) -> str:
-    """Shared memory on CPU; on GPU vLLM's IPC engine where sampler and learner share one, NCCL where they do not."""
-    if not config.on_gpu:
-        return "shared_memory"
-    return "ipc" if config.learner.gpus < 1 or config.sampler.gpus < 1 else "nccl"
-
-
 def sampler_environment(config: Config) -> dict[str, str]:
     """Environment of a sampler's process, in place before it imports vllm or torch."""
     environment = QUIET | {
@@ -70,7 +65,7 @@ def sampler_environment(config: Config) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-    if config.sampler.gpus == 0:
+    if not config.on_gpu:
         threads = config.sampler.threads or os.cpu_count() or 1
         environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
     return environment
@@ -78,9 +73,9 @@ def sampler_environment(config: Config) -> dict[str, str]:
 
 def learner_environment(config: Config, rank: int) -> dict[str, str]:
     """Environment of a learner's process, in place before it imports torch or deepspeed."""
-    environment = QUIET | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.learner.ranks)}
-    if config.learner.gpus == 0:
-        threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.learner.ranks)
+    environment = QUIET | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.cluster.learner_ranks)}
+    if not config.on_gpu:
+        threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.cluster.learner_ranks)
         environment |= CPU_ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     return environment
 
@@ -143,40 +138,61 @@ class Engines:
         self._published: tuple[int, Probe] | None = None
         self._replaced = 0
         self._oom_kills = _oom_kills()
-        learner_class: Any = ray.remote(LearnerActor)
-        self.samplers = [self._make_sampler(i) for i in range(config.sampler.num_samplers)]
-        self.learners = [
-            self._make(learner_class, f"learner-{i}", config.learner, learner_environment(config, i), config, i)
-            for i in range(config.learner.ranks)
-        ]
         start = config.cluster.start_timeout_s
-        loading = [s.start.remote(self._transport) for s in self.samplers]
+        try:
+            self._reserved = Reservation(config, start)
+        except TimeoutError as error:
+            raise EngineFailure(str(error)) from error
+        learner_class: Any = ray.remote(LearnerActor)
+        self.learners = [
+            self._make(learner_class, "learner", i, learner_environment(config, i), gpus=int(config.on_gpu))
+            for i in range(config.cluster.learner_ranks)
+        ]
+        self.samplers = [self._make_sampler(i) for i in range(config.cluster.samplers)]
+        loading = []
         if self.learners:
             host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
             loading += [learner.start.remote(host, port) for learner in self.learners]
+        loading += [s.start.remote(self._transport, self._devices_of(i)) for i, s in enumerate(self.samplers)]
         self._wait(loading, "the engines to load", start)
         if self.learners:
             self._connect()
 
     def _connect(self) -> None:
-        """Open the weight transfer between learner rank 0 and all samplers."""
+        """Open the weight transfer between learner and samplers."""
         start = self._config.cluster.start_timeout_s
-        connecting = self.learners[0].connect.remote(self.samplers, self._transport, start)
-        self._wait([connecting], "the weight transfer to open", start)
+        ranks = self._wait([rank.place.remote() for rank in self.learners], "the learner's places", start)
+        at = self._wait([sampler.place.remote() for sampler in self.samplers], "the samplers' places", start)
+        connecting = [rank.connect.remote(ranks, self.samplers, at, self._transport, start) for rank in self.learners]
+        self._wait(connecting, "the weight transfer to open", start)
+
+    def _devices_of(self, sampler: int) -> list[str]:
+        """The GPUs of the learner ranks that share theirs with a sampler, in the order of its workers."""
+        if self._transport != "ipc":
+            return []
+        workers = self._config.sampler_workers
+        ranks = self.learners[sampler * workers : (sampler + 1) * workers]
+        start = self._config.cluster.start_timeout_s
+        found = self._wait([rank.devices.remote() for rank in ranks], "the learner's GPUs", start)
+        return [device for devices in found for device in devices]
 
     def _make_sampler(self, index: int) -> Any:
         sampler_class: Any = ray.remote(SamplerActor)
-        environment = sampler_environment(self._config)
-        return self._make(sampler_class, f"sampler-{index}", self._config.sampler, environment, self._config, index)
+        gpus = self._config.sampler_workers if self._config.on_gpu and self._transport != "ipc" else 0
+        return self._make(sampler_class, "sampler", index, sampler_environment(self._config), gpus=gpus)
 
-    def _make(self, actor: Any, name: str, section: Any, environment: dict[str, str], *arguments: Any) -> Any:
-        options = {
-            "num_cpus": section.cpus,
-            "num_gpus": section.gpus,
+    def _make(self, actor: Any, kind: str, index: int, environment: dict[str, str], *, gpus: int) -> Any:
+        name = f"{kind}-{index}"
+        cluster = self._config.cluster
+        options = self._reserved.of(kind, index) | {
+            "num_cpus": cluster.sampler_cpus if kind == "sampler" else cluster.learner_cpus,
+            "num_gpus": gpus,
             "max_restarts": 0,
             "runtime_env": {"env_vars": environment},
+            # in this run's own namespace; the name of one that died may not be free yet
+            "name": f"{name}.{self._replaced}" if self._replaced else name,
         }
-        handle = actor.options(**options).remote(*arguments, str(self._log_dir / f"{name}.log"))
+        handle = actor.options(**options).remote(self._config, index, str(self._log_dir / f"{name}.log"))
         self._names[handle] = name
         self._processes[handle] = handle.process.remote()
         return handle
@@ -225,7 +241,7 @@ class Engines:
             for known in (self._names, self._processes, self._known):
                 known.pop(self.samplers[i], None)
             self.samplers[i] = self._make_sampler(i)
-        starting = [self.samplers[i].start.remote(self._transport) for i in lost]
+        starting = [self.samplers[i].start.remote(self._transport, self._devices_of(i)) for i in lost]
         self._wait(starting, "a sampler to be replaced", self._config.cluster.start_timeout_s)
         if self._published is not None:
             self._connect()
@@ -277,7 +293,7 @@ class Engines:
         counters: dict[str, Any] = self._wait(
             [learner.capture.remote(str(folder)) for learner in self.learners], "the checkpoint's copy", self._timeout
         )[0]
-        return counters | {"ranks": self._config.learner.ranks, "zero_stage": self._config.learner.zero_stage}
+        return counters | {"ranks": self._config.cluster.learner_ranks, "zero_stage": self._config.learner.zero_stage}
 
     def state_bytes(self) -> int:
         """Roughly what a checkpoint of the learner takes."""
@@ -298,9 +314,10 @@ class Engines:
         self._wait(pending, "the learner to take over the checkpoint", self._config.cluster.start_timeout_s)
 
     def close(self) -> None:
-        """Kill every actor."""
+        """Kill every actor and give its place back."""
         for handle in self._names:
             ray.kill(handle)
+        self._reserved.release()
 
     def _wait(self, references: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
         """Results of `references`, or the first failure among them."""

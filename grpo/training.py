@@ -173,7 +173,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
         cluster.session(config, logs),
     ):
         stopper.install()  # Ray has put its own handlers in the place of ours
-        console.say(f"starting {config.sampler.num_samplers} samplers and {config.learner.ranks} learner ranks")
+        console.say(f"starting {config.cluster.samplers} samplers and {config.cluster.learner_ranks} learner ranks")
         group = engines.Engines(config, logs, console.say)
         try:
             if resumed.manifest is not None:

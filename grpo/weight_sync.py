@@ -1,6 +1,6 @@
 """How weights travel from the learner to the samplers: buckets, checksums and the probe that proves they arrived.
 
-Owns the protocol and the shared-memory transport for CPU; engine code stays in `grpo.sampler` and `grpo.learner`.
+Owns the protocol; how the bytes travel is in `grpo.transport`, engine code in `grpo.sampler` and `grpo.learner`.
 
 One sync is one transaction on every sampler, commanded by learner rank 0:
 
@@ -14,17 +14,14 @@ slot was filled, the version came back, and the probe agrees with the learner's 
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from torch.multiprocessing.reductions import reduce_tensor
 
 BUCKET_BYTES = 256 << 20
 """Logical size of one bucket. Peak extra memory of a sync is two of them on either side."""
@@ -60,7 +57,7 @@ class Bucket:
     tensors: tuple[TensorSpec, ...]
     checksums: tuple[int, ...]
     transport: Mapping[str, Any]
-    """Where the bytes are: {"file", "nbytes"} in shared memory, or the payload of vLLM's own engine on CUDA."""
+    """Where the bytes are, as the transport's receiving end takes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,109 +144,9 @@ def specs_of(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[TensorSpec, ..
 
 
 def describe(bucket: Sequence[tuple[str, torch.Tensor]], transport: Mapping[str, Any]) -> Bucket:
-    """The message that goes with `bucket`; for vLLM's CUDA engines `transport` is completed with their field names."""
-    specs = specs_of(bucket)
-    if "file" not in transport:
-        transport = {
-            "names": [spec.name for spec in specs],
-            "dtype_names": [spec.dtype for spec in specs],
-            "shapes": [list(spec.shape) for spec in specs],
-            **transport,
-        }
-    return Bucket(tensors=specs, checksums=tuple(checksum(tensor) for _, tensor in bucket), transport=transport)
-
-
-class Sender(Protocol):
-    """The learner's end of a transport."""
-
-    def init_info(self, sampler: int) -> dict[str, Any]:
-        """What sampler number `sampler` must be told before the first sync."""
-        ...
-
-    def connect(self) -> None:
-        """Open the learner's end while the samplers open theirs."""
-        ...
-
-    def pack(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
-        """Make `bucket` available and describe it. The one before must have been consumed."""
-        ...
-
-    def transmit(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Send the bytes while the samplers receive, where the transport is a collective."""
-        ...
-
-
-class IpcSender:
-    """CUDA IPC handles for vLLM's `ipc` engine: the sampler shares this GPU and reads the tensors in place."""
-
-    def __init__(self) -> None:
-        self._alive: list[torch.Tensor] = []
-
-    def init_info(self, sampler: int) -> dict[str, Any]:
-        return {}
-
-    def connect(self) -> None:
-        """Handles need no rendezvous."""
-
-    def pack(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
-        """The handles stay valid until the next call."""
-        self._alive = [tensor.detach().contiguous() for _, tensor in bucket]
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handles = [{uuid: reduce_tensor(tensor)[1]} for tensor in self._alive]  # type: ignore[no-untyped-call]
-        torch.cuda.current_stream().synchronize()
-        return describe(bucket, transport={"ipc_handles": handles})
-
-    def transmit(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """The receiver reads; nothing is sent."""
-
-
-class SharedMemorySender:
-    """Puts buckets into an anonymous memory file that other processes of this user map through /proc.
-
-    The file has no name in any file system: the kernel frees it with the last process that maps it, however that
-    process dies.
-    """
-
-    def __init__(self) -> None:
-        self._fd = os.memfd_create("grpo-weights")
-        self._size = 0
-        self._map: mmap.mmap | None = None
-
-    def pack(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
-        """Copy `bucket` in and describe it. The receiver must be done with it before the next call."""
-        specs = specs_of(bucket)
-        nbytes = max(1, specs[-1].offset + specs[-1].nbytes)
-        if nbytes > self._size:
-            os.ftruncate(self._fd, nbytes)
-            self._map = mmap.mmap(self._fd, nbytes)
-            self._size = nbytes
-        assert self._map is not None
-        flat = torch.frombuffer(self._map, dtype=torch.uint8)
-        for spec, (_, tensor) in zip(specs, bucket, strict=True):
-            place = flat[spec.offset : spec.offset + spec.nbytes].view(torch_dtype(spec.dtype)).view(spec.shape)
-            place.copy_(tensor.detach())
-        return describe(bucket, transport={"file": f"/proc/{os.getpid()}/fd/{self._fd}", "nbytes": nbytes})
-
-    def init_info(self, sampler: int) -> dict[str, Any]:
-        return {}
-
-    def connect(self) -> None:
-        """Shared memory needs no rendezvous."""
-
-    def transmit(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """The receiver reads; nothing is sent."""
-
-
-def read_shared_memory(file: str, nbytes: int, tensors: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of a bucket as copies, since the sender reuses the memory for the next one."""
-    with open(file, "rb") as handle, mmap.mmap(handle.fileno(), nbytes, access=mmap.ACCESS_READ) as view:
-        data = np.frombuffer(view, dtype=np.uint8)
-        out = []
-        for spec in tensors:
-            raw = torch.from_numpy(data[spec.offset : spec.offset + spec.nbytes].copy())
-            out.append((spec.name, raw.view(torch_dtype(spec.dtype)).view(spec.shape)))
-        del data
-    return out
+    """The message that goes with `bucket`."""
+    checksums = tuple(checksum(tensor) for _, tensor in bucket)
+    return Bucket(tensors=specs_of(bucket), checksums=checksums, transport=transport)
 
 
 def verify(

@@ -100,12 +100,12 @@ def overrides(recipe: Path) -> list[str]:
     """What makes `recipe` small: paths, lengths, batches, engines and steps. Everything else is left as it stands."""
     c = load(recipe)
     minibatches = min(4, c.algorithm.minibatches_per_step)
-    ranks = min(2, c.learner.ranks)
+    ranks = min(2, c.cluster.learner_ranks)
     out = [
         f"model.path={TINY / 'model'}", "model.dtype=float32", "model.float32_head=false", "model.attention=sdpa",
         f"data.max_prompt_tokens={PROMPT_TOKENS}", f"sampling.max_tokens={TOKENS}",
-        f"learner.tokens_per_microbatch={2 * (PROMPT_TOKENS + TOKENS)}", f"learner.ranks={ranks}",
-        "learner.gpus=0", "learner.cpus=0.5", "sampler.gpus=0", "sampler.cpus=0.5", "sampler.num_samplers=1",
+        f"learner.tokens_per_microbatch={2 * (PROMPT_TOKENS + TOKENS)}", f"cluster.learner_ranks={ranks}",
+        "cluster.device=cpu", "cluster.learner_cpus=0.5", "cluster.sampler_cpus=0.5", "cluster.samplers=1",
         "sampler.max_num_seqs=64", "sampler.kv_cache_gib=null", "sampler.enforce_eager=true",
         f"sampler.gpu_memory_utilization={SamplerConfig().gpu_memory_utilization}",
         f"algorithm.minibatches_per_step={minibatches}", f"algorithm.prompts_per_step={max(4, minibatches)}",

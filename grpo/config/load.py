@@ -71,7 +71,7 @@ def load_for_evaluation(
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, train=[]),
-        learner=dataclasses.replace(config.learner, ranks=0),
+        cluster=dataclasses.replace(config.cluster, learner_ranks=0, layout="disaggregated"),
     )
 
 

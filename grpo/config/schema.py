@@ -128,11 +128,6 @@ class SamplingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerConfig:
-    num_samplers: int = 1
-    cpus: float = 1.0
-    """CPUs that Ray reserves for each sampler."""
-    gpus: float = 0.0
-    """GPUs for each sampler; 0 runs vLLM's CPU build. Fractions let sampler and learner share one."""
     threads: int | None = None
     """Compute threads on CPU. None: all of the machine's (sampler and learner take turns)."""
     gpu_memory_utilization: float = 0.4
@@ -148,12 +143,8 @@ class SamplerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
-    ranks: int = 1
-    cpus: float = 1.0
-    """CPUs that Ray reserves for each rank."""
-    gpus: float = 0.0
     threads: int | None = None
-    """Compute threads on CPU. None: the machine's, divided by `ranks`."""
+    """Compute threads on CPU. None: the machine's, divided by the learner's ranks."""
     zero_stage: int = 1
     """0 keeps everything on every rank (float32 only), 1 shards optimizer states, 2 gradients too, 3 weights too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
@@ -366,6 +357,23 @@ class ClusterConfig:
     """CPUs of the private Ray. None: the machine's."""
     gpus: int | None = None
     """GPUs of the private Ray. None: the machine's."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """What samplers and learner compute on."""
+    layout: Literal["colocated", "disaggregated"] = "colocated"
+    """`colocated`: samplers and learner take turns on the same GPUs, weights change hands where they are.
+    `disaggregated`: each has its own, weights go over the network (NCCL, on CPU gloo)."""
+    samplers: int = 1
+    """Samplers; each holds the whole model and samples its share of the completions."""
+    tensor_parallel: int = 1
+    """GPUs (on CPU: processes) that every layer of one sampler is split over."""
+    pipeline_parallel: int = 1
+    """Groups of them that the layers of one sampler are dealt out to."""
+    learner_ranks: int = 1
+    """Data-parallel ranks of the learner, a GPU each."""
+    sampler_cpus: float = 1.0
+    """CPUs that Ray reserves for each sampler."""
+    learner_cpus: float = 1.0
+    """CPUs that Ray reserves for each rank of the learner."""
     reward_workers: int | None = None
     """Processes that score completions. None: one per CPU of this machine, at most 8."""
     max_replacements: int = 3
@@ -394,7 +402,20 @@ class Config:
 
     @property
     def on_gpu(self) -> bool:
-        return self.learner.gpus > 0
+        return self.cluster.device == "gpu"
+
+    @property
+    def sampler_workers(self) -> int:
+        """Processes of one sampler, on GPUs a GPU each."""
+        return self.cluster.tensor_parallel * self.cluster.pipeline_parallel
+
+    @property
+    def gpus_used(self) -> int:
+        """GPUs of the whole run."""
+        c = self.cluster
+        if not self.on_gpu:
+            return 0
+        return c.learner_ranks + (c.samplers * self.sampler_workers if c.layout == "disaggregated" else 0)
 
     @property
     def sampling_is_seeded(self) -> bool:

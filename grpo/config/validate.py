@@ -75,9 +75,11 @@ def _validate_ranges(c: Config) -> None:
         "algorithm.minibatches_per_step": c.algorithm.minibatches_per_step,
         "algorithm.epochs_per_step": c.algorithm.epochs_per_step,
         "sampling.max_tokens": c.sampling.max_tokens,
-        "sampler.num_samplers": c.sampler.num_samplers,
+        "cluster.samplers": c.cluster.samplers,
+        "cluster.tensor_parallel": c.cluster.tensor_parallel,
+        "cluster.pipeline_parallel": c.cluster.pipeline_parallel,
         "sampler.max_num_seqs": c.sampler.max_num_seqs,
-        "learner.ranks": c.learner.ranks,
+        "cluster.learner_ranks": c.cluster.learner_ranks,
         "learner.tokens_per_microbatch": c.learner.tokens_per_microbatch,
         "data.max_prompt_tokens": c.data.max_prompt_tokens,
         "data.eval.samples_per_prompt": c.data.eval.samples_per_prompt,
@@ -110,10 +112,8 @@ def _validate_ranges(c: Config) -> None:
         "algorithm.entropy_coef": c.algorithm.entropy_coef,
         "algorithm.reference_refresh_every": c.algorithm.reference_refresh_every,
         "algorithm.std_eps": c.algorithm.std_eps,
-        "sampler.cpus": c.sampler.cpus,
-        "learner.cpus": c.learner.cpus,
-        "sampler.gpus": c.sampler.gpus,
-        "learner.gpus": c.learner.gpus,
+        "cluster.sampler_cpus": c.cluster.sampler_cpus,
+        "cluster.learner_cpus": c.cluster.learner_cpus,
     }
     for name, number in not_negative.items():
         need(number >= 0, f"{name} must not be negative, not {number}")
@@ -304,10 +304,6 @@ def _validate_engines(c: Config) -> None:
         "learner.reference_offload has no effect: "
         + ("there is no reference when algorithm.kl_coef is 0" if stage < 3 else "at ZeRO 3 the reference is sharded"),
     )
-    need(
-        (c.sampler.gpus > 0) == (c.learner.gpus > 0),
-        f"sampler.gpus={c.sampler.gpus} and learner.gpus={c.learner.gpus}: both run on GPUs or both on CPUs",
-    )
     need(0 < c.sampler.gpu_memory_utilization < 1, "sampler.gpu_memory_utilization must lie between 0 and 1")
     for name in c.sampler.engine:
         need(
@@ -327,21 +323,14 @@ def _validate_engines(c: Config) -> None:
 
 
 def _validate_gpus(c: Config) -> None:
-    """One GPU for an engine, or one sampler and one learner rank that share one."""
-    for name, gpus in (("sampler.gpus", c.sampler.gpus), ("learner.gpus", c.learner.gpus)):
-        need(gpus <= 1, f"{name} must be at most 1, not {gpus:g}: an engine runs on one GPU")
-    shared = c.sampler.gpus + c.learner.gpus
-    if c.sampler.gpus == 1 and c.learner.gpus == 1:
-        return
+    """Where they share GPUs, a sampler's workers and the learner's ranks meet one to one."""
+    workers = c.cluster.samplers * c.sampler_workers
     need(
-        shared <= 1,
-        f"sampler.gpus={c.sampler.gpus:g} and learner.gpus={c.learner.gpus:g} neither share one GPU (together at most "
-        "1) nor have one each; nearest: 0.5 and 0.5, or 1 and 1",
-    )
-    need(
-        c.sampler.num_samplers == 1 and c.learner.ranks == 1,
-        f"sharing a GPU takes sampler.num_samplers=1 and learner.ranks=1, not {c.sampler.num_samplers} and "
-        f"{c.learner.ranks}; give each engine a GPU of its own with sampler.gpus=1 learner.gpus=1",
+        c.cluster.layout == "disaggregated" or workers == c.cluster.learner_ranks,
+        f"cluster.layout=colocated puts a learner rank on every GPU of a sampler: {c.cluster.samplers} samplers x "
+        f"{c.cluster.tensor_parallel} tensor_parallel x {c.cluster.pipeline_parallel} pipeline_parallel are {workers} "
+        f"GPUs, cluster.learner_ranks={c.cluster.learner_ranks}; nearest: cluster.learner_ranks={workers}, or "
+        "cluster.layout=disaggregated",
     )
 
 

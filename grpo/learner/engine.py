@@ -47,7 +47,7 @@ class Learner:
         """`dumps`: the folder for updates that were not finite."""
         self._config, self._dumps = config, dumps
         self.rank = rank
-        self.world_size = config.learner.ranks
+        self.world_size = config.cluster.learner_ranks
         self.device = device
         torch.manual_seed(config.run.seed)
         setup.prove_gradient_scale(config)
@@ -126,6 +126,20 @@ class Learner:
         dist.all_reduce(total)
         summed: list[float] = total.tolist()
         return summed
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
+    def gathered(self, ours: Any) -> list[Any]:
+        """What each rank gives, on every rank. A collective."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, ours)
+        return found
+
+    def gpus(self) -> tuple[str, ...]:
+        """UUID of this rank's GPU; empty on CPU."""
+        return (str(torch.cuda.get_device_properties(self.device).uuid),) if self.device.type == "cuda" else ()
 
     def set_aside(self, minibatch: Sequence[Batch], prepared: Sequence[Prepared], kl_coef: float) -> None:
         """Write what `grpo replay` needs, for the first few updates of this process that were not finite."""

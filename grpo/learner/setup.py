@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import math
-import socket
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from grpo.config import Config, OptimizerConfig
 from grpo.weight_sync import torch_dtype
 
 
-def open_store(host: str, world_size: int, timeout_s: float) -> TCPStore:
-    """Rank 0's rendezvous on a port that the system chose; its number is `.port`. It listens on `host` alone, where
-    torch by itself would listen everywhere."""
-    listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    port = listening.getsockname()[1]
-    return TCPStore(
-        host, port, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
-        master_listen_fd=listening.detach(),
-    )  # fmt: skip
-
-
-def join_store(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
-    """The other ranks' end of it."""
-    return TCPStore(host, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s))
-
-
 def init_process_group(config: Config, rank: int, store: Store) -> torch.device:
     """Join the learner's process group (gloo on CPU, NCCL on GPU) and tell DeepSpeed. Returns this rank's device."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles it here, half a minute
-    on_gpu = config.learner.gpus > 0
+    on_gpu = config.on_gpu
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -43,7 +26,7 @@ def init_process_group(config: Config, rank: int, store: Store) -> torch.device:
         "nccl" if on_gpu else "gloo",
         store=store,
         rank=rank,
-        world_size=config.learner.ranks,
+        world_size=config.cluster.learner_ranks,
         timeout=timedelta(seconds=config.cluster.step_timeout_s),
     )
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
@@ -55,9 +38,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     learner = config.learner
     zero: dict[str, Any] = {"stage": learner.zero_stage}
     if learner.offload in ("optimizer", "parameters"):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": learner.gpus > 0}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.on_gpu}
     if learner.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": learner.gpus > 0}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": config.on_gpu}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -148,7 +131,7 @@ def prove_gradient_scale(config: Config) -> None:
     Each rank gives two microbatches of w/(2*ranks), whose sum over ranks and microbatches is w: one SGD step at lr 1
     must move w by exactly -1 under this very config. Raises RuntimeError with what it moved by instead.
     """
-    world = config.learner.ranks
+    world = config.cluster.learner_ranks
 
     class Scalar(torch.nn.Module):
         def __init__(self) -> None:

@@ -17,20 +17,20 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.sampling_params import RequestOutputKind
 
 from grpo.config import Config
-from grpo.sampler import shared_memory
+from grpo.sampler import cpu_transfer
+from grpo.sampler.worker import together
 from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
-from grpo.weight_sync import Bucket, Probe, SyncReport, checksum
+from grpo.weight_sync import Bucket, Probe, SyncReport
 
 
 class Sampler:
-    """One vLLM engine. `transport` is "shared_memory", "ipc" or "nccl"."""
+    """One vLLM engine. `transport`: see `grpo.transport`."""
 
     def __init__(self, config: Config, transport: str, index: int) -> None:
         """`index`: which of the run's samplers this is. Raises UserError for an unknown `sampler.engine` option."""
@@ -40,16 +40,12 @@ class Sampler:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(f"sampler.engine.{name} is no argument of vLLM's EngineArgs{hint}")
-        backend = transport
-        if transport == "shared_memory":
-            shared_memory.register()
-            backend = shared_memory.BACKEND
         options: dict[str, Any] = {}
-        if config.sampler.gpus == 0 or config.sampler.kv_cache_gib is not None:
+        if not config.on_gpu or config.sampler.kv_cache_gib is not None:
             options["kv_cache_memory_bytes"] = int((config.sampler.kv_cache_gib or 0.25) * 2**30)
         if config.model.float32_head:
             options["hf_overrides"] = {"head_dtype": "float32"}
-        if config.sampler.gpus > 0:
+        if config.on_gpu:
             options["gpu_memory_utilization"] = config.sampler.gpu_memory_utilization
         arguments = EngineArgs(
             model=config.model.path,
@@ -64,17 +60,19 @@ class Sampler:
             max_num_batched_tokens=max(8192, config.max_row_tokens),
             enforce_eager=config.sampler.enforce_eager,
             enable_prefix_caching=config.sampler.prefix_caching,
-            distributed_executor_backend="uni",
+            distributed_executor_backend="uni" if config.sampler_workers == 1 else "mp",
+            tensor_parallel_size=config.cluster.tensor_parallel,
+            pipeline_parallel_size=config.cluster.pipeline_parallel,
             disable_log_stats=True,
             generation_config="vllm",  # never the model's own sampling settings
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-            weight_transfer_config=WeightTransferConfig(backend=backend),
+            weight_transfer_config=WeightTransferConfig(backend=cpu_transfer.BACKENDS.get(transport, transport)),
+            worker_extension_cls="grpo.sampler.worker.WorkerExtension",
             **options,
             **config.sampler.engine,
         )
         self._engine = LLMEngine.from_engine_args(arguments)
-        self._model = self._engine.collective_rpc(lambda worker: worker.model_runner.get_model())[0]
-        self._recorder = LoadRecorder(self._model)
+        self._engine.collective_rpc("recorder_install")
         self._policy_version = -1
         self._pending_version = -1
 
@@ -109,14 +107,11 @@ class Sampler:
         assert not self._engine.has_unfinished_requests()
         self._pending_version = policy_version
         self._engine.collective_rpc("start_weight_update")
-        self._recorder.start()
+        self._engine.collective_rpc("recorder_start")
 
     def load_bucket(self, bucket: Bucket) -> None:
         """Load one bucket through vLLM's transfer engine; returns when its memory may be reused."""
-        info: dict[str, Any] = dict(bucket.transport)
-        if "file" in info:
-            info["tensors"] = bucket.tensors
-        self._engine.collective_rpc("update_weights", kwargs={"update_info": info})
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": dict(bucket.transport)})
 
     def finish_sync(self, probe: Probe) -> SyncReport:
         """Close the transaction: end the reload, drop every cache, adopt the version, measure the probe."""
@@ -126,11 +121,12 @@ class Sampler:
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
         self._policy_version = self._pending_version
+        loaded = together(self._engine.collective_rpc("recorder_report"))
         return SyncReport(
             policy_version=self._policy_version,
-            consumed=self._recorder.consumed,
-            unfilled_slots=self._recorder.unfilled(),
-            unmapped_tensors=tuple(self._recorder.unmapped),
+            consumed=loaded.consumed,
+            unfilled_slots=loaded.unfilled,
+            unmapped_tensors=loaded.unmapped,
             probe_logprobs=self.probe_logprobs(probe),
         )
 
@@ -148,11 +144,13 @@ class Sampler:
         self._engine.reset_prefix_cache()
         return tuple(found[f"probe-{i}"] for i in range(len(probe.token_ids)))
 
+    def gpus(self) -> tuple[str, ...]:
+        """UUIDs of the GPUs that the workers compute on; empty on CPU."""
+        return tuple(uuid for uuid in self._engine.collective_rpc("gpu_uuid") if uuid)
+
     def perturb_for_test(self, substring: str, factor: float) -> None:
         """Scale engine tensors in place behind the protocol's back; tests use it to see the checks trip."""
-        for name, parameter in self._model.named_parameters():
-            if substring in name:
-                parameter.data.mul_(factor)
+        self._engine.collective_rpc("recorder_perturb", args=(substring, factor))
 
 
 def engine_seed(run_seed: int, index: int) -> int:
@@ -207,74 +205,3 @@ def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:
         detokenize=bool(settings.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-class LoadRecorder:
-    """Stands in front of the model's `load_weights` and notes what went where.
-
-    The engines of vLLM discard what `load_weights` returns; this keeps it, so that a tensor without a slot or a slot
-    without a tensor is seen whatever the transport. In the first sync tensors are loaded one by one, which shows the
-    slot of each; later ones must fill the same slots.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._load = model.load_weights
-        self._names = [name for name, _ in model.named_parameters()]  # a tied weight appears once
-        self._slots: dict[str, int] = {}
-        self._loaded: dict[str, int] = {}
-        self._slots_of: dict[str, tuple[str, ...]] = {}
-        self.consumed: dict[str, int] = {}
-        self.unmapped: list[str] = []
-        model.load_weights = self.load
-
-    def start(self) -> None:
-        """Forget the previous sync. Called when the reload has begun: only then do the parameters have the shapes of
-        the checkpoint, instead of those of packed kernels."""
-        parameters = dict(self._model.named_parameters())
-        self._slots = {name: slot_size(self._model, name, parameters[name]) for name in self._names}
-        self._loaded = dict.fromkeys(self._slots, 0)
-        self.consumed = {}
-        self.unmapped = []
-
-    def load(self, weights: Any) -> set[str]:
-        """What vLLM's transfer engine calls instead of the model's own `load_weights`."""
-        pairs: list[tuple[str, torch.Tensor]] = list(weights)
-        unknown = [pair for pair in pairs if pair[0] not in self._slots_of]
-        known = [pair for pair in pairs if pair[0] in self._slots_of]
-        loaded: set[str] = set()
-        for name, tensor in unknown:
-            try:
-                slots = set(self._load([(name, tensor)]))
-            except ValueError:  # some loaders of vLLM raise for a name they do not know, others skip it
-                slots = set()
-            self._slots_of[name] = tuple(slots)
-            loaded |= slots
-        if known:
-            expected = {slot for name, _ in known for slot in self._slots_of[name]}
-            slots = set(self._load(known))
-            if slots != expected:
-                raise RuntimeError(f"vLLM loaded {sorted(slots ^ expected)} otherwise than in the first sync")
-            loaded |= slots
-        for name, tensor in pairs:
-            if not self._slots_of[name]:
-                self.unmapped.append(name)
-            if name in self.consumed:
-                raise RuntimeError(f"{name} was sent twice in one sync")
-            self.consumed[name] = checksum(tensor)
-            for slot in self._slots_of[name]:
-                self._loaded[slot] += tensor.numel()
-        return loaded
-
-    def unfilled(self) -> tuple[str, ...]:
-        """Slots that received fewer or more elements than they hold."""
-        return tuple(name for name, size in self._slots.items() if self._loaded[name] != size)
-
-
-def slot_size(model: Any, name: str, parameter: torch.Tensor) -> int:
-    """Elements that a checkpoint must supply for an engine parameter: vocabulary padding is vLLM's own."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    rows = getattr(owner, "org_vocab_size", None)
-    if rows is not None and parameter.dim() == 2 and name.endswith("weight"):
-        return int(rows * parameter.shape[1])
-    return parameter.numel()

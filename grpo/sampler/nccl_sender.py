@@ -13,25 +13,28 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
+from grpo.transport import Place, vllm_fields
 from grpo.weight_sync import Bucket, describe
 
 
 class NcclSender:
-    """Rank 0 of a group of 1 + samplers."""
+    """Rank 0 of a group of 1 + all workers of all samplers."""
 
-    def __init__(self, host: str, samplers: int) -> None:
+    def __init__(self, host: str, workers: int, samplers: int) -> None:
+        """`workers`: GPUs of one sampler."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             port: int = probe.getsockname()[1]
-        self._host, self._port, self._world_size = host, port, 1 + samplers
+        self._host, self._port, self._workers = host, port, workers
+        self._world_size = 1 + workers * samplers
         self._group: Any = None
 
-    def init_info(self, sampler: int) -> dict[str, Any]:
+    def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
         """What sampler number `sampler` needs to join."""
         return {
             "master_address": self._host,
             "master_port": self._port,
-            "rank_offset": 1 + sampler,
+            "rank_offset": 1 + sampler * self._workers,
             "world_size": self._world_size,
         }
 
@@ -43,7 +46,7 @@ class NcclSender:
 
     def pack(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Announce the tensors; the bytes follow in `transmit`."""
-        return describe(bucket, transport={})
+        return describe(bucket, vllm_fields(bucket))
 
     def transmit(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Broadcast the tensors while the samplers receive them."""

@@ -33,8 +33,9 @@ def test_a_run_on_one_shared_gpu(
     dtype: str, limit: float, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
 ) -> None:
     recipe = make_recipe(
-        make_model("qwen2"), model={"dtype": dtype}, sampler={"gpus": 0.5, "cpus": 0.5},
-        learner={"gpus": 0.5, "cpus": 0.5, "zero_stage": 2}, algorithm={"kl_coef": 0.01, "max_mismatch": limit},
+        make_model("qwen2"), model={"dtype": dtype}, learner={"zero_stage": 2},
+        cluster={"device": "gpu", "sampler_cpus": 0.5, "learner_cpus": 0.5},
+        algorithm={"kl_coef": 0.01, "max_mismatch": limit},
     )  # fmt: skip
     subprocess.run([sys.executable, "-m", "grpo", "train", str(recipe)], check=True, cwd=ROOT, timeout=900)
     run = recipe.parent / "runs" / "run"

@@ -31,7 +31,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
             self._engine.set_gradient_accumulation_boundary(last)
             self._engine.backward(loss)
 
-    base = config_module.load(job["recipe"], [f"learner.ranks={ranks}"])
+    base = config_module.load(job["recipe"], [f"cluster.learner_ranks={ranks}"])
     device = setup.init_process_group(base, rank, FileStore(job["store"], ranks))
     rows = torch.load(job["rows"], weights_only=False)
     for number, case in enumerate(job["cases"]):

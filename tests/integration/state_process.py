@@ -25,7 +25,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
     from grpo.learner import setup
     from grpo.learner.engine import Learner
 
-    base = config_module.load(job["recipe"], [f"learner.ranks={ranks}"])
+    base = config_module.load(job["recipe"], [f"cluster.learner_ranks={ranks}"])
     device = setup.init_process_group(base, rank, FileStore(job["store"], ranks))
     rows = torch.load(job["rows"], weights_only=False)
     for number, case in enumerate(job["cases"]):

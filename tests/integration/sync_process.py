@@ -18,13 +18,14 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     from transformers import AutoModelForCausalLM
 
     from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig, SamplingConfig
-    from grpo.sampler import shared_memory
+    from grpo.sampler import cpu_transfer
     from grpo.sampler.engine import Sampler
+    from grpo.transport import SharedMemorySender
     from grpo.types import SampleRequest, SamplingSettings
-    from grpo.weight_sync import Probe, SharedMemorySender, WeightSyncError, buckets_of, verify
+    from grpo.weight_sync import Probe, WeightSyncError, buckets_of, verify
 
     if fixed == "0":
-        shared_memory.repack_lm_head = lambda model: None
+        cpu_transfer.repack_lm_head = lambda model: None
     config = Config(
         model=ModelConfig(
             path=model_path, dtype="bfloat16" if fixed == "head" else "float32", float32_head=fixed == "head"
@@ -35,10 +36,10 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
         run=RunConfig(steps=1),
     )
     sampler = Sampler(config, "shared_memory", 0)
-    sampler.init_transfer({})
+    sampler.init_transfer({"node": "here"})
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=config.model.dtype)
     probe = Probe(token_ids=((1, 2, 3, 4, 5), tuple(range(1, 13))))
-    sender = SharedMemorySender()
+    sender = SharedMemorySender("here")
 
     @torch.no_grad()
     def learner_logprobs():
@@ -57,7 +58,8 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
         weight = model.get_output_embeddings().weight
         hidden = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
         with torch.no_grad():
-            logits = sampler._model.compute_logits(hidden)[:, : len(weight)]
+            model_of = sampler._engine.collective_rpc(lambda worker: worker.model_runner.get_model())
+            logits = model_of[0].compute_logits(hidden)[:, : len(weight)]
             exact = hidden.float() @ weight.float().t()
             rough = (hidden @ weight.t()).float()
         return {"sampler": float((logits - exact).abs().max()), "rounding": float((rough - exact).abs().max())}

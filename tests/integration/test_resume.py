@@ -25,16 +25,17 @@ TIMED = ("time", "tokens/per_second", "perf/", "sync/seconds")
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank, ZeRO 2, moving reference": {
-        "learner": {"ranks": 1, "zero_stage": 2},
+        "learner": {"zero_stage": 2},
         "algorithm": {"kl_coef": 0.01, "reference_refresh_every": 3, "minibatches_per_step": 2},
         "optimizer": {"schedule": "cosine", "warmup_steps": 2},
     },
     "2 ranks, ZeRO 3, critic": {
-        "learner": {"ranks": 2, "zero_stage": 3},
+        "cluster": {"learner_ranks": 2},
+        "learner": {"zero_stage": 3},
         "algorithm": {"advantage": "gae", "retire_reward": 0.9},
     },
-    "2 ranks, ZeRO 2": {"learner": {"ranks": 2, "zero_stage": 2}, "algorithm": {"max_refills": 1}},
-    "1 rank, ZeRO 3": {"learner": {"ranks": 1, "zero_stage": 3}, "algorithm": {"kl_coef": 0.01}},
+    "2 ranks, ZeRO 2": {"cluster": {"learner_ranks": 2}, "learner": {"zero_stage": 2}, "algorithm": {"max_refills": 1}},
+    "1 rank, ZeRO 3": {"learner": {"zero_stage": 3}, "algorithm": {"kl_coef": 0.01}},
 }
 
 
@@ -43,7 +44,7 @@ def recipe_of(make_recipe: Callable[..., Path], model: Path, layout: str) -> Pat
     folder = make_recipe(model).parent
     data = {"eval": {"sets": str(folder / "eval.jsonl"), "every": 3}}
     sections["run"] = {"steps": STEPS, "save_every": 2, "verify_every": 5}
-    sections["cluster"] = {"cpus": 4}
+    sections["cluster"] = {"cpus": 4} | sections.get("cluster", {})
     sections["algorithm"] |= {"prompts_per_step": 8, "group_size": 4}
     return make_recipe(model, **sections, data=data, rewards=[write_spread(folder)])
 

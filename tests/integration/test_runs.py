@@ -196,7 +196,7 @@ def test_two_samplers_and_the_same_seed_give_the_same_run(first_run: Any, arithm
     """The same completions whatever the number of samplers, and the same weights bit for bit."""
     _, summary, metrics, _ = first_run
     folder, again, repeated, _ = train(
-        arithmetic_recipe, "sampler.num_samplers=2", "sampler.cpus=0.5", "run.save_every=0"
+        arithmetic_recipe, "cluster.samplers=2", "cluster.sampler_cpus=0.5", "run.save_every=0"
     )
     assert folder.name == "arithmetic_test-2"
     assert again["weights_sha256"] == summary["weights_sha256"]
@@ -237,8 +237,8 @@ def test_families_stages_and_a_hostile_generation_config(
     hostile = json.dumps({"eos_token_id": 0, "top_k": 2, "repetition_penalty": 1.5, "temperature": 0.3})
     (model / "generation_config.json").write_text(hostile)
     recipe = make_recipe(
-        model, learner={"zero_stage": stage, "ranks": ranks, "cpus": 0.5},
-        algorithm={"minibatches_per_step": minibatches}, sampling={"temperature": 1.3}, sampler={"cpus": 0.5},
+        model, learner={"zero_stage": stage}, algorithm={"minibatches_per_step": minibatches},
+        sampling={"temperature": 1.3}, cluster={"learner_ranks": ranks, "learner_cpus": 0.5, "sampler_cpus": 0.5},
     )  # fmt: skip
     if family == "qwen3":  # by hub id, out of a cache in the hub's own layout
         snapshot = tmp_path / "hub" / "models--tiny--qwen3" / "snapshots" / "abc"
@@ -362,13 +362,14 @@ def test_a_run_joins_a_cluster_and_leaves_it_as_it_was(
         assert summary["exit_reason"] == "done"
         assert list((folder / "model").glob("*.safetensors"))
         again = subprocess.run(
-            [sys.executable, "-m", "grpo", "check", str(recipe), "run.name=again", "sampler.cpus=1", "learner.cpus=1"],
+            [sys.executable, "-m", "grpo", "check", str(recipe), "run.name=again", "cluster.sampler_cpus=1",
+             "cluster.learner_cpus=1"],
             cwd=tmp_path, env=os.environ | environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, capture_output=True,
             text=True, timeout=200,
         )  # fmt: skip
         assert again.returncode == 0, again.stdout + again.stderr  # both CPUs are free again
         over = subprocess.run(
-            [sys.executable, "-m", "grpo", "train", str(recipe), "run.name=over", "learner.cpus=2"],
+            [sys.executable, "-m", "grpo", "train", str(recipe), "run.name=over", "cluster.learner_cpus=2"],
             cwd=tmp_path, env=os.environ | environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}, capture_output=True,
             text=True, timeout=200,
         )  # fmt: skip

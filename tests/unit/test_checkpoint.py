@@ -291,7 +291,7 @@ def test_differences_are_found_at_any_depth() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "run.steps=50", "run.save_every=5", "run.name=other", "cluster.step_timeout_s=60", "sampler.num_samplers=2",
+        "run.steps=50", "run.save_every=5", "run.name=other", "cluster.step_timeout_s=60", "cluster.samplers=2",
         "data.train=moved.jsonl", "data.train[0].split=other", "data.train[0].columns.q={a}", "data.train[0].limit=5",
         "data.train[0].between.level=[1,2]", "data.train[0].name=n",
         "model.path=moved", "sampler.max_num_seqs=8", "run.tensorboard=false",
@@ -346,7 +346,7 @@ def test_data_sets_are_compared_one_by_one(tmp_path: Path) -> None:
 
 
 def test_learner_layouts_go_on_up_to_float_order(tmp_path: Path) -> None:
-    now = config_of(tmp_path, "learner.ranks=2", "learner.zero_stage=3")
+    now = config_of(tmp_path, "cluster.learner_ranks=2", "learner.zero_stage=3")
     notes = compare(manifest_of(config_of(tmp_path)), now, {}, [])
     assert len(notes) == 2
     assert all("not bit for bit" in note for note in notes)

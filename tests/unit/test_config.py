@@ -136,7 +136,7 @@ def test_data_sets_are_lists_and_a_path_is_the_list_of_one(recipe: Path) -> None
         ("learner.zero_stage=4", "learner.zero_stage must be 0, 1, 2 or 3"),
         ("learner.offload=parameters", "needs learner.zero_stage=3"),
         ("learner.reference_offload=true", "there is no reference"),
-        ("learner.gpus=1", "both run on GPUs or both on CPUs"),
+        ("cluster.device=cuda", "cluster.device"),
         ("data.eval.every=5", "data.eval.every=5 has no effect without data.eval.sets"),
         ("data.system_prompt=hi", "data.system_prompt has no effect"),
         ("algorithm.importance_high=0.5", "must lie on either side of 1"),
@@ -161,7 +161,7 @@ def test_data_sets_are_lists_and_a_path_is_the_list_of_one(recipe: Path) -> None
         ("optimizer.betas=[2,3]", "optimizer.betas[0] must be at least 0 and below 1"),
         ("optimizer.eps=-1", "optimizer.eps must be above 0"),
         ("data.seed=-1", "data.seed must not be negative"),
-        ("sampler.cpus=-3", "sampler.cpus must not be negative"),
+        ("cluster.sampler_cpus=-3", "cluster.sampler_cpus must not be negative"),
         ("sampler.engine={logprobs_mode: raw_logprobs}", "sampler.engine.logprobs_mode is set by other options"),
         ("run.wandb_project=p", "run.wandb_project=p has no effect without run.wandb=true"),
         ("data.gold_template=[{answer}]", "has no effect without a reward that has gold: true"),
@@ -253,10 +253,12 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         (["algorithm.importance_level=none", "algorithm.importance_mode=mask"], "with algorithm.importance_level=none"),
         (["algorithm.mask_truncated=true", "algorithm.length_penalty_tokens=4"], "choose one"),
         (["algorithm.advantage=gae", "algorithm.max_refills=2"], "which algorithm.advantage=gae can learn from"),
-        (["sampler.gpus=2", "learner.gpus=1"], "sampler.gpus must be at most 1"),
-        (["sampler.gpus=1", "learner.gpus=0.5"], "neither share one GPU (together at most 1) nor have one each"),
-        (["sampler.gpus=0.5", "learner.gpus=0.5", "learner.ranks=2"], "sharing a GPU takes sampler.num_samplers=1"),
-        (["sampler.gpus=1", "learner.gpus=1", "learner.threads=2"], "learner.threads=2 has no effect on a GPU"),
+        (
+            ["cluster.device=gpu", "cluster.samplers=2", "cluster.tensor_parallel=2", "cluster.learner_ranks=2"],
+            "2 samplers x 2 tensor_parallel x 1 pipeline_parallel are 4 GPUs, cluster.learner_ranks=2; nearest: "
+            "cluster.learner_ranks=4",
+        ),
+        (["cluster.device=gpu", "learner.threads=2"], "learner.threads=2 has no effect on a GPU"),
     ],
 )
 def test_pairs_that_do_not_go_together(recipe: Path, overrides: list[str], words: str) -> None:
@@ -277,9 +279,18 @@ def test_objectives_that_go_together(recipe: Path, overrides: list[str]) -> None
     load(recipe, overrides)
 
 
-@pytest.mark.parametrize(("sampler", "learner"), [(0.5, 0.5), (1, 1), (0.3, 0.6)])
-def test_gpu_layouts_that_work(recipe: Path, sampler: float, learner: float) -> None:
-    assert load(recipe, [f"sampler.gpus={sampler}", f"learner.gpus={learner}"]).on_gpu
+@pytest.mark.parametrize(
+    ("overrides", "gpus"),
+    [
+        ([], 1),
+        (["cluster.samplers=2", "cluster.tensor_parallel=2", "cluster.learner_ranks=4"], 4),
+        (["cluster.layout=disaggregated", "cluster.samplers=3", "cluster.pipeline_parallel=2"], 7),
+    ],
+)
+def test_gpu_layouts_that_work(recipe: Path, overrides: list[str], gpus: int) -> None:
+    config = load(recipe, ["cluster.device=gpu", *overrides])
+    assert config.on_gpu
+    assert config.gpus_used == gpus
 
 
 def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:

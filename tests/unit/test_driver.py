@@ -767,7 +767,8 @@ def test_throughput_by_hand(tmp_path: Path) -> None:
     # three epochs forward and backward, one forward of the reference, one for the old logprobs
     assert numbers["perf/learner_tflops_per_rank"] == pytest.approx(1000 * 16 * (6 * 3 + 2 + 2) / 2 / 1e12)
     config = module.load(
-        tmp_path / "r.yaml", ["learner.gpus=1", "sampler.gpus=1", "learner.ranks=2", "sampler.num_samplers=2"]
+        tmp_path / "r.yaml",
+        ["cluster.device=gpu", "cluster.samplers=4", "cluster.learner_ranks=4"],
     )
     numbers = throughput(config, minibatches, 4000, {"tokens/sampled": 8, "time/step_s": 4, "time/update_s": 2})
     assert numbers["tokens/per_second_per_gpu"] == 0.5

@@ -1,4 +1,4 @@
-"""The learning-rate schedule, the transport's reach and weights that are missing, by hand."""
+"""The learning-rate schedule and weights that are missing, by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from grpo.actors import refuse_distance
 from grpo.config import AlgorithmConfig, Config, CriticConfig, DataConfig, ModelConfig, RunConfig
 from grpo.learner.heads import load_critic, load_policy
 from grpo.learner.setup import lr_factor
@@ -31,15 +30,6 @@ def test_warm_up_then_decay(schedule: str, expected: list[float]) -> None:
 
 def test_without_warm_up_the_first_step_is_whole() -> None:
     assert lr_factor(0, schedule="linear", warmup=0, total=4) == 1.0
-
-
-def test_samplers_out_of_the_transports_reach_are_named() -> None:
-    refuse_distance("shared_memory", ("n1", ""), [("n1", ""), ("n1", "")])
-    refuse_distance("ipc", ("n1", "GPU-a"), [("n1", "GPU-a")])
-    with pytest.raises(UserError, match=r"sampler 1 on another node than learner rank 0, and shared memory"):
-        refuse_distance("shared_memory", ("n1", ""), [("n1", ""), ("n2", "")])
-    with pytest.raises(UserError, match=r"sampler 0 on GPU GPU-b and learner rank 0 on GPU GPU-a"):
-        refuse_distance("ipc", ("n1", "GPU-a"), [("n1", "GPU-b")])
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])

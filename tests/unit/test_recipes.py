@@ -53,8 +53,7 @@ def test_headers_say_source_result_hardware_hours_and_what_is_not_the_source_s(n
 def test_headers_agree_with_the_options(name: str) -> None:
     """The GPUs and the hours."""
     config = loaded(name)
-    engines = config.sampler.gpus * config.sampler.num_samplers + config.learner.gpus * config.learner.ranks
-    assert recipe_hours.gpus_of(RECIPES[name])[0] == engines
+    assert recipe_hours.gpus_of(RECIPES[name])[0] == config.gpus_used
     assert f"Hours: {recipe_hours.reckoned(RECIPES[name])}, reckoned" in header(name)
 
 
@@ -217,7 +216,7 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
             "algorithm.prompts_per_step": 48, "algorithm.group_size": 16, "algorithm.minibatches_per_step": 2,
             "algorithm.kl_coef": 0.01, "algorithm.kl_estimator": "k3", "optimizer.lr": 5e-7,
             "optimizer.schedule": "constant", "data.max_prompt_tokens": 2048, "sampling.max_tokens": 2048,
-            "run.steps": 2_000_000 // (48 * 16), "learner.ranks": 6, "sampler.num_samplers": 10, "run.seed": 1,
+            "run.steps": 2_000_000 // (48 * 16), "cluster.learner_ranks": 6, "cluster.samplers": 10, "run.seed": 1,
             "sampling.temperature": 1.0, "model.path": "allenai/Llama-3.1-Tulu-3-8B-DPO",
         },
     ),
@@ -240,10 +239,11 @@ def test_every_recipe_has_published_numbers() -> None:
 
 SIZES = re.compile(
     r"model\.(path|dtype)|data\.(train|eval\.sets)\[\d+\]\.(path|split|limit|samples_per_prompt)|data\.max_prompt_tokens"
-    r"|data\.eval\.(samples_per_prompt|max_tokens|every)|sampling\.max_tokens|sampler\.(gpus|cpus|num_samplers"
-    r"|max_num_seqs|enforce_eager|gpu_memory_utilization)|learner\.(gpus|cpus|ranks|tokens_per_microbatch)"
+    r"|data\.eval\.(samples_per_prompt|max_tokens|every)|sampling\.max_tokens|sampler\.(max_num_seqs|enforce_eager"
+    r"|gpu_memory_utilization)|learner\.tokens_per_microbatch"
     r"|algorithm\.(prompts_per_step|group_size|minibatches_per_step|constant_length|length_penalty_tokens)"
-    r"|run\.(steps|save_every|name|tensorboard)|cluster\.reward_workers"
+    r"|run\.(steps|save_every|name|tensorboard)"
+    r"|cluster\.(reward_workers|device|samplers|tensor_parallel|learner_ranks|sampler_cpus|learner_cpus)"
 )
 
 
@@ -253,8 +253,8 @@ def test_the_stand_in_changes_nothing_but_sizes(name: str) -> None:
     small = load(recipe, stand_in.overrides(recipe))
     changed = differences(dataclasses.asdict(loaded(name)), dataclasses.asdict(small))
     assert [option for option in changed if not SIZES.fullmatch(option)] == []
-    assert (small.run.steps, small.learner.gpus, small.model.dtype) == (2, 0, "float32")
-    assert small.learner.ranks <= 2
+    assert (small.run.steps, small.cluster.device, small.model.dtype) == (2, "cpu", "float32")
+    assert small.cluster.learner_ranks <= 2
     assert (small.optimizer_steps_per_step > 1) == (loaded(name).optimizer_steps_per_step > 1)
 
 

@@ -1,0 +1,160 @@
+"""Which engines sit together, whether the nodes can hold them, and the Ray placement groups that hold the places.
+
+A bundle is what one node must have at once: a sampler with all its workers, a rank of the learner, or, where they
+share GPUs, a sampler and the ranks on its GPUs. There is one placement group per role: "engines" where samplers and
+learner are colocated, "samplers" and "learner" where they are not. Ray waits without a word for what it cannot place,
+so the arithmetic is done first.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from grpo.config import Config
+from grpo.types import UserError
+
+SLACK = 1e-9
+"""Ray counts in ten-thousandths; sums of such shares as floats may miss a whole by this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """What one node must hold."""
+
+    role: str
+    samplers: tuple[int, ...]
+    ranks: tuple[int, ...]
+    cpus: float
+    gpus: int
+
+    @property
+    def who(self) -> str:
+        """The engines in it."""
+        named = [f"sampler {i}" for i in self.samplers]
+        if self.ranks:
+            first, last = self.ranks[0], self.ranks[-1]
+            named.append(f"learner rank {first}" if first == last else f"learner ranks {first} to {last}")
+        return " with ".join(named)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """What one node has, and how much of that nobody has taken."""
+
+    name: str
+    cpus: float
+    gpus: float
+    free_cpus: float
+    free_gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.name} with {self.free_cpus:g} of {self.cpus:g} CPUs and {self.free_gpus:g} of {self.gpus:g} GPUs"
+
+
+def bundles(config: Config) -> list[Bundle]:
+    """Every bundle of the run."""
+    c, workers = config.cluster, config.sampler_workers
+    gpus = workers if config.on_gpu else 0
+    if c.layout == "disaggregated":
+        return [
+            Bundle(role="samplers", samplers=(i,), ranks=(), cpus=c.sampler_cpus, gpus=gpus) for i in range(c.samplers)
+        ] + [
+            Bundle(role="learner", samplers=(), ranks=(i,), cpus=c.learner_cpus, gpus=min(gpus, 1))
+            for i in range(c.learner_ranks)
+        ]
+    found = []
+    for i in range(max(c.samplers, -(-c.learner_ranks // workers))):
+        samplers = tuple(range(i, min(i + 1, c.samplers)))
+        ranks = tuple(range(i * workers, min((i + 1) * workers, c.learner_ranks)))
+        cpus = len(samplers) * c.sampler_cpus + len(ranks) * c.learner_cpus
+        found.append(Bundle(role="engines", samplers=samplers, ranks=ranks, cpus=cpus, gpus=gpus))
+    return found
+
+
+def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
+    """Whether every bundle finds a node, the largest first.
+
+    Raises UserError with the arithmetic: what is asked, what each node has and what of it is taken.
+    """
+    left = {id(node): [node.free_cpus, node.free_gpus] for node in nodes}
+    asked = bundles(config)
+    for bundle in sorted(asked, key=lambda b: (b.gpus, b.cpus), reverse=True):
+        for free in left.values():
+            if bundle.cpus <= free[0] + SLACK and bundle.gpus <= free[1] + SLACK:
+                free[0] -= bundle.cpus
+                free[1] -= bundle.gpus
+                break
+        else:
+            c = config.cluster
+            raise UserError(
+                f"{bundle.who} finds no node with {bundle.cpus:g} CPUs and {bundle.gpus} GPUs free on {place}: "
+                f"{c.samplers} samplers and {c.learner_ranks} learner ranks, {c.layout}, ask for "
+                f"{sum(b.cpus for b in asked):g} CPUs and {sum(b.gpus for b in asked)} GPUs; there is "
+                f"{'; '.join(map(str, nodes)) or 'no node'}; lower cluster.samplers, cluster.learner_ranks, "
+                "cluster.sampler_cpus or cluster.learner_cpus"
+            )
+
+
+class Reservation:
+    """The placement groups of a run. They go with the driver, however it ends."""
+
+    def __init__(self, config: Config, timeout_s: float) -> None:
+        """Raises TimeoutError when Ray has not given the places within `timeout_s`."""
+        self._groups: dict[str, PlacementGroup] = {}
+        self._strategies: dict[tuple[str, int], PlacementGroupSchedulingStrategy] = {}
+        asked = bundles(config)
+        for role in dict.fromkeys(bundle.role for bundle in asked):
+            ours = [bundle for bundle in asked if bundle.role == role]
+            group = placement_group([_resources(bundle) for bundle in ours], strategy="PACK", name=named(role))
+            self._groups[role] = group
+            for index, bundle in enumerate(ours):
+                strategy = PlacementGroupSchedulingStrategy(group, index, placement_group_capture_child_tasks=False)
+                self._strategies |= {("sampler", i): strategy for i in bundle.samplers}
+                self._strategies |= {("learner", i): strategy for i in bundle.ranks}
+        for role, group in self._groups.items():
+            if not group.wait(timeout_s):
+                self.release()
+                raise TimeoutError(f"Ray has not placed the {role} within {timeout_s:.0f} s, although they fit")
+
+    def of(self, kind: str, index: int) -> dict[str, Any]:
+        """Ray's options that put sampler or learner rank `index` in its place."""
+        return {"scheduling_strategy": self._strategies[kind, index]}
+
+    def release(self) -> None:
+        """Give the places back."""
+        for group in self._groups.values():
+            remove_placement_group(group)
+
+
+def named(role: str) -> str:
+    """A placement group's name, as the dashboard shows it. Ray wants them unique in a namespace, removed ones too."""
+    return f"grpo-{role}-{secrets.token_hex(4)}"
+
+
+def _resources(bundle: Bundle) -> dict[str, float]:
+    return {"CPU": bundle.cpus} | ({"GPU": float(bundle.gpus)} if bundle.gpus else {})
+
+
+def nodes_of_cluster() -> list[Node]:
+    """The nodes of the cluster that this process has joined."""
+    from ray._private.state import available_resources_per_node  # noqa: PLC0415 - ray has no public call for it
+
+    free = available_resources_per_node()
+    return [
+        Node(
+            name=node["NodeManagerHostname"],
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+            free_cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
+            free_gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

@@ -1,0 +1,133 @@
+"""vLLM's weight-transfer engines for its CPU build, which ships none: over shared memory and over gloo.
+
+The CPU build packs linear weights at load, so they can only be replaced through vLLM's layerwise reload, which its
+weight-transfer interface runs. One thing the reload misses: with tied embeddings the packed copy that `lm_head`
+computes with is made from the embedding's weight once and stays as it was. `repack_lm_head` makes it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from grpo.transport import broadcast, cut, gloo_group, join_store, read_shared_memory
+from grpo.weight_sync import TensorSpec
+
+BACKENDS = {"shared_memory": "grpo_shared_memory", "gloo": "grpo_gloo"}
+"""Transport -> what vLLM knows its receiving end by."""
+
+
+@dataclass
+class SharedMemoryInitInfo(WeightTransferInitInfo):
+    """Which of the files of a bucket is on this node."""
+
+    node: str
+
+
+@dataclass
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+    """One bucket: where it is and what is in it."""
+
+    files: Mapping[str, str]
+    nbytes: int
+    tensors: Sequence[TensorSpec]
+
+
+class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+    """Receiving side; vLLM's worker makes it and calls it."""
+
+    init_info_cls = SharedMemoryInitInfo
+    update_info_cls = SharedMemoryUpdateInfo
+
+    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
+        self._node = init_info.node
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
+        file = update_info.files[self._node]
+        self.model.load_weights(read_shared_memory(file, update_info.nbytes, update_info.tensors))
+
+    def finish_weight_update(self) -> None:
+        finish_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Every mapping was closed when it had been read."""
+
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    """The group of learner rank 0 and every worker of every sampler."""
+
+    host: str
+    port: int
+    rank_offset: int
+    """The rank of this sampler's first worker."""
+    world_size: int
+    timeout_s: float
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """What the next broadcast holds."""
+
+    nbytes: int
+    tensors: Sequence[TensorSpec]
+
+
+class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """Receiving side; vLLM's worker makes it and calls it."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        rank = init_info.rank_offset + self.parallel_config.rank
+        store = join_store(init_info.host, init_info.port, init_info.world_size, init_info.timeout_s)
+        self._group = gloo_group(store, rank, init_info.world_size, init_info.timeout_s)
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        flat = torch.empty(update_info.nbytes, dtype=torch.uint8)
+        broadcast(self._group, flat)
+        self.model.load_weights([(spec.name, cut(flat, spec)) for spec in update_info.tensors])
+
+    def finish_weight_update(self) -> None:
+        finish_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """The group ends with the process."""
+
+
+def finish_reload(model: Any, model_config: Any) -> None:
+    """What both engines end a sync with."""
+    finalize_layerwise_reload(model, model_config)
+    repack_lm_head(model)
+
+
+def repack_lm_head(model: Any) -> None:
+    """Re-derive what `lm_head` computes with from the weight it holds now."""
+    lm_head = getattr(model, "lm_head", None)
+    quant_method = getattr(lm_head, "quant_method", None)
+    if isinstance(lm_head, torch.nn.Module) and quant_method is not None:
+        quant_method.process_weights_after_loading(lm_head)
+
+
+def register() -> None:
+    """Make the backends known to vLLM; once per process."""
+    for backend, engine in ((BACKENDS["shared_memory"], SharedMemoryEngine), (BACKENDS["gloo"], GlooEngine)):
+        if backend not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(backend, engine)

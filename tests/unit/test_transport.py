@@ -1,0 +1,128 @@
+"""How buckets travel, between processes of this machine, and which rank of the learner reaches which sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+import torch
+
+from grpo.transport import (
+    GlooSender,
+    Place,
+    SharedMemorySender,
+    broadcast,
+    cut,
+    gloo_group,
+    interface_of,
+    join_store,
+    joined,
+    read_shared_memory,
+    senders,
+)
+from grpo.types import UserError
+from grpo.weight_sync import WeightSyncError, checksum
+
+
+def tensors(scale: float = 1.0) -> list[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        ("a", scale * torch.randn(3, 5, generator=generator)),
+        ("b", scale * torch.randn(7, generator=generator).bfloat16()),
+        ("c", scale * torch.randn(2, 2, 2, generator=generator)),
+    ]
+
+
+def same(sent: list[tuple[str, torch.Tensor]], got: list[tuple[str, torch.Tensor]]) -> bool:
+    return all(
+        name == other and tensor.dtype == copy.dtype and torch.equal(tensor, copy)
+        for (name, tensor), (other, copy) in zip(sent, got, strict=True)
+    )
+
+
+def test_shared_memory_carries_every_bit_and_is_reused() -> None:
+    sender = SharedMemorySender("node")
+    for scale in (1.0, -3.0):
+        bucket = sender.pack(tensors(scale))
+        file, nbytes = bucket.transport["files"]["node"], bucket.transport["nbytes"]
+        got = read_shared_memory(file, nbytes, bucket.transport["tensors"])
+        sender.pack(tensors(0.0))  # reuse must not reach what was read
+        assert same(tensors(scale), got)
+        assert [checksum(tensor) for _, tensor in got] == list(bucket.checksums)
+
+
+def test_gloo_carries_every_bit_to_every_worker() -> None:
+    """Two samplers of two workers each, as threads."""
+    sender = GlooSender("127.0.0.1", 2, 2, 60.0)
+
+    def worker(sampler: int, worker: int) -> list[list[tuple[str, torch.Tensor]]]:
+        info = sender.init_info(sampler, Place(node="n", host="127.0.0.1", gpus=()))
+        store = join_store(info["host"], info["port"], info["world_size"], 60.0)
+        group = gloo_group(store, info["rank_offset"] + worker, info["world_size"], 60.0)
+        out = []
+        for _ in range(2):
+            flat = torch.empty(bucket.transport["nbytes"], dtype=torch.uint8)
+            broadcast(group, flat)
+            out.append([(spec.name, cut(flat, spec)) for spec in bucket.transport["tensors"]])
+        return out
+
+    bucket = sender.pack(tensors())
+    with ThreadPoolExecutor(4) as pool:
+        workers = [pool.submit(worker, i, j) for i in range(2) for j in range(2)]
+        sender.connect()
+        sender.transmit(tensors())
+        sender.transmit(tensors(-3.0))
+        found = [done.result(timeout=60) for done in workers]
+    for first, second in found:
+        assert same(tensors(), first)
+        assert same(tensors(-3.0), second)
+
+
+def place(node: str, *gpus: str) -> Place:
+    return Place(node=node, host=f"host of {node}", gpus=gpus)
+
+
+def test_the_first_rank_of_each_node_sends_where_memory_is_shared() -> None:
+    ranks = [place("n1"), place("n1"), place("n2"), place("n2"), place("n3")]
+    assert senders("shared_memory", ranks, [place("n1"), place("n1")]) == [0]
+    assert senders("shared_memory", ranks, [place("n2"), place("n1"), place("n2")]) == [0, 2]
+    assert senders("shared_memory", ranks, [place("n3")]) == [0, 4]  # rank 0 gives the commands
+    assert senders("gloo", ranks, [place("n9")]) == senders("nccl", ranks, [place("n9")]) == [0]
+
+
+def test_every_rank_sends_to_its_own_gpu() -> None:
+    ranks = [place("n1", "A"), place("n1", "B"), place("n2", "C"), place("n2", "D")]
+    assert senders("ipc", ranks, [place("n1", "A", "B"), place("n2", "C", "D")]) == [0, 1, 2, 3]
+    assert senders("ipc", ranks, [place("n1", "B")]) == [0, 1]
+
+
+def test_samplers_out_of_reach_are_named() -> None:
+    with pytest.raises(UserError, match=r"sampler 1 on node host of n2, where no learner rank is"):
+        senders("shared_memory", [place("n1")], [place("n1"), place("n2")])
+    with pytest.raises(UserError, match=r"sampler 0 on GPU B, where no learner rank is"):
+        senders("ipc", [place("n1", "A")], [place("n1", "A", "B")])
+
+
+def test_what_ranks_pack_is_joined() -> None:
+    one, two = (SharedMemorySender(node).pack(tensors()) for node in ("n1", "n2"))
+    assert joined([one, two]).transport["files"].keys() == {"n1", "n2"}
+    assert joined([one, two]).checksums == one.checksums
+    other = SharedMemorySender("n2").pack([*tensors()[:2], ("c", torch.zeros(2, 2, 2))])
+    with pytest.raises(WeightSyncError, match=r"rank 1 of the learner holds another c than rank 0"):
+        joined([one, other])
+    handles = [
+        dataclasses.replace(one, transport={"ipc_handles": [{gpu: (gpu, i)} for i in range(3)]}) for gpu in ("A", "B")
+    ]
+    assert joined(handles).transport["ipc_handles"] == [{"A": ("A", i), "B": ("B", i)} for i in range(3)]
+
+
+def test_the_interface_is_the_one_with_the_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            if address.family.name == "AF_INET" and address.address != "127.0.0.1":
+                assert interface_of(address.address) == name
+    with pytest.raises(RuntimeError, match=r"no network interface of this node has Ray's address 192\.0\.2\.77"):
+        interface_of("192.0.2.77")
