@@ -131,6 +131,12 @@ class SamplerActor:
     def finish_sync(self, probe: Probe) -> SyncReport:
         return self._sampler.finish_sync(probe)
 
+    def sleep(self, keep_weights: bool) -> float:
+        return self._sampler.sleep(keep_weights=keep_weights)
+
+    def wake(self, *tags: str) -> None:
+        self._sampler.wake(*tags)
+
     def perturb_for_test(self, substring: str, factor: float) -> None:
         self._sampler.perturb_for_test(substring, factor)
 
@@ -212,7 +218,11 @@ class LearnerActor:
         return NcclSender(host, workers, samplers)
 
     def step(self, step: RankStep) -> StepResult:
+        self._learner.reload()
         return self._learner.step(step)
+
+    def offload(self) -> None:
+        self._learner.offload()
 
     def publish(self, policy_version: int, probe: Probe, full_check: bool, timeout_s: float) -> SyncResult:
         """One verified sync (all ranks together). `full_check` first proves that what is sent is what is used:
@@ -238,6 +248,9 @@ class LearnerActor:
         """One sync. A sampler that dies in it is remembered, and the rest goes on without any: at ZeRO 3 the other
         ranks are in the same collectives."""
         started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
+        self._take_turns("sleep", False, timeout_s=timeout_s)
+        self._learner.reload()
+        self._take_turns("wake", "weights", timeout_s=timeout_s)
         # before the samplers have anything to do: two engines computing at once on the same cores cost each other 0.1 s
         logprobs = self._learner.probe_logprobs(probe)
         pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
@@ -252,6 +265,9 @@ class LearnerActor:
                 nbytes += sum(spec.nbytes for spec in bucket.tensors)
             if len(self._sending) > 1:
                 self._learner.barrier()  # what the others have packed has been read
+        if self._config.takes_turns:
+            self._learner.offload()
+        self._take_turns("wake", "kv_cache", timeout_s=timeout_s)
         reports: list[SyncReport] = []
         if self._lost is None:
             reports = self._all_of([s.finish_sync.remote(probe) for s in self._samplers], timeout_s)
@@ -272,6 +288,18 @@ class LearnerActor:
             nbytes=nbytes,
             probe_difference=max(worst, default=0.0),
         )
+
+    def _take_turns(self, verb: str, argument: Any, *, timeout_s: float) -> None:
+        """Where samplers and learner leave each other the memory: have every sampler sleep or wake, when all ranks are
+        here, and let them go on when it has."""
+        if not self._config.takes_turns:
+            return
+        if self._config.cluster.learner_ranks > 1:
+            self._learner.barrier()
+        if self._lost is None:
+            self._all_of([getattr(s, verb).remote(argument) for s in self._samplers], timeout_s)
+        if self._config.cluster.learner_ranks > 1:
+            self._learner.barrier()
 
     def _packed(self, tensors: Sequence[tuple[str, Any]]) -> Bucket | None:
         """What all sending ranks have packed, on rank 0."""
@@ -308,9 +336,11 @@ class LearnerActor:
         return found
 
     def save(self, folder: str) -> None:
+        self._learner.reload()
         self._learner.save(Path(folder))
 
     def capture(self, folder: str) -> dict[str, Any]:
+        self._learner.reload()
         return self._learner.capture(Path(folder) / f"rank-{self._rank}.safetensors")
 
     def state_bytes(self) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,14 @@ class Engines:
             for i in range(config.cluster.learner_ranks)
         ]
         self.samplers = [self._make_sampler(i) for i in range(config.cluster.samplers)]
-        loading = []
+        loading = [s.start.remote(self._transport, self._devices_of(i)) for i, s in enumerate(self.samplers)]
+        if config.takes_turns and self.learners:  # vLLM measures how much memory is free
+            self._wait(loading, "the samplers to load", start)
+            loading = [sampler.sleep.remote(False) for sampler in self.samplers]
+            self._wait(loading, "the samplers to leave the memory to the learner", start)
         if self.learners:
             host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
             loading += [learner.start.remote(host, port) for learner in self.learners]
-        loading += [s.start.remote(self._transport, self._devices_of(i)) for i, s in enumerate(self.samplers)]
         self._wait(loading, "the engines to load", start)
         if self.learners:
             self._connect()
@@ -251,9 +255,30 @@ class Engines:
 
     def step(self, steps: Sequence[RankStep]) -> StepResult:
         """One driver step on every learner rank."""
+        residual = self._put_to_sleep(keep_weights=False)
         pending = [learner.step.remote(step) for learner, step in zip(self.learners, steps, strict=True)]
         result: StepResult = self._wait(pending, "the learner's step", self._timeout)[0]
-        return result
+        return replace(result, extremes={**result.extremes, **residual})
+
+    def _put_to_sleep(self, *, keep_weights: bool) -> dict[str, float]:
+        """Where samplers and learner leave each other the memory: samplers do. Returns what is still taken, as a
+        metric."""
+        if not self._config.takes_turns:
+            return {}
+        pending = [sampler.sleep.remote(keep_weights) for sampler in self.samplers]
+        taken = self._wait(pending, "the samplers to leave the memory to the learner", self._timeout)
+        return {"memory/residual_gib": max(taken)}
+
+    @contextlib.contextmanager
+    def _learner_between_steps(self) -> Iterator[None]:
+        """The learner has the memory, and gives it back."""
+        self._put_to_sleep(keep_weights=True)
+        yield
+        if self._config.takes_turns:
+            leaving = [rank.offload.remote() for rank in self.learners]
+            self._wait(leaving, "the learner to leave the memory to the samplers", self._timeout)
+            waking = [sampler.wake.remote("weights", "kv_cache") for sampler in self.samplers]
+            self._wait(waking, "the samplers to wake", self._timeout)
 
     def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], SyncResult]:
         """Start to bring the learner's weights to every sampler; what comes back waits until they are verified."""
@@ -284,15 +309,15 @@ class Engines:
 
     def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""
-        self._wait(
-            [learner.save.remote(str(folder)) for learner in self.learners], "the model to be saved", self._timeout
-        )
+        with self._learner_between_steps():
+            pending = [learner.save.remote(str(folder)) for learner in self.learners]
+            self._wait(pending, "the model to be saved", self._timeout)
 
     def capture(self, folder: Path) -> dict[str, Any]:
         """Every rank copies its state and begins to write it to `folder`. Returns what is not a tensor of it."""
-        counters: dict[str, Any] = self._wait(
-            [learner.capture.remote(str(folder)) for learner in self.learners], "the checkpoint's copy", self._timeout
-        )[0]
+        with self._learner_between_steps():
+            pending = [learner.capture.remote(str(folder)) for learner in self.learners]
+            counters: dict[str, Any] = self._wait(pending, "the checkpoint's copy", self._timeout)[0]
         return counters | {"ranks": self._config.cluster.learner_ranks, "zero_stage": self._config.learner.zero_stage}
 
     def state_bytes(self) -> int:

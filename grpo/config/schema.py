@@ -362,6 +362,9 @@ class ClusterConfig:
     layout: Literal["colocated", "disaggregated"] = "colocated"
     """`colocated`: samplers and learner take turns on the same GPUs, weights change hands where they are.
     `disaggregated`: each has its own, weights go over the network (NCCL, on CPU gloo)."""
+    sleep: bool | None = None
+    """Colocated samplers and learner leave each other the memory of the GPU: while one works, the other's weights, KV
+    cache and optimizer states are in host memory or gone. None: on GPUs; on CPU there is nothing to gain."""
     samplers: int = 1
     """Samplers; each holds the whole model and samples its share of the completions."""
     tensor_parallel: int = 1
@@ -416,6 +419,13 @@ class Config:
         if not self.on_gpu:
             return 0
         return c.learner_ranks + (c.samplers * self.sampler_workers if c.layout == "disaggregated" else 0)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether samplers and learner leave each other the memory."""
+        if self.cluster.sleep is None:
+            return self.on_gpu and self.cluster.layout == "colocated"
+        return self.cluster.sleep
 
     @property
     def sampling_is_seeded(self) -> bool:

@@ -310,6 +310,15 @@ def _validate_engines(c: Config) -> None:
             name not in ENGINE_ARGUMENTS_TAKEN,
             f"sampler.engine.{name} is set by other options of the recipe and cannot be given here",
         )
+    need(
+        not c.takes_turns or (stage > 0 and offload != "parameters"),
+        f"learner.zero_stage={stage} with learner.offload={offload}: DeepSpeed cannot move such states out of the way "
+        "of a colocated sampler; nearest: cluster.sleep=false, which keeps both in memory",
+    )
+    need(
+        c.cluster.sleep is None or c.cluster.layout == "colocated",
+        "cluster.sleep has no effect with cluster.layout=disaggregated; leave it out",
+    )
     if c.on_gpu:
         _validate_gpus(c)
         inert(c.sampler, SamplerConfig(), ("threads",), "sampler.", "on a GPU")

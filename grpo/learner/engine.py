@@ -25,7 +25,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config, dump
@@ -68,6 +68,7 @@ class Learner:
         self._optimizer_steps = self._steps = self._set_aside = 0
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[FileRecord] | None = None
+        self._offloaded = False
 
     def _make_reference(self) -> None:
         """A frozen copy of the starting policy: sharded at ZeRO 3, else whole on every rank."""
@@ -136,6 +137,26 @@ class Learner:
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, ours)
         return found
+
+    def offload(self) -> None:
+        """Leave the GPU's memory to the sampler: states and weights go to host memory. A sharded reference stays."""
+        if self._offloaded:
+            return
+        for engine in self._engines().values():
+            engine.offload_states(pin_memory=self._config.on_gpu)
+        if isinstance(self._reference, PreTrainedModel):
+            self._reference.to("cpu")
+        self._offloaded = True
+
+    def reload(self) -> None:
+        """Take them back."""
+        if not self._offloaded:
+            return
+        for engine in self._engines().values():
+            engine.reload_states()
+        if isinstance(self._reference, PreTrainedModel) and not self._config.learner.reference_offload:
+            self._reference.to(self.device)
+        self._offloaded = False
 
     def gpus(self) -> tuple[str, ...]:
         """UUID of this rank's GPU; empty on CPU."""

@@ -28,6 +28,9 @@ from grpo.sampler.worker import together
 from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
 from grpo.weight_sync import Bucket, Probe, SyncReport
 
+RESIDUAL = 0.25
+"""Share of a GPU that may be taken while sampler and learner are both away: by their contexts, and by others."""
+
 
 class Sampler:
     """One vLLM engine. `transport`: see `grpo.transport`."""
@@ -68,6 +71,7 @@ class Sampler:
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
             weight_transfer_config=WeightTransferConfig(backend=cpu_transfer.BACKENDS.get(transport, transport)),
             worker_extension_cls="grpo.sampler.worker.WorkerExtension",
+            enable_sleep_mode=config.on_gpu and config.takes_turns,
             **options,
             **config.sampler.engine,
         )
@@ -75,6 +79,7 @@ class Sampler:
         self._engine.collective_rpc("recorder_install")
         self._policy_version = -1
         self._pending_version = -1
+        self._asleep = False
 
     @property
     def policy_version(self) -> int:
@@ -129,6 +134,31 @@ class Sampler:
             unmapped_tensors=loaded.unmapped,
             probe_logprobs=self.probe_logprobs(probe),
         )
+
+    def sleep(self, *, keep_weights: bool) -> float:
+        """Leave the memory to the learner; the weights go to host memory, or are dropped where others will be sent.
+
+        Returns the GiB of the GPU that are still taken, by whomever; 0 on CPU, and when it is asleep already.
+        Raises RuntimeError when that is too much.
+        """
+        assert not self._engine.has_unfinished_requests()
+        if self._asleep:
+            return 0.0
+        self._engine.sleep(level=1 if keep_weights else 2)
+        self._asleep = True
+        used = self._engine.collective_rpc("memory_used")
+        for taken, total in used:
+            if taken > RESIDUAL * total:
+                raise RuntimeError(
+                    f"{taken / 2**30:.1f} of {total / 2**30:.1f} GiB of the GPU are still taken while sampler and "
+                    "learner are both away from it; with cluster.sleep=false both stay in memory"
+                )
+        return float(max(taken for taken, _ in used) / 2**30)
+
+    def wake(self, *tags: str) -> None:
+        """Take memory again, for "weights" or the "kv_cache"; both are needed to sample."""
+        if self._asleep:
+            self._asleep = not self._engine.wake_up(list(tags))
 
     def probe_logprobs(self, probe: Probe) -> tuple[NDArray[np.float32], ...]:
         """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1."""

@@ -52,6 +52,13 @@ class WorkerExtension:
             if substring in name:
                 parameter.data.mul_(factor)
 
+    def memory_used(self) -> tuple[int, int]:
+        """(taken, all) bytes of this worker's GPU; (0, 1) on CPU."""
+        if not torch.cuda.is_available():
+            return 0, 1
+        free, total = torch.cuda.mem_get_info()
+        return total - free, total
+
     def gpu_uuid(self) -> str:
         """Of the GPU that this worker computes on; "" on CPU."""
         if not torch.cuda.is_available():

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ cluster.shutdown()
 
 
 @pytest.fixture
-def placed(make_recipe: Any, make_model: Any) -> Iterator[Any]:
+def placed(make_recipe: Any, make_model: Any) -> Any:
     """Runs the script with overrides; gives what it found."""
     recipe = make_recipe(make_model("qwen2"))
 
@@ -92,7 +91,7 @@ def placed(make_recipe: Any, make_model: Any) -> Iterator[Any]:
         found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
         return found
 
-    yield run
+    return run
 
 
 WHOLE = [[2.0, 0.0, 2.0, 0.0], [8.0, 4.0, 8.0, 4.0], [8.0, 4.0, 8.0, 4.0]]

@@ -192,19 +192,41 @@ def test_the_final_model_loads_and_is_the_last_policy(first_run: Any) -> None:
         assert ours == pytest.approx(list(row.sampler_logprobs), abs=1e-4)
 
 
-def test_two_samplers_and_the_same_seed_give_the_same_run(first_run: Any, arithmetic_recipe: Path) -> None:
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        {"layout": "disaggregated", "samplers": 2, "sampler_cpus": 0.5},  # weights over gloo
+        {"sleep": True, "samplers": 4, "sampler_cpus": 0.25},  # weights through shared memory
+    ],
+)
+def test_another_placement_and_the_same_seed_give_the_same_run(
+    first_run: Any, arithmetic_recipe: Path, cluster: dict[str, Any]
+) -> None:
     """The same completions whatever the number of samplers, and the same weights bit for bit."""
     _, summary, metrics, _ = first_run
-    folder, again, repeated, _ = train(
-        arithmetic_recipe, "cluster.samplers=2", "cluster.sampler_cpus=0.5", "run.save_every=0"
-    )
-    assert folder.name == "arithmetic_test-2"
+    overrides = [f"cluster.{name}={value}" for name, value in cluster.items()]
+    folder, again, repeated, _ = train(arithmetic_recipe, *overrides, "run.save_every=2")
+    assert folder.name.startswith("arithmetic_test-")
     assert again["weights_sha256"] == summary["weights_sha256"]
-    timings = ("time", "sync/", "tokens/per_second", "perf/")
+    timings = ("time", "sync/", "tokens/per_second", "perf/", "memory/")
     for one, two in zip(metrics, repeated, strict=True):
         assert {k: v for k, v in one.items() if not k.startswith(timings)} == {
             k: v for k, v in two.items() if not k.startswith(timings)
         }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_a_sampler_of_two_workers(
+    parallel: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    """Every tensor reaches every worker's share of it: the probe, the coverage and the mismatch are those of one."""
+    recipe = make_recipe(make_model("qwen2"), cluster={f"{parallel}_parallel": 2})
+    _, summary, metrics, _ = train(recipe)
+    assert summary["exit_reason"] == "done"
+    for line in metrics:
+        assert line["mismatch/max"] < 1e-3
+        assert line["sync/probe_difference"] < 1e-4
 
 
 def loaded_by_vllm(folder: Path) -> float:

@@ -258,6 +258,9 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
             "2 samplers x 2 tensor_parallel x 1 pipeline_parallel are 4 GPUs, cluster.learner_ranks=2; nearest: "
             "cluster.learner_ranks=4",
         ),
+        (["cluster.device=gpu", "learner.zero_stage=0"], "nearest: cluster.sleep=false"),
+        (["cluster.sleep=true", "learner.offload=parameters", "learner.zero_stage=3"], "nearest: cluster.sleep=false"),
+        (["cluster.layout=disaggregated", "cluster.sleep=false"], "cluster.sleep has no effect"),
         (["cluster.device=gpu", "learner.threads=2"], "learner.threads=2 has no effect on a GPU"),
     ],
 )
