@@ -22,6 +22,7 @@ from benchmarks.overhead import BareSampler
 from grpo import check, cluster, config, engines, evaluating
 from grpo.driver import eval_seed
 from grpo.rewards.pool import RewardPool
+from grpo.timeline import Timeline
 from grpo.types import SampleRequest
 
 BAR = 1.15
@@ -47,7 +48,7 @@ def main() -> None:
             RewardPool(c.rewards, files=plan.reward_files, workers=2, log_dir=folder) as scorer,
             cluster.session(c, folder),
         ):
-            group = engines.Engines(c, folder, print)
+            group = engines.Engines(c, folder, print, Timeline(None))
             environment = engines.sampler_environment(c)
             bare = ray.remote(BareSampler).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c)
             settings = engines.eval_settings(c, plan.end_token_ids)

@@ -35,6 +35,7 @@ from grpo.progress import Progress
 from grpo.rewards.pool import RewardPool
 from grpo.run_folder import RunFolder
 from grpo.saving import Saver
+from grpo.timeline import Timeline
 from grpo.types import RankStep, SampleRequest, SamplingSettings
 
 
@@ -207,7 +208,7 @@ def main() -> None:
             RewardPool(c.rewards, files=plan.reward_files, workers=os.cpu_count() or 1, log_dir=folder) as scorer,
             cluster.session(c, folder),
         ):
-            engines = Recorded(engine_group.Engines(c, folder, print))
+            engines = Recorded(engine_group.Engines(c, folder, print, Timeline(None)))
             bare = [
                 ray.remote(cls).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c)
                 for cls, environment in (
@@ -222,7 +223,7 @@ def main() -> None:
                 config=c, prompts=plan.prompts, eval_prompts=(), engines=engines, scorer=scorer, folder=run,
                 reporter=pairing, train_settings=settings, eval_settings=settings,
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
-                progress=Progress.start(c, plan.prompts), stopping=lambda: False,
+                progress=Progress.start(c, plan.prompts), stopping=lambda: False, timeline=Timeline(None),
                 saver=Saver(c, run.path, engines=engines, fingerprints=dict, flush=lambda: None, say=print),
             )  # fmt: skip
             actors.freeze_garbage()

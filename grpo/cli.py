@@ -189,6 +189,7 @@ def evaluate(plan: Any, folder: Path, console: Any) -> dict[str, Any]:
     """Start samplers and reward workers, evaluate, and take them down."""
     from grpo import cluster, engines, evaluating  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
+    from grpo.timeline import Timeline  # noqa: PLC0415
 
     config, logs = plan.config, folder / "logs"
     workers = config.cluster.reward_workers or min(8, os.cpu_count() or 1)
@@ -198,7 +199,7 @@ def evaluate(plan: Any, folder: Path, console: Any) -> dict[str, Any]:
     ):
         interrupt_early()  # Ray has put its own handlers in the place of ours
         console.say(f"starting {config.cluster.samplers} samplers")
-        group = engines.Engines(config, logs, console.say)
+        group = engines.Engines(config, logs, console.say, Timeline(None))
         try:
             return evaluating.evaluate(plan, folder, group, scorer, console.say)
         finally:

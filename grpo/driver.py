@@ -17,7 +17,6 @@ This file reaches no engine: it sees `Loop`, whose parts are protocols, and is t
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,19 +24,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo import metrics as m
-from grpo.batching import TrainingRow, rank_steps
+from grpo.batching import rank_steps
 from grpo.config import Config
-from grpo.credit import Credit, account, members_needed, training_rows
+from grpo.credit import members_needed, training_rows
 from grpo.data import sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
-from grpo.objective.legal import GROUP_RELATIVE
 from grpo.progress import Progress
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
 from grpo.run_folder import RunFolder
 from grpo.saving import Saver
-from grpo.types import Group, Prompt, RankStep, StepResult, UserError
+from grpo.step_metrics import (
+    Learned,
+    Sampled,
+    eval_metrics,
+    refuse_unknown_best,
+    step_metrics,
+    throughput,
+    timings,
+)
+from grpo.timeline import Timeline
+from grpo.types import Group, Prompt, RankStep, StepResult
 from grpo.weight_sync import Probe
 
 
@@ -50,8 +58,6 @@ class NonFiniteError(RuntimeError):
 
 
 MAX_SKIPPED = 3
-OF_EVALUATION = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")
-"""What is logged of an evaluation, as eval/<name>."""
 
 
 class EngineGroup(SamplerGroup, Protocol):
@@ -93,6 +99,7 @@ class Loop:
     saver: Saver
     stopping: Callable[[], bool]
     """Whether an end was asked for."""
+    timeline: Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +120,7 @@ def train(loop: Loop) -> Outcome:
     """
     config, engines, at = loop.config, loop.engines, loop.progress
     probe = make_probe(loop.prompts, tokens=min(32, config.max_row_tokens - 1))
+    save_s = 0.0
     loop.reporter.say("proving that the samplers use what the learner sends")
     engines.publish(at.step, probe, full_check=True)()
     if loop.eval_prompts and at.step == 0:
@@ -120,7 +128,8 @@ def train(loop: Loop) -> Outcome:
     while at.step < config.run.steps:
         step = at.step + 1
         started = time.monotonic()
-        sampled = sample_step(loop, step)
+        with loop.timeline.span("driver", "sample and score"):
+            sampled = sample_step(loop, step)
         if not sampled.groups and not sampled.unused:
             loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
             if loop.eval_prompts and not eval_is_due(config, at.step):
@@ -133,68 +142,49 @@ def train(loop: Loop) -> Outcome:
         synced = time.monotonic()
         every = config.run.verify_every
         syncing = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
-        metrics = step_metrics(loop, sampled, learned.credit, learned.result)
+        metrics = step_metrics(config, at, sampled, learned)
         if config.algorithm.kl_coef > 0:
             metrics |= {"policy/kl_coef": at.kl_coef}
             at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
         if config.algorithm.retire_reward is not None:
             at.retired |= solved(loop, sampled.every)
             metrics["progress/retired_prompts"] = float(len(at.retired))
-        sync = syncing()
-        metrics |= timings(learned, sync, started, synced)
+        with loop.timeline.span("learner", "weight sync"):
+            sync = syncing()
+        metrics |= timings(sampled, learned, sync, started, synced, time.monotonic()) | {"time/save_s": save_s}
         metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
         at.step = step
         at.tokens += int(metrics["tokens/sampled"])
         at.rollouts += sum(len(group.rollouts) for group in sampled.every)
         metrics |= {"progress/tokens": float(at.tokens), "progress/rollouts": float(at.rollouts)}
         if eval_is_due(config, step) and loop.eval_prompts:
-            at.after = evaluate(loop, step)
-            metrics |= eval_metrics(at.after)
-        loop.folder.log_metrics(step, metrics)
-        loop.folder.facts["steps"] = step
-        refuse_unknown_best(config, metrics)
-        loop.reporter.step(step, metrics)
+            evaluating = time.monotonic()
+            with loop.timeline.span("driver", "evaluate"):
+                at.after = evaluate(loop, step)
+            metrics |= eval_metrics(at.after) | {"time/eval_s": time.monotonic() - evaluating}
+        record(loop, step, metrics)
+        saving = time.monotonic()
         loop.saver.poll()
         stopping = loop.stopping() and step < config.run.steps
         if stopping or (config.run.save_every and step % config.run.save_every == 0):
-            loop.saver.save(step, at.state(loop.prompts), metrics)
+            with loop.timeline.span("driver", "save"):
+                loop.saver.save(step, at.state(loop.prompts), metrics)
         if stopping:
             loop.saver.poll(wait=True)
             return Outcome(finished=False, steps=step, before=at.before, after=at.after)
+        save_s = time.monotonic() - saving
+        loop.timeline.write(step)
     loop.saver.poll(wait=True)
     engines.save(loop.folder.path / "model")
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
 
 
-def timings(learned: Learned, sync: Any, started: float, synced: float) -> dict[str, float]:
-    """Of a step that began at `started` and whose weight sync began at `synced`; it ends now."""
-    ended = time.monotonic()
-    return {
-        "sync/seconds": sync.seconds,
-        "sync/bytes": float(sync.nbytes),
-        "sync/probe_difference": sync.probe_difference,
-        "time/batch_s": learned.batch_s,
-        "time/update_s": learned.update_s,
-        "time/sync_s": ended - synced,
-        "time/step_s": ended - started,
-    }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """The groups of a step."""
-
-    groups: tuple[Group, ...]
-    """At most prompts_per_step; the ones to train on."""
-    unused: tuple[Group, ...]
-    """Sampled, found without spread or with too few members, and replaced."""
-    attempts: int
-    sample_s: float
-    reward_s: float
-
-    @property
-    def every(self) -> tuple[Group, ...]:
-        return self.groups + self.unused
+def record(loop: Loop, step: int, metrics: Mapping[str, float]) -> None:
+    """Write a step's metrics down and show them."""
+    loop.folder.log_metrics(step, metrics)
+    loop.folder.facts["steps"] = step
+    refuse_unknown_best(loop.config, metrics)
+    loop.reporter.step(step, metrics)
 
 
 def sample_step(loop: Loop, step: int) -> Sampled:
@@ -219,16 +209,6 @@ def sample_step(loop: Loop, step: int) -> Sampled:
     return Sampled(groups=tuple(kept), unused=tuple(unused), attempts=attempt, sample_s=sample_s, reward_s=reward_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
-    """What the learner made of a step's groups."""
-
-    credit: Credit
-    result: StepResult
-    batch_s: float
-    update_s: float
-
-
 def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
     """Advantages, batching and the learner's step; the samples are written however it ends."""
     config, at = loop.config, loop.progress
@@ -247,7 +227,8 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
             kl_coef=at.kl_coef,
         )
         batched = time.monotonic()
-        result = loop.engines.step(steps)
+        with loop.timeline.span("learner", "update"):
+            result = loop.engines.step(steps)
     finally:  # the completions of a step that fails are the ones to look at
         sums = result.learner_logprob_sums if result else {}
         loop.folder.write_samples(f"step-{step:06d}", step, sampled.every, sums)
@@ -323,73 +304,6 @@ def count_skipped(loop: Loop, result: StepResult, step: int, before: int) -> int
     return before + 1
 
 
-def step_metrics(loop: Loop, sampled: Sampled, credit: Credit, result: StepResult) -> dict[str, float]:
-    """Everything known about a step but its later timings."""
-    a, at = loop.config.algorithm, loop.progress
-    rollouts = [rollout for group in sampled.every for rollout in group.rollouts]
-    learner = m.learner_metrics(result)
-    out = {
-        **m.rollout_metrics(sampled.every, members_needed(a)),
-        **m.staleness_metrics(rollouts, at.step),
-        **learner,
-        **account(credit.uses, learner),
-        "optim/optimizer_steps": float(result.optimizer_steps),
-        "progress/epoch": at.cursor.epochs,
-        **{f"progress/epoch/{name}": epochs for name, epochs in at.cursor.epochs_by_set.items()},
-        "time/sample_s": sampled.sample_s,
-        "time/reward_s": sampled.reward_s,
-    }
-    if len(loop.config.data.train) > 1:
-        out |= m.metrics_by_set(sampled.every, members_needed(a))
-    if a.advantage in GROUP_RELATIVE:
-        out |= m.spread_of("advantage/", credit.advantages, ("mean", "std", "min", "max"))
-    if a.max_refills:
-        out |= {
-            "refill/attempts": float(sampled.attempts - 1),
-            "refill/replaced_groups": float(len(sampled.unused)),
-            "refill/missing_groups": float(a.prompts_per_step - len(sampled.groups)),
-        }
-    return out
-
-
-def throughput(
-    config: Config, minibatches: Sequence[Sequence[TrainingRow]], weight_bytes: int, metrics: Mapping[str, float]
-) -> dict[str, float]:
-    """Tokens per second, and the model flops that the learner did: 6 per parameter and position for forward and
-    backward, 2 for each forward without gradient (arXiv 2001.08361 sec. 2.1; attention is left out). Padding and
-    recomputation do not count."""
-    a = config.algorithm
-    rate = metrics["tokens/sampled"] / metrics["time/step_s"]
-    out = {"tokens/per_second": rate}
-    if config.on_gpu:
-        out["tokens/per_second_per_gpu"] = rate / config.gpus_used
-    parameters = weight_bytes / (4 if config.model.dtype == "float32" else 2)
-    positions = sum(row.positions for rows in minibatches for row in rows)
-    forwards = (a.kl_coef > 0) + (config.optimizer_steps_per_step > 1)
-    flops = parameters * positions * (6 * a.epochs_per_step + 2 * forwards)
-    out["perf/learner_tflops_per_rank"] = flops / metrics["time/update_s"] / config.cluster.learner_ranks / 1e12
-    return out
-
-
-def refuse_unknown_best(config: Config, metrics: Mapping[str, float]) -> None:
-    """`run.keep_best` must be a metric that every step has, or one of the evaluation.
-
-    Raises UserError with the nearest name.
-    """
-    best = config.run.keep_best
-    if best is None or best in metrics or best in eval_names(config):
-        return
-    near = difflib.get_close_matches(best, [*metrics, *eval_names(config)], n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"run.keep_best={best} is no metric of this run{hint}")
-
-
-def eval_names(config: Config) -> list[str]:
-    """The metrics of an evaluation."""
-    sets = ["", *(f"/{one.name}" for one in config.data.eval.sets if len(config.data.eval.sets) > 1)]
-    return [f"eval/{name}{of_set}" for of_set in sets for name in OF_EVALUATION]
-
-
 def eval_is_due(config: Config, step: int) -> bool:
     """After the last step, and every `data.eval.every` steps."""
     every = config.data.eval.every
@@ -431,19 +345,6 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
 def eval_seed(config: Config, prompt: Prompt, index: int) -> int | None:
     """Seed of one completion of an evaluation, the same in every one of them."""
     return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling_is_seeded else None
-
-
-def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Means over data sets; where there are several, also of each."""
-    each = {
-        data_set: {f"eval/{name}": float(getattr(found, name)) for name in OF_EVALUATION}
-        for data_set, found in evaluation.sets.items()
-    }
-    out = {f"eval/{n}": sum(values[f"eval/{n}"] for values in each.values()) / len(each) for n in OF_EVALUATION}
-    out["eval/failed"] *= len(each)  # a count, not a mean
-    if len(each) > 1:
-        out |= {f"{name}/{data_set}": value for data_set, values in each.items() for name, value in values.items()}
-    return out
 
 
 def make_probe(prompts: Sequence[Prompt], *, tokens: int) -> Probe:

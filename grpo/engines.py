@@ -22,6 +22,7 @@ from grpo.checkpoint import FileRecord
 from grpo.config import Config
 from grpo.placement import Reservation
 from grpo.run_folder import is_disk_full
+from grpo.timeline import Timeline
 from grpo.transport import transport_of
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
 from grpo.weight_sync import Probe, WeightSyncError
@@ -120,7 +121,7 @@ def eval_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSetti
 class Engines:
     """All actors of a run, with the verbs that the driver's loop calls. A sampler that dies is replaced."""
 
-    def __init__(self, config: Config, log_dir: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, log_dir: Path, say: Callable[[str], None], timeline: Timeline) -> None:
         """Place the actors and load the engines, samplers and learner at the same time. Without learner ranks the
         samplers keep the weights of the model's folder.
 
@@ -128,7 +129,7 @@ class Engines:
 
         Raises EngineFailure when one does not come up, UserError when the model folder is at fault.
         """
-        self._config, self._log_dir, self._say = config, log_dir, say
+        self._config, self._log_dir, self._say, self._timeline = config, log_dir, say, timeline
         self._timeout = config.cluster.step_timeout_s
         self._names: dict[Any, str] = {}
         self._processes: dict[Any, Any] = {}
@@ -210,12 +211,13 @@ class Engines:
         shares = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]
         streams = {self._ask(i, share, settings): (i, share) for i, share in enumerate(shares) if share}
         done: set[tuple[int, int]] = set()
+        spans = {i: self._timeline.begin(f"sampler {i}", "sample") for i, _ in streams.values()}
         while streams:
             ready, _ = self._ready(list(streams), "completions from the samplers", self._timeout, time.monotonic())
             try:
                 [block] = self._wait([next(ready[0])], "completions from the samplers", self._timeout)
             except StopIteration:
-                del streams[ready[0]]
+                spans[streams.pop(ready[0])[0]]()
                 continue
             except ActorDied as error:
                 lost, share = streams.pop(ready[0])

@@ -165,6 +165,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
     )
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
+    from grpo.timeline import TimedScorer, Timeline  # noqa: PLC0415
 
     config = plan.config
     logs = folder.path / "logs"
@@ -174,7 +175,8 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
     ):
         stopper.install()  # Ray has put its own handlers in the place of ours
         console.say(f"starting {config.cluster.samplers} samplers and {config.cluster.learner_ranks} learner ranks")
-        group = engines.Engines(config, logs, console.say)
+        timeline = Timeline(folder.path / "trace" if config.run.trace else None)
+        group = engines.Engines(config, logs, console.say, timeline)
         try:
             if resumed.manifest is not None:
                 group.restore(resumed.folder, resumed.manifest.learner)
@@ -183,7 +185,8 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
                 prompts=plan.prompts,
                 eval_prompts=plan.eval_prompts,
                 engines=group,
-                scorer=scorer,
+                scorer=TimedScorer(scorer, timeline),
+                timeline=timeline,
                 folder=folder,
                 reporter=console,
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),

@@ -344,6 +344,8 @@ class RunConfig:
     """Repeat the start's full weight-sync check (perturb, compare, restore) every N steps. 0: only at start."""
     grace_s: float = 120.0
     """After SIGTERM, SIGUSR1 or Ctrl-C, the step under way has this long to be finished and saved."""
+    trace: bool = False
+    """Write a timeline of every step to trace/, for Perfetto or chrome://tracing."""
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "grpo"

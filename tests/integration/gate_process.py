@@ -18,6 +18,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
     from grpo.rewards.pool import RewardPool
     from grpo.run_folder import RunFolder
     from grpo.saving import Saver
+    from grpo.timeline import Timeline
 
     import numpy as np  # isort: skip
     import ray  # isort: skip - after grpo, which sets its environment
@@ -50,7 +51,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
         RewardPool(c.rewards, files=plan.reward_files, workers=1, log_dir=folder) as scorer,
         cluster.session(c, folder),
     ):
-        engines = engine_group.Engines(c, folder, print)
+        engines = engine_group.Engines(c, folder, print, Timeline(None))
         for how in ("nothing", "swap", "perturb"):
             (folder / how).mkdir()
             run = RunFolder(folder / how, c)
@@ -63,7 +64,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
                 eval_settings=engine_group.eval_settings(c, plan.end_token_ids),
                 progress=Progress.start(c, plan.prompts),
                 saver=Saver(c, run.path, engines=engines, fingerprints=dict, flush=lambda: None, say=print),
-                stopping=lambda: False,
+                stopping=lambda: False, timeline=Timeline(None),
             )  # fmt: skip
             error = ""
             try:

@@ -23,18 +23,12 @@ from grpo.batching import rank_steps
 from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import training_rows
-from grpo.driver import (
-    Loop,
-    MismatchError,
-    NonFiniteError,
-    guard_mismatch,
-    refuse_unknown_best,
-    throughput,
-    train,
-)
+from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
 from grpo.progress import Progress
 from grpo.run_folder import RunFolder, reopen
 from grpo.saving import Saver
+from grpo.step_metrics import Learned, Sampled, refuse_unknown_best, throughput, timings
+from grpo.timeline import Timeline
 from grpo.types import (
     Completion,
     Failed,
@@ -238,7 +232,7 @@ def make_loop(
         decode=lambda lists: ["".join(str(t) for t in ids) for ids in lists], train_settings=settings,
         eval_settings=settings, progress=Progress.start(config, prompts),
         saver=Saver(config, folder.path, engines=policy, fingerprints=dict, flush=lambda: None, say=lambda text: None),
-        stopping=lambda: False,
+        stopping=lambda: False, timeline=Timeline(tmp_path / "run" / "trace" if config.run.trace else None),
     )  # fmt: skip
     return loop, policy
 
@@ -772,6 +766,34 @@ def test_throughput_by_hand(tmp_path: Path) -> None:
     )
     numbers = throughput(config, minibatches, 4000, {"tokens/sampled": 8, "time/step_s": 4, "time/update_s": 2})
     assert numbers["tokens/per_second_per_gpu"] == 0.5
+
+
+def test_timings_by_hand() -> None:
+    """A step from 10 to 30: 8 s of sampling, 2 of scoring after it, 1 of batching, 4 of the update, a sync from 26 on;
+    one second nobody worked."""
+    credit: Any = None
+    result: Any = None
+    sampled = Sampled(groups=(), unused=(), attempts=1, sample_s=8.0, reward_s=2.0)
+    learned = Learned(credit=credit, result=result, batch_s=1.0, update_s=4.0)
+    sync = SimpleNamespace(seconds=3.0, nbytes=5, probe_difference=0.5)
+    numbers = timings(sampled, learned, sync, 10.0, 26.0, 30.0)
+    assert numbers == {
+        "time/sample_s": 8, "time/reward_s": 2, "time/batch_s": 1, "time/update_s": 4, "time/sync_s": 4,
+        "time/idle_s": 1, "time/step_s": 20, "time/samplers_busy_fraction": 12 / 20,
+        "time/learner_busy_fraction": 8 / 20, "sync/seconds": 3,
+        "sync/bytes": 5, "sync/probe_difference": 0.5,
+    }  # fmt: skip
+
+
+def test_a_trace_has_every_step(tmp_path: Path) -> None:
+    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.trace=true", "run.steps=3", "run.save_every=2"))
+    train(loop)
+    loop.folder.close()
+    files = sorted((tmp_path / "run" / "trace").iterdir())
+    assert [file.name for file in files] == [f"step-00000{i}.json" for i in (1, 2, 3)]
+    names = [[event["name"] for event in json.loads(file.read_text())["traceEvents"]] for file in files]
+    assert names[0] == ["sample and score", "update", "weight sync"]
+    assert names[1] == ["sample and score", "update", "weight sync", "save"]
 
 
 def test_the_mismatch_gate(tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""The metrics of a step as the driver knows it: its groups, what the learner made of them, and how long each part took.
+
+The numbers themselves are made in `grpo.metrics`; docs/metrics.md lists them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo import metrics as m
+from grpo.batching import TrainingRow
+from grpo.config import Config
+from grpo.credit import Credit, account, members_needed
+from grpo.evaluation import Evaluation
+from grpo.objective.legal import GROUP_RELATIVE
+from grpo.progress import Progress
+from grpo.types import Group, StepResult, UserError
+
+OF_EVALUATION = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")
+"""What is logged of an evaluation, as eval/<name>."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """The groups of a step."""
+
+    groups: tuple[Group, ...]
+    """At most prompts_per_step; the ones to train on."""
+    unused: tuple[Group, ...]
+    """Sampled, found without spread or with too few members, and replaced."""
+    attempts: int
+    sample_s: float
+    reward_s: float
+
+    @property
+    def every(self) -> tuple[Group, ...]:
+        return self.groups + self.unused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What the learner made of a step's groups."""
+
+    credit: Credit
+    result: StepResult
+    batch_s: float
+    update_s: float
+
+
+def step_metrics(config: Config, at: Progress, sampled: Sampled, learned: Learned) -> dict[str, float]:
+    """Everything known about a step but its later timings."""
+    a, credit, result = config.algorithm, learned.credit, learned.result
+    rollouts = [rollout for group in sampled.every for rollout in group.rollouts]
+    learner = m.learner_metrics(result)
+    out = {
+        **m.rollout_metrics(sampled.every, members_needed(a)),
+        **m.staleness_metrics(rollouts, at.step),
+        **learner,
+        **account(credit.uses, learner),
+        "optim/optimizer_steps": float(result.optimizer_steps),
+        "progress/epoch": at.cursor.epochs,
+        **{f"progress/epoch/{name}": epochs for name, epochs in at.cursor.epochs_by_set.items()},
+    }
+    if len(config.data.train) > 1:
+        out |= m.metrics_by_set(sampled.every, members_needed(a))
+    if a.advantage in GROUP_RELATIVE:
+        out |= m.spread_of("advantage/", credit.advantages, ("mean", "std", "min", "max"))
+    if a.max_refills:
+        out |= {
+            "refill/attempts": float(sampled.attempts - 1),
+            "refill/replaced_groups": float(len(sampled.unused)),
+            "refill/missing_groups": float(a.prompts_per_step - len(sampled.groups)),
+        }
+    return out
+
+
+def throughput(
+    config: Config, minibatches: Sequence[Sequence[TrainingRow]], weight_bytes: int, metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """Tokens per second, and the model flops that the learner did: 6 per parameter and position for forward and
+    backward, 2 for each forward without gradient (arXiv 2001.08361 sec. 2.1; attention is left out). Padding and
+    recomputation do not count."""
+    a = config.algorithm
+    rate = metrics["tokens/sampled"] / metrics["time/step_s"]
+    out = {"tokens/per_second": rate}
+    if config.on_gpu:
+        out["tokens/per_second_per_gpu"] = rate / config.gpus_used
+    parameters = weight_bytes / (4 if config.model.dtype == "float32" else 2)
+    positions = sum(row.positions for rows in minibatches for row in rows)
+    forwards = (a.kl_coef > 0) + (config.optimizer_steps_per_step > 1)
+    flops = parameters * positions * (6 * a.epochs_per_step + 2 * forwards)
+    out["perf/learner_tflops_per_rank"] = flops / metrics["time/update_s"] / config.cluster.learner_ranks / 1e12
+    return out
+
+
+def refuse_unknown_best(config: Config, metrics: Mapping[str, float]) -> None:
+    """`run.keep_best` must be a metric that every step has, or one of the evaluation.
+
+    Raises UserError with the nearest name.
+    """
+    best = config.run.keep_best
+    if best is None or best in metrics or best in eval_names(config):
+        return
+    near = difflib.get_close_matches(best, [*metrics, *eval_names(config)], n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"run.keep_best={best} is no metric of this run{hint}")
+
+
+def eval_names(config: Config) -> list[str]:
+    """The metrics of an evaluation."""
+    sets = ["", *(f"/{one.name}" for one in config.data.eval.sets if len(config.data.eval.sets) > 1)]
+    return [f"eval/{name}{of_set}" for of_set in sets for name in OF_EVALUATION]
+
+
+def timings(
+    sampled: Sampled, learned: Learned, sync: Any, started: float, synced: float, ended: float
+) -> dict[str, float]:
+    """Of a step that began at `started`, whose weight sync began at `synced`, and that `ended`. Idle is what no role
+    worked in; a role is busy for its share of the step."""
+    parts = {
+        "sample": sampled.sample_s,
+        "reward": sampled.reward_s,
+        "batch": learned.batch_s,
+        "update": learned.update_s,
+        "sync": ended - synced,
+    }
+    whole = ended - started
+    return {
+        "sync/seconds": sync.seconds,
+        "sync/bytes": float(sync.nbytes),
+        "sync/probe_difference": sync.probe_difference,
+        **{f"time/{name}_s": seconds for name, seconds in parts.items()},
+        "time/idle_s": whole - sum(parts.values()),
+        "time/step_s": whole,
+        "time/samplers_busy_fraction": (parts["sample"] + parts["sync"]) / whole,
+        "time/learner_busy_fraction": (parts["update"] + parts["sync"]) / whole,
+    }
+
+
+def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Means over data sets; where there are several, also of each."""
+    each = {
+        data_set: {f"eval/{name}": float(getattr(found, name)) for name in OF_EVALUATION}
+        for data_set, found in evaluation.sets.items()
+    }
+    out = {f"eval/{n}": sum(values[f"eval/{n}"] for values in each.values()) / len(each) for n in OF_EVALUATION}
+    out["eval/failed"] *= len(each)  # a count, not a mean
+    if len(each) > 1:
+        out |= {f"{name}/{data_set}": value for data_set, values in each.items() for name, value in values.items()}
+    return out
