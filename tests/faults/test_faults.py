@@ -115,6 +115,16 @@ def recipe(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     )  # fmt: skip
 
 
+def write_slow(folder: Path) -> Path:
+    """The same reward, and in step 4 so slow that its worker has work when it is struck."""
+    from conftest import SPREAD
+
+    slow = "    if info['step'] == 4:\n        time.sleep(0.05)\n"
+    head, body = SPREAD.replace("(completion, row)", "(completion, row, info)").split(":\n")
+    (folder / "spread.py").write_text(f"import time\n{head}:\n{slow}{body}")
+    return folder / "spread.py"
+
+
 def train(recipe: Path, name: str, *overrides: str) -> int:
     with (recipe.parent / f"{name}.txt").open("ab") as console:
         command = [sys.executable, "-m", "grpo", "train", str(recipe), f"run.name={name}", *overrides]
@@ -174,6 +184,8 @@ def test_a_fault(
         runs = make_disk("24m")
     notes, console = tmp_path / "notes.json", tmp_path / "console.txt"
     overrides = [f"run.name={name}", f"run.dir={runs}"]
+    if fault == "reward worker killed":
+        overrides.append(f"rewards.0.file={write_slow(tmp_path)}")
     if "hung" in fault:
         overrides.append(f"cluster.step_timeout_s={DEADLINE_S}")
     mark = f"cell-{os.getpid()}-{name}"
