@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,10 +71,12 @@ def refuse_silent(address: str) -> None:
 
 
 @contextmanager
-def session(config: Config, log_dir: Path | None) -> Iterator[None]:
-    """Ray for the duration of the block, with enough resources for the run.
+def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) -> Iterator[str]:
+    """Ray for the duration of the block, with enough resources for the run; gives the address of its dashboard, ""
+    where there is none.
 
     `log_dir` None: only to look (`grpo check`); a private Ray is not started then, its offer is known.
+    `patience_s`: how long to wait for what a run has just given back to a cluster.
     """
     address = cluster_address(config)
     if address is None:
@@ -81,19 +84,27 @@ def session(config: Config, log_dir: Path | None) -> Iterator[None]:
         check_fit(config, [node], "this machine")
         check_memory(config)
         if log_dir is None:
-            yield
+            yield ""
             return
         with _loopback_only(), _out_of_the_process_group(), _private_ray(node):
-            yield
+            yield ""
         return
     refuse_silent(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"cluster.address={address}: {' '.join(str(error).split())[:300]}") from error
     try:
-        check_fit(config, nodes_of_cluster(), f"the cluster at {address}")
-        yield
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                check_fit(config, nodes_of_cluster(), f"the cluster at {address}")
+                break
+            except UserError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(1.0)
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
 

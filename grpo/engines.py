@@ -139,6 +139,8 @@ class Engines:
         self._transport = transport_of(config)
         self._published: tuple[int, Probe] | None = None
         self._replaced = 0
+        self.hosts: dict[str, str] = {}
+        """Engine -> the address of its node."""
         self._oom_kills = _oom_kills()
         start = config.cluster.start_timeout_s
         try:
@@ -168,6 +170,8 @@ class Engines:
         start = self._config.cluster.start_timeout_s
         ranks = self._wait([rank.place.remote() for rank in self.learners], "the learner's places", start)
         at = self._wait([sampler.place.remote() for sampler in self.samplers], "the samplers' places", start)
+        self.hosts = {f"learner-{i}": place.host for i, place in enumerate(ranks)}
+        self.hosts |= {f"sampler-{i}": place.host for i, place in enumerate(at)}
         connecting = [rank.connect.remote(ranks, self.samplers, at, self._transport, start) for rank in self.learners]
         self._wait(connecting, "the weight transfer to open", start)
 

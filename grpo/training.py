@@ -20,6 +20,9 @@ from grpo.config import Config
 from grpo.stopping import Stopper, interrupt_early
 from grpo.types import DONE, OURS, RESUMABLE, USERS, UserError
 
+PATIENCE_S = 30.0
+"""How long a cluster may take to give back what the engines of a failed attempt held, or to lose a node."""
+
 
 def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int:
     """`grpo train`: check, start Ray and the engines, run the loop, say what came of it.
@@ -138,10 +141,16 @@ def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stoppe
     """`run`, and when engines are lost, again from the last checkpoint: `cluster.max_restarts` times."""
     from grpo import checkpoint, engines, resuming  # noqa: PLC0415
 
+    lost: engines.EngineFailure | None = None
     for left in range(plan.config.cluster.max_restarts, -1, -1):
         try:
-            return run(plan, resumed, folder, console, stopper)
+            return run(plan, resumed, folder, console, stopper, patience_s=PATIENCE_S if lost else 0.0)
+        except UserError as error:  # what was lost has left too little
+            if lost is None:
+                raise
+            raise engines.EngineFailure(f"{lost}; the engines cannot be started again: {error}") from error
         except engines.EngineFailure as error:
+            lost = error
             if stopper.asked or not left or not checkpoint.found(folder.path):
                 raise
             resumed = resuming.again(plan, folder.path)
@@ -151,7 +160,7 @@ def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stoppe
     raise AssertionError("the last attempt returns or raises")
 
 
-def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
+def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *, patience_s: float) -> bool:
     """Start what the plan needs, train, and take everything down; what came of it is in the folder's facts.
 
     Returns whether the run is at its end; else it was stopped between two steps.
@@ -171,12 +180,14 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
     logs = folder.path / "logs"
     with (
         RewardPool(config.rewards, files=plan.reward_files, workers=config.reward_workers, log_dir=logs) as scorer,
-        cluster.session(config, logs),
+        cluster.session(config, logs, patience_s=patience_s) as dashboard,
     ):
         stopper.install()  # Ray has put its own handlers in the place of ours
         console.say(f"starting {config.cluster.samplers} samplers and {config.cluster.learner_ranks} learner ranks")
         timeline = Timeline(folder.path / "trace" if config.run.trace else None)
         group = engines.Engines(config, logs, console.say, timeline)
+        folder.facts["nodes"] = group.hosts
+        console.say(placed(group.hosts, dashboard))
         try:
             if resumed.manifest is not None:
                 group.restore(resumed.folder, resumed.manifest.learner)
@@ -208,6 +219,15 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) ->
         gain, low, high = paired_gain(outcome.before, outcome.after)
         folder.facts |= {"accuracy_gain": gain, "accuracy_gain_interval": [low, high]}
     return True
+
+
+def placed(hosts: Mapping[str, str], dashboard: str) -> str:
+    """Which engines are on which host."""
+    by_host: dict[str, list[str]] = {}
+    for name, host in hosts.items():
+        by_host.setdefault(host, []).append(name)
+    where = "; ".join(f"{', '.join(names)} on {host}" for host, names in by_host.items())
+    return f"placed     {where}" + (f"; dashboard {dashboard}" if dashboard else "")
 
 
 def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
