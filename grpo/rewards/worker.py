@@ -308,6 +308,9 @@ def call_trl(
         raise BadReturnError("wrong_count", f"returned {len(returned)} rewards for {len(items)} completions")
     results = []
     for value in returned:
+        if isinstance(value, BaseException):  # of this completion only
+            results.append(failed("exception", described(value)))
+            continue
         try:
             results.append(result(None if value is None else number(value)))
         except BadReturnError as error:  # of this completion only

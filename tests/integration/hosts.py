@@ -1,6 +1,6 @@
 """Several hosts on one machine: a network namespace each, with an address of its own, on one bridge.
 
-They share files and processes, and nothing else: what one of them binds to its loopback no other sees, and what it binds
+They share files and processes, and nothing else: what one of them binds to its loopback no other sees, what it binds
 to its address they see through the bridge. Needs root and iproute2.
 """
 

@@ -1,0 +1,180 @@
+"""The HTTP reward against a real server on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo.config import RewardConfig
+from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.types import Failed, Scored
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "reward_fns"))
+import remote as module
+from remote import remote
+
+Answer = tuple[int, bytes]
+
+
+class Service:
+    """Answers by `judge`; knows what it was sent, and how many requests it had at once."""
+
+    def __init__(self) -> None:
+        self.judge: Callable[[Any], Answer] = lambda body: (
+            200,
+            json.dumps({"reward": len(body["completion"])}).encode(),
+        )
+        self.bodies: list[Any] = []
+        self.tokens: list[str | None] = []
+        self.now = self.most = 0
+        lock, service = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    service.now += 1
+                    service.most = max(service.most, service.now)
+                    service.bodies.append(body)
+                    service.tokens.append(self.headers["Authorization"])
+                status, answer = service.judge(body)
+                with lock:
+                    service.now -= 1
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    made = Service()
+    thread = threading.Thread(target=made.server.serve_forever)
+    thread.start()
+    for name in ("REWARD_TOKEN", "REWARD_CONCURRENCY", "REWARD_TIMEOUT_S", "REWARD_RETRIES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("REWARD_URL", made.url)
+    module._client.cache_clear()
+    yield made
+    module._client(16).clear()
+    made.server.shutdown()
+    made.server.server_close()
+    thread.join()
+
+
+def test_each_completion_is_asked_about_with_its_row(service: Service) -> None:
+    assert remote(["a", "bcd"], prompts=["p", "p"], answer=["1", "2"], level=[3, 4]) == [1, 3]
+    assert sorted(service.bodies, key=str) == [
+        {"completion": "a", "row": {"answer": "1", "level": 3}},
+        {"completion": "bcd", "row": {"answer": "2", "level": 4}},
+    ]
+    assert service.tokens == [None, None]
+
+
+def test_chat_completions_are_their_text_and_a_token_is_sent(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_TOKEN", "abc")
+    assert remote([[{"role": "assistant", "content": "four"}]]) == [4]
+    assert service.tokens == ["Bearer abc"]
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_passing_trouble_is_tried_again(service: Service, status: int) -> None:
+    seen: Counter[str] = Counter()
+
+    def judge(body: Any) -> Answer:
+        seen[body["completion"]] += 1
+        return (status, b"") if seen[body["completion"]] < 3 else (200, b'{"reward": 0.5}')
+
+    service.judge = judge
+    assert remote(["a", "b"]) == [0.5, 0.5]
+    assert seen == {"a": 3, "b": 3}
+
+
+def test_what_fails_for_good_fails_alone(service: Service) -> None:
+    answers = {
+        "down": (503, b""), "wrong": (500, b"oops"), "text": (200, b"hello"), "none": (200, b'{"reward": null}'),
+        "word": (200, b'{"reward": "1"}'), "true": (200, b'{"reward": true}'), "other": (200, b'{"score": 1}'),
+        "moved": (302, b""), "list": (200, b"[1]"), "good": (200, b'{"reward": -2}'),
+    }  # fmt: skip
+    service.judge = lambda body: answers[body["completion"]]
+    found = dict(zip(answers, remote(list(answers)), strict=True))
+    assert found.pop("good") == -2
+    assert found.pop("none") is None
+    assert all(isinstance(value, Exception) for value in found.values()), found
+    assert "answered 500: b'oops'" in str(found["wrong"])
+    asked = Counter(body["completion"] for body in service.bodies)
+    assert asked["down"] == 4  # once, and three times again
+    assert asked["wrong"] == asked["moved"] == 1
+
+
+def test_no_more_at_once_than_allowed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_CONCURRENCY", "3")
+
+    def judge(body: Any) -> Answer:
+        time.sleep(0.05)
+        return 200, b'{"reward": 1}'
+
+    service.judge = judge
+    assert remote([str(i) for i in range(12)]) == [1] * 12
+    assert service.most == 3
+
+
+def test_a_silent_service_has_a_deadline(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_TIMEOUT_S", "0.2")
+    monkeypatch.setenv("REWARD_RETRIES", "1")
+    release = threading.Event()
+
+    def judge(body: Any) -> Answer:
+        release.wait(10)
+        return 200, b'{"reward": 1}'
+
+    service.judge = judge
+    started = time.monotonic()
+    [found] = remote(["a"])
+    took = time.monotonic() - started
+    release.set()
+    assert isinstance(found, Exception)
+    assert took < 5
+    assert len(service.bodies) == 2
+
+
+def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("REWARD_RETRIES", "0")
+    module._client.cache_clear()
+    [found] = remote(["a"])
+    assert isinstance(found, Exception)
+
+
+def test_in_a_worker_one_failure_is_one_rollout_s(service: Service, tmp_path: Path) -> None:
+    """The token is kept from rewards unless the recipe names it."""
+    service.judge = lambda body: (500, b"no") if body["completion"] == "b" else (200, b'{"reward": 1}')
+    reward = RewardConfig(file=str(Path(module.__file__)), style="trl")
+    with RewardPool([reward], files=[Path(module.__file__)], workers=1, log_dir=tmp_path) as pool:
+        items = [
+            RewardItem(completion=text, row={"answer": "1"}, messages=None, info={"prompt": "p"}, dataset="train")
+            for text in "abc"
+        ]
+        one, two, three = pool.submit(items).result(timeout=60)
+    assert isinstance(one, Scored)
+    assert isinstance(three, Scored)
+    assert isinstance(two, Failed)
+    assert two.kind == "exception"
+    assert "answered 500" in two.detail
