@@ -26,6 +26,8 @@ def test_ten_thousand_gradings_with_one_in_a_hundred_hanging(tmp_path: Path) -> 
     for n in range(10_000):
         row = rows[n % len(rows)]
         right = n % 2 == 0
+        if n % 100 == 50:
+            row = {"answer": "64"}  # a gold answer of another kind is told apart from the integral at once
         text = HANGS if n % 100 == 50 else rf"The answer is \boxed{{{row['answer'] if right else 'no such thing'}}}."
         items.append(RewardItem(completion=text, row=row, messages=None, info={}, dataset="math"))
     reward = RewardConfig(file=str(ROOT / "reward_fns" / "math_answer.py"), timeout_s=2.0)
