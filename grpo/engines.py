@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grpo.actors import STACK_SIGNAL, LearnerActor, SamplerActor, SyncResult
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
-from grpo.placement import Reservation
+from grpo.placement import ENGINES, Reservation
 from grpo.run_folder import is_disk_full
 from grpo.timeline import Timeline
 from grpo.transport import transport_of
@@ -144,7 +144,7 @@ class Engines:
         self._oom_kills = _oom_kills()
         start = config.cluster.start_timeout_s
         try:
-            self._reserved = Reservation(config, start)
+            self._reserved = Reservation(config, start, ENGINES)
         except TimeoutError as error:
             raise EngineFailure(str(error)) from error
         learner_class: Any = ray.remote(LearnerActor)

@@ -20,6 +20,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from grpo.config import Config
 from grpo.types import UserError
 
+ENGINES = ("engines", "samplers", "learner")
+"""Roles that have GPUs."""
 SLACK = 1e-9
 """Ray counts in ten-thousandths; sums of such shares as floats may miss a whole by this."""
 
@@ -31,13 +33,15 @@ class Bundle:
     role: str
     samplers: tuple[int, ...]
     ranks: tuple[int, ...]
+    rewards: tuple[int, ...] = ()
+    """Nodes with reward workers, of `cluster.reward_nodes`."""
     cpus: float
     gpus: int
 
     @property
     def who(self) -> str:
         """The engines in it."""
-        named = [f"sampler {i}" for i in self.samplers]
+        named = [f"sampler {i}" for i in self.samplers] + [f"node {i} of the reward workers" for i in self.rewards]
         if self.ranks:
             first, last = self.ranks[0], self.ranks[-1]
             named.append(f"learner rank {first}" if first == last else f"learner ranks {first} to {last}")
@@ -60,6 +64,13 @@ class Node:
 
 def bundles(config: Config) -> list[Bundle]:
     """Every bundle of the run."""
+    return _bundles_of_engines(config) + [
+        Bundle(role="rewards", samplers=(), ranks=(), rewards=(i,), cpus=config.rewards_on(i), gpus=0)
+        for i in range(config.cluster.reward_nodes)
+    ]
+
+
+def _bundles_of_engines(config: Config) -> list[Bundle]:
     c, workers = config.cluster, config.sampler_workers
     gpus = workers if config.on_gpu else 0
     if c.layout == "disaggregated":
@@ -95,29 +106,37 @@ def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
             c = config.cluster
             raise UserError(
                 f"{bundle.who} finds no node with {bundle.cpus:g} CPUs and {bundle.gpus} GPUs free on {place}: "
-                f"{c.samplers} samplers and {c.learner_ranks} learner ranks, {c.layout}, ask for "
+                f"{c.samplers} samplers and {c.learner_ranks} learner ranks, {c.layout},{_rewards(config)} ask for "
                 f"{sum(b.cpus for b in asked):g} CPUs and {sum(b.gpus for b in asked)} GPUs; there is "
                 f"{'; '.join(map(str, nodes)) or 'no node'}; lower cluster.samplers, cluster.learner_ranks, "
                 "cluster.sampler_cpus or cluster.learner_cpus"
             )
 
 
+def _rewards(config: Config) -> str:
+    return f" and {config.reward_workers} reward workers" if config.cluster.reward_nodes else ""
+
+
 class Reservation:
     """The placement groups of a run. They go with the driver, however it ends."""
 
-    def __init__(self, config: Config, timeout_s: float) -> None:
-        """Raises TimeoutError when Ray has not given the places within `timeout_s`."""
+    def __init__(self, config: Config, timeout_s: float, roles: Sequence[str]) -> None:
+        """Of some of its `roles`.
+
+        Raises TimeoutError when Ray has not given the places within `timeout_s`."""
         self._groups: dict[str, PlacementGroup] = {}
         self._strategies: dict[tuple[str, int], PlacementGroupSchedulingStrategy] = {}
         asked = bundles(config)
-        for role in dict.fromkeys(bundle.role for bundle in asked):
+        for role in dict.fromkeys(bundle.role for bundle in asked if bundle.role in roles):
             ours = [bundle for bundle in asked if bundle.role == role]
-            group = placement_group([_resources(bundle) for bundle in ours], strategy="PACK", name=named(role))
+            how = "SPREAD" if role == "rewards" else "PACK"
+            group = placement_group([_resources(bundle) for bundle in ours], strategy=how, name=named(role))
             self._groups[role] = group
             for index, bundle in enumerate(ours):
                 strategy = PlacementGroupSchedulingStrategy(group, index, placement_group_capture_child_tasks=False)
                 self._strategies |= {("sampler", i): strategy for i in bundle.samplers}
                 self._strategies |= {("learner", i): strategy for i in bundle.ranks}
+                self._strategies |= {("rewards", i): strategy for i in bundle.rewards}
         for role, group in self._groups.items():
             if not group.wait(timeout_s):
                 self.release()

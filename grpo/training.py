@@ -6,6 +6,7 @@ in summary.json and a last line. Engines that are lost are started again from th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -174,20 +175,26 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
     )
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
+    from grpo.scoring import SpreadPool  # noqa: PLC0415
     from grpo.timeline import TimedScorer, Timeline  # noqa: PLC0415
 
     config = plan.config
     logs = folder.path / "logs"
-    with (
-        RewardPool(config.rewards, files=plan.reward_files, workers=config.reward_workers, log_dir=logs) as scorer,
-        cluster.session(config, logs, patience_s=patience_s) as dashboard,
-    ):
+    with contextlib.ExitStack() as stack:
+        files, spread = plan.reward_files, config.cluster.reward_nodes > 0
+        scorer: Any = None
+        if not spread:  # they load while Ray starts
+            pool = RewardPool(config.rewards, files=files, workers=config.reward_workers, log_dir=logs)
+            scorer = stack.enter_context(pool)
+        dashboard = stack.enter_context(cluster.session(config, logs, patience_s=patience_s))
+        if spread:
+            scorer = stack.enter_context(SpreadPool(config, files, logs))
         stopper.install()  # Ray has put its own handlers in the place of ours
         console.say(f"starting {config.cluster.samplers} samplers and {config.cluster.learner_ranks} learner ranks")
         timeline = Timeline(folder.path / "trace" if config.run.trace else None)
         group = engines.Engines(config, logs, console.say, timeline)
-        folder.facts["nodes"] = group.hosts
-        console.say(placed(group.hosts, dashboard))
+        folder.facts["nodes"] = group.hosts | (scorer.hosts(config.cluster.start_timeout_s) if spread else {})
+        console.say(placed(folder.facts["nodes"], dashboard))
         try:
             if resumed.manifest is not None:
                 group.restore(resumed.folder, resumed.manifest.learner)

@@ -71,7 +71,7 @@ def load_for_evaluation(
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, train=[]),
-        cluster=dataclasses.replace(config.cluster, learner_ranks=0, layout="disaggregated"),
+        cluster=dataclasses.replace(config.cluster, learner_ranks=0, reward_nodes=0, layout="disaggregated"),
     )
 
 

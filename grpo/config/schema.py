@@ -381,6 +381,8 @@ class ClusterConfig:
     """CPUs that Ray reserves for each rank of the learner."""
     reward_workers: int | None = None
     """Processes that score completions. None: one per CPU of this machine, at most 8."""
+    reward_nodes: int = 0
+    """Nodes that these are spread over, a CPU reserved for each of them. 0: all are beside the driver."""
     max_replacements: int = 3
     """How many samplers that died may be replaced; counted anew when all engines are started again."""
     max_restarts: int = 2
@@ -440,6 +442,11 @@ class Config:
     @property
     def reward_workers(self) -> int:
         return self.cluster.reward_workers or min(8, os.cpu_count() or 1)
+
+    def rewards_on(self, node: int) -> int:
+        """Reward workers on the `node`-th of `cluster.reward_nodes`; the first ones have one more where they must."""
+        each, more = divmod(self.reward_workers, self.cluster.reward_nodes)
+        return each + (node < more)
 
     @property
     def max_row_tokens(self) -> int:

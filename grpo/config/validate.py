@@ -361,6 +361,13 @@ def _validate_rewards(c: Config) -> None:
         )
     if not c.run.wandb:
         inert(c.run, RunConfig(), ("wandb_project",), "run.", "without run.wandb=true")
+    nodes = c.cluster.reward_nodes
+    need(nodes >= 0, f"cluster.reward_nodes must not be negative, not {nodes}")
+    need(
+        nodes <= c.reward_workers,
+        f"cluster.reward_nodes={nodes} have no more than cluster.reward_workers={c.reward_workers} workers among them; "
+        f"nearest: cluster.reward_nodes={c.reward_workers}",
+    )
     if c.cluster.address is not None:
         inert(c.cluster, ClusterConfig(), ("cpus", "gpus"), "cluster.", "on a cluster that runs already")
     need(c.run.grace_s > 0, f"run.grace_s must be above 0, not {c.run.grace_s}")

@@ -98,10 +98,22 @@ class RewardPool:
     Files that do not load make every future raise the UserError that says why.
     """
 
-    def __init__(self, rewards: Sequence[RewardConfig], *, files: Sequence[Path], workers: int, log_dir: Path) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[RewardConfig],
+        *,
+        files: Sequence[Path],
+        workers: int,
+        log_dir: Path,
+        sources: Sequence[bytes] = (),
+    ) -> None:
+        """`sources`: the files' contents, where the files may not be on this machine."""
         self._rewards = list(rewards)
         self._names = part_names(rewards)
-        self._specs = [spec_of(i, reward, file) for i, (reward, file) in enumerate(zip(rewards, files, strict=True))]
+        self._specs = [
+            spec_of(i, reward, file, source=sources[i] if sources else None)
+            for i, (reward, file) in enumerate(zip(rewards, files, strict=True))
+        ]
         self._log_dir = log_dir
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._count = workers

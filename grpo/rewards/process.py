@@ -42,13 +42,16 @@ Part = tuple[float | None, Mapping[str, float]] | Failed
 """What one reward function says of one completion: (value or None to abstain, entries to log) or what went wrong."""
 
 
-def spec_of(index: int, reward: RewardConfig, file: Path, columns: Sequence[str] | None = None) -> dict[str, Any]:
-    """What a worker needs to load rewards[index]. `columns`: those of the rows, where they are known.
+def spec_of(
+    index: int, reward: RewardConfig, file: Path, columns: Sequence[str] | None = None, source: bytes | None = None
+) -> dict[str, Any]:
+    """What a worker needs to load rewards[index]. `columns`: those of the rows, where they are known. `source`: the
+    file's content, where it has been read.
 
     Raises UserError when the file cannot be read.
     """
     try:
-        source = file.read_bytes()
+        source = file.read_bytes() if source is None else source
     except OSError as error:
         raise UserError(f"rewards[{index}]: {reward.file} cannot be read: {error.strerror}") from error
     return {

@@ -17,7 +17,7 @@ import json, sys
 import ray
 from ray.cluster_utils import Cluster
 from grpo.config import load
-from grpo.placement import Reservation, check_fit, nodes_of_cluster
+from grpo.placement import ENGINES, Reservation, check_fit, nodes_of_cluster
 from grpo.types import UserError
 
 head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1]}
@@ -48,7 +48,7 @@ def settled(wanted):
 config = load(sys.argv[2], sys.argv[3:])
 out = {"before": nodes()}
 check_fit(config, nodes_of_cluster(), "here")
-reserved = Reservation(config, 30)
+reserved = Reservation(config, 30, ENGINES)
 sampler_gpus = config.sampler_workers if config.cluster.layout == "disaggregated" else 0
 asked = {("sampler", i): sampler_gpus for i in range(config.cluster.samplers)}
 asked |= {("learner", i): 1 for i in range(config.cluster.learner_ranks)}
@@ -61,7 +61,7 @@ try:
 except UserError as error:
     out["again"] = str(error)
 try:
-    Reservation(config, 2).release()  # where there is room for it
+    Reservation(config, 2, ENGINES).release()  # where there is room for it
 except TimeoutError as error:
     out["late"] = str(error)
 for actor in actors.values():

@@ -83,3 +83,12 @@ def test_shares_that_add_up_to_a_whole_fit(tmp_path: Path) -> None:
     check_fit(config, [node(1, 0)], "c")
     with pytest.raises(UserError):
         check_fit(config, [node(1, 0, free_cpus=0.9)], "c")
+
+
+def test_reward_workers_on_nodes_of_their_own(tmp_path: Path) -> None:
+    config = config_of(tmp_path, reward_nodes=3, reward_workers=8)
+    ours = [bundle for bundle in bundles(config) if bundle.role == "rewards"]
+    assert [(bundle.rewards, bundle.cpus, bundle.gpus) for bundle in ours] == [((0,), 3, 0), ((1,), 3, 0), ((2,), 2, 0)]
+    check_fit(config, [node(3, 0), node(3, 0), node(4, 0)], "c")
+    with pytest.raises(UserError, match=r"learner ranks, colocated, and 8 reward workers ask for 10 CPUs"):
+        check_fit(config, [node(3, 0), node(3, 0), node(3, 0)], "c")

@@ -243,7 +243,7 @@ SIZES = re.compile(
     r"|gpu_memory_utilization)|learner\.tokens_per_microbatch"
     r"|algorithm\.(prompts_per_step|group_size|minibatches_per_step|constant_length|length_penalty_tokens)"
     r"|run\.(steps|save_every|name|tensorboard)"
-    r"|cluster\.(reward_workers|device|sleep|samplers|tensor_parallel|learner_ranks|sampler_cpus|learner_cpus)"
+    r"|cluster\.(reward_workers|reward_nodes|device|sleep|samplers|tensor_parallel|learner_ranks|sampler_cpus|learner_cpus)"
 )
 
 

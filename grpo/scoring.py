@@ -1,0 +1,107 @@
+"""Reward workers on several nodes: a pool of them on each, in a Ray actor, behind the driver's `submit`.
+
+A group goes to the node that owes the fewest. What a node owed when it was lost is asked of the others: a score depends
+on the completion alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from grpo.config import Config, RewardConfig
+from grpo.placement import Reservation
+from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.types import Failed, Scored
+
+
+class RewardActor:
+    """A `RewardPool` behind Ray."""
+
+    def __init__(
+        self, rewards: Sequence[RewardConfig], files: Sequence[Path], sources: Sequence[bytes], workers: int, logs: Path
+    ) -> None:
+        """`sources`: of the files, which need not be on this node."""
+        self._pool = RewardPool(rewards, files=files, sources=sources, workers=workers, log_dir=logs)
+
+    def score(self, items: Sequence[RewardItem]) -> list[Scored | Failed]:
+        return self._pool.submit(items).result()
+
+    def host(self) -> str:
+        """The address of this node."""
+        address: str = ray.util.get_node_ip_address()
+        return address
+
+
+class SpreadPool:
+    """`cluster.reward_workers` workers on `cluster.reward_nodes` nodes. A context manager, within a Ray session."""
+
+    def __init__(self, config: Config, files: Sequence[Path], log_dir: Path) -> None:
+        """Raises TimeoutError when Ray does not place them, UserError when a file cannot be read."""
+        nodes = config.cluster.reward_nodes
+        self._reserved = Reservation(config, config.cluster.start_timeout_s, roles=("rewards",))
+        sources = [file.read_bytes() for file in files]
+        actor: Any = ray.remote(RewardActor)
+        self._actors: dict[int, Any] = {
+            i: actor.options(
+                num_cpus=config.rewards_on(i),
+                max_concurrency=1000,
+                name=f"rewards-{i}",
+                **self._reserved.of("rewards", i),
+            ).remote(config.rewards, files, sources, config.rewards_on(i), log_dir / f"rewards-{i}")
+            for i in range(nodes)
+        }
+        self._owed = dict.fromkeys(self._actors, 0)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> SpreadPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            actors, self._actors = self._actors, {}
+        for actor in actors.values():
+            ray.kill(actor)
+        self._reserved.release()
+
+    def hosts(self, timeout_s: float) -> dict[str, str]:
+        """rewards-<i> -> the address of its node."""
+        asked = {f"rewards-{i}": actor.host.remote() for i, actor in self._actors.items()}
+        return dict(zip(asked, ray.get(list(asked.values()), timeout=timeout_s), strict=True))
+
+    def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
+        """As `RewardPool.submit`."""
+        future: Future[list[Scored | Failed]] = Future()
+        self._ask(list(items), future)
+        return future
+
+    def _ask(self, items: list[RewardItem], future: Future[list[Scored | Failed]]) -> None:
+        with self._lock:
+            if not self._actors:
+                future.set_exception(RuntimeError("no node with reward workers is left"))
+                return
+            node = min(self._actors, key=self._owed.__getitem__)
+            actor = self._actors[node]
+            self._owed[node] += 1
+
+        def done(answered: Future[Any]) -> None:
+            with self._lock:
+                self._owed[node] -= 1
+            error = answered.exception()
+            if isinstance(error, ray.exceptions.RayActorError):
+                with self._lock:
+                    self._actors.pop(node, None)
+                self._ask(items, future)
+            elif isinstance(error, ray.exceptions.RayTaskError):
+                future.set_exception(error.cause)
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(answered.result())
+
+        actor.score.remote(items).future().add_done_callback(done)
