@@ -211,8 +211,8 @@ def _rating(folder: Path, metric: str) -> float:
 
 FREE = (
     "run.name", "run.dir", "run.steps", "run.save_every", "run.save_model", "run.keep_last", "run.keep_every",
-    "run.keep_best", "run.verify_every", "run.trace", "run.tensorboard", "run.wandb", "run.wandb_project",
-    "run.grace_s", "cluster", "data.eval.every", "model.path", "critic.path", "sampler",
+    "run.keep_best", "run.verify_every", "run.trace", "run.prometheus", "run.tensorboard", "run.wandb",
+    "run.wandb_project", "run.grace_s", "cluster", "data.eval.every", "model.path", "critic.path", "sampler",
     *(
         f"{sets}[i].{name}" for sets in ("data.train", "data.eval.sets")
         for name in ("path", "split", "name", "columns", "between", "limit")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants, services
+from ray.util.metrics import Gauge
 
 from grpo import sweeper
 from grpo.config import Config
@@ -107,6 +109,20 @@ def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) ->
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+def exporter(run: str) -> Callable[[int, Mapping[str, float]], None]:
+    """Gauges that the metrics agent of this Ray node exports, as ray_grpo_<name> with the tag `run`."""
+    gauges: dict[str, Any] = {}
+
+    def to_prometheus(step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in (*metrics.items(), ("step", step)):
+            if name not in gauges:
+                gauges[name] = Gauge(f"grpo_{re.sub(r'[^a-zA-Z0-9_]', '_', name)}", name, ("run",))
+                gauges[name].set_default_tags({"run": run})
+            gauges[name].set(float(value))
+
+    return to_prometheus
 
 
 @functools.cache

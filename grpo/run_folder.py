@@ -189,6 +189,10 @@ class RunFolder:
         self._open(config, step)
         self.facts["steps"] = step
 
+    def track(self, tracker: Callable[[int, Mapping[str, float]], None]) -> None:
+        """Hand every step's metrics to `tracker`, too."""
+        self._trackers.append(tracker)
+
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard and W&B where they are on."""
         line = {"step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **metrics}

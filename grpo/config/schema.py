@@ -347,6 +347,8 @@ class RunConfig:
     trace: bool = False
     """Write a timeline of every step to trace/, for Perfetto or chrome://tracing."""
     tensorboard: bool = True
+    prometheus: bool = False
+    """Hand the metrics to the exporter of the Ray cluster, as ray_grpo_<name> with the tag `run`."""
     wandb: bool = False
     wandb_project: str = "grpo"
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-PORT, DASHBOARD = 6379, 8265  # each host has all ports to itself
+PORT, DASHBOARD, METRICS = 6379, 8265, 8090  # each host has all ports to itself
 TOKEN = "7" * 64
 
 
@@ -48,7 +48,8 @@ class Host:
     def start_ray(self, cpus: float, head: Host | None) -> None:
         """A node of the cluster whose head is `head`, or a head."""
         words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={self.address}",
-                 f"--num-cpus={cpus}", f"--temp-dir={self.scratch}", "--disable-usage-stats"]  # fmt: skip
+                 f"--num-cpus={cpus}", f"--metrics-export-port={METRICS}",
+                 f"--temp-dir={self.scratch}", "--disable-usage-stats"]  # fmt: skip
         words += [f"--address={head.address}:{PORT}"] if head else [
             "--head", f"--port={PORT}", "--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD}",
         ]  # fmt: skip

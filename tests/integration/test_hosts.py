@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import AUTH, PORT, Host, missing, ray_cluster
+from hosts import AUTH, METRICS, PORT, Host, missing, ray_cluster
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,12 +92,20 @@ def test_two_jobs_at_once(cluster: list[Host], recipe: Path) -> None:
     """One takes a node, so does the other; a third that wants two is refused with what the others hold."""
     one = ["cluster.samplers=1", "cluster.learner_ranks=1"]
     with ThreadPoolExecutor(3) as pool:
-        jobs = [pool.submit(train, cluster[0], recipe, f"run.name=job{i}", "run.steps=40", *one) for i in range(2)]
+        jobs = [
+            pool.submit(train, cluster[0], recipe, f"run.name=job{i}", "run.steps=60", "run.prometheus=true", *one)
+            for i in range(2)
+        ]
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not all(
             (recipe.parent / "runs" / f"job{i}" / "metrics.jsonl").exists() for i in range(2)
         ):
             time.sleep(0.5)
+        exported = ""
+        while time.monotonic() < deadline and not all(f'run="job{i}"' in exported for i in range(2)):
+            exported = cluster[0].run(["curl", "-s", f"http://{cluster[0].address}:{METRICS}/metrics"]).stdout
+            time.sleep(0.5)
+        assert re.search(r'ray_grpo_reward_mean\{[^}]*run="job0"[^}]*\} [0-9.]+', exported)
         code, run, said = train(cluster[0], recipe, "run.name=third")
         assert code == 2, said
         assert "2 samplers and 2 learner ranks, colocated, ask for 2 CPUs and 0 GPUs; there is" in said
@@ -106,7 +114,7 @@ def test_two_jobs_at_once(cluster: list[Host], recipe: Path) -> None:
         for job in jobs:
             code, run, said = job.result()
             assert code == 0, said
-            assert summary(run)["steps"] == 40
+            assert summary(run)["steps"] == 60
 
 
 def test_a_lost_node_is_left_behind(cluster: list[Host], recipe: Path, on_one_node: str) -> None:
