@@ -84,10 +84,11 @@ class Run:
 
 
 def config_hash(dumped: str) -> str:
-    """Of a resolved config as text: equal for runs that differ in their seeds and folder only."""
+    """Of a resolved config as text: equal for runs that differ only in their seeds, in how and where they are computed
+    and in what they write."""
     tree = yaml.safe_load(dumped)
-    for section, option in (("run", "seed"), ("run", "name"), ("run", "dir"), ("data", "seed")):
-        tree[section].pop(option)
+    tree["run"] = {"steps": tree["run"]["steps"]}
+    del tree["data"]["seed"], tree["cluster"], tree["sampler"], tree["learner"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
