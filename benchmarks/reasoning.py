@@ -84,11 +84,11 @@ class Run:
 
 
 def config_hash(dumped: str) -> str:
-    """Of a resolved config as text: equal for runs that differ only in their seeds, in where they run and in what they
-    write."""
+    """Of a resolved config as text: equal for runs that differ only in their seeds, in how and where they are computed
+    and in what they write."""
     tree = yaml.safe_load(dumped)
     tree["run"] = {"steps": tree["run"]["steps"]}
-    del tree["data"]["seed"], tree["cluster"]
+    del tree["data"]["seed"], tree["cluster"], tree["sampler"], tree["learner"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -132,7 +132,9 @@ def test_the_config_hash_is_of_what_changes_a_result_but_for_seeds() -> None:
     assert bench.config_hash(dumped(1)) == bench.config_hash(dumped(2))
     assert bench.config_hash(dumped(1)) != bench.config_hash(dumped(1, "optimizer.lr=1e-5"))
     assert bench.config_hash(dumped(1)) != bench.config_hash(dumped(1, "run.steps=7"))
-    assert bench.config_hash(dumped(1)) == bench.config_hash(dumped(1, "cluster.cpus=7", "run.name=other"))
+    assert bench.config_hash(dumped(1)) == bench.config_hash(
+        dumped(1, "cluster.cpus=7", "learner.zero_stage=2", "run.name=other")
+    )
     assert re.fullmatch("[0-9a-f]{12}", bench.config_hash(dumped(1)))
 
 
