@@ -1,7 +1,7 @@
 """Hours that the recipes are reckoned to take by `grpo plan`, with a guess of lengths for each: nothing measured.
 
-    python -m benchmarks.recipe_hours                # a line for each recipe
-    python -m benchmarks.recipe_hours --write        # into the headers and docs/recipes.md, after a change of the plan
+python -m benchmarks.recipe_hours                # a line for each recipe
+python -m benchmarks.recipe_hours --write        # into the headers and docs/recipes.md, after a change of the plan
 """
 
 from __future__ import annotations

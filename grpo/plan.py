@@ -60,7 +60,7 @@ def model_states(
     """A trained model on one rank, as DeepSpeed holds it with gradients accumulated in float32: (on the rank's device,
     in host memory). `width`: bytes of a weight."""
     p, share = parameters, parameters / ranks
-    optimizer = share * 4 * (moments + (0 if stage == 0 else 1))  # at ZeRO 0, in float32 only, there is no master copy
+    optimizer = 4 * moments * p if stage == 0 else 4 * (moments + 1) * share  # no master copy of float32 at ZeRO 0
     weights = width * (share if stage == 3 else p)
     gradients = 4 * (share if stage >= 2 else p)
     if stage == 1 and width == 2 and offload == "none":
@@ -91,17 +91,14 @@ def layer_bytes(shape: Shape, width: int) -> int:
 def activation_bytes(shape: Shape, tokens: int, width: int, *, checkpointing: bool, eager_row: int = 0) -> float:
     """Of one microbatch. `eager_row`: with eager attention the longest row, whose square of probabilities is kept."""
     layer = layer_bytes(shape, width) + eager_row * shape.heads * (4 + (width if width < 4 else 0))
-    if checkpointing:
-        kept = shape.layers * shape.hidden * width + layer
-    else:
-        kept = shape.layers * layer
+    kept = shape.layers * shape.hidden * width + layer if checkpointing else shape.layers * layer
     last_norm = shape.hidden * (4 + 2 * width)
     return tokens * (kept + last_norm)
 
 
 def head_bytes(shape: Shape, tokens: int, width: int, *, float32_head: bool, entropy: bool) -> float:
-    """Logprobs from hidden states, at the peak of forward or backward (`grpo.objective.logprobs`): chunks of logits, and
-    the gradient of the projection in float32 beside the sum's next term."""
+    """Logprobs from hidden states, at the peak of forward or backward (`grpo.objective.logprobs`): a chunk of logits,
+    and the gradient of the projection in float32 beside the sum's next term."""
     wide = 4 if float32_head else width
     chunk = min(tokens, max(1, CHUNK_ELEMENTS // shape.vocab)) * shape.vocab
     forward = chunk * 8
@@ -128,12 +125,8 @@ def learner_memory(config: Config, shape: Shape) -> tuple[Parts, Parts]:
     row = config.data.max_prompt_tokens + config.sampling.max_tokens - 1
     tokens = max(c.tokens_per_microbatch, row)
     eager_row = row if config.model.attention == "eager" else 0
-    activations = activation_bytes(
-        shape, tokens, width, checkpointing=c.gradient_checkpointing, eager_row=eager_row
-    )
-    head = head_bytes(
-        shape, tokens, width, float32_head=config.model.float32_head, entropy=a.entropy_coef != 0
-    )
+    activations = activation_bytes(shape, tokens, width, checkpointing=c.gradient_checkpointing, eager_row=eager_row)
+    head = head_bytes(shape, tokens, width, float32_head=config.model.float32_head, entropy=a.entropy_coef != 0)
     if not config.on_gpu and "reduce bucket" in device:  # memory that is not written to is not taken there
         device["reduce bucket"] = min(device["reduce bucket"], width * shape.parameters)
     share = shape.parameters if c.zero_stage == 0 else min(shape.parameters / c.ranks, ZERO_LIVE)
@@ -195,7 +188,7 @@ def exchange_bytes(shape: Shape, *, stage: int, ranks: int, width: int, microbat
     update, at ZeRO 3 twice a microbatch."""
     if ranks == 1:
         return 0
-    reduced = 2 * (4 if width == 4 or stage == 1 else 2) * updates if stage < 2 else width * microbatches
+    reduced = 8 * updates if stage < 2 else width * microbatches  # an all-reduce of float32 goes both ways
     gathered = 2 * width * microbatches if stage == 3 else width * updates * (stage > 0)
     return shape.parameters * (reduced + gathered) * (ranks - 1) / ranks
 
@@ -296,14 +289,15 @@ def find_problems(
             options.append("a lower sampler.gpu_memory_utilization")
         options.append("more learner.ranks" if not shared else "GPUs of their own")
         out.append(
-            f"a learner rank takes {taken / 1e9:.1f} GB of {gpu.memory / 1e9:g}{' with its sampler' if shared else ''}: "
-            f"change, in this order, {', '.join(options)}"
+            f"a learner rank takes {taken / 1e9:.1f} GB of {gpu.memory / 1e9:g}"
+            f"{' with its sampler' if shared else ''}: change, in this order, {', '.join(options)}"
         )
-    room = (config.max_row_tokens) * shape.kv_bytes(itemsize(config))
+    room = config.max_row_tokens * shape.kv_bytes(itemsize(config))
     if sampler["KV cache"] < room:
         out.append(
-            f"a sampler's KV cache has {sampler['KV cache'] / 1e9:.1f} GB and one row of {config.max_row_tokens} tokens "
-            f"takes {room / 1e9:.1f}: raise sampler.gpu_memory_utilization={s.gpu_memory_utilization:g}, or lower "
+            f"a sampler's KV cache has {sampler['KV cache'] / 1e9:.1f} GB and one row of "
+            f"{config.max_row_tokens} tokens takes {room / 1e9:.1f}: raise "
+            f"sampler.gpu_memory_utilization={s.gpu_memory_utilization:g}, or lower "
             f"sampler.max_num_seqs={s.max_num_seqs} or sampling.max_tokens={config.sampling.max_tokens}"
         )
     if not shared and sum(sampler.values()) > gpu.memory:
@@ -352,8 +346,8 @@ def report(plan: Plan, config: Config, shape: Shape, lengths: Lengths, *, gpu: s
         f"           {plan.at_once:.0f} completions of that length at once in a KV cache; at most "
         f"{config.sampler.max_num_seqs} by sampler.max_num_seqs",
         line("step", plan.seconds, 1, f"{step:.1f} s"),
-        f"run        {config.run.steps} steps: {plan.hours:.2g} hours; samplers work {plan.seconds['sampling'] / step:.0%} "
-        "of it",
+        f"run        {config.run.steps} steps: {plan.hours:.2g} hours; samplers work "
+        f"{plan.seconds['sampling'] / step:.0%} of it",
     ]
     if any(plan.host.values()):
         host = line("host", plan.host, 1e9, f"{sum(plan.host.values()) / 1e9:.1f} GB of host memory a rank")

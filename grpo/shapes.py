@@ -110,8 +110,8 @@ def shape_of(path: str) -> Shape:
     if found is None:
         near = difflib.get_close_matches(path, KNOWN, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"model.path={path}: no folder with a config.json, and no model whose sizes are known here; give one of the "
-            f"same size, e.g. model.path={near}; known are {', '.join(KNOWN)}"
+            f"model.path={path}: no folder with a config.json, and no model whose sizes are known here; give one of "
+            f"the same size, e.g. model.path={near}; known are {', '.join(KNOWN)}"
         )
     return found
 
@@ -174,6 +174,7 @@ GPUS = {
 def gpu_of(name: str) -> Gpu:
     """Raises UserError with the nearest names."""
     if name not in GPUS:
-        near = difflib.get_close_matches(name.lower(), GPUS, n=3, cutoff=0.4) or list(GPUS)
+        near = [known for known in GPUS if known.startswith(name.lower())]
+        near = near or difflib.get_close_matches(name.lower(), GPUS, n=3, cutoff=0.4) or list(GPUS)
         raise UserError(f"--gpu {name}: not known; did you mean {' or '.join(near)}?")
     return GPUS[name]
