@@ -65,21 +65,22 @@ def gpus_of(recipe: Path) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
-def evaluated(config: Config) -> int:
-    """Completions of all evaluations of the run."""
+def evaluated(config: Config) -> tuple[int, int]:
+    """Evaluations of the run, and completions of each."""
     held_out = config.data.eval
     times = 2 + (max(0, (config.run.steps - 1) // held_out.every) if held_out.every else 0)
     asked = sum(EVAL_ROWS[s.name or ""] * (s.samples_per_prompt or held_out.samples_per_prompt) for s in held_out.sets)
-    return times * asked
+    return times, asked
 
 
 def hours(config: Config, gpu: str, gpus: int, assumed: Assumed) -> float:
     """Hours of a run on so many GPUs of a header's kind, eight in a machine."""
     shape = shape_of(assumed.model or config.model.path)
     lengths = Lengths(prompt=assumed.prompt, completion=assumed.completion, longest=config.sampling.max_tokens)
+    evaluations, completions = evaluated(config)
     return make_plan(
-        config, shape, GPUS[NAMES[gpu]], lengths, nodes=-(-gpus // 8), gpus_per_node=8, evaluated=evaluated(config),
-        rounds=assumed.rounds,
+        config, shape, GPUS[NAMES[gpu]], lengths, nodes=-(-gpus // 8), gpus_per_node=8, evaluations=evaluations,
+        evaluated=completions, rounds=assumed.rounds,
     ).hours  # fmt: skip
 
 

@@ -213,9 +213,9 @@ class Plan:
 
 def make_plan(
     config: Config, shape: Shape, gpu: Gpu, lengths: Lengths, *, nodes: int, gpus_per_node: int,
-    evaluated: float = 0, rounds: float = 1,
+    evaluations: int = 0, evaluated: float = 0, rounds: float = 1,
 ) -> Plan:  # fmt: skip
-    """`evaluated`: completions of all evaluations of the run; `rounds`: how often a step samples, with refills."""
+    """`evaluations` of the run, of `evaluated` completions each; `rounds`: how often a step samples, with refills."""
     a, c, s, width = config.algorithm, config.learner, config.sampler, itemsize(config)
     learner, host = learner_memory(config, shape)
     sampler = sampler_memory(config, shape, gpu.memory)
@@ -253,7 +253,7 @@ def make_plan(
         "sync": width * shape.parameters / (LINK_SHARE * link),
     }
     seconds["rest"] = (REST - 1) * sum(seconds.values())
-    evaluation = REST * sample(evaluated, evaluated) if evaluated else 0.0
+    evaluation = REST * evaluations * sample(evaluated, evaluated) if evaluated else 0.0
     at_once = sampler["KV cache"] / ((lengths.prompt + lengths.completion) * shape.kv_bytes(width))
     return Plan(
         learner=learner, host=host, sampler=sampler, seconds=seconds, gpus=gpus, at_once=at_once,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -262,22 +263,34 @@ def test_a_kv_cache_takes_what_its_share_leaves() -> None:
 # The settings are the sources' own; what they do not give is assumed. Constants are the plan's, for all alike.
 
 
-def test_published_hours_of_dr_grpo() -> None:
-    """understand-r1-zero, README and examples/qwen2.5-math-7b.sh: 27 hours on 8 A100 that sample and train in turn,
-    128 prompts x 8, up to 3000 tokens, checkpointing, an evaluation of 1560 greedy completions every 16 steps, vLLM
-    with 35 % of the memory. Assumed: 500 steps (a reader in its issue 19), completions of 900 tokens, old logprobs."""
-    shape, gpu = KNOWN["Qwen/Qwen2.5-Math-7B"], GPUS["a100-80"]
-    lengths = Lengths(prompt=120, completion=900, longest=3000)
-    kv = 0.35 * gpu.memory - 2 * shape.parameters
+@pytest.mark.parametrize(
+    ("run", "published"),
+    [
+        # understand-r1-zero, README and examples/qwen2.5-math-7b.sh: 8 A100 that sample and train in turn, 128 prompts
+        # x 8, checkpointing, 1560 greedy completions every 16 steps, vLLM with 35 % of the memory. Assumed: 500 steps
+        # (a reader in its issue 19), completions of 900 tokens, a pass of old logprobs.
+        (("Qwen/Qwen2.5-Math-7B", "a100-80", 8, 1024, 5, 500, (900, 3000), 0.35 * 80e9 - 15.2e9, 32, 1560), 27),
+        # simpleRL-reason, train_grpo_math_tune_ray.sh and README: 16 H100 in turn, 1024 prompts x 8, four minibatches,
+        # a reference, evaluation every 5 steps. Assumed: completions of 1000 tokens, checkpointing.
+        (("Qwen/Qwen2.5-7B", "h100", 16, 8192, 6, 100, (1000, 8192), 30e9, 21, 3766), 15),
+    ],
+)
+def test_published_hours(run: tuple[Any, ...], published: float) -> None:
+    """`run`: model, GPU and how many, rollouts and passes of a step, steps, lengths, KV cache, evaluations and the
+    completions of each."""
+    model, gpu_name, gpus, rows, passes, steps, (completion, longest), kv, evaluations, evaluated = run
+    shape, gpu = KNOWN[model], GPUS[gpu_name]
+    lengths = Lengths(prompt=120, completion=completion, longest=longest)
 
     def sampling(completions: float, prompts: float) -> float:
         return sampling_seconds(
-            shape, gpu, lengths, completions=completions / 8, prompts=prompts / 8, kv=kv, max_num_seqs=256
+            shape, gpu, lengths, completions=completions / gpus, prompts=prompts / gpus, kv=kv, max_num_seqs=256
         )
 
-    step = sampling(1024, 128) + pass_seconds(shape, gpu, lengths, rows=1024, ranks=8, passes=5)
-    hours = REST * (500 * step + 32 * sampling(1560, 1560)) / 3600
-    assert 27 / 1.5 < hours < 27 * 1.5
+    step = sampling(rows, rows / 8) + pass_seconds(shape, gpu, lengths, rows=rows, ranks=gpus, passes=passes)
+    hours = REST * (steps * step + evaluations * sampling(evaluated, evaluated)) / 3600
+    print(f"{model}: {hours:.1f} h, published {published}")
+    assert published / 1.5 < hours < published * 1.5
 
 
 def test_published_minutes_of_areal() -> None:
@@ -316,3 +329,40 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in capsys.readouterr().err
     assert main(["plan", str(ROOT / "recipes" / "arithmetic_cpu.yaml"), "--gpu", "h100"]) == 2
     assert "runs on CPUs" in capsys.readouterr().err
+
+
+def test_a_step_has_the_parts_that_the_options_ask_for() -> None:
+    shape, lengths = KNOWN["Qwen/Qwen2.5-Math-7B"], Lengths(prompt=120, completion=900, longest=3000)
+
+    def seconds(*overrides: str, rounds: float = 1) -> Parts:
+        config = config_of("math_drgrpo_7b", *overrides)
+        plan = make_plan(config, shape, GPUS["a100-80"], lengths, nodes=1, gpus_per_node=8, rounds=rounds)
+        assert plan.hours == pytest.approx(config.run.steps * sum(plan.seconds.values()) / 3600)
+        return plan.seconds
+
+    plain = seconds()
+    one_pass = plain["old logprobs"]  # eight minibatches
+    assert plain["update"] == pytest.approx(4 * one_pass)  # forward, backward and the forward again of checkpointing
+    assert plain["reference"] == plain["values"] == plain["host optimizer"] == 0
+    assert plain["rest"] == pytest.approx(0.2 * (sum(plain.values()) - plain["rest"]))
+    assert plain["sync"] == pytest.approx(2 * shape.parameters / (0.7 * 300e9))
+    assert seconds("algorithm.minibatches_per_step=1")["old logprobs"] == 0
+    assert seconds("algorithm.kl_coef=0.01")["reference"] == pytest.approx(one_pass)
+    assert seconds("algorithm.advantage=gae")["update"] == pytest.approx(8 * one_pass)
+    assert seconds("algorithm.epochs_per_step=2")["update"] == pytest.approx(8 * one_pass)
+    assert seconds(rounds=2)["sampling"] == pytest.approx(2 * plain["sampling"])
+    assert seconds("sampler.enforce_eager=true")["sampling"] > plain["sampling"] + 2100 * 28 * 0.5e-3
+    # twice 12 P / 4 in host memory and 4 P / 4 of gradients, eight times, at 50e9 a second
+    offloaded = seconds("learner.offload=optimizer")["host optimizer"]
+    assert offloaded == pytest.approx(8 * 2 * 4 * shape.parameters / 50e9)
+    assert seconds("learner.ranks=5")["sync"] == pytest.approx(2 * shape.parameters / (0.7 * 25e9))  # nine GPUs
+
+
+def test_one_gpu_that_both_share_and_a_cache_without_room(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES["gsm8k_qwen2.5_0.5b"])
+    assert main(["plan", recipe, "--gpu", "h100"]) == 0
+    assert "1 samplers, 1 learner ranks, sharing one" in capsys.readouterr().out
+    assert main(["plan", recipe, "--gpu", "h100", "sampler.gpu_memory_utilization=0.9"]) == 2
+    assert "with its sampler: change, in this order, learner.gradient_checkpointing=true" in capsys.readouterr().out
+    assert main(["plan", str(RECIPES["dapo_32b"]), "--gpu", "h100", "--nodes", "16"]) == 2
+    assert "a sampler's KV cache has" in capsys.readouterr().out

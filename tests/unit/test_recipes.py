@@ -67,11 +67,11 @@ def test_overrides_that_a_header_names_load(name: str) -> None:
 
 
 def test_hours_are_the_plan_s_with_evaluations() -> None:
-    """countdown_3b: 21 evaluations of 512 completions beside its 200 steps of 640."""
+    """countdown_3b: 21 evaluations of 512 completions beside its 200 steps."""
     config, assumed = loaded("countdown_3b"), recipe_hours.ASSUMED["countdown_3b"]
-    assert recipe_hours.evaluated(config) == 21 * 512
+    assert recipe_hours.evaluated(config) == (21, 512)
     without = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=EvalConfig()))
-    assert recipe_hours.evaluated(without) == 0
+    assert recipe_hours.evaluated(without) == (2, 0)
     assert recipe_hours.hours(config, "H100", 2, assumed) > recipe_hours.hours(without, "H100", 2, assumed)
 
 
