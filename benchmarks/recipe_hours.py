@@ -1,28 +1,25 @@
-"""Hours that the recipes are reckoned to take: a rule of thumb from their options, nothing measured.
+"""Hours that the recipes are reckoned to take by `grpo plan`, with a guess of lengths for each: nothing measured.
 
-    python -m benchmarks.recipe_hours        # a line for each recipe
-
-Samplers give SAMPLER_SHARE x SAMPLER_ROWS completions' tokens for each time that the weights are read from memory, at
-most SAMPLER_CAP tokens a second; learner ranks reach LEARNER_SHARE of the GPU's bfloat16 peak, with 6 flops per
-parameter and token, 2 more for checkpointing, for the old logprobs and for the reference each. The two take turns, as
-they do here. All that is not counted (rewards, sync, waiting for the last completions) makes it REST times as long.
+python -m benchmarks.recipe_hours                # a line for each recipe
+python -m benchmarks.recipe_hours --write        # into the headers and docs/recipes.md, after a change of the plan
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.config import Config, load
+from grpo.plan import Lengths, make_plan
+from grpo.shapes import GPUS, shape_of
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-SAMPLER_SHARE, SAMPLER_ROWS, SAMPLER_CAP = 0.15, 128, 15_000.0
-LEARNER_SHARE = 0.3
-REST = 1.2
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
 
-GPUS = {"A100": (312e12, 2.0e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-"""bfloat16 flops without sparsity and bytes of memory read, both in a second, by NVIDIA's data sheets."""
+NAMES = {"A100": "a100-80", "H100": "h100", "H200": "h200"}
+"""A header's GPU -> the plan's."""
 
 EVAL_ROWS = {
     "gsm8k": 1319, "gsm8k_test": 1319, "math500": 500, "aime24": 30, "amc23": 40, "minerva": 272, "olympiad": 674,
@@ -34,28 +31,30 @@ EVAL_ROWS = {
 class Assumed:
     """What a recipe does not say."""
 
-    parameters: float
     prompt: int
     """Tokens of the mean prompt,"""
     completion: int
     """and of the mean completion over the whole run."""
     rounds: float = 1.0
     """How often a step samples, with the refills."""
+    model: str | None = None
+    """Where `model.path` is made before the run: a known one of the same size."""
 
 
+R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 ASSUMED = {
-    "countdown_3b": Assumed(parameters=3.1e9, prompt=120, completion=500),
-    "dapo_32b": Assumed(parameters=32.8e9, prompt=150, completion=5000, rounds=2.0),
-    "dapo_7b": Assumed(parameters=7.6e9, prompt=150, completion=1500),
-    "deepscaler_1.5b_8k": Assumed(parameters=1.8e9, prompt=120, completion=3500),
-    "deepscaler_1.5b_16k": Assumed(parameters=1.8e9, prompt=120, completion=6000),
-    "deepscaler_1.5b_24k": Assumed(parameters=1.8e9, prompt=120, completion=8000),
-    "gsm8k_qwen2.5_0.5b": Assumed(parameters=0.5e9, prompt=120, completion=200),
-    "gsm8k_qwen2.5_1.5b": Assumed(parameters=1.5e9, prompt=120, completion=200),
-    "gsm8k_qwen2.5_7b": Assumed(parameters=7.6e9, prompt=120, completion=250),
-    "math_drgrpo_7b": Assumed(parameters=7.6e9, prompt=120, completion=900),
-    "math_simplerl_zoo_7b": Assumed(parameters=7.6e9, prompt=120, completion=1000),
-    "tulu_rlvr_8b": Assumed(parameters=8.0e9, prompt=150, completion=350),
+    "countdown_3b": Assumed(prompt=120, completion=500),
+    "dapo_32b": Assumed(prompt=150, completion=5000, rounds=2.0),
+    "dapo_7b": Assumed(prompt=150, completion=1500, model="Qwen/Qwen2.5-Math-7B"),
+    "deepscaler_1.5b_8k": Assumed(prompt=120, completion=3500),
+    "deepscaler_1.5b_16k": Assumed(prompt=120, completion=6000, model=R1),
+    "deepscaler_1.5b_24k": Assumed(prompt=120, completion=8000, model=R1),
+    "gsm8k_qwen2.5_0.5b": Assumed(prompt=120, completion=200),
+    "gsm8k_qwen2.5_1.5b": Assumed(prompt=120, completion=200),
+    "gsm8k_qwen2.5_7b": Assumed(prompt=120, completion=250),
+    "math_drgrpo_7b": Assumed(prompt=120, completion=900),
+    "math_simplerl_zoo_7b": Assumed(prompt=120, completion=1000),
+    "tulu_rlvr_8b": Assumed(prompt=150, completion=350),
 }
 
 
@@ -66,36 +65,42 @@ def gpus_of(recipe: Path) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
-def hours(config: Config, gpu: str, assumed: Assumed) -> float:
-    """Hours of a run on GPUs of this kind."""
-    peak, bandwidth = GPUS[gpu]
-    a, held_out = config.algorithm, config.data.eval
-    rollouts = config.run.steps * a.prompts_per_step * a.group_size
-    evaluations = 2 + (max(0, (config.run.steps - 1) // held_out.every) if held_out.every else 0)
+def evaluated(config: Config) -> tuple[int, int]:
+    """Evaluations of the run, and completions of each."""
+    held_out = config.data.eval
+    times = 2 + (max(0, (config.run.steps - 1) // held_out.every) if held_out.every else 0)
     asked = sum(EVAL_ROWS[s.name or ""] * (s.samples_per_prompt or held_out.samples_per_prompt) for s in held_out.sets)
-    sampled = (rollouts * assumed.rounds + evaluations * asked) * assumed.completion
-    memory_bound = SAMPLER_SHARE * SAMPLER_ROWS * bandwidth * config.sampler_workers / (2 * assumed.parameters)
-    rate = min(SAMPLER_CAP, memory_bound)
-    flops_per_parameter = 6 + 2 * (
-        config.learner.gradient_checkpointing + (config.optimizer_steps_per_step > 1) + (a.kl_coef > 0)
-    )
-    flops = flops_per_parameter * assumed.parameters * rollouts * (assumed.prompt + assumed.completion)
-    sampling = sampled / (rate * config.cluster.samplers)
-    learning = flops / (LEARNER_SHARE * peak * config.cluster.learner_ranks)
-    return REST * (sampling + learning) / 3600
+    return times, asked
+
+
+def hours(config: Config, gpu: str, gpus: int, assumed: Assumed) -> float:
+    """Hours of a run on so many GPUs of a header's kind, eight in a machine."""
+    shape = shape_of(assumed.model or config.model.path)
+    lengths = Lengths(prompt=assumed.prompt, completion=assumed.completion, longest=config.sampling.max_tokens)
+    evaluations, completions = evaluated(config)
+    return make_plan(
+        config, shape, GPUS[NAMES[gpu]], lengths, nodes=-(-gpus // 8), gpus_per_node=8, evaluations=evaluations,
+        evaluated=completions, rounds=assumed.rounds,
+    ).hours  # fmt: skip
 
 
 def reckoned(recipe: Path) -> str:
     """As it stands in the header: two digits."""
-    value = hours(load(recipe), gpus_of(recipe)[1], ASSUMED[recipe.stem])
+    count, gpu = gpus_of(recipe)
+    value = hours(load(recipe), gpu, count, ASSUMED[recipe.stem])
     return f"{float(f'{value:.2g}'):g}"
 
 
 def main() -> None:
+    page = ROOT / "docs" / "recipes.md"
     for name in ASSUMED:
         recipe = RECIPES / f"{name}.yaml"
-        count, gpu = gpus_of(recipe)
-        print(f"{name:24} {count:4} x {gpu:6} {reckoned(recipe):>5} h")
+        (count, gpu), found = gpus_of(recipe), reckoned(recipe)
+        print(f"{name:24} {count:4} x {gpu:6} {found:>5} h")
+        if "--write" in sys.argv:
+            recipe.write_text(re.sub(r"^# Hours: [\d.]+,", f"# Hours: {found},", recipe.read_text(), flags=re.M))
+            row = re.compile(rf"^(\| `{re.escape(name)}` \|.*\|) [\d.]+ \|$", re.M)
+            page.write_text(row.sub(rf"\g<1> {found} |", page.read_text()))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,18 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--step", type=int, help="the evaluations after this step (each run's last)")
     command = commands.add_parser("replay", help="compute an update again that was not finite, and say where it began")
     command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
+    words = "predict memory on each GPU, seconds of a step and hours of a run, on paper: no GPU, no download"
+    command = commands.add_parser("plan", help=words, description=words)
+    command.add_argument("recipe", help="a YAML file, see recipes/")
+    command.add_argument("overrides", nargs="*", metavar="section.option=value")
+    command.add_argument("--gpu", required=True, metavar="NAME", help="kind of GPU, e.g. h100, a100-80")
+    command.add_argument("--nodes", type=int, default=1, help="machines (1)")
+    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
+    command.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt (150)")
+    command.add_argument(
+        "--completion-tokens", type=float, metavar="N", help="mean completion over the run (sampling.max_tokens / 3)"
+    )
+    command.epilog = "Exit code 0 when it fits, 2 when not. What is reckoned, and how far off it is: docs/scale.md"
     commands.add_parser("options", help="print every option with its default")
     return parser
 
@@ -113,6 +125,8 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         return DONE
     if parsed.command == "eval":
         return eval_command(parsed, overrides)
+    if parsed.command == "plan":
+        return plan_command(parsed, overrides)
     asked, overrides = apart(overrides)
     config = config_module.load(parsed.recipe, overrides)
     if parsed.command == "check":
@@ -149,6 +163,18 @@ def check_command(config: config_module.Config, recipe: Path) -> int:
         pass
     print("\n".join([*plan.lines, "ok         nothing has been started"]))
     return DONE
+
+
+def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """`grpo plan`."""
+    from grpo.plan import plan_lines  # noqa: PLC0415 - torch takes seconds to import
+
+    text, fits = plan_lines(
+        config_module.load(parsed.recipe, overrides), gpu=parsed.gpu, nodes=parsed.nodes,
+        gpus_per_node=parsed.gpus_per_node, prompt=parsed.prompt_tokens, completion=parsed.completion_tokens,
+    )  # fmt: skip
+    print(text)
+    return DONE if fits else USERS
 
 
 def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:

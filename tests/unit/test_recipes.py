@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from benchmarks import recipe_hours
 from grpo.checkpoint import differences
 from grpo.config import Config, load
+from grpo.config.schema import EvalConfig
 
 
 @functools.cache
@@ -64,14 +65,13 @@ def test_overrides_that_a_header_names_load(name: str) -> None:
         load(RECIPES[name], [word.rstrip(".") for word in run.split()])
 
 
-def test_hours_by_hand() -> None:
-    """countdown_3b: 200 x 128 x 5 rollouts of 620 tokens, 500 of them sampled at 0.15 x 128 x 3.35e12 / 6.2e9 = 10,374
-    a second, and 21 evaluations of 512; 12 flops a parameter and token at 0.3 x 989e12."""
-    sampling = 500 * (128_000 + 21 * 512) / 10_374.2
-    learning = 12 * 3.1e9 * 128_000 * 620 / 296.7e12
-    config = loaded("countdown_3b")
-    found = recipe_hours.hours(config, "H100", recipe_hours.ASSUMED["countdown_3b"])
-    assert found == pytest.approx(1.2 * (sampling + learning) / 3600, rel=1e-4)
+def test_hours_are_the_plan_s_with_evaluations() -> None:
+    """countdown_3b: 21 evaluations of 512 completions beside its 200 steps."""
+    config, assumed = loaded("countdown_3b"), recipe_hours.ASSUMED["countdown_3b"]
+    assert recipe_hours.evaluated(config) == (21, 512)
+    without = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=EvalConfig()))
+    assert recipe_hours.evaluated(without) == (2, 0)
+    assert recipe_hours.hours(config, "H100", 2, assumed) > recipe_hours.hours(without, "H100", 2, assumed)
 
 
 def test_every_recipe_is_documented_and_reckoned() -> None:

@@ -1,0 +1,389 @@
+"""`grpo plan`: what a recipe takes on GPUs that are not here: bytes on each, seconds of a step, hours of the run.
+
+Arithmetic only. The bytes follow what the engines hold, tensor by tensor; the seconds are the work divided by data
+sheets and four stated efficiencies. docs/scale.md has the formulas, their sources and the errors against measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from grpo.config import Config
+from grpo.objective.logprobs import CHUNK_ELEMENTS
+from grpo.shapes import Gpu, Shape, gpu_of, shape_of
+from grpo.types import UserError
+from grpo.weight_sync import BUCKET_BYTES
+
+LEARNER_SHARE = 0.3
+"""Of the bfloat16 peak that forward and backward reach; prefill, too."""
+MEMORY_SHARE = 0.6
+"""Of the memory's bandwidth that decoding reaches."""
+LINK_SHARE = 0.7
+"""Of a link's bandwidth that a collective reaches."""
+REST = 1.2
+"""A step over the sum of its parts: rewards, padding, waiting for the slowest, bookkeeping."""
+DECODE_S = 5e-3
+"""Of a decoding step, beyond its reading and arithmetic: vLLM's scheduler and sampling, with CUDA graphs;"""
+EAGER_LAYER_S = 0.5e-3
+"""and for each layer without them (`sampler.enforce_eager`)."""
+HOST_BANDWIDTH = 50e9
+"""Bytes a second of an optimizer in host memory."""
+
+PCIE_BANDWIDTH = 25e9
+"""Bytes a second between a GPU and pinned host memory."""
+ZERO_BUCKET = 500_000_000
+"""DeepSpeed's reduce_bucket_size, elements."""
+ZERO_LIVE = 1_000_000_000
+"""DeepSpeed's stage3_max_live_parameters and sub_group_size."""
+SAMPLING_COPIES = 4
+"""float32 copies of the logits of a decoding step: logits, logprobs, probabilities, noise."""
+
+Parts = dict[str, float]
+"""What -> bytes, or seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """What a recipe does not say: mean tokens of a prompt and of a completion over the run."""
+
+    prompt: float
+    completion: float
+    longest: float
+    """Tokens of a step's longest completion: as a rule some run to the limit."""
+
+
+def itemsize(config: Config) -> int:
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def model_states(
+    parameters: int, *, stage: int, ranks: int, width: int, moments: int = 2, offload: str = "none"
+) -> tuple[Parts, Parts]:
+    """A trained model on one rank, as DeepSpeed holds it with gradients accumulated in float32: (on the rank's device,
+    in host memory). `width`: bytes of a weight."""
+    p, share = parameters, parameters / ranks
+    optimizer = 4 * moments * p if stage == 0 else 4 * (moments + 1) * share  # no master copy of float32 at ZeRO 0
+    weights = width * (share if stage == 3 else p)
+    gradients = 4 * (share if stage >= 2 else p)
+    if stage == 1 and width == 2 and offload == "none":
+        gradients += 2 * p  # BF16_Optimizer keeps the bfloat16 gradients beside its float32 ones
+    device: Parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    host: Parts = {}
+    if offload != "none":
+        host["optimizer"] = device.pop("optimizer") + 4 * share
+        if stage >= 2:
+            device.pop("gradients")
+    if offload == "parameters":
+        host["weights"] = device.pop("weights")
+    if not (stage == 0 or (stage == 1 and width == 2 and offload == "none")):
+        device["reduce bucket"] = width * ZERO_BUCKET
+    if stage == 3:
+        device["gathered weights"] = width * min(p, ZERO_LIVE)
+    return device, host
+
+
+def layer_bytes(shape: Shape, width: int) -> int:
+    """What one layer keeps of a token for the backward pass: two norms (their input in float32, normalised, scaled),
+    queries, keys, values and their result, and four tensors of the feed-forward part."""
+    norms = 2 * shape.hidden * (4 + 2 * width)
+    attention = width * 2 * (shape.queries + shape.keys)
+    return norms + attention + width * 4 * shape.intermediate
+
+
+def activation_bytes(shape: Shape, tokens: int, width: int, *, checkpointing: bool, eager_row: int = 0) -> float:
+    """Of one microbatch. `eager_row`: with eager attention the longest row, whose square of probabilities is kept."""
+    layer = layer_bytes(shape, width) + eager_row * shape.heads * (4 + (width if width < 4 else 0))
+    kept = shape.layers * shape.hidden * width + layer if checkpointing else shape.layers * layer
+    last_norm = shape.hidden * (4 + 2 * width)
+    return tokens * (kept + last_norm)
+
+
+def head_bytes(shape: Shape, tokens: int, width: int, *, float32_head: bool, entropy: bool) -> float:
+    """Logprobs from hidden states, at the peak of forward or backward (`grpo.objective.logprobs`): a chunk of logits,
+    and the gradient of the projection in float32 beside the sum's next term."""
+    wide = 4 if float32_head else width
+    chunk = min(tokens, max(1, CHUNK_ELEMENTS // shape.vocab)) * shape.vocab
+    forward = chunk * 8
+    backward = chunk * (4 + (wide if wide < 4 else 0) + (4 if entropy else 0))
+    backward += shape.embedding * (4 + (wide if wide < 4 else 0)) + tokens * shape.hidden * width
+    copy = shape.embedding * 4 if float32_head and width < 4 else 0
+    return max(forward, backward) + copy
+
+
+def learner_memory(config: Config, shape: Shape) -> tuple[Parts, Parts]:
+    """(bytes on each rank's device, bytes of host memory for each rank), at the peak of a step."""
+    c, a, width = config.learner, config.algorithm, itemsize(config)
+    moments = 2 if config.optimizer.name == "adamw" else 0
+    ranks = config.cluster.learner_ranks
+    how = {"stage": c.zero_stage, "ranks": ranks, "width": width}
+    device, host = model_states(shape.parameters, moments=moments, offload=c.offload, **how)
+    if a.advantage == "gae":
+        body = shape.parameters - (0 if shape.tied else shape.embedding)
+        moments = 2 if config.critic.optimizer.name == "adamw" else 0
+        of_critic = model_states(body, moments=moments, offload=c.offload, **how)
+        device["critic"], host["critic"] = (sum(part.values()) for part in of_critic)
+    if a.kl_coef > 0:
+        where = host if c.reference_offload or c.offload == "parameters" else device
+        where["reference"] = width * shape.parameters / (ranks if c.zero_stage == 3 else 1)
+    row = config.data.max_prompt_tokens + config.sampling.max_tokens - 1
+    tokens = max(c.tokens_per_microbatch, row)
+    eager_row = row if config.model.attention == "eager" else 0
+    activations = activation_bytes(shape, tokens, width, checkpointing=c.gradient_checkpointing, eager_row=eager_row)
+    head = head_bytes(shape, tokens, width, float32_head=config.model.float32_head, entropy=a.entropy_coef != 0)
+    if not config.on_gpu and "reduce bucket" in device:  # memory that is not written to is not taken there
+        device["reduce bucket"] = min(device["reduce bucket"], width * shape.parameters)
+    share = shape.parameters if c.zero_stage == 0 else min(shape.parameters / ranks, ZERO_LIVE)
+    # flattened gradients and the root of the second moment, in float32; a sync. Neither while there are activations
+    step = 0.0 if c.offload != "none" else 4 * (1 if c.zero_stage < 2 else 2) * share
+    later = max(step, transfer_bytes(shape, width))
+    device |= {"activations": activations, "logits": head, "step and sync": max(0.0, later - activations - head)}
+    return device, host
+
+
+def transfer_bytes(shape: Shape, width: int) -> float:
+    """Two buckets of a weight sync; the largest tensor goes alone."""
+    return 2 * max(BUCKET_BYTES, shape.embedding * width)
+
+
+def sampler_memory(config: Config, shape: Shape, memory: float) -> Parts:
+    """Bytes of one sampler on each of its GPUs of `memory` bytes, over which its layers are split; the KV cache takes
+    what is left of its share, or what it is given."""
+    s, width, workers = config.sampler, itemsize(config), config.sampler_workers
+    batched = max(8192, config.max_row_tokens)
+    parts: Parts = {
+        "weights": width * shape.parameters / workers,
+        "forward": batched * width * (2 * shape.hidden + 3 * shape.intermediate / config.cluster.tensor_parallel),
+        "logits": s.max_num_seqs * shape.vocab * 4 * SAMPLING_COPIES,
+    }
+    if s.kv_cache_gib is not None or not config.on_gpu:
+        kv = (s.kv_cache_gib or 0.25) * 2**30
+    else:
+        kv = max(0.0, s.gpu_memory_utilization * memory - sum(parts.values()))
+    return parts | {"KV cache": kv, "transfer": transfer_bytes(shape, width)}
+
+
+def sampling_seconds(
+    shape: Shape, gpu: Gpu, lengths: Lengths, *, completions: float, prompts: float, kv: float, max_num_seqs: int,
+    width: int = 2, eager: bool = False, until_all_end: bool = True,
+) -> float:  # fmt: skip
+    """One sampler's seconds for its `completions` of `prompts`, on GPUs that together are as fast as `gpu` and have
+    `kv` bytes of cache. A decoding step reads the weights once and the keys and values of what is in flight; the last
+    completions are decoded by themselves unless others follow without a pause."""
+    held = lengths.prompt + lengths.completion / 2
+    per_token = shape.kv_bytes(width)
+    in_flight = max(1.0, min(completions, max_num_seqs, kv / (held * per_token)))
+    tokens = completions * lengths.completion
+    steps = tokens / in_flight + (max(0.0, lengths.longest - lengths.completion) if until_all_end else 0)
+    read = (steps * width * shape.multiplied + tokens * held * per_token) / (MEMORY_SHARE * gpu.bandwidth)
+    flops = 2 * shape.multiplied * tokens / (LEARNER_SHARE * gpu.flops)
+    prefill = 2 * shape.multiplied * prompts * lengths.prompt / (LEARNER_SHARE * gpu.flops)
+    return steps * (DECODE_S + (EAGER_LAYER_S * shape.layers if eager else 0)) + max(read, flops) + prefill
+
+
+def pass_seconds(shape: Shape, gpu: Gpu, lengths: Lengths, *, rows: float, ranks: int, passes: float) -> float:
+    """`passes` forwards over the rows, shared by the ranks; a backward counts as two."""
+    tokens = lengths.prompt + lengths.completion
+    flops = 2 * shape.multiplied + 2 * shape.layers * shape.queries * tokens  # scores and sums, half of them masked
+    return passes * flops * rows * tokens / (LEARNER_SHARE * gpu.flops * ranks)
+
+
+def exchange_bytes(shape: Shape, *, stage: int, ranks: int, width: int, microbatches: float, updates: float) -> float:
+    """What each rank sends in a step: gradients once an update below ZeRO 2, else once a microbatch; weights once an
+    update, at ZeRO 3 twice a microbatch."""
+    if ranks == 1:
+        return 0
+    reduced = 8 * updates if stage < 2 else width * microbatches  # an all-reduce of float32 goes both ways
+    gathered = 2 * width * microbatches if stage == 3 else width * updates * (stage > 0)
+    return shape.parameters * (reduced + gathered) * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What `grpo plan` finds."""
+
+    learner: Parts
+    host: Parts
+    """Host memory for each rank."""
+    sampler: Parts
+    seconds: Parts
+    """Of a step by part; they add up to it."""
+    gpus: int
+    at_once: float
+    """Completions of mean length that fit into a sampler's KV cache."""
+    hours: float
+    problems: tuple[str, ...]
+    """Why it does not fit, with the options to change. Empty: it fits."""
+
+
+def make_plan(
+    config: Config, shape: Shape, gpu: Gpu, lengths: Lengths, *, nodes: int, gpus_per_node: int,
+    evaluations: int = 0, evaluated: float = 0, rounds: float = 1,
+) -> Plan:  # fmt: skip
+    """`evaluations` of the run, of `evaluated` completions each; `rounds`: how often a step samples, with refills."""
+    a, c, s, width = config.algorithm, config.learner, config.sampler, itemsize(config)
+    learner, host = learner_memory(config, shape)
+    sampler = sampler_memory(config, shape, gpu.memory)
+    gpus, ranks, samplers = config.gpus_used, config.cluster.learner_ranks, config.cluster.samplers
+    cache = sampler["KV cache"] * config.sampler_workers
+    together = replace(gpu, flops=gpu.flops * config.sampler_workers, bandwidth=gpu.bandwidth * config.sampler_workers)
+    link = gpu.link if gpus <= gpus_per_node else gpu.network
+
+    def sample(completions: float, prompts: float) -> float:
+        return sampling_seconds(
+            shape, together, lengths, completions=completions / samplers, prompts=prompts / samplers, kv=cache,
+            max_num_seqs=s.max_num_seqs, width=width, eager=s.enforce_eager,
+        )  # fmt: skip
+
+    rows, updates = a.prompts_per_step * a.group_size, config.optimizer_steps_per_step
+    tokens = rows * (lengths.prompt + lengths.completion)
+    microbatches = max(a.minibatches_per_step, tokens / (c.tokens_per_microbatch * ranks)) * a.epochs_per_step
+    exchange = exchange_bytes(
+        shape, stage=c.zero_stage, ranks=ranks, width=width, microbatches=microbatches, updates=updates
+    )
+    models = 2 if a.advantage == "gae" else 1
+    in_host = sum(value for name, value in host.items() if name == "optimizer")
+
+    def passed(passes: float) -> float:
+        return pass_seconds(shape, gpu, lengths, rows=rows, ranks=ranks, passes=passes)
+
+    old = updates > 1 or (a.kl_coef > 0 and a.kl_place == "reward")
+    seconds: Parts = {
+        "sampling": rounds * sample(rows, a.prompts_per_step),
+        "old logprobs": passed(1) if old else 0,
+        "reference": passed(1) if a.kl_coef > 0 else 0,
+        "values": passed(1) if models == 2 else 0,
+        "update": passed(models * (3 + c.gradient_checkpointing) * a.epochs_per_step),
+        "exchange": models * exchange / (LINK_SHARE * link),
+        "host optimizer": models * updates * 2 * in_host / HOST_BANDWIDTH,
+        "sync": 0 if config.cluster.layout == "colocated" else width * shape.parameters / (LINK_SHARE * link),
+        "taking turns": 2 * states(learner) / PCIE_BANDWIDTH if config.takes_turns else 0,
+    }
+    seconds["rest"] = (REST - 1) * sum(seconds.values())
+    evaluation = REST * evaluations * sample(evaluated, evaluated) if evaluated else 0.0
+    at_once = cache / ((lengths.prompt + lengths.completion) * shape.kv_bytes(width))
+    return Plan(
+        learner=learner, host=host, sampler=sampler, seconds=seconds, gpus=gpus, at_once=at_once,
+        hours=(config.run.steps * sum(seconds.values()) + evaluation) / 3600,
+        problems=tuple(find_problems(config, shape, gpu, learner, sampler, gpus, nodes * gpus_per_node)),
+    )  # fmt: skip
+
+
+def find_problems(
+    config: Config, shape: Shape, gpu: Gpu, learner: Parts, sampler: Parts, gpus: int, available: int
+) -> list[str]:
+    """One sentence for each reason that it does not fit, with the options to change."""
+    c, s, ranks = config.learner, config.sampler, config.cluster.learner_ranks
+    both = config.cluster.layout == "colocated" and not config.takes_turns
+    out = []
+    if gpus > available:
+        out.append(
+            f"{gpus} GPUs are asked for and there are {available}: lower cluster.samplers={config.cluster.samplers} or "
+            f"cluster.learner_ranks={ranks}, or give more --nodes"
+        )
+    taken = sum(learner.values()) + (sum(sampler.values()) if both else 0)
+    if taken > gpu.memory:
+        row = config.data.max_prompt_tokens + config.sampling.max_tokens - 1
+        options = []
+        if not c.gradient_checkpointing:
+            options.append("learner.gradient_checkpointing=true")
+        if c.tokens_per_microbatch > row:
+            options.append(f"learner.tokens_per_microbatch={max(row, c.tokens_per_microbatch // 2)}")
+        if ranks > 1 and c.zero_stage < 3:
+            options.append(f"learner.zero_stage={c.zero_stage + 1}")
+        if c.offload == "none" and c.zero_stage > 0:
+            options.append("learner.offload=optimizer")
+        if both:
+            options += ["cluster.sleep=true", "a lower sampler.gpu_memory_utilization"]
+        options.append("more cluster.learner_ranks")
+        out.append(
+            f"a learner rank takes {taken / 1e9:.1f} GB of {gpu.memory / 1e9:g}"
+            f"{' with its sampler' if both else ''}: change, in this order, {', '.join(options)}"
+        )
+    room = config.max_row_tokens * shape.kv_bytes(itemsize(config))
+    cache = sampler["KV cache"] * config.sampler_workers
+    if cache < room:
+        out.append(
+            f"a sampler's KV cache has {cache / 1e9:.1f} GB and one row of "
+            f"{config.max_row_tokens} tokens takes {room / 1e9:.1f}: raise "
+            f"sampler.gpu_memory_utilization={s.gpu_memory_utilization:g}, or lower "
+            f"sampler.max_num_seqs={s.max_num_seqs} or sampling.max_tokens={config.sampling.max_tokens}"
+        )
+    if not both and sum(sampler.values()) > gpu.memory:
+        out.append(
+            f"a sampler takes {sum(sampler.values()) / 1e9:.1f} GB of {gpu.memory / 1e9:g}: lower "
+            f"sampler.gpu_memory_utilization={s.gpu_memory_utilization:g}"
+        )
+    return out
+
+
+def states(learner: Parts) -> float:
+    """Bytes of a rank that leave the GPU when the sampler has its turn."""
+    return sum(learner.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "critic", "reference"))
+
+
+def samplers_of(config: Config) -> str:
+    count, workers = config.cluster.samplers, config.sampler_workers
+    return f"{count} samplers" + (f" of {workers} GPUs" if workers > 1 else "")
+
+
+def assumed_lengths(config: Config, prompt: float | None, completion: float | None) -> Lengths:
+    """The lengths that were given; else 150 tokens of prompt and a third of `sampling.max_tokens`.
+
+    Raises UserError when they are beyond the recipe's limits.
+    """
+    limits = (("--prompt-tokens", prompt, config.data.max_prompt_tokens, "data.max_prompt_tokens"),
+              ("--completion-tokens", completion, config.sampling.max_tokens, "sampling.max_tokens"))  # fmt: skip
+    for name, value, limit, option in limits:
+        if value is not None and not 1 <= value <= limit:
+            raise UserError(f"{name} {value:g} must lie between 1 and {option}={limit}")
+    return Lengths(
+        prompt=prompt or min(150, config.data.max_prompt_tokens),
+        completion=completion or max(1.0, config.sampling.max_tokens / 3),
+        longest=config.sampling.max_tokens,
+    )
+
+
+def report(plan: Plan, config: Config, shape: Shape, lengths: Lengths, *, gpu: str, nodes: int, per_node: int) -> str:
+    """The table that `grpo plan` prints."""
+
+    def line(name: str, parts: Parts, unit: float, total: str) -> str:
+        shown = ", ".join(f"{what} {value / unit:.1f}" for what, value in parts.items() if value / unit >= 0.05)
+        return f"{name:10} {total} = {shown}"
+
+    memory = gpu_of(gpu).memory / 1e9
+    step = sum(plan.seconds.values())
+    of = f"GB of {memory:g}"
+    lines = [
+        f"gpus       {plan.gpus} of {nodes} x {per_node} {gpu}: {samplers_of(config)}, "
+        f"{config.cluster.learner_ranks} learner ranks, {config.cluster.layout}"
+        f"{', in turns' if config.takes_turns else ''}",
+        f"model      {config.model.path}: {shape.parameters / 1e9:.2f} B parameters in {config.model.dtype}",
+        f"assumed    prompts of {lengths.prompt:.0f} tokens, completions of {lengths.completion:.0f}, the longest "
+        f"{lengths.longest:.0f}; no evaluation, no refills",
+        line("learner", plan.learner, 1e9, f"{sum(plan.learner.values()) / 1e9:.1f} {of} a rank"),
+        line("sampler", plan.sampler, 1e9, f"{sum(plan.sampler.values()) / 1e9:.1f} {of}"),
+        f"           {plan.at_once:.0f} completions of that length at once in a KV cache; at most "
+        f"{config.sampler.max_num_seqs} by sampler.max_num_seqs",
+        line("step", plan.seconds, 1, f"{step:.1f} s"),
+        f"run        {config.run.steps} steps: {plan.hours:.2g} hours; samplers work "
+        f"{plan.seconds['sampling'] / step:.0%} of it",
+    ]
+    if any(plan.host.values()):
+        host = line("host", plan.host, 1e9, f"{sum(plan.host.values()) / 1e9:.1f} GB of host memory a rank")
+        lines.insert(4, host)
+    lines += [f"no         {problem}" for problem in plan.problems] or ["fits       memory and GPUs suffice, on paper"]
+    return "\n".join(lines)
+
+
+def plan_lines(
+    config: Config, *, gpu: str, nodes: int, gpus_per_node: int, prompt: float | None, completion: float | None
+) -> tuple[str, bool]:
+    """(`grpo plan`'s table, whether it fits). Raises UserError for what cannot be planned."""
+    if not config.on_gpu:
+        raise UserError("the recipe runs on CPUs; a plan is for GPUs: cluster.device=gpu")
+    for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    shape, lengths = shape_of(config.model.path), assumed_lengths(config, prompt, completion)
+    plan = make_plan(config, shape, gpu_of(gpu), lengths, nodes=nodes, gpus_per_node=gpus_per_node)
+    return report(plan, config, shape, lengths, gpu=gpu, nodes=nodes, per_node=gpus_per_node), not plan.problems

@@ -1,0 +1,180 @@
+"""What is known without a run: the sizes of models and the data sheets of GPUs.
+
+A model's shape comes from the config.json of its folder, or from `KNOWN` for hub ids: the numbers of their config.json.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.types import UserError
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+"""Model types whose parameters are counted here to the last one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A dense decoder with gated feed-forward layers and grouped-query attention."""
+
+    family: str
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+    """Embedding and projection are one matrix."""
+
+    @property
+    def queries(self) -> int:
+        """Width of a token's queries in a layer."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of a token's keys in a layer, and of its values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def embedding(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def body(self) -> int:
+        """Parameters of the layers and the last norm."""
+        attention = 2 * self.hidden * (self.queries + self.keys)
+        if self.family == "qwen2":
+            attention += self.queries + 2 * self.keys  # biases
+        if self.family == "qwen3":
+            attention += 2 * self.head_dim  # norms of queries and keys
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.layers * layer + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.body + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters that a token is multiplied with: all but the embedding, which is looked up."""
+        return self.body + self.embedding
+
+    def kv_bytes(self, itemsize: int) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.layers * self.keys * itemsize
+
+
+def _known(sizes: str, *, family: str = "qwen2", tied: bool = False, head_dim: int = 128) -> Shape:
+    vocab, hidden, intermediate, layers, heads, kv_heads = map(int, sizes.split())
+    return Shape(
+        family=family, vocab=vocab, hidden=hidden, intermediate=intermediate, layers=layers, heads=heads,
+        kv_heads=kv_heads, head_dim=head_dim, tied=tied,
+    )  # fmt: skip
+
+
+_QWEN_1_5B = _known("151936 1536 8960 28 12 2", tied=True)
+_QWEN_7B = _known("152064 3584 18944 28 28 4")
+
+KNOWN = {
+    "Qwen/Qwen2.5-0.5B": _known("151936 896 4864 24 14 2", tied=True, head_dim=64),
+    "Qwen/Qwen2.5-1.5B": _QWEN_1_5B,
+    "Qwen/Qwen2.5-Math-1.5B": _QWEN_1_5B,
+    "Qwen/Qwen2.5-3B": _known("151936 2048 11008 36 16 2", tied=True),
+    "Qwen/Qwen2.5-7B": _QWEN_7B,
+    "Qwen/Qwen2.5-Math-7B": _QWEN_7B,
+    "Qwen/Qwen2.5-32B": _known("152064 5120 27648 64 40 8"),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _known("151936 1536 8960 28 12 2"),
+    "meta-llama/Llama-3.1-8B": _known("128256 4096 14336 32 32 8", family="llama"),
+    "allenai/Llama-3.1-Tulu-3-8B-DPO": _known("128264 4096 14336 32 32 8", family="llama"),
+}
+"""Vocabulary, hidden, intermediate, layers, heads and key-value heads by each hub id's config.json; the Instruct models
+of Qwen2.5 have their base model's."""
+
+
+def shape_of(path: str) -> Shape:
+    """The shape of the model at `path`, a folder or a hub id.
+
+    Raises UserError when neither is known, or the family is not one that is counted here.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return _read(folder / "config.json")
+    found = KNOWN.get(path.removesuffix("-Instruct"))
+    if found is None:
+        near = difflib.get_close_matches(path, KNOWN, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"model.path={path}: no folder with a config.json, and no model whose sizes are known here; give one of "
+            f"the same size, e.g. model.path={near}; known are {', '.join(KNOWN)}"
+        )
+    return found
+
+
+def _read(file: Path) -> Shape:
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        family = settings["model_type"]
+        if family not in FAMILIES:
+            raise UserError(f"{file}: model_type={family} is not planned; there are {', '.join(FAMILIES)}")
+        for name in ("attention_bias", "mlp_bias"):
+            if settings.get(name):
+                raise UserError(f"{file}: {name}=true is not planned: its parameters are not counted")
+        heads = settings["num_attention_heads"]
+        return Shape(
+            family=family,
+            vocab=settings["vocab_size"],
+            hidden=settings["hidden_size"],
+            intermediate=settings["intermediate_size"],
+            layers=settings["num_hidden_layers"],
+            heads=heads,
+            kv_heads=settings.get("num_key_value_heads") or heads,
+            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
+            tied=settings.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise UserError(f"{file} lacks {error.args[0]}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU of a server, by its data sheet."""
+
+    flops: float
+    """bfloat16 without sparsity, a second."""
+    memory: float
+    """Bytes, as the name says them (GB): what the card has beyond is left to CUDA, NCCL and fragments."""
+    bandwidth: float
+    """Bytes of memory read in a second."""
+    link: float
+    """Bytes a second to another GPU of the node, one way,"""
+    network: float = 50e9
+    """and to one of another node: a 400 Gbit/s port for each GPU, of the A100's servers 200."""
+
+
+GPUS = {
+    "a100-40": Gpu(flops=312e12, memory=40e9, bandwidth=1.555e12, link=300e9, network=25e9),
+    "a100-80": Gpu(flops=312e12, memory=80e9, bandwidth=2.039e12, link=300e9, network=25e9),
+    "a800": Gpu(flops=312e12, memory=80e9, bandwidth=2.039e12, link=200e9, network=25e9),
+    "l40s": Gpu(flops=362e12, memory=48e9, bandwidth=0.864e12, link=32e9, network=25e9),
+    "h100": Gpu(flops=989e12, memory=80e9, bandwidth=3.35e12, link=450e9),
+    "h800": Gpu(flops=989e12, memory=80e9, bandwidth=3.35e12, link=200e9),
+    "h200": Gpu(flops=989e12, memory=141e9, bandwidth=4.8e12, link=450e9),
+}
+"""SXM modules, the L40S a PCIe card, by NVIDIA's data sheets; docs/scale.md names each."""
+
+
+def gpu_of(name: str) -> Gpu:
+    """Raises UserError with the nearest names."""
+    if name not in GPUS:
+        near = [known for known in GPUS if known.startswith(name.lower())]
+        near = near or difflib.get_close_matches(name.lower(), GPUS, n=3, cutoff=0.4) or list(GPUS)
+        raise UserError(f"--gpu {name}: not known; did you mean {' or '.join(near)}?")
+    return GPUS[name]

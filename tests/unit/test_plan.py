@@ -1,0 +1,394 @@
+"""`grpo plan`: parameters against transformers, bytes by hand and against torch, hours against published runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from documented import RECIPES, ROOT
+
+from benchmarks import recipe_hours
+from grpo.cli import main
+from grpo.config import Config, load
+from grpo.plan import (
+    REST,
+    Lengths,
+    Parts,
+    activation_bytes,
+    exchange_bytes,
+    head_bytes,
+    layer_bytes,
+    learner_memory,
+    make_plan,
+    model_states,
+    pass_seconds,
+    sampler_memory,
+    sampling_seconds,
+)  # fmt: skip
+from grpo.shapes import GPUS, KNOWN, Shape, shape_of
+from grpo.types import UserError
+
+SMALL = Shape(
+    family="llama", vocab=100, hidden=8, intermediate=20, layers=2, heads=4, kv_heads=2, head_dim=4, tied=False
+)
+"""A layer: 8 x 16 queries, 8 x 8 keys, 8 x 8 values, 16 x 8 back; 3 x 8 x 20; two norms of 8."""
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_transformers(family: str, tied: bool, make_model: Callable[..., Path]) -> None:
+    folder = make_model(family, tie_word_embeddings=tied, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    shape = shape_of(str(folder))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    lookups = model.get_input_embeddings().weight.numel()
+    assert shape.multiplied == shape.parameters - (0 if tied else lookups)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-3B", 3_085_938_688),
+        ("Qwen/Qwen2.5-Math-7B", 7_615_616_512),
+        ("Qwen/Qwen2.5-32B", 32_763_876_352),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+    ],
+)
+def test_known_models_have_the_parameters_of_their_weights_on_the_hub(name: str, parameters: int) -> None:
+    assert shape_of(name).parameters == parameters
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_models_are_counted_as_transformers_counts_them(name: str) -> None:
+    shape = KNOWN[name]
+    config = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[shape.family](
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_small_shape_by_hand() -> None:
+    layer = 8 * 16 + 8 * 8 + 8 * 8 + 16 * 8 + 3 * 8 * 20 + 2 * 8
+    assert SMALL.parameters == 2 * layer + 8 + 2 * 800
+    assert SMALL.kv_bytes(2) == 2 * 2 * 8 * 2  # keys and values x layers x two heads of 4 x bytes
+
+
+def test_what_cannot_be_planned_is_said(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.path=models/Qwen2\.5-Math-7B-32k.*model\.path=Qwen/Qwen2\.5-Math-7B"):
+        shape_of("models/Qwen2.5-Math-7B-32k")
+    settings = json.loads((make_model("qwen2") / "config.json").read_text())
+    for change, words in (
+        ({"model_type": "mixtral"}, "model_type=mixtral is not planned"),
+        ({"attention_bias": True}, "attention_bias=true"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(UserError, match=words):
+            shape_of(str(tmp_path))
+    del settings["hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="lacks hidden_size"):
+        shape_of(str(tmp_path))
+
+
+# Of 1000 parameters, four ranks. bfloat16: 2 weights; gradients 2 + 4 whole at stage 1, 4 sharded above; 4 + 4 + 4
+# optimizer, sharded. float32 at stage 0: 4, 4 and 8 whole, no master copy.
+@pytest.mark.parametrize(
+    ("stage", "width", "weights", "gradients", "optimizer"),
+    [
+        (0, 4, 4000, 4000, 8000),
+        (1, 4, 4000, 4000, 3000),
+        (1, 2, 2000, 6000, 3000),
+        (2, 2, 2000, 1000, 3000),
+        (3, 2, 500, 1000, 3000),
+    ],
+)
+def test_zero_by_hand(stage: int, width: int, weights: float, gradients: float, optimizer: float) -> None:
+    device, host = model_states(1000, stage=stage, ranks=4, width=width)
+    assert [device[name] for name in ("weights", "gradients", "optimizer")] == [weights, gradients, optimizer]
+    assert not host
+
+
+def test_offload_by_hand() -> None:
+    """ZeRO 3 on four ranks with parameters in host memory: 500 of weights, 1000 of gradients, 3000 of optimizer."""
+    device, host = model_states(1000, stage=3, ranks=4, width=2, offload="parameters")
+    assert host == {"optimizer": 4000, "weights": 500}
+    assert device == {"reduce bucket": 1e9, "gathered weights": 2000}
+    device, host = model_states(1000, stage=2, ranks=4, width=2, moments=0, offload="optimizer")
+    assert host == {"optimizer": 2000}
+    assert device == {"weights": 2000, "reduce bucket": 1e9}
+
+
+def kept_by_torch(folder: Path, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that autograd keeps in the layers of a forward of `tokens`, each storage once, without the weights."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).model
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.numel() >= tokens * 64:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=torch.ones(1, tokens, dtype=torch.int64), use_cache=False)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_activations_are_what_torch_keeps(dtype: str, family: str, make_model: Callable[..., Path]) -> None:
+    """The difference of four layers and two, so that neither embedding nor head counts."""
+    width, tokens = {"float32": 4, "bfloat16": 2}[dtype], 128
+    found = []
+    for layers in (2, 4):
+        folder = make_model(
+            family, num_hidden_layers=layers, hidden_size=256, intermediate_size=512, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=256,
+        )  # fmt: skip
+        found.append(kept_by_torch(folder, getattr(torch, dtype), tokens))
+    expected = 2 * tokens * layer_bytes(shape_of(str(folder)), width)
+    assert (found[1] - found[0]) == pytest.approx(expected, rel=0.03)
+
+
+def test_checkpointing_keeps_a_row_of_hidden_a_layer_and_one_layer_whole() -> None:
+    """2 layers x 8 x 2 bytes, one layer, and 8 x (4 + 2 x 2) of the last norm, for ten tokens. A layer: two norms of 8
+    x (4 + 2 x 2); 2 x (16 + 8) x 2 of attention; 4 x 20 x 2."""
+    layer = 128 + 96 + 160
+    assert layer_bytes(SMALL, 2) == layer
+    assert activation_bytes(SMALL, 10, 2, checkpointing=True) == 10 * (2 * 16 + layer + 64)
+    assert activation_bytes(SMALL, 10, 2, checkpointing=False) == 10 * (2 * layer + 64)
+
+
+def test_logits_by_hand() -> None:
+    """Ten tokens of a vocabulary of 100 in bfloat16, all in one chunk: forward 1000 x 8 bytes; backward 1000 x (4 + 2),
+    the projection's gradient 800 x (4 + 2) and that of the hidden states 10 x 8 x 2."""
+    assert head_bytes(SMALL, 10, 2, float32_head=False, entropy=False) == 6000 + 4800 + 160
+    assert head_bytes(SMALL, 10, 2, float32_head=False, entropy=True) == 10_000 + 4800 + 160
+    wide = head_bytes(SMALL, 10, 2, float32_head=True, entropy=False)
+    assert wide == 8000 + 3200  # a forward: its chunk, and the float32 copy of the projection beside it
+    assert head_bytes(SMALL, 10**7, 4, float32_head=False, entropy=False) < 6e8 + 10**7 * 8 * 4 + 3200
+
+
+def test_seconds_by_hand() -> None:
+    """A GPU of 1e6 flops and 1e6 bytes a second. Forward of four rows of 10 + 10 tokens on two ranks: 2 x multiplied
+    + 2 x 2 layers x 16 x 20 flops a token, 40 tokens a rank, at 0.3 of the peak."""
+    gpu = dataclasses.replace(GPUS["h100"], flops=1e6, bandwidth=1e6)
+    lengths = Lengths(prompt=10, completion=10, longest=30)
+    multiplied = SMALL.parameters - 800
+    one = (2 * multiplied + 1280) * 40 / 0.3e6
+    assert pass_seconds(SMALL, gpu, lengths, rows=4, ranks=2, passes=3) == pytest.approx(3 * one)
+    # eight completions, four at once: 8 x 10 / 4 + 30 - 10 = 40 steps, each reading the weights, each token 15 others
+    steps, read = 40, 40 * 2 * multiplied + 80 * 15 * 64
+    expected = steps * 5e-3 + max(read / 0.6e6, 2 * multiplied * 80 / 0.3e6) + 2 * multiplied * 2 * 10 / 0.3e6
+    given = {"completions": 8, "prompts": 2, "max_num_seqs": 4}
+    assert sampling_seconds(SMALL, gpu, lengths, kv=1e9, **given) == pytest.approx(expected)
+    # a KV cache of two rows of 15 tokens x 64 bytes: two at once, 60 steps
+    slower = sampling_seconds(SMALL, gpu, lengths, kv=2 * 15 * 64, **given)
+    assert slower - expected >= 20 * 5e-3
+
+
+def test_exchange_by_hand() -> None:
+    """Four ranks: three quarters of each. ZeRO 3 gathers the weights twice and reduces once, a microbatch."""
+    p = SMALL.parameters * 0.75
+    how = {"ranks": 4, "width": 2, "microbatches": 5, "updates": 2}
+    assert exchange_bytes(SMALL, stage=3, **how) == p * 3 * 2 * 5
+    assert exchange_bytes(SMALL, stage=2, **how) == p * (2 * 5 + 2 * 2)
+    assert exchange_bytes(SMALL, stage=1, **how) == p * (2 * 4 * 2 + 2 * 2)
+    assert exchange_bytes(SMALL, stage=1, **(how | {"ranks": 1})) == 0
+
+
+def config_of(name: str, *overrides: str) -> Config:
+    model = recipe_hours.ASSUMED[name].model
+    return load(RECIPES[name], [*overrides, *([f"model.path={model}"] if model else [])])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_its_gpus_on_paper(name: str) -> None:
+    config, (count, gpu) = config_of(name), recipe_hours.gpus_of(RECIPES[name])
+    assumed = recipe_hours.ASSUMED[name]
+    lengths = Lengths(prompt=assumed.prompt, completion=assumed.completion, longest=config.sampling.max_tokens)
+    shape = shape_of(config.model.path)
+    found = make_plan(config, shape, GPUS[recipe_hours.NAMES[gpu]], lengths, nodes=-(-count // 8), gpus_per_node=8)
+    assert found.problems == ()
+    assert found.gpus == count
+    assert 0.1 < found.hours < 500
+
+
+def total(parts: Parts) -> float:
+    return sum(parts.values())
+
+
+def test_memory_grows_with_tokens_and_falls_with_the_stage() -> None:
+    shape = KNOWN["Qwen/Qwen2.5-Math-7B"]
+
+    def taken(*overrides: str) -> float:
+        return total(learner_memory(config_of("math_drgrpo_7b", *overrides), shape)[0])
+
+    assert taken() < taken("learner.tokens_per_microbatch=32768") < taken("learner.tokens_per_microbatch=65536")
+    assert taken() < taken("learner.gradient_checkpointing=false")
+    stages = [taken(f"learner.zero_stage={stage}", "cluster.learner_ranks=8") for stage in (3, 2, 1)]
+    assert stages == sorted(stages)
+    assert taken("learner.offload=optimizer") < taken()
+    with_reference = taken("algorithm.kl_coef=0.001")
+    assert with_reference - taken() == pytest.approx(2 * shape.parameters)
+    assert taken("algorithm.kl_coef=0.001", "learner.reference_offload=true") == taken()
+    assert taken("algorithm.advantage=gae") > 1.5 * taken()
+
+
+def test_a_kv_cache_takes_what_its_share_leaves() -> None:
+    config, shape = config_of("math_drgrpo_7b"), KNOWN["Qwen/Qwen2.5-Math-7B"]
+    parts = sampler_memory(config, shape, 80e9)
+    assert total(parts) - parts["transfer"] == pytest.approx(0.9 * 80e9)
+    fixed = sampler_memory(config_of("math_drgrpo_7b", "sampler.kv_cache_gib=3"), shape, 80e9)
+    assert fixed["KV cache"] == 3 * 2**30
+    assert sampler_memory(config, shape, 10e9)["KV cache"] == 0
+
+
+# The settings are the sources' own; what they do not give is assumed. Constants are the plan's, for all alike.
+
+
+@pytest.mark.parametrize(
+    ("run", "published"),
+    [
+        # understand-r1-zero, README and examples/qwen2.5-math-7b.sh: 8 A100 that sample and train in turn, 128 prompts
+        # x 8, checkpointing, 1560 greedy completions every 16 steps, vLLM with 35 % of the memory. Assumed: 500 steps
+        # (a reader in its issue 19), completions of 900 tokens, a pass of old logprobs.
+        (("Qwen/Qwen2.5-Math-7B", "a100-80", 8, 1024, 5, 500, (900, 3000), 0.35 * 80e9 - 15.2e9, 32, 1560), 27),
+        # simpleRL-reason, train_grpo_math_tune_ray.sh and README: 16 H100 in turn, 1024 prompts x 8, four minibatches,
+        # a reference, evaluation every 5 steps. Assumed: completions of 1000 tokens, checkpointing.
+        (("Qwen/Qwen2.5-7B", "h100", 16, 8192, 6, 100, (1000, 8192), 30e9, 21, 3766), 15),
+    ],
+)
+def test_published_hours(run: tuple[Any, ...], published: float) -> None:
+    """`run`: model, GPU and how many, rollouts and passes of a step, steps, lengths, KV cache, evaluations and the
+    completions of each."""
+    model, gpu_name, gpus, rows, passes, steps, (completion, longest), kv, evaluations, evaluated = run
+    shape, gpu = KNOWN[model], GPUS[gpu_name]
+    lengths = Lengths(prompt=120, completion=completion, longest=longest)
+
+    def sampling(completions: float, prompts: float) -> float:
+        return sampling_seconds(
+            shape, gpu, lengths, completions=completions / gpus, prompts=prompts / gpus, kv=kv, max_num_seqs=256
+        )
+
+    step = sampling(rows, rows / 8) + pass_seconds(shape, gpu, lengths, rows=rows, ranks=gpus, passes=passes)
+    hours = REST * (steps * step + evaluations * sampling(evaluated, evaluated)) / 3600
+    print(f"{model}: {hours:.1f} h, published {published}")
+    assert published / 1.5 < hours < published * 1.5
+
+
+def test_published_minutes_of_areal() -> None:
+    """AReaL examples/math/gsm8k_grpo.yaml and README.md: about 35 minutes on 8 H800, of which 4 sample without a pause
+    while 4 train (staleness 2): 256 prompts x 4, up to 1024 tokens, checkpointing, old logprobs; 10 epochs of 7473 rows
+    are 290 steps. Assumed: completions of 250 tokens."""
+    shape, gpu = KNOWN["Qwen/Qwen2.5-1.5B"], GPUS["h800"]
+    lengths = Lengths(prompt=120, completion=250, longest=1024)
+    sampling = sampling_seconds(
+        shape, gpu, lengths, completions=256, prompts=64, kv=60e9, max_num_seqs=256, until_all_end=False
+    )
+    learning = pass_seconds(shape, gpu, lengths, rows=1024, ranks=4, passes=5)
+    minutes = REST * 290 * max(sampling, learning) / 60
+    assert 35 / 1.5 < minutes < 35 * 1.5
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes" / "math_drgrpo_7b.yaml")
+    assert main(["plan", recipe, "--gpu", "a100-80", "--completion-tokens", "900"]) == 0
+    out = capsys.readouterr().out
+    for words in ("8 of 1 x 8 a100-80", "7.62 B parameters", "completions of 900", "500 steps", "fits "):
+        assert words in out, words
+    assert main(["plan", recipe, "--gpu", "h100", "--nodes", "2", "cluster.samplers=16"]) == 2
+    assert "20 GPUs are asked for and there are 16" in capsys.readouterr().out
+    assert main(["plan", recipe, "--gpu", "a100-40"]) == 2
+    out = capsys.readouterr().out
+    assert "a learner rank takes" in out
+    assert "learner.zero_stage=3, learner.offload=optimizer" in out
+    for arguments, words in (
+        (["--gpu", "a100"], "did you mean a100-40 or a100-80?"),
+        (["--gpu", "h100", "--nodes", "0"], "--nodes must be at least 1, not 0"),
+        (["--gpu", "h100", "--completion-tokens", "4000"], "between 1 and sampling.max_tokens=3000"),
+        (["--gpu", "h100", "model.path=Qwen/Qwen3-9B"], "model.path=Qwen/Qwen3-9B: no folder"),
+    ):
+        assert main(["plan", recipe, *arguments]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["plan", str(ROOT / "recipes" / "arithmetic_cpu.yaml"), "--gpu", "h100"]) == 2
+    assert "runs on CPUs" in capsys.readouterr().err
+
+
+def test_a_step_has_the_parts_that_the_options_ask_for() -> None:
+    shape, lengths = KNOWN["Qwen/Qwen2.5-Math-7B"], Lengths(prompt=120, completion=900, longest=3000)
+
+    def seconds(*overrides: str, rounds: float = 1) -> Parts:
+        config = config_of("math_drgrpo_7b", *overrides)
+        plan = make_plan(config, shape, GPUS["a100-80"], lengths, nodes=1, gpus_per_node=8, rounds=rounds)
+        assert plan.hours == pytest.approx(config.run.steps * sum(plan.seconds.values()) / 3600)
+        return plan.seconds
+
+    plain = seconds()
+    one_pass = plain["old logprobs"]  # eight minibatches
+    assert plain["update"] == pytest.approx(4 * one_pass)  # forward, backward and the forward again of checkpointing
+    assert plain["reference"] == plain["values"] == plain["host optimizer"] == 0
+    assert plain["rest"] == pytest.approx(0.2 * (sum(plain.values()) - plain["rest"]))
+    assert plain["sync"] == pytest.approx(2 * shape.parameters / (0.7 * 300e9))
+    assert seconds("algorithm.minibatches_per_step=1")["old logprobs"] == 0
+    assert seconds("algorithm.kl_coef=0.01")["reference"] == pytest.approx(one_pass)
+    assert seconds("algorithm.advantage=gae")["update"] == pytest.approx(8 * one_pass)
+    assert seconds("algorithm.epochs_per_step=2")["update"] == pytest.approx(8 * one_pass)
+    assert seconds(rounds=2)["sampling"] == pytest.approx(2 * plain["sampling"])
+    assert seconds("sampler.enforce_eager=true")["sampling"] > plain["sampling"] + 2100 * 28 * 0.5e-3
+    # twice 12 P / 4 in host memory and 4 P / 4 of gradients, eight times, at 50e9 a second
+    offloaded = seconds("learner.offload=optimizer")["host optimizer"]
+    assert offloaded == pytest.approx(8 * 2 * 4 * shape.parameters / 50e9)
+    assert seconds("cluster.learner_ranks=5")["sync"] == pytest.approx(2 * shape.parameters / (0.7 * 25e9))  # nine GPUs
+
+
+def test_one_gpu_that_both_share_and_a_cache_without_room(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES["gsm8k_qwen2.5_0.5b"])
+    assert main(["plan", recipe, "--gpu", "h100"]) == 0
+    assert "1 samplers, 1 learner ranks, colocated" in capsys.readouterr().out
+    assert main(["plan", recipe, "--gpu", "h100", "sampler.gpu_memory_utilization=0.9"]) == 2
+    assert "with its sampler: change, in this order, learner.gradient_checkpointing=true" in capsys.readouterr().out
+    # in turns each has it whole, and 0.5 B parameters of 14 bytes cross to host memory and back
+    assert main(["plan", recipe, "--gpu", "h100", "sampler.gpu_memory_utilization=0.9", "cluster.sleep=true"]) == 0
+    assert "colocated, in turns" in capsys.readouterr().out
+    alone = ["cluster.samplers=64", "cluster.tensor_parallel=1"]  # 65 GB of weights on one GPU
+    assert main(["plan", str(RECIPES["dapo_32b"]), "--gpu", "h100", "--nodes", "16", *alone]) == 2
+    assert "a sampler's KV cache has" in capsys.readouterr().out
+
+
+def test_a_sampler_over_four_gpus() -> None:
+    """A quarter of the weights on each; the cache of all four holds the completions."""
+    shape = shape_of("Qwen/Qwen2.5-32B")
+    split = sampler_memory(config_of("dapo_32b"), shape, 80e9)
+    whole = sampler_memory(config_of("dapo_32b", "cluster.samplers=64", "cluster.tensor_parallel=1"), shape, 80e9)
+    assert split["weights"] == whole["weights"] / 4 == 2 * shape.parameters / 4
+    assert split["forward"] < whole["forward"]
+    lengths = Lengths(prompt=150, completion=5000, longest=20480)
+    plan = make_plan(config_of("dapo_32b"), shape, GPUS["h100"], lengths, nodes=16, gpus_per_node=8)
+    assert plan.at_once == pytest.approx(4 * split["KV cache"] / (5150 * shape.kv_bytes(2)))
+    assert plan.seconds["taking turns"] == 0
+
+
+def test_engines_that_take_turns_move_the_learner_s_states_twice() -> None:
+    shape = shape_of("Qwen/Qwen2.5-0.5B-Instruct")
+    lengths = Lengths(prompt=100, completion=300, longest=1024)
+    config = config_of("gsm8k_qwen2.5_0.5b", "cluster.sleep=true", "algorithm.kl_coef=0", "learner.zero_stage=2")
+    plan = make_plan(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
+    assert plan.seconds["taking turns"] == pytest.approx(2 * (2 + 4 + 12) * shape.parameters / 25e9)
+    assert plan.seconds["sync"] == 0  # they are where they are read
