@@ -92,8 +92,31 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--step", type=int, help="the evaluations after this step (each run's last)")
     command = commands.add_parser("replay", help="compute an update again that was not finite, and say where it began")
     command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
+    add_job_commands(commands)
     commands.add_parser("options", help="print every option with its default")
     return parser
+
+
+def add_job_commands(commands: Any) -> None:
+    """Of runs on a cluster: docs/cluster.md."""
+    words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
+    command = commands.add_parser("submit", help=words, description=words)
+    command.add_argument("recipe", help="a YAML file, see recipes/")
+    command.add_argument("overrides", nargs="*", metavar="section.option=value", help="and resume=, allow=")
+    command.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
+    )
+    command.add_argument("--no-follow", action="store_true", help="end when the job has been handed over")
+    every = [command]
+    for name, words in (
+        ("status", "how a job is doing"),
+        ("logs", "print what a job prints, to its end; the exit code is the job's"),
+        ("stop", "let a job finish its step, save and end, and wait for it"),
+    ):
+        every.append(commands.add_parser(name, help=words, description=words))
+        every[-1].add_argument("job", help="as grpo submit has named it")
+    for command in every:
+        command.add_argument("--address", required=True, metavar="http://HEAD:8265", help="the head's job server")
 
 
 def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -113,12 +136,23 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         return DONE
     if parsed.command == "eval":
         return eval_command(parsed, overrides)
+    if parsed.command in ("status", "logs", "stop"):
+        from grpo import submitting  # noqa: PLC0415 - transformers takes seconds to import
+
+        command = {"status": submitting.status, "logs": submitting.follow, "stop": submitting.stop}[parsed.command]
+        return command(parsed.job, parsed.address)
     asked, overrides = apart(overrides)
     config = config_module.load(parsed.recipe, overrides)
     if parsed.command == "check":
         if asked:
             raise UserError(f"{next(iter(asked))}= is for grpo train")
         return check_command(config, Path(parsed.recipe))
+    if parsed.command == "submit":
+        from grpo import submitting  # noqa: PLC0415
+
+        return submitting.submit(
+            config, Path(parsed.recipe), asked, address=parsed.address, env=parsed.env, following=not parsed.no_follow
+        )
     return train_command(config, Path(parsed.recipe), asked)
 
 
