@@ -106,7 +106,13 @@ def add_job_commands(commands: Any) -> None:
     command.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
     )
-    command.add_argument("--no-follow", action="store_true", help="end when the job has been handed over")
+    then = command.add_mutually_exclusive_group()
+    words = "end when the job has been handed over"
+    then.add_argument("--no-follow", dest="then", action="store_const", const="end", default="follow", help=words)
+    words = "let Ctrl-C, SIGTERM and SIGUSR1 stop the job, as grpo stop does, not only the following"
+    then.add_argument(
+        "--stop-on-signal", dest="then", action="store_const", const="follow, stop on signals", help=words
+    )
     every = [command]
     for name, words in (
         ("status", "how a job is doing"),
@@ -137,7 +143,7 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     if parsed.command == "eval":
         return eval_command(parsed, overrides)
     if parsed.command in ("status", "logs", "stop"):
-        from grpo import submitting  # noqa: PLC0415 - transformers takes seconds to import
+        from grpo import submitting  # noqa: PLC0415
 
         command = {"status": submitting.status, "logs": submitting.follow, "stop": submitting.stop}[parsed.command]
         return command(parsed.job, parsed.address)
@@ -151,7 +157,7 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         from grpo import submitting  # noqa: PLC0415
 
         return submitting.submit(
-            config, Path(parsed.recipe), asked, address=parsed.address, env=parsed.env, following=not parsed.no_follow
+            config, Path(parsed.recipe), asked, address=parsed.address, env=parsed.env, then=parsed.then
         )
     return train_command(config, Path(parsed.recipe), asked)
 
@@ -198,6 +204,7 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     config = check.resolve_paths(config)
     with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+        interrupt_early()  # a cluster that was joined has put Ray's handlers in the place of ours
         plan = check.check_evaluation(config, recipe or Path("command line"), Path(log_dir))
     key = evaluating.key_of(plan, check.model_fingerprint(config.model.path))
     folder = evaluating.folder_of(parsed.out.expanduser().resolve(), evaluating.name_of(model), key)

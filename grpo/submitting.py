@@ -18,11 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from grpo import __version__, packing
+from grpo import __version__
 from grpo.config import Config
+from grpo.stopping import interrupt_early
 from grpo.types import DONE, OURS, UserError
 
 NOT_FOLLOWED = 130
@@ -34,15 +35,21 @@ POLL_S = 0.5
 TAKING_DOWN_S = 60
 """What a stopped run may take beyond `run.grace_s` before Ray kills it."""
 LAST_LINE = "grpo: exit code "
+Then = Literal["end", "follow", "follow, stop on signals"]
+"""What the submitting side does once the job is handed over."""
 
 
 def submit(
-    config: Config, recipe: Path, asked: Mapping[str, str], *, address: str, env: Sequence[str], following: bool
+    config: Config, recipe: Path, asked: Mapping[str, str], *, address: str, env: Sequence[str], then: Then
 ) -> int:
     """Pack, upload and start. Returns the job's exit code when it is followed to its end.
 
     `asked`: `resume` and `allow`, where they are given. `env`: NAME=VALUE, or NAME for this environment's value.
     """
+    from grpo import packing  # noqa: PLC0415 - transformers takes seconds to import
+
+    if then == "follow, stop on signals":
+        interrupt_early()
     variables = parse_env(env)
     variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(int(config.run.grace_s) + TAKING_DOWN_S))
     with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
@@ -55,7 +62,7 @@ def submit(
             )
     names = ", ".join(text.partition("=")[0] for text in env)
     print(f"submitted  {job}: {size / packing.MIB:.2f} MiB" + (f", with {names}" if names else ""), flush=True)
-    return follow(job, address) if following else DONE
+    return DONE if then == "end" else follow(job, address, stop_on_signal=then == "follow, stop on signals")
 
 
 def parse_env(texts: Sequence[str]) -> dict[str, str]:
@@ -85,13 +92,14 @@ def answers(address: str) -> Iterator[Any]:
     """
     place = urlsplit(address)
     try:
-        port = place.port or {"http": 80, "https": 443}[place.scheme]
-        if not place.hostname:
-            raise ValueError
+        usual = {"http": 80, "https": 443}[place.scheme]
+        host, port = place.hostname, place.port or usual
     except (KeyError, ValueError):
-        raise UserError(f"--address {address} is not of the form http://HEAD:8265") from None
+        host = None
+    if host is None:
+        raise UserError(f"--address {address} is not of the form http://HEAD:8265")
     try:
-        socket.create_connection((place.hostname, port), timeout=CONNECT_S).close()
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
     except OSError as error:
         raise UserError(f"--address {address}: nothing answers there ({error})") from error
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take them in the place of `address`
@@ -114,36 +122,39 @@ def answers(address: str) -> Iterator[Any]:
         raise UserError(f"--address {address}: {' '.join(str(error).split())[:300]}") from error
 
 
-def follow(job: str, address: str) -> int:
-    """Print what the job prints until it ends; returns its exit code, or NOT_FOLLOWED after Ctrl-C."""
+def follow(job: str, address: str, *, stop_on_signal: bool = False) -> int:
+    """Print what the job prints until it ends; returns its exit code, or NOT_FOLLOWED after Ctrl-C.
+
+    `stop_on_signal`: the first signal is the job's, and it is followed to its end.
+    """
     shown, lost = 0, None
-    try:
-        while True:
-            seen = 0
-            try:
-                with answers(address) as client:
-                    client.get_job_info(job)  # says it well where there is no such job
-                    for text in printed(client, job):
-                        print(text[max(0, shown - seen) :], end="", flush=True)
-                        seen += len(text)
-                        shown, lost = max(shown, seen), None
-                    return wait(client, job)
-            except UserError as error:
-                lost = lost or time.monotonic()
-                if not shown:
-                    raise
-                if time.monotonic() - lost > RECONNECT_S:
-                    print(f"grpo: {error}; the job may go on: {again(job, address)}")
-                    return OURS
-                time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        print(f"\ngrpo: not followed any more; the job goes on. {again(job, address)}")
-        return NOT_FOLLOWED
-
-
-def again(job: str, address: str) -> str:
-    """What can be done about a job that is not followed."""
-    return f"Follow it: grpo logs {job} --address {address}; stop it: grpo stop {job} --address {address}"
+    hint = f"Follow it: grpo logs {job} --address {address}; stop it: grpo stop {job} --address {address}"
+    while True:
+        seen = 0
+        try:
+            with answers(address) as client:
+                client.get_job_info(job)  # says it well where there is no such job
+                for text in printed(client, job):
+                    print(text[max(0, shown - seen) :], end="", flush=True)
+                    seen += len(text)
+                    shown, lost = max(shown, seen), None
+                return wait(client, job)
+        except UserError as error:
+            if not shown:
+                raise
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > RECONNECT_S:
+                print(f"grpo: {error}; the job may go on. {hint}")
+                return OURS
+            time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            if not stop_on_signal:
+                print(f"\ngrpo: not followed any more; the job goes on. {hint}")
+                return NOT_FOLLOWED
+            stop_on_signal = False
+            with answers(address) as client:
+                client.stop_job(job)
+            print("grpo: the job is asked to finish its step, save and end", flush=True)
 
 
 def printed(client: Any, job: str) -> Iterator[str]:
@@ -202,6 +213,6 @@ def stop(job: str, address: str) -> int:
             print(f"grpo: {job} has ended before")
         else:
             client.stop_job(job)
-            print(f"grpo: {job} finishes its step and saves", flush=True)
+            print(f"grpo: {job} is asked to finish its step, save and end", flush=True)
             wait(client, job)
     return status(job, address)
