@@ -6,7 +6,7 @@ set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: launch/local.sh RECIPE [section.option=value ...]" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ -d "$root/.venv" ] && PATH=$root/.venv/bin:$PATH
-export PATH RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+export PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 port=$(free_port) dashboard=$(free_port)

@@ -8,7 +8,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 usage() { echo "usage: launch/ray_cluster.sh head|worker HEAD:PORT [options of ray start]" >&2; exit 2; }
 [ -d "$root/.venv" ] && PATH=$root/.venv/bin:$PATH # jobs run the `python` of this PATH
-export PATH RAY_AUTH_MODE=token
+export PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}" ]; then
   echo "there is no token: make one with ray get-auth-token --generate, and copy ~/.ray/auth_token to every node" >&2
   exit 2
