@@ -132,7 +132,7 @@ def test_at_the_time_limit_the_run_is_saved_and_the_job_requeued(
     (run / "checkpoints" / "step-000001").mkdir(parents=True)
     (run / "config.yaml").write_text("")
     submitted = said(
-        ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--time=2", "--signal=B:USR1@60",
+        ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--time=3", "--signal=B:USR1@90",
          f"--chdir={recipe.parent}", f"--output={out}", str(ROOT / "launch" / "slurm.sbatch"), str(recipe)],
         slurm,
     )  # fmt: skip
@@ -145,10 +145,8 @@ def test_at_the_time_limit_the_run_is_saved_and_the_job_requeued(
     first = out.read_text()
     assert "grpo: exit code 75" in first
     assert f"go on with resume={run}" in first
-    said(["scontrol", "update", f"jobid={submitted}", "starttime=now"], slurm)  # Slurm lets two minutes pass
-    print(said(["scontrol", "show", "job", submitted], slurm), flush=True)
-    time.sleep(5)
-    print(said(["scontrol", "show", "job", submitted], slurm), said(["sinfo"], slurm), flush=True)
+    until(lambda: of_job(submitted, slurm)["JobState"] == "PENDING", "the nodes to be free", 100)
+    said(["scontrol", "update", f"jobid={submitted}", "starttime=now"], slurm)  # else two minutes pass
     until(lambda: of_job(submitted, slurm)["JobState"] == "COMPLETED", "the job to end", 200)
     assert of_job(submitted, slurm)["ExitCode"] == "0:0"
     second = out.read_text().removeprefix(first)
