@@ -104,8 +104,37 @@ def make_parser() -> argparse.ArgumentParser:
         "--completion-tokens", type=float, metavar="N", help="mean completion over the run (sampling.max_tokens / 3)"
     )
     command.epilog = "Exit code 0 when it fits, 2 when not. What is reckoned, and how far off it is: docs/scale.md"
+    add_job_commands(commands)
     commands.add_parser("options", help="print every option with its default")
     return parser
+
+
+def add_job_commands(commands: Any) -> None:
+    """Of runs on a cluster: docs/cluster.md."""
+    words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
+    command = commands.add_parser("submit", help=words, description=words)
+    command.add_argument("recipe", help="a YAML file, see recipes/")
+    command.add_argument("overrides", nargs="*", metavar="section.option=value", help="and resume=, allow=")
+    command.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
+    )
+    then = command.add_mutually_exclusive_group()
+    words = "end when the job has been handed over"
+    then.add_argument("--no-follow", dest="then", action="store_const", const="end", default="follow", help=words)
+    words = "let Ctrl-C, SIGTERM and SIGUSR1 stop the job, as grpo stop does, not only the following"
+    then.add_argument(
+        "--stop-on-signal", dest="then", action="store_const", const="follow, stop on signals", help=words
+    )
+    every = [command]
+    for name, words in (
+        ("status", "how a job is doing"),
+        ("logs", "print what a job prints, to its end; the exit code is the job's"),
+        ("stop", "let a job finish its step, save and end, and wait for it"),
+    ):
+        every.append(commands.add_parser(name, help=words, description=words))
+        every[-1].add_argument("job", help="as grpo submit has named it")
+    for command in every:
+        command.add_argument("--address", required=True, metavar="http://HEAD:8265", help="the head's job server")
 
 
 def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -127,12 +156,23 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         return eval_command(parsed, overrides)
     if parsed.command == "plan":
         return plan_command(parsed, overrides)
+    if parsed.command in ("status", "logs", "stop"):
+        from grpo import submitting  # noqa: PLC0415
+
+        command = {"status": submitting.status, "logs": submitting.follow, "stop": submitting.stop}[parsed.command]
+        return command(parsed.job, parsed.address)
     asked, overrides = apart(overrides)
     config = config_module.load(parsed.recipe, overrides)
     if parsed.command == "check":
         if asked:
             raise UserError(f"{next(iter(asked))}= is for grpo train")
         return check_command(config, Path(parsed.recipe))
+    if parsed.command == "submit":
+        from grpo import submitting  # noqa: PLC0415
+
+        return submitting.submit(
+            config, Path(parsed.recipe), asked, address=parsed.address, env=parsed.env, then=parsed.then
+        )
     return train_command(config, Path(parsed.recipe), asked)
 
 
@@ -190,6 +230,7 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     config = check.resolve_paths(config)
     with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+        interrupt_early()  # a cluster that was joined has put Ray's handlers in the place of ours
         plan = check.check_evaluation(config, recipe or Path("command line"), Path(log_dir))
     key = evaluating.key_of(plan, check.model_fingerprint(config.model.path))
     folder = evaluating.folder_of(parsed.out.expanduser().resolve(), evaluating.name_of(model), key)

@@ -45,6 +45,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
         run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
     try:
         with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+            interrupt_early()  # a cluster that was joined has put Ray's handlers in the place of ours
             plan = check.check(config, recipe, Path(log_dir), say=tell)
         resumed = resuming.prepare(origin, plan, allowed)
     except KeyboardInterrupt:

@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 PR_SET_PDEATHSIG = 1
@@ -80,6 +81,9 @@ def main(fd: int, parent: int, memory_bytes: int) -> None:
         (resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_CORE, 0),
     ):  # fmt: skip
         resource.setrlimit(limit, (value, value))
+    # Ray sends SIGTERM to every process below a job that it stops, while the step under way is still to be scored
+    signal.signal(signal.SIGTERM, go_on)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     sys.path.append(os.getcwd())  # reward files may import what lies there, but nothing there hides a module
     os.set_inheritable(fd, False)  # a process that a reward function starts must not keep the socket open
     stream = os.fdopen(fd, "rb", closefd=False)
@@ -97,6 +101,10 @@ def main(fd: int, parent: int, memory_bytes: int) -> None:
             if os.getpid() != own:  # a copy that the function has forked: only one may answer
                 os._exit(0)
             send(fd, {"results": results} | ({"changed": name} if (name := surroundings.changed()) else {}))
+
+
+def go_on(number: int, frame: FrameType | None) -> None:
+    """The handler of a signal that is the driver's to answer."""
 
 
 def receive(stream: BinaryIO) -> bytes:

@@ -178,6 +178,24 @@ def test_a_sum_beyond_floats_is_not_finite(write: Write, tmp_path: Path) -> None
     assert values(scored(write(EVALUATE, weight=10.0), tmp_path, ["1e308", "1e307"])) == ["not_finite", 1e308]
 
 
+def test_sigterm_is_the_drivers_to_answer_and_ends_what_a_function_has_forked(write: Write, tmp_path: Path) -> None:
+    """Ray sends it to every process below a job that is stopped, also to a worker in the middle of a call."""
+    reward = write(
+        """
+        import os, signal, time
+        def f(completion, row):
+            os.kill(os.getpid(), signal.SIGTERM)
+            child = os.fork()
+            if not child:
+                time.sleep(600)
+            time.sleep(0.1)
+            os.kill(child, signal.SIGTERM)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        """
+    )
+    assert values(scored(reward, tmp_path, ["a", "b"])) == [-15.0, -15.0]
+
+
 # --- what a function is given ----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,145 @@
+"""What travels with a submitted run: this package, the recipe with its options resolved, the reward files it names and
+the modules beside them that they import. Never the working directory, the data or the model."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.machinery
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from grpo import check, config, data
+from grpo.config import Config
+from grpo.rewards.pool import locate
+from grpo.types import UserError
+
+MIB = 2**20
+LIMIT_MIB = 10
+"""What all files together may have before they are compressed."""
+PACKAGE = Path(__file__).parent
+
+
+def pack(options: Config, recipe: Path, folder: Path, resume: str | None = None) -> int:
+    """Write what travels into `folder`, which becomes the job's working directory; returns its bytes.
+
+    The recipe keeps its name there: a run is called after it, and `resume=auto` finds the run by it.
+
+    Raises UserError when the recipe needs something that does not travel, or when it is too much.
+    """
+    refuse_local(options, resume)
+    check.refuse_secrets(options)
+    own = {file.relative_to(PACKAGE.parent): file for file in (*modules(PACKAGE), PACKAGE / "py.typed")}
+    options, files = rewards(options, recipe, own)
+    text = config.dump(options)
+    sizes = {source: source.stat().st_size for source in files.values()}
+    total = sum(sizes.values()) + len(text.encode())
+    if total > LIMIT_MIB * MIB:
+        largest = max(sizes, key=lambda source: sizes[source])
+        raise UserError(
+            f"{total / MIB:.1f} MiB would travel, and the limit is {LIMIT_MIB}: the largest file is {largest} "
+            f"({sizes[largest] / MIB:.1f} MiB), which a reward imports; put it where every node can import it"
+        )
+    for place, source in files.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / place)
+    (folder / recipe.name).write_text(text, encoding="utf-8")
+    return total
+
+
+def refuse_local(options: Config, resume: str | None) -> None:
+    """Raises UserError naming an option whose value means something on this machine only."""
+    if options.cluster.address is not None:
+        raise UserError(
+            f"cluster.address={options.cluster.address}: a submitted run joins the cluster of --address; leave it out"
+        )
+    named = {"model.path": options.model.path}
+    if options.critic.path is not None:
+        named["critic.path"] = options.critic.path
+    for option, sets in (("data.train", options.data.train), ("data.eval.sets", options.data.eval.sets)):
+        named |= {f"{option}[{i}].path": one.path for i, one in enumerate(sets)}
+    for option, value in named.items():
+        bare = Path(value.rpartition(":")[0] or value)  # FOLDER:config
+        if not os.path.isabs(value) and (data.is_path(value) or Path(value).exists() or bare.exists()):
+            raise UserError(
+                f"{option}={value} does not travel with the job: put it where every node sees it and give its whole "
+                f"path (here it is {os.path.abspath(os.path.expanduser(value))}), or a hub id"
+            )
+    if not os.path.isabs(options.run.dir):
+        raise UserError(
+            f"run.dir={options.run.dir} would be a folder of the job's own, which is removed after it: give the whole "
+            "path of one that every node sees"
+        )
+    if resume not in (None, "auto") and not os.path.isabs(resume or ""):
+        raise UserError(f"resume={resume}: give auto, or the whole path of a folder that every node sees")
+
+
+def rewards(options: Config, recipe: Path, files: Mapping[Path, Path]) -> tuple[Config, dict[Path, Path]]:
+    """The config with its reward files as the job finds them, and place in the job -> file: `files`, and what the
+    rewards need.
+
+    A relative path stays what it is, so that the options are the same wherever the run goes on.
+
+    Raises UserError when two files would have one place.
+    """
+    found, changed = dict(files), []
+    for i, (reward, file) in enumerate(zip(options.rewards, locate(options.rewards, recipe), strict=True)):
+        place = Path(reward.file)
+        if place.is_absolute() or ".." in place.parts or place.parts[0].startswith("~"):
+            place = Path("rewards", str(i), file.name)
+        changed.append(dataclasses.replace(reward, file=str(place)))
+        for target, source in {place: file, **imported(file, place.parent)}.items():
+            if found.setdefault(target, source).read_bytes() != source.read_bytes():
+                raise UserError(f"rewards[{i}].file={reward.file}: {source} and {found[target]} would both be {target}")
+    return dataclasses.replace(options, rewards=changed), found
+
+
+def imported(file: Path, place: Path) -> dict[Path, Path]:
+    """Place in the job -> file of the modules and packages that `file` imports, and of what those import. They are
+    looked for as a reward worker does: beside the file (then they are in `place`), and where nothing that is installed
+    has the name, in the working directory."""
+    own, here = file.parent.resolve(), Path.cwd()
+    found: dict[Path, Path] = {}
+    todo = [file]
+    while todo:
+        for name in set(top_names(todo.pop())) - {PACKAGE.name}:  # which travels anyway
+            folder, target = own, place
+            sources = modules_of(own, name)
+            if not sources and not installed(name):
+                folder, target, sources = here, Path(), modules_of(here, name)
+            new = {target / source.relative_to(folder): source for source in sources}
+            todo += [source for at, source in new.items() if at not in found]
+            found |= new
+    return found
+
+
+def top_names(file: Path) -> Iterator[str]:
+    """The first part of every module's name that a source file imports."""
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{file} is no Python that can be read: {error}") from error
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            names = [node.module]
+        yield from (name.partition(".")[0] for name in names)
+
+
+def modules_of(folder: Path, name: str) -> Sequence[Path]:
+    """The source files of the package or the module `name` in `folder`; none where there is no such."""
+    return modules(folder / name) or [path for path in [folder / f"{name}.py"] if path.is_file()]
+
+
+def modules(folder: Path) -> Sequence[Path]:
+    """Every source file of a package."""
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def installed(name: str) -> bool:
+    """Whether a module of this name is found without the working directory."""
+    places = [place for place in sys.path if Path(place or ".").resolve() != Path.cwd()]
+    return name in sys.builtin_module_names or importlib.machinery.PathFinder.find_spec(name, places) is not None

@@ -1,0 +1,218 @@
+"""`grpo submit`, `status`, `logs` and `stop`: a run as a job of a Ray cluster, through Ray's job server (HTTP).
+
+The driver runs on the cluster's head, and goes on when the submitting side ends. Its exit code is ours: Ray knows it of
+a job that ends by itself, and of one that is stopped it is read from the job's last line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from grpo import __version__
+from grpo.config import Config
+from grpo.stopping import interrupt_early
+from grpo.types import DONE, OURS, UserError
+
+NOT_FOLLOWED = 130
+"""Exit code when Ctrl-C ends the following and not the job: not 75, at which schedulers submit again."""
+CONNECT_S = 5.0
+RECONNECT_S = 60.0
+"""How long a job server may be away while a job is followed."""
+POLL_S = 0.5
+TAKING_DOWN_S = 60
+"""What a stopped run may take beyond `run.grace_s` before Ray kills it."""
+LAST_LINE = "grpo: exit code "
+Then = Literal["end", "follow", "follow, stop on signals"]
+"""What the submitting side does once the job is handed over."""
+
+
+def submit(
+    config: Config, recipe: Path, asked: Mapping[str, str], *, address: str, env: Sequence[str], then: Then
+) -> int:
+    """Pack, upload and start. Returns the job's exit code when it is followed to its end.
+
+    `asked`: `resume` and `allow`, where they are given. `env`: NAME=VALUE, or NAME for this environment's value.
+    """
+    from grpo import packing  # noqa: PLC0415 - transformers takes seconds to import
+
+    if then == "follow, stop on signals":
+        interrupt_early()
+    variables = parse_env(env)
+    variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(int(config.run.grace_s) + TAKING_DOWN_S))
+    with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
+        size = packing.pack(config, recipe, Path(name), asked.get("resume"))
+        with answers(address) as client:
+            job = client.submit_job(
+                entrypoint=entrypoint(recipe.name, asked),
+                runtime_env={"working_dir": name, "env_vars": variables},
+                metadata={"recipe": recipe.name, "grpo": __version__},
+            )
+    names = ", ".join(text.partition("=")[0] for text in env)
+    print(f"submitted  {job}: {size / packing.MIB:.2f} MiB" + (f", with {names}" if names else ""), flush=True)
+    return DONE if then == "end" else follow(job, address, stop_on_signal=then == "follow, stop on signals")
+
+
+def parse_env(texts: Sequence[str]) -> dict[str, str]:
+    """Raises UserError when a variable has no name, or no value."""
+    variables = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise UserError("--env takes NAME=VALUE, or NAME for the value it has here")
+        if not equals and name not in os.environ:
+            raise UserError(f"--env {name}: it is not set here; give {name}=VALUE")
+        variables[name] = value if equals else os.environ[name]
+    return variables
+
+
+def entrypoint(recipe: str, asked: Mapping[str, str]) -> str:
+    """The job's command line. Ray signals the shell, too, which has to live on to say how the run ended."""
+    command = ["python", "-m", "grpo", "train", recipe, *(f"{name}={value}" for name, value in asked.items())]
+    return f'trap : TERM; {shlex.join(command)}; code=$?; echo "{LAST_LINE}$code"; exit $code'
+
+
+@contextmanager
+def answers(address: str) -> Iterator[Any]:
+    """A client of the job server at `address`; what goes wrong in the block is a sentence.
+
+    Raises UserError.
+    """
+    place = urlsplit(address)
+    try:
+        usual = {"http": 80, "https": 443}[place.scheme]
+        host, port = place.hostname, place.port or usual
+    except (KeyError, ValueError):
+        host = None
+    if host is None:
+        raise UserError(f"--address {address} is not of the form http://HEAD:8265")
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise UserError(f"--address {address}: nothing answers there ({error})") from error
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take them in the place of `address`
+        os.environ.pop(name, None)
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does; before Ray is imported, which reads it
+    logging.disable(logging.INFO)  # Ray says what it uploads and when a connection ends
+    import aiohttp  # noqa: PLC0415
+    import requests  # noqa: PLC0415
+    from ray.exceptions import AuthenticationError  # noqa: PLC0415
+    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - ray takes seconds to import
+
+    try:
+        yield JobSubmissionClient(address)
+    except AuthenticationError as error:
+        reason = error.message.splitlines()[0].partition(". ")[0]
+        places = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
+        raise UserError(f"--address {address}: {reason}; the token is read from {places}") from error
+    except (ConnectionError, RuntimeError, requests.RequestException, aiohttp.ClientError) as error:
+        raise UserError(f"--address {address}: {' '.join(str(error).split())[:300]}") from error
+
+
+def follow(job: str, address: str, *, stop_on_signal: bool = False) -> int:
+    """Print what the job prints until it ends; returns its exit code, or NOT_FOLLOWED after Ctrl-C.
+
+    `stop_on_signal`: the first signal is the job's, and it is followed to its end.
+    """
+    shown, lost = 0, None
+    hint = f"Follow it: grpo logs {job} --address {address}; stop it: grpo stop {job} --address {address}"
+    while True:
+        seen = 0
+        try:
+            with answers(address) as client:
+                client.get_job_info(job)  # says it well where there is no such job
+                for text in printed(client, job):
+                    print(text[max(0, shown - seen) :], end="", flush=True)
+                    seen += len(text)
+                    shown, lost = max(shown, seen), None
+                return wait(client, job)
+        except UserError as error:
+            if not shown:
+                raise
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > RECONNECT_S:
+                print(f"grpo: {error}; the job may go on. {hint}")
+                return OURS
+            time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            if not stop_on_signal:
+                print(f"\ngrpo: not followed any more; the job goes on. {hint}")
+                return NOT_FOLLOWED
+            stop_on_signal = False
+            with answers(address) as client:
+                client.stop_job(job)
+            print("grpo: the job is asked to finish its step, save and end", flush=True)
+
+
+def printed(client: Any, job: str) -> Iterator[str]:
+    """What the job prints, from its beginning, until it ends."""
+    stream = client.tail_job_logs(job)
+
+    async def following() -> str | None:
+        return await anext(stream, None)
+
+    with asyncio.Runner() as runner:
+        while (text := runner.run(following())) is not None:
+            yield text
+
+
+def wait(client: Any, job: str) -> int:
+    """The exit code of a job, once it has ended; of a job that has none, why."""
+    while not (details := client.get_job_info(job)).status.is_terminal():
+        time.sleep(POLL_S)
+    code = exit_code(client, job, details)
+    if code is None:
+        print(f"grpo: the job has no exit code: {details.status}: {details.message}")
+    return OURS if code is None else code
+
+
+def exit_code(client: Any, job: str, details: Any) -> int | None:
+    """Of a job that has ended; None where its command was not started, or was killed."""
+    if details.driver_exit_code is not None:
+        return int(details.driver_exit_code)
+    last = re.search(rf"^{LAST_LINE}(\d+)\n*\Z", client.get_job_logs(job), re.MULTILINE)
+    return int(last[1]) if last else None
+
+
+def status(job: str, address: str) -> int:
+    """`grpo status`."""
+    with answers(address) as client:
+        details = client.get_job_info(job)
+        code = exit_code(client, job, details) if details.status.is_terminal() else None
+    lines = {
+        "job": job,
+        "recipe": (details.metadata or {}).get("recipe"),
+        "status": str(details.status),
+        "started": details.start_time and datetime.fromtimestamp(details.start_time / 1000).isoformat(" ", "seconds"),
+        "ended": details.end_time and datetime.fromtimestamp(details.end_time / 1000).isoformat(" ", "seconds"),
+        "exit code": code,
+        "message": (details.message or "").partition("\n")[0],
+    }
+    print("\n".join(f"{name:10} {value}" for name, value in lines.items() if value not in (None, "")))
+    return DONE
+
+
+def stop(job: str, address: str) -> int:
+    """`grpo stop`: SIGTERM to the driver, and wait until it has saved and ended. Ray kills it after the time that the
+    job was given for that."""
+    with answers(address) as client:
+        if client.get_job_info(job).status.is_terminal():
+            print(f"grpo: {job} has ended before")
+        else:
+            client.stop_job(job)
+            print(f"grpo: {job} is asked to finish its step, save and end", flush=True)
+            wait(client, job)
+    return status(job, address)

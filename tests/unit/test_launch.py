@@ -1,0 +1,123 @@
+"""The files of launch/: shell scripts by shellcheck, Kubernetes objects by Kubernetes' own schemas, and KubeRay's part,
+whose schema is in no package, field by field against its reference (ray.io/v1 of KubeRay 1.6)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grpo.config.schema import RunConfig
+from grpo.submitting import TAKING_DOWN_S
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+KUBERNETES = "1.31"
+RAYJOB = {
+    "entrypoint": str, "runtimeEnvYAML": str, "submissionMode": str, "backoffLimit": int,
+    "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int, "rayClusterSpec": dict,
+}  # fmt: skip
+RAYCLUSTER = {
+    "rayVersion": str, "authOptions": dict, "enableInTreeAutoscaling": bool, "autoscalerOptions": dict,
+    "headGroupSpec": dict, "workerGroupSpecs": list,
+}  # fmt: skip
+AUTOSCALER = {"upscalingMode": str, "idleTimeoutSeconds": int}
+HEAD = {"rayStartParams": dict, "template": dict}
+WORKERS = {**HEAD, "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int}
+
+
+def test_the_scripts_by_shellcheck() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed; locks/dev.txt has it: bash launch/setup.sh dev")
+    scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", *(ROOT / ".ci").iterdir()]
+    ended = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+    for script in scripts:
+        assert "\nset -euo pipefail\n" in script.read_text(), script
+
+
+@pytest.fixture(scope="module")
+def kuberay() -> tuple[dict[str, Any], dict[str, Any]]:
+    job, claim = yaml.safe_load_all((LAUNCH / "kuberay.yaml").read_text())
+    return job, claim
+
+
+def fits(values: dict[str, Any], fields: dict[str, type]) -> None:
+    for name, value in values.items():
+        assert type(value) is fields[name], name
+
+
+def test_kuberays_fields(kuberay: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    job, _ = kuberay
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    fits(spec, RAYJOB)
+    fits(spec["rayClusterSpec"], RAYCLUSTER)
+    fits(spec["rayClusterSpec"]["autoscalerOptions"], AUTOSCALER)
+    fits(spec["rayClusterSpec"]["headGroupSpec"], HEAD)
+    assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
+        fits(group, WORKERS)
+        assert 0 < group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert int(limits["nvidia.com/gpu"]) > 0
+
+
+def test_what_the_job_of_kuberay_runs(kuberay: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """On storage that all of its nodes mount, and with the time that a run may take to save."""
+    job, claim = kuberay
+    spec = job["spec"]
+    command = spec["entrypoint"].split()
+    assert command[:4] == ["python", "-m", "grpo", "train"]
+    assert "resume=auto" in command
+    waits = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]
+    assert waits == str(int(RunConfig.__dataclass_fields__["grace_s"].default) + TAKING_DOWN_S)
+    cluster = spec["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "emptyDir" not in v}
+        mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert claims[mounts["/shared"]] == claim["metadata"]["name"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_kubernetes_objects_by_their_schemas(kuberay: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="locks/dev.txt has it: bash launch/setup.sh dev")
+    job, claim = kuberay
+    validator.validate(claim, KUBERNETES, strict=True)
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        validator.validate(pod, KUBERNETES, strict=True)
+
+
+def test_the_image_has_what_it_copies() -> None:
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    assert {"pyproject.toml", "README.md", "grpo"} <= {*copied}
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert {*copied} == {*kept}
+    assert all((ROOT / name).exists() for name in copied)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["launch/ray_cluster.sh"], "there is no token: make one with ray get-auth-token --generate"),
+        (["launch/local.sh"], "usage: launch/local.sh RECIPE"),
+        (["launch/slurm.sbatch"], "usage: sbatch"),
+    ],
+)
+def test_what_is_missing_is_said(arguments: list[str], words: str, tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    ended = subprocess.run(["bash", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 2
+    assert words in ended.stderr

@@ -1,0 +1,222 @@
+"""What travels with a submitted run, and what is refused before anything does."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grpo import config as config_module
+from grpo import packing
+from grpo.submitting import answers, entrypoint, exit_code, parse_env
+from grpo.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory that is submitted from."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def written(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A recipe of which everything but the reward lies on shared storage."""
+    recipe: dict[str, Any] = {
+        "model": {"path": "/shared/model"},
+        "data": {"train": "/shared/train.jsonl"},
+        "algorithm": {"prompts_per_step": 8, "group_size": 4},
+        "rewards": [{"file": "reward.py"}],
+        "run": {"steps": 2, "dir": "/shared/runs"},
+    }
+    for section, values in sections.items():
+        recipe[section] = {**recipe[section], **values} if isinstance(values, dict) else values
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    (folder / "reward.py").write_text("def reward(completion, row):\n    return 1.0\n")
+    return path
+
+
+def packed(recipe: Path, target: Path, *overrides: str, resume: str | None = None) -> set[str]:
+    """The files that travel beside the package, by their place in the job."""
+    target.mkdir()
+    packing.pack(config_module.load(recipe, overrides), recipe, target, resume)
+    return {
+        str(p.relative_to(target)) for p in target.rglob("*") if p.is_file() and p.parts[len(target.parts)] != "grpo"
+    }
+
+
+def test_the_recipe_its_reward_and_the_package_travel_and_nothing_else(here: Path, tmp_path: Path) -> None:
+    recipe = written(here)
+    (here / "notes.py").write_text("")
+    with (here / "big.bin").open("wb") as file:
+        file.truncate(10 * 2**30)
+    assert packed(recipe, tmp_path / "job", "run.seed=7") == {"mine.yaml", "reward.py"}
+    loaded = config_module.load(tmp_path / "job" / "mine.yaml")
+    assert loaded == config_module.load(recipe, ["run.seed=7"])
+    package = {str(p.relative_to(ROOT)) for p in (*(ROOT / "grpo").rglob("*.py"), ROOT / "grpo" / "py.typed")}
+    assert {str(p.relative_to(tmp_path / "job")) for p in (tmp_path / "job" / "grpo").rglob("*.*")} == package
+
+
+def test_modules_that_a_reward_imports_travel_with_it(here: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "elsewhere"
+    (beside / "helpers" / "deep").mkdir(parents=True)
+    for name, source in {
+        "elsewhere/graded.py": "import json, helpers.deep.b, shared_words\ndef graded(a, b):\n    import late\n",
+        "elsewhere/late.py": "",
+        "elsewhere/unused.py": "",
+        "elsewhere/helpers/deep/b.py": "from .c import x\nfrom far import x\n",
+        "elsewhere/c.py": "",
+        "elsewhere/helpers/deep/c.py": "",
+        "here/shared_words.py": "import late\n",
+        "here/far.py": "",
+        "here/json.py": "",
+        "here/yaml.py": "",
+    }.items():
+        (tmp_path / name).write_text(source)
+    recipe = written(here, rewards=[{"file": str(beside / "graded.py")}, {"file": "reward.py"}])  # type: ignore[arg-type]
+    assert packed(recipe, tmp_path / "job") == {
+        "mine.yaml", "reward.py", "shared_words.py", "far.py", "rewards/0/graded.py", "rewards/0/late.py",
+        "rewards/0/helpers/deep/b.py", "rewards/0/helpers/deep/c.py",
+    }  # fmt: skip
+    rewards = config_module.load(tmp_path / "job" / "mine.yaml").rewards
+    assert [reward.file for reward in rewards] == ["rewards/0/graded.py", "reward.py"]
+
+
+def test_a_reward_beside_the_recipe_keeps_its_path(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    recipe = written(tmp_path / "recipes")
+    assert packed(recipe, tmp_path / "job") == {"mine.yaml", "reward.py"}
+    assert (tmp_path / "job" / "reward.py").read_bytes() == (tmp_path / "recipes" / "reward.py").read_bytes()
+
+
+def test_two_files_of_one_place_are_refused(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    recipe = written(tmp_path / "recipes", rewards=[{"file": "a.py"}, {"file": "b.py"}])  # type: ignore[arg-type]
+    for path, source in ((here / "a.py", "import same"), (tmp_path / "recipes" / "b.py", "import same")):
+        path.write_text(source)
+        (path.parent / "same.py").write_text(f"# {path}")
+    with pytest.raises(
+        UserError, match=r"rewards\[1\].file=b.py: .*recipes/same.py and .*here/same.py would both be same.py"
+    ):
+        packed(recipe, tmp_path / "job")
+
+
+def test_too_much_is_refused_with_the_largest_file(here: Path, tmp_path: Path) -> None:
+    recipe = written(here)
+    (here / "reward.py").write_text("import large\ndef reward(completion, row):\n    return 1.0\n")
+    (here / "large.py").write_text(f"WORDS = '{'x' * 11 * 2**20}'\n")
+    with pytest.raises(
+        UserError, match=r"^11\.\d MiB would travel, and the limit is 10: the largest .*large.py \(11.0 MiB"
+    ):
+        packed(recipe, tmp_path / "job")
+    assert not list((tmp_path / "job").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "model.path=base",
+            r"model.path=base does not travel with the job: .*\(here it is .*/here/base\), or a hub id",
+        ),
+        ("model.path=./nowhere", r"model.path=./nowhere does not travel"),
+        ("model.path=~/base", r"model.path=~/base does not travel"),
+        ("data.train=train.jsonl", r"data.train\[0\].path=train.jsonl does not travel"),
+        ("data.train=base:main", r"data.train\[0\].path=base:main does not travel"),
+        ("data.eval.sets=a/b/c", r"data.eval.sets\[0\].path=a/b/c does not travel"),
+        ("run.dir=runs", r"run.dir=runs would be a folder of the job's own"),
+        ("cluster.address=1.2.3.4:6379", r"cluster.address=1.2.3.4:6379: .* --address; leave it out"),
+    ],
+)
+def test_what_means_something_here_only_is_refused(here: Path, tmp_path: Path, override: str, words: str) -> None:
+    (here / "base").mkdir()
+    with pytest.raises(UserError, match=f"^{words}"):
+        packed(written(here), tmp_path / "job", override)
+
+
+def test_hub_ids_travel_as_they_are(here: Path, tmp_path: Path) -> None:
+    packed(
+        written(here), tmp_path / "job", "model.path=owner/name", "data.train=owner/data:main", resume="/shared/runs/a"
+    )
+    assert config_module.load(tmp_path / "job" / "mine.yaml").data.train[0].path == "owner/data:main"
+
+
+def test_resume_names_a_folder_that_the_job_sees(here: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^resume=runs/a: give auto, or the whole path"):
+        packed(written(here), tmp_path / "job", resume="runs/a")
+
+
+def test_secrets_do_not_travel(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_TOKEN", "sesame-open")
+    recipe = written(here, data={"template": "${oc.env:JUDGE_TOKEN}"})
+    with pytest.raises(UserError, match="JUDGE_TOKEN"):
+        packed(recipe, tmp_path / "job")
+
+
+def test_variables_are_given_or_taken_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAKEN", "a=b")
+    assert parse_env(["GIVEN=x=y", "TAKEN", "EMPTY="]) == {"GIVEN": "x=y", "TAKEN": "a=b", "EMPTY": ""}
+    with pytest.raises(UserError, match=r"^--env MISSING: it is not set here; give MISSING=VALUE"):
+        parse_env(["MISSING"])
+    with pytest.raises(UserError, match=r"^--env takes NAME=VALUE") as raised:
+        parse_env(["=sesame"])
+    assert "sesame" not in str(raised.value)
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_the_entrypoint_outlives_sigterm_and_says_how_the_run_ended(code: int, tmp_path: Path) -> None:
+    """Ray sends the signal to the shell and to what it has started."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "$@"\nkill -TERM $PPID\nsleep 0.2\nexit {code}\n')
+    fake.chmod(0o755)
+    line = entrypoint("a b.yaml", {"resume": "auto"})
+    ended = subprocess.run(line, shell=True, env={"PATH": f"{tmp_path}:/bin:/usr/bin"}, capture_output=True, text=True)
+    assert ended.stdout == f"-m grpo train a b.yaml resume=auto\ngrpo: exit code {code}\n"
+    assert ended.returncode == code
+
+
+class Job:
+    """Of a job that was stopped: Ray has no exit code, and its log."""
+
+    driver_exit_code = None
+
+    def __init__(self, log: str) -> None:
+        self.log = log
+
+    def get_job_logs(self, job: str) -> str:
+        return self.log
+
+
+@pytest.mark.parametrize(
+    ("log", "code"),
+    [
+        ("step 1\ngrpo: exit code 75\n", 75),
+        ("grpo: exit code 75\nand then it was killed\n", None),
+        ("a reward says: grpo: exit code 0", None),
+        ("", None),
+    ],
+)
+def test_the_exit_code_of_a_stopped_job_is_its_last_line(log: str, code: int | None) -> None:
+    assert exit_code(Job(log), "job", Job(log)) == code
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:8265", "is not of the form http://HEAD:8265"),
+        ("ray://head:10001", "is not of the form"),
+        ("http://:8265", "is not of the form"),
+        ("http://head:port", "is not of the form"),
+        ("http://127.0.0.1:9", "nothing answers there"),
+    ],
+)
+def test_an_address_where_no_job_server_is(address: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"^--address {address}:? {words}"), answers(address):
+        pass
