@@ -124,8 +124,7 @@ def test_at_the_time_limit_the_run_is_saved_and_the_job_requeued(
     recipe = make_recipe(
         make_model("qwen2"),
         rewards=[{"file": "slow.py", "gold": True, "timeout_s": 600}],
-        sampler={"cpus": 0.5},
-        learner={"cpus": 0.5},
+        cluster={"sampler_cpus": 0.5, "learner_cpus": 0.5},
     )
     began, out, run = recipe.parent / "began", recipe.parent / "out.txt", recipe.parent / "runs" / "run"
     (recipe.parent / "slow.py").write_text(SLOW.format(began=began))

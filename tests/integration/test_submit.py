@@ -175,7 +175,9 @@ def test_little_travels_and_the_jobs_words_and_code_come_back(
     """The job has the reward, the module that it imports and the variable: else it would fail before it comes to the
     checkpoint, which is none. 10 GB lie beside the recipe."""
     recipe = make_recipe(
-        make_model("qwen2"), rewards=[{"file": "coloured.py", "gold": True, "env": ["PASSWORD"]}], sampler={"cpus": 0.5}
+        make_model("qwen2"),
+        rewards=[{"file": "coloured.py", "gold": True, "env": ["PASSWORD"]}],
+        cluster={"sampler_cpus": 0.5},
     )
     here = recipe.parent
     (here / "coloured.py").write_text(
