@@ -93,7 +93,7 @@ def test_two_jobs_at_once(cluster: list[Host], recipe: Path) -> None:
     one = ["cluster.samplers=1", "cluster.learner_ranks=1"]
     with ThreadPoolExecutor(3) as pool:
         jobs = [
-            pool.submit(train, cluster[0], recipe, f"run.name=job{i}", "run.steps=60", "run.prometheus=true", *one)
+            pool.submit(train, cluster[0], recipe, f"run.name=job{i}", "run.steps=300", "run.prometheus=true", *one)
             for i in range(2)
         ]
         deadline = time.monotonic() + 120
@@ -114,7 +114,7 @@ def test_two_jobs_at_once(cluster: list[Host], recipe: Path) -> None:
         for job in jobs:
             code, run, said = job.result()
             assert code == 0, said
-            assert summary(run)["steps"] == 60
+            assert summary(run)["steps"] == 300
 
 
 def test_a_lost_node_is_left_behind(cluster: list[Host], recipe: Path, on_one_node: str) -> None:
