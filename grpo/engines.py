@@ -70,6 +70,8 @@ def sampler_environment(config: Config) -> dict[str, str]:
     if not config.on_gpu:
         threads = config.sampler.threads or os.cpu_count() or 1
         environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+        if config.sampler_workers > 1:  # else vLLM wants a NUMA node for each
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return environment
 
 
