@@ -312,8 +312,8 @@ def _validate_engines(c: Config) -> None:
         )
     need(
         c.on_gpu or c.cluster.pipeline_parallel == 1,
-        f"cluster.pipeline_parallel={c.cluster.pipeline_parallel}: vLLM 0.32 loses the probe of a weight sync with it on "
-        "CPU; nearest: cluster.tensor_parallel",
+        f"cluster.pipeline_parallel={c.cluster.pipeline_parallel}: vLLM 0.32 loses the probe of a weight sync with it "
+        "on CPU; nearest: cluster.tensor_parallel",
     )
     need(
         not c.takes_turns or stage in (1, 2),
