@@ -221,6 +221,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
             with stopper.finishing_steps():
                 outcome = driver.train(loop)
         finally:
+            folder.facts["nodes"] |= group.hosts  # a sampler that was replaced may sit elsewhere
             group.close()
     if not outcome.finished:
         return False
