@@ -311,11 +311,6 @@ def _validate_engines(c: Config) -> None:
             f"sampler.engine.{name} is set by other options of the recipe and cannot be given here",
         )
     need(
-        c.on_gpu or c.cluster.pipeline_parallel == 1,
-        f"cluster.pipeline_parallel={c.cluster.pipeline_parallel}: vLLM 0.32 loses the probe of a weight sync with it "
-        "on CPU; nearest: cluster.tensor_parallel",
-    )
-    need(
         not c.takes_turns or stage in (1, 2),
         f"learner.zero_stage={stage}: DeepSpeed moves states out of the way of a colocated sampler at stages 1 and 2 "
         "only (at 3 those of its own FusedAdam); nearest: cluster.sleep=false, which keeps both in memory",

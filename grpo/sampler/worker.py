@@ -37,6 +37,8 @@ class WorkerExtension:
     model_runner: Any
 
     def recorder_install(self) -> None:
+        if not torch.cuda.is_available() and self.model_runner.parallel_config.pipeline_parallel_size > 1:
+            self.model_runner.profile_run()  # makes room for what a stage receives; vLLM 0.32 leaves it out on CPU
         self._recorder = LoadRecorder(self.model_runner.get_model())
 
     def recorder_start(self) -> None:

@@ -232,9 +232,12 @@ def test_engines_that_take_turns_give_the_same_run(
 
 
 @pytest.mark.slow
-def test_a_sampler_of_two_workers(make_model: Callable[..., Path], make_recipe: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("split", ["tensor_parallel", "pipeline_parallel"])
+def test_a_sampler_of_two_workers(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path], split: str
+) -> None:
     """Every tensor reaches every worker's share of it: the probe, the coverage and the mismatch are those of one."""
-    recipe = make_recipe(make_model("qwen2"), cluster={"tensor_parallel": 2})
+    recipe = make_recipe(make_model("qwen2"), cluster={split: 2})
     _, summary, metrics, _ = train(recipe)
     assert summary["exit_reason"] == "done"
     for line in metrics:

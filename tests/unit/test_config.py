@@ -259,7 +259,6 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
             "cluster.learner_ranks=4",
         ),
         (["cluster.device=gpu", "learner.zero_stage=0"], "nearest: cluster.sleep=false"),
-        (["cluster.pipeline_parallel=2"], "nearest: cluster.tensor_parallel"),
         (["cluster.sleep=true", "learner.zero_stage=3"], "nearest: cluster.sleep=false"),
         (["cluster.reward_nodes=3", "cluster.reward_workers=2"], "nearest: cluster.reward_nodes=2"),
         (["cluster.layout=disaggregated", "cluster.sleep=false"], "cluster.sleep has no effect"),
