@@ -126,57 +126,65 @@ def train(loop: Loop) -> Outcome:
     if loop.eval_prompts and at.step == 0:
         at.before = at.after = evaluate(loop, 0)
     while at.step < config.run.steps:
-        step = at.step + 1
-        started = time.monotonic()
-        with loop.timeline.span("driver", "sample and score"):
-            sampled = sample_step(loop, step)
-        if not sampled.groups and not sampled.unused:
+        metrics = turn(loop, at.step + 1, probe)
+        if metrics is None:
             loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
             if loop.eval_prompts and not eval_is_due(config, at.step):
                 at.after = evaluate(loop, at.step)
-                loop.folder.log_metrics(at.step, eval_metrics(at.after))
             break
-        learned = learn(loop, sampled, step)
-        at.skipped = count_skipped(loop, learned.result, step, at.skipped)
-        guard_mismatch(learned.result, config)
-        synced = time.monotonic()
-        every = config.run.verify_every
-        syncing = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
-        metrics = step_metrics(config, at, sampled, learned)
-        if config.algorithm.kl_coef > 0:
-            metrics |= {"policy/kl_coef": at.kl_coef}
-            at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
-        if config.algorithm.retire_reward is not None:
-            at.retired |= solved(loop, sampled.every)
-            metrics["progress/retired_prompts"] = float(len(at.retired))
-        with loop.timeline.span("learner", "weight sync"):
-            sync = syncing()
-        metrics |= timings(sampled, learned, sync, started, synced, time.monotonic()) | {"time/save_s": save_s}
-        metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
-        at.step = step
-        at.tokens += int(metrics["tokens/sampled"])
-        at.rollouts += sum(len(group.rollouts) for group in sampled.every)
-        metrics |= {"progress/tokens": float(at.tokens), "progress/rollouts": float(at.rollouts)}
-        if eval_is_due(config, step) and loop.eval_prompts:
+        if eval_is_due(config, at.step) and loop.eval_prompts:
             evaluating = time.monotonic()
             with loop.timeline.span("driver", "evaluate"):
-                at.after = evaluate(loop, step)
+                at.after = evaluate(loop, at.step)
             metrics |= eval_metrics(at.after) | {"time/eval_s": time.monotonic() - evaluating}
-        record(loop, step, metrics)
+        metrics |= {"time/save_s": save_s}
+        record(loop, at.step, metrics)
         saving = time.monotonic()
         loop.saver.poll()
-        stopping = loop.stopping() and step < config.run.steps
-        if stopping or (config.run.save_every and step % config.run.save_every == 0):
+        stopping = loop.stopping() and at.step < config.run.steps
+        if stopping or (config.run.save_every and at.step % config.run.save_every == 0):
             with loop.timeline.span("driver", "save"):
-                loop.saver.save(step, at.state(loop.prompts), metrics)
+                loop.saver.save(at.step, at.state(loop.prompts), metrics)
         if stopping:
             loop.saver.poll(wait=True)
-            return Outcome(finished=False, steps=step, before=at.before, after=at.after)
+            return Outcome(finished=False, steps=at.step, before=at.before, after=at.after)
         save_s = time.monotonic() - saving
-        loop.timeline.write(step)
+        loop.timeline.write(at.step)
     loop.saver.poll(wait=True)
     engines.save(loop.folder.path / "model")
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
+
+
+def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
+    """Steps 1 to 7: the samplers end with the weights of policy version `step`. Gives the metrics, or None where no
+    prompt is left to sample."""
+    config, at = loop.config, loop.progress
+    started = time.monotonic()
+    with loop.timeline.span("driver", "sample and score"):
+        sampled = sample_step(loop, step)
+    if not sampled.groups and not sampled.unused:
+        return None
+    learned = learn(loop, sampled, step)
+    at.skipped = count_skipped(loop, learned.result, step, at.skipped)
+    guard_mismatch(learned.result, config)
+    synced = time.monotonic()
+    every = config.run.verify_every
+    syncing = loop.engines.publish(step, probe, full_check=bool(every) and step % every == 0)
+    metrics = step_metrics(config, at, sampled, learned)  # while the weights travel
+    if config.algorithm.kl_coef > 0:
+        metrics |= {"policy/kl_coef": at.kl_coef}
+        at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
+    if config.algorithm.retire_reward is not None:
+        at.retired |= solved(loop, sampled.every)
+        metrics["progress/retired_prompts"] = float(len(at.retired))
+    with loop.timeline.span("learner", "weight sync"):
+        sync = syncing()
+    metrics |= timings(sampled, learned, sync, started, synced, time.monotonic())
+    metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
+    at.step = step
+    at.tokens += int(metrics["tokens/sampled"])
+    at.rollouts += sum(len(group.rollouts) for group in sampled.every)
+    return metrics | {"progress/tokens": float(at.tokens), "progress/rollouts": float(at.rollouts)}
 
 
 def record(loop: Loop, step: int, metrics: Mapping[str, float]) -> None:

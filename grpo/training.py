@@ -177,7 +177,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
     from grpo.scoring import SpreadPool  # noqa: PLC0415
-    from grpo.timeline import TimedScorer, Timeline  # noqa: PLC0415
+    from grpo.timeline import Timeline  # noqa: PLC0415
 
     config = plan.config
     logs = folder.path / "logs"
@@ -201,22 +201,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
         try:
             if resumed.manifest is not None:
                 group.restore(resumed.folder, resumed.manifest.learner)
-            loop = driver.Loop(
-                config=config,
-                prompts=plan.prompts,
-                eval_prompts=plan.eval_prompts,
-                engines=group,
-                scorer=TimedScorer(scorer, timeline),
-                timeline=timeline,
-                folder=folder,
-                reporter=console,
-                decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
-                train_settings=engines.train_settings(config, plan.end_token_ids),
-                eval_settings=engines.eval_settings(config, plan.end_token_ids),
-                progress=resumed.progress,
-                saver=saver_of(plan, folder, group, console),
-                stopping=lambda: stopper.asked is not None,
-            )
+            loop = loop_of(plan, resumed, group, scorer, timeline, folder, console, stopper)
             actors.freeze_garbage()
             with stopper.finishing_steps():
                 outcome = driver.train(loop)
@@ -230,6 +215,31 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
         gain, low, high = paired_gain(outcome.before, outcome.after)
         folder.facts |= {"accuracy_gain": gain, "accuracy_gain_interval": [low, high]}
     return True
+
+
+def loop_of(
+    plan: Any, resumed: Any, group: Any, scorer: Any, timeline: Any, folder: Any, console: Any, stopper: Stopper
+) -> Any:
+    """The loop's parts."""
+    from grpo import driver, engines  # noqa: PLC0415
+    from grpo.timeline import TimedScorer  # noqa: PLC0415
+
+    return driver.Loop(
+        config=plan.config,
+        prompts=plan.prompts,
+        eval_prompts=plan.eval_prompts,
+        engines=group,
+        scorer=TimedScorer(scorer, timeline),
+        timeline=timeline,
+        folder=folder,
+        reporter=console,
+        decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
+        train_settings=engines.train_settings(plan.config, plan.end_token_ids),
+        eval_settings=engines.eval_settings(plan.config, plan.end_token_ids),
+        progress=resumed.progress,
+        saver=saver_of(plan, folder, group, console),
+        stopping=lambda: stopper.asked is not None,
+    )
 
 
 def placed(hosts: Mapping[str, str], dashboard: str) -> str:
