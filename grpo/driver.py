@@ -131,6 +131,7 @@ def train(loop: Loop) -> Outcome:
             loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
             if loop.eval_prompts and not eval_is_due(config, at.step):
                 at.after = evaluate(loop, at.step)
+                loop.folder.log_metrics(at.step, eval_metrics(at.after))
             break
         if eval_is_due(config, at.step) and loop.eval_prompts:
             evaluating = time.monotonic()
