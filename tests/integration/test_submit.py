@@ -1,10 +1,11 @@
-"""A real Ray head with its job server and a token; runs that end before an engine starts."""
+"""A real Ray head with its job server and a token; most runs end before an engine starts."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import secrets
 import select
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import write_spread
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120
@@ -83,7 +85,8 @@ def head() -> Iterator[Head]:
     with (Path(folder) / "ray.log").open("w") as log:
         ray = subprocess.Popen(
             ["ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
-             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r"],
+             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r",
+             f"--dashboard-agent-listen-port={free_port()}"],
             env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
@@ -311,6 +314,42 @@ def test_the_package_that_was_submitted_runs_on_every_node(head: Head, tmp_path:
     until(lambda: client.get_job_info(job).status.is_terminal(), "the job to end")
     files = client.get_job_logs(job).splitlines()[-1].split()
     assert [file.partition("_ray_pkg_")[2].partition("/")[2] for file in files] == ["grpo/__init__.py"] * 2
+
+
+@pytest.mark.slow
+def test_a_run_is_stopped_with_its_engines_at_work_and_goes_on(
+    head: Head, make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The second job finds all of the cluster free again, and ends with the weights of a run that was never stopped."""
+    steps = {"steps": 100, "save_every": 2, "name": None}
+    recipe = make_recipe(make_model("qwen2"), rewards=[write_spread(tmp_path)], run=steps)
+    recipe = recipe.rename(recipe.with_name(f"stopped-{secrets.token_hex(4)}.yaml"))
+    straight = subprocess.run(
+        [sys.executable, "-m", "grpo", "train", str(recipe), "run.name=straight"], cwd=ROOT, timeout=400
+    )
+    assert straight.returncode == 0
+
+    code, said = head.grpo("submit", str(recipe), "run.name=run", "--no-follow", cwd=tmp_path)
+    assert code == 0, said
+    run = tmp_path / "runs" / "run"
+    until(lambda: count_of_lines(run / "metrics.jsonl") == 2, "the second step")
+    code, said = head.grpo("stop", job_of(said), cwd=tmp_path)
+    assert code == 0, said
+    assert "exit code  75" in said
+    assert not drivers(recipe)
+    assert 2 <= count_of_lines(run / "metrics.jsonl") < 100
+
+    code, said = head.grpo("submit", str(recipe), "run.name=run", f"resume={run}", cwd=tmp_path)
+    assert code == 0, said
+    assert weights_of(run) == weights_of(tmp_path / "runs" / "straight")
+
+
+def count_of_lines(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def weights_of(run: Path) -> str:
+    return str(json.loads((run / "summary.json").read_text())["weights_sha256"])
 
 
 @pytest.mark.slow
