@@ -24,7 +24,8 @@ from grpo.objective import legal
 ENGINE_ARGUMENTS_TAKEN = frozenset(
     (
         "model", "tokenizer", "skip_tokenizer_init", "trust_remote_code", "dtype", "seed", "max_model_len",
-        "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "kv_cache_memory_bytes",
+        "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill",
+        "kv_cache_memory_bytes",
         "gpu_memory_utilization", "distributed_executor_backend", "disable_log_stats", "generation_config",
         "override_generation_config", "hf_overrides", "load_format", "logprobs_mode", "logits_processors",
         "weight_transfer_config",

@@ -63,6 +63,8 @@ class Sampler:
             max_num_batched_tokens=max(8192, config.max_row_tokens),
             enforce_eager=config.sampler.enforce_eager,
             enable_prefix_caching=config.sampler.prefix_caching,
+            # where a prompt is cut vLLM 0.32 takes its seed's draw back, which a generator on CPU cannot do
+            enable_chunked_prefill=config.on_gpu,
             distributed_executor_backend="uni" if config.sampler_workers == 1 else "mp",
             tensor_parallel_size=config.cluster.tensor_parallel,
             pipeline_parallel_size=config.cluster.pipeline_parallel,

@@ -17,7 +17,7 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig, SamplingConfig
+    from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig, SamplerConfig, SamplingConfig
     from grpo.sampler import cpu_transfer
     from grpo.sampler.engine import Sampler
     from grpo.transport import SharedMemorySender
@@ -34,6 +34,7 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
         data=DataConfig(train=[], max_prompt_tokens=24),
         algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
         run=RunConfig(steps=1),
+        sampler=SamplerConfig(max_num_seqs=400),
     )
     sampler = Sampler(config, "shared_memory", 0)
     sampler.init_transfer({"node": "here"})
@@ -120,6 +121,12 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
         result["recovered"] = outcome(version=4)
         sampler.perturb_for_test("norm", 1.01)
         result["perturbed"] = distance()
+        crowd = [
+            SampleRequest(index=i, token_ids=tuple(1 + (i * 7 + j) % 12 for j in range(24)), seeds=(i,))
+            for i in range(400)
+        ]
+        random = SamplingSettings(temperature=1.0, max_tokens=2, end_token_ids=(), stop=())
+        result["crowd"] = [sum(block.token_ids.size for block in sampler.sample(crowd, random, 10.0)) for _ in range(2)]
     return result
 
 

@@ -34,6 +34,7 @@ def test_a_sync_is_complete_and_verified(family: str, make_model: Callable[..., 
     assert "other data than was sent for model.norm.weight" in result["corrupt"]
     assert result["recovered"].startswith("ok")
     assert result["perturbed"] > 1e-3  # a probe would see one percent on the norms
+    assert result["crowd"] == [800, 800]  # 9,600 tokens of prompts at once, of which vLLM takes 8,192 in a step
 
 
 def test_without_repacking_a_tied_head_the_sync_is_refused(make_model: Callable[..., Path]) -> None:
