@@ -282,6 +282,10 @@ def find_problems(
             f"{nodes * (gpus_per_node // workers)} of {samplers} samplers: lower cluster.tensor_parallel, "
             "cluster.pipeline_parallel or cluster.samplers, or give more --nodes"
         )
+    if shape.heads % config.cluster.tensor_parallel:
+        out.append(
+            f"cluster.tensor_parallel={config.cluster.tensor_parallel} does not divide the model's {shape.heads} heads"
+        )
     if gpus > nodes * gpus_per_node:
         out.append(
             f"{gpus} GPUs are asked for and there are {nodes * gpus_per_node}: lower cluster.samplers={samplers} or "

@@ -410,3 +410,13 @@ def test_a_sampler_is_on_one_node(per_node: int, nodes: int, room: int) -> None:
     said = [problem for problem in plan.problems if problem.startswith("a sampler's 4 GPUs are on one node")]
     assert len(said) == (room < 2)
     assert all(f"have room for {room} of 2 samplers" in problem for problem in said)
+
+
+@pytest.mark.parametrize(("parts", "fits"), [(4, True), (7, True), (8, False)])
+def test_the_heads_are_split_evenly(parts: int, fits: bool) -> None:
+    config = config_of(
+        "gsm8k_qwen2.5_7b", "cluster.samplers=1", f"cluster.tensor_parallel={parts}", "cluster.layout=disaggregated"
+    )
+    lengths = Lengths(prompt=150, completion=300, longest=2048)
+    plan = make_plan(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=2, gpus_per_node=8)
+    assert any("does not divide the model's 28 heads" in problem for problem in plan.problems) != fits
