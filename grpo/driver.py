@@ -169,11 +169,11 @@ def train(loop: Loop) -> Outcome:
         if stopping or (config.run.save_every and step % config.run.save_every == 0):
             with loop.timeline.span("driver", "save"):
                 loop.saver.save(step, at.state(loop.prompts), metrics)
+        loop.timeline.write(step)
         if stopping:
             loop.saver.poll(wait=True)
             return Outcome(finished=False, steps=step, before=at.before, after=at.after)
         save_s = time.monotonic() - saving
-        loop.timeline.write(step)
     loop.saver.poll(wait=True)
     engines.save(loop.folder.path / "model")
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)

@@ -612,7 +612,7 @@ def test_two_sets_without_weights_are_one_pool(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_asked_to_end_finishes_its_step_and_saves(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "run.steps=6")
+    config = make_config(tmp_path, "run.steps=6", "run.trace=true")
     loop, policy = make_loop(tmp_path, config)
     asked = iter([False, False, True])
     outcome = train(dataclasses.replace(loop, stopping=lambda: next(asked)))
@@ -621,6 +621,7 @@ def test_a_run_that_is_asked_to_end_finishes_its_step_and_saves(tmp_path: Path) 
     assert [read(path).step for path in found(tmp_path / "run")] == [3]
     assert "save" not in policy.calls  # no model of a run that is not at its end
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert len([*(tmp_path / "run" / "trace").iterdir()]) == 3
 
 
 def test_a_run_that_is_asked_to_end_at_its_last_step_is_done(tmp_path: Path) -> None:
