@@ -141,6 +141,7 @@ def train(loop: Loop) -> Outcome:
         guard_mismatch(learned.result, config)
         synced = time.monotonic()
         every = config.run.verify_every
+        sync_ended = loop.timeline.begin("learner", "weight sync")
         syncing = engines.publish(step, probe, full_check=bool(every) and step % every == 0)
         metrics = step_metrics(config, at, sampled, learned)
         if config.algorithm.kl_coef > 0:
@@ -149,8 +150,8 @@ def train(loop: Loop) -> Outcome:
         if config.algorithm.retire_reward is not None:
             at.retired |= solved(loop, sampled.every)
             metrics["progress/retired_prompts"] = float(len(at.retired))
-        with loop.timeline.span("learner", "weight sync"):
-            sync = syncing()
+        sync = syncing()
+        sync_ended()
         metrics |= timings(sampled, learned, sync, started, synced, time.monotonic()) | {"time/save_s": save_s}
         metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
         at.step = step

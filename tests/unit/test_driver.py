@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -787,7 +788,15 @@ def test_timings_by_hand() -> None:
 
 
 def test_a_trace_has_every_step(tmp_path: Path) -> None:
-    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.trace=true", "run.steps=3", "run.save_every=2"))
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.trace=true", "run.steps=3", "run.save_every=2"))
+    publish = policy.publish
+
+    def slow(version: int, probe: Any, *, full_check: bool) -> Any:
+        done = publish(version, probe, full_check=full_check)
+        time.sleep(0.05)
+        return done
+
+    policy.publish = slow  # type: ignore[method-assign]
     train(loop)
     loop.folder.close()
     files = sorted((tmp_path / "run" / "trace").iterdir())
@@ -795,6 +804,8 @@ def test_a_trace_has_every_step(tmp_path: Path) -> None:
     names = [[event["name"] for event in json.loads(file.read_text())["traceEvents"]] for file in files]
     assert names[0] == ["sample and score", "update", "weight sync"]
     assert names[1] == ["sample and score", "update", "weight sync", "save"]
+    # the sync goes on while the driver reckons the step's metrics
+    assert json.loads(files[0].read_text())["traceEvents"][2]["dur"] >= 50_000
 
 
 def test_the_mismatch_gate(tmp_path: Path) -> None:
