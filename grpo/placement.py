@@ -131,7 +131,9 @@ class Reservation:
         self._groups: dict[str, PlacementGroup] = {}
         self._strategies: dict[tuple[str, int], PlacementGroupSchedulingStrategy] = {}
         asked = bundles(config)
-        largest_first = sorted(asked, key=_size, reverse=True)  # Ray places group after group: little ones fit later, too
+        largest_first = sorted(
+            asked, key=_size, reverse=True
+        )  # Ray places group after group: little ones fit later, too
         for role in dict.fromkeys(bundle.role for bundle in largest_first if bundle.role in roles):
             ours = [bundle for bundle in asked if bundle.role == role]
             how = "SPREAD" if role == "rewards" else "PACK"

@@ -167,9 +167,7 @@ def test_a_silent_service_has_a_deadline(service: Service, monkeypatch: pytest.M
     assert len(service.bodies) == 2
 
 
-def test_an_answer_in_drips_and_one_without_end_are_given_up(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_in_drips_and_one_without_end_are_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """And their place among the requests at once is free again."""
     monkeypatch.setenv("REWARD_TIMEOUT_S", "0.5")
     monkeypatch.setenv("REWARD_CONCURRENCY", "1")

@@ -71,7 +71,7 @@ def test_modules_that_a_reward_imports_travel_with_it(here: Path, tmp_path: Path
     beside = tmp_path / "elsewhere"
     (beside / "helpers" / "deep").mkdir(parents=True)
     for name, source in {
-        "elsewhere/graded.py": "import json, helpers.deep.b, shared_words\ndef graded(a, b):\n    import late\n",
+        "elsewhere/graded.py": "import json, time, helpers.deep.b, shared_words\ndef graded(a, b):\n    import late\n",
         "elsewhere/late.py": "",
         "elsewhere/unused.py": "",
         "elsewhere/helpers/deep/b.py": "from .c import x\nfrom far import x\n",
@@ -80,6 +80,7 @@ def test_modules_that_a_reward_imports_travel_with_it(here: Path, tmp_path: Path
         "here/shared_words.py": "import late\n",
         "here/far.py": "",
         "here/json.py": "",
+        "here/time.py": "",
         "here/yaml.py": "",
     }.items():
         (tmp_path / name).write_text(source)
@@ -327,5 +328,6 @@ def test_ctrl_c_as_a_job_is_handed_over_names_it(
     recipe = written(here)
     code = submitting.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then="follow")
     assert code == submitting.NOT_FOLLOWED
+    assert server.submitted["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "180"}  # run.grace_s + 60
     job = server.submitted["submission_id"]
     assert f"grpo stop {job} --address http://head" in capsys.readouterr().out
