@@ -11,9 +11,9 @@ REWARD_CONCURRENCY says:
         env: [REWARD_TOKEN]   # only if the service asks for one: sent as a bearer token
 
 A request that fails to connect, takes longer than REWARD_TIMEOUT_S (10) or is answered by 429, 502, 503 or 504 is
-tried again up to REWARD_RETRIES (3) times: at once, after 0.5 s, after 1 s, or when the answer's Retry-After says, but no
-later than after REWARD_TIMEOUT_S. What fails for good fails that completion alone, as does any other answer, one of more
-than 1 MiB, and one that has begun and is not there whole after REWARD_TIMEOUT_S.
+tried again up to REWARD_RETRIES (3) times: at once, after 0.5 s, after 1 s, or when the answer's Retry-After says, but
+no later than after REWARD_TIMEOUT_S. What fails for good fails that completion alone, as does any other answer, one of
+more than 1 MiB, and one that has begun and is not there whole after REWARD_TIMEOUT_S.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ def test_a_sampler_sits_on_the_gpus_of_its_ranks(placed: Any) -> None:
 
 
 def test_the_largest_are_placed_first(placed: Any) -> None:
-    """Two ranks that take a node each, and a sampler that is small enough for the head: Ray itself would put the sampler,
-    if it were asked for it first, on the node that has the most."""
+    """Two ranks that take a node each, and a sampler that is small enough for the head: Ray, asked for the sampler
+    first, would put it on the node that has the most."""
     found = placed(
         "cluster.device=cpu", "cluster.layout=disaggregated", "cluster.learner_ranks=2", "cluster.learner_cpus=8",
         "cluster.sampler_cpus=2",

@@ -59,7 +59,7 @@ print("DONE")
 
 def test_slots_of_split_layers_and_reports_of_two_workers() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.stdout.endswith("DONE\n"), done.stdout + done.stderr

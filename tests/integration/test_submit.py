@@ -83,7 +83,8 @@ def head() -> Iterator[Head]:
     with (Path(folder) / "ray.log").open("w") as log:
         ray = subprocess.Popen(
             ["ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
-             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r", "--dashboard-agent-listen-port=0"],
+             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r",
+             "--dashboard-agent-listen-port=0"],
             env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
