@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 import secrets
@@ -41,14 +42,18 @@ Then = Literal["end", "follow", "follow, stop on signals"]
 
 
 def submit(
-    config: Config, recipe: Path, asked: Mapping[str, str], *, address: str, env: Sequence[str], then: Then
-) -> int:
+    config: Config, recipe: Path, asked: Mapping[str, str], *, address: str, env: Sequence[str], then: Then,
+    driver_cpus: float = 0.0,
+) -> int:  # fmt: skip
     """Pack, upload and start. Returns the job's exit code when it is followed to its end.
 
     `asked`: `resume` and `allow`, where they are given. `env`: NAME=VALUE, or NAME for this environment's value.
+    `driver_cpus`: that a node must have for the driver; 0: it is on the head.
     """
     from grpo import packing  # noqa: PLC0415 - transformers takes seconds to import
 
+    if not 0 <= driver_cpus < math.inf:
+        raise UserError(f"--driver-cpus must be a number that is not negative, not {driver_cpus:g}")
     if then == "follow, stop on signals":
         interrupt_early()
     variables = parse_env(env)
@@ -61,6 +66,7 @@ def submit(
                 client.submit_job(
                     submission_id=job,
                     entrypoint=entrypoint(recipe.name, asked),
+                    entrypoint_num_cpus=driver_cpus or None,
                     runtime_env={"working_dir": name, "env_vars": variables},
                     metadata={"recipe": recipe.name, "grpo": __version__},
                 )
