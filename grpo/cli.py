@@ -118,7 +118,7 @@ def add_job_commands(commands: Any) -> None:
     command.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
     )
-    words = "CPUs of a node that Ray reserves for the driver and the reward workers beside it; 0: on the head, unasked (0)"
+    words = "CPUs that Ray reserves on a node for the driver and the reward workers beside it (0: none, on the head)"
     command.add_argument("--driver-cpus", type=float, default=0.0, metavar="N", help=words)
     then = command.add_mutually_exclusive_group()
     words = "end when the job has been handed over"
