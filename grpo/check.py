@@ -175,6 +175,13 @@ def check_model(config: Config) -> None:
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + max_tokens="
             f"{config.max_row_tokens - config.data.max_prompt_tokens} exceed the model's {limit} positions"
         )
+    heads, parts = getattr(model, "num_attention_heads", None), config.cluster.tensor_parallel
+    if heads is not None and heads % parts:
+        nearest = max(n for n in range(1, parts) if heads % n == 0)
+        raise UserError(
+            f"cluster.tensor_parallel={parts} does not divide the model's {heads} attention heads; nearest that does: "
+            f"{nearest}"
+        )
     for name, value in model.to_dict().items():
         if "drop" in name and isinstance(value, float) and value > 0:
             raise UserError(

@@ -118,6 +118,8 @@ def add_job_commands(commands: Any) -> None:
     command.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
     )
+    words = "CPUs that Ray reserves on a node for the driver and the reward workers beside it (0: none, on the head)"
+    command.add_argument("--driver-cpus", type=float, default=0.0, metavar="N", help=words)
     then = command.add_mutually_exclusive_group()
     words = "end when the job has been handed over"
     then.add_argument("--no-follow", dest="then", action="store_const", const="end", default="follow", help=words)
@@ -171,8 +173,9 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         from grpo import submitting  # noqa: PLC0415
 
         return submitting.submit(
-            config, Path(parsed.recipe), asked, address=parsed.address, env=parsed.env, then=parsed.then
-        )
+            config, Path(parsed.recipe), asked, address=parsed.address, env=parsed.env, then=parsed.then,
+            driver_cpus=parsed.driver_cpus,
+        )  # fmt: skip
     return train_command(config, Path(parsed.recipe), asked)
 
 

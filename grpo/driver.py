@@ -146,11 +146,11 @@ def train(loop: Loop) -> Outcome:
         if stopping or (config.run.save_every and at.step % config.run.save_every == 0):
             with loop.timeline.span("driver", "save"):
                 loop.saver.save(at.step, at.state(loop.prompts), metrics)
+        loop.timeline.write(at.step)
         if stopping:
             loop.saver.poll(wait=True)
             return Outcome(finished=False, steps=at.step, before=at.before, after=at.after)
         save_s = time.monotonic() - saving
-        loop.timeline.write(at.step)
     loop.saver.poll(wait=True)
     engines.save(loop.folder.path / "model")
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
@@ -170,6 +170,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     guard_mismatch(learned.result, config)
     synced = time.monotonic()
     every = config.run.verify_every
+    sync_ended = loop.timeline.begin("learner", "weight sync")
     syncing = loop.engines.publish(step, probe, full_check=bool(every) and step % every == 0)
     metrics = step_metrics(config, at, sampled, learned)  # while the weights travel
     if config.algorithm.kl_coef > 0:
@@ -178,8 +179,8 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     if config.algorithm.retire_reward is not None:
         at.retired |= solved(loop, sampled.every)
         metrics["progress/retired_prompts"] = float(len(at.retired))
-    with loop.timeline.span("learner", "weight sync"):
-        sync = syncing()
+    sync = syncing()
+    sync_ended()
     metrics |= timings(sampled, learned, sync, started, synced, time.monotonic())
     metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
     at.step = step

@@ -96,7 +96,7 @@ def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
     """
     left = {id(node): [node.free_cpus, node.free_gpus] for node in nodes}
     asked = bundles(config)
-    for bundle in sorted(asked, key=lambda b: (b.gpus, b.cpus), reverse=True):
+    for bundle in sorted(asked, key=_size, reverse=True):
         for free in left.values():
             if bundle.cpus <= free[0] + SLACK and bundle.gpus <= free[1] + SLACK:
                 free[0] -= bundle.cpus
@@ -113,6 +113,10 @@ def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
             )
 
 
+def _size(bundle: Bundle) -> tuple[int, float]:
+    return bundle.gpus, bundle.cpus
+
+
 def _rewards(config: Config) -> str:
     return f" and {config.reward_workers} reward workers" if config.cluster.reward_nodes else ""
 
@@ -127,7 +131,10 @@ class Reservation:
         self._groups: dict[str, PlacementGroup] = {}
         self._strategies: dict[tuple[str, int], PlacementGroupSchedulingStrategy] = {}
         asked = bundles(config)
-        for role in dict.fromkeys(bundle.role for bundle in asked if bundle.role in roles):
+        largest_first = sorted(
+            asked, key=_size, reverse=True
+        )  # Ray places group after group: little ones fit later, too
+        for role in dict.fromkeys(bundle.role for bundle in largest_first if bundle.role in roles):
             ours = [bundle for bundle in asked if bundle.role == role]
             how = "SPREAD" if role == "rewards" else "PACK"
             group = placement_group([_resources(bundle) for bundle in ours], strategy=how, name=named(role))

@@ -264,20 +264,31 @@ def make_plan(
     return Plan(
         learner=learner, host=host, sampler=sampler, seconds=seconds, gpus=gpus, at_once=at_once,
         hours=(config.run.steps * sum(seconds.values()) + evaluation) / 3600,
-        problems=tuple(find_problems(config, shape, gpu, learner, sampler, gpus, nodes * gpus_per_node)),
+        problems=tuple(find_problems(config, shape, gpu, learner, sampler, gpus, nodes, gpus_per_node)),
     )  # fmt: skip
 
 
 def find_problems(
-    config: Config, shape: Shape, gpu: Gpu, learner: Parts, sampler: Parts, gpus: int, available: int
+    config: Config, shape: Shape, gpu: Gpu, learner: Parts, sampler: Parts, gpus: int, nodes: int, gpus_per_node: int
 ) -> list[str]:
     """One sentence for each reason that it does not fit, with the options to change."""
     c, s, ranks = config.learner, config.sampler, config.cluster.learner_ranks
     both = config.cluster.layout == "colocated" and not config.takes_turns
     out = []
-    if gpus > available:
+    samplers, workers = config.cluster.samplers, config.sampler_workers
+    if workers > 1 and samplers > nodes * (gpus_per_node // workers):
         out.append(
-            f"{gpus} GPUs are asked for and there are {available}: lower cluster.samplers={config.cluster.samplers} or "
+            f"a sampler's {workers} GPUs are on one node, and {nodes} nodes of {gpus_per_node} have room for "
+            f"{nodes * (gpus_per_node // workers)} of {samplers} samplers: lower cluster.tensor_parallel, "
+            "cluster.pipeline_parallel or cluster.samplers, or give more --nodes"
+        )
+    if shape.heads % config.cluster.tensor_parallel:
+        out.append(
+            f"cluster.tensor_parallel={config.cluster.tensor_parallel} does not divide the model's {shape.heads} heads"
+        )
+    if gpus > nodes * gpus_per_node:
+        out.append(
+            f"{gpus} GPUs are asked for and there are {nodes * gpus_per_node}: lower cluster.samplers={samplers} or "
             f"cluster.learner_ranks={ranks}, or give more --nodes"
         )
     taken = sum(learner.values()) + (sum(sampler.values()) if both else 0)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
+import secrets
 import shlex
 import socket
 import tempfile
@@ -40,29 +42,42 @@ Then = Literal["end", "follow", "follow, stop on signals"]
 
 
 def submit(
-    config: Config, recipe: Path, asked: Mapping[str, str], *, address: str, env: Sequence[str], then: Then
-) -> int:
+    config: Config, recipe: Path, asked: Mapping[str, str], *, address: str, env: Sequence[str], then: Then,
+    driver_cpus: float = 0.0,
+) -> int:  # fmt: skip
     """Pack, upload and start. Returns the job's exit code when it is followed to its end.
 
     `asked`: `resume` and `allow`, where they are given. `env`: NAME=VALUE, or NAME for this environment's value.
+    `driver_cpus`: that a node must have for the driver; 0: it is on the head.
     """
     from grpo import packing  # noqa: PLC0415 - transformers takes seconds to import
 
+    if not 0 <= driver_cpus < math.inf:
+        raise UserError(f"--driver-cpus must be a number that is not negative, not {driver_cpus:g}")
     if then == "follow, stop on signals":
         interrupt_early()
     variables = parse_env(env)
     variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(int(config.run.grace_s) + TAKING_DOWN_S))
+    job = f"grpo-{secrets.token_hex(8)}"  # named here: it is known also when the server's answer does not come
     with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
         size = packing.pack(config, recipe, Path(name), asked.get("resume"))
-        with answers(address) as client:
-            job = client.submit_job(
-                entrypoint=entrypoint(recipe.name, asked),
-                runtime_env={"working_dir": name, "env_vars": variables},
-                metadata={"recipe": recipe.name, "grpo": __version__},
-            )
+        try:
+            with answers(address) as client:
+                client.submit_job(
+                    submission_id=job,
+                    entrypoint=entrypoint(recipe.name, asked),
+                    entrypoint_num_cpus=driver_cpus or None,
+                    runtime_env={"working_dir": name, "env_vars": variables},
+                    metadata={"recipe": recipe.name, "grpo": __version__},
+                )
+        except KeyboardInterrupt:
+            print(f"\ngrpo: interrupted as {job} was handed over. If it has begun it goes on. {hint(job, address)}")
+            return NOT_FOLLOWED
     names = ", ".join(text.partition("=")[0] for text in env)
     print(f"submitted  {job}: {size / packing.MIB:.2f} MiB" + (f", with {names}" if names else ""), flush=True)
-    return DONE if then == "end" else follow(job, address, stop_on_signal=then == "follow, stop on signals")
+    if then == "end":
+        return DONE
+    return follow(job, address, known=True, stop_on_signal=then == "follow, stop on signals")
 
 
 def parse_env(texts: Sequence[str]) -> dict[str, str]:
@@ -122,39 +137,47 @@ def answers(address: str) -> Iterator[Any]:
         raise UserError(f"--address {address}: {' '.join(str(error).split())[:300]}") from error
 
 
-def follow(job: str, address: str, *, stop_on_signal: bool = False) -> int:
+def hint(job: str, address: str) -> str:
+    """What else can be done with a job."""
+    return f"Follow it: grpo logs {job} --address {address}; stop it: grpo stop {job} --address {address}"
+
+
+def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool = False) -> int:
     """Print what the job prints until it ends; returns its exit code, or NOT_FOLLOWED after Ctrl-C.
 
-    `stop_on_signal`: the first signal is the job's, and it is followed to its end.
+    `known`: that there is such a job, so that a server that does not answer may come back. `stop_on_signal`: the first
+    signal is the job's, and it is followed to its end.
     """
-    shown, lost = 0, None
-    hint = f"Follow it: grpo logs {job} --address {address}; stop it: grpo stop {job} --address {address}"
+    shown, lost, stopping = 0, None, False
     while True:
-        seen = 0
         try:
-            with answers(address) as client:
-                client.get_job_info(job)  # says it well where there is no such job
-                for text in printed(client, job):
-                    print(text[max(0, shown - seen) :], end="", flush=True)
-                    seen += len(text)
-                    shown, lost = max(shown, seen), None
-                return wait(client, job)
-        except UserError as error:
-            if not shown:
-                raise
-            lost = lost or time.monotonic()
-            if time.monotonic() - lost > RECONNECT_S:
-                print(f"grpo: {error}; the job may go on. {hint}")
-                return OURS
-            time.sleep(POLL_S)
+            try:
+                seen = 0
+                with answers(address) as client:
+                    client.get_job_info(job)  # says it well where there is no such job
+                    known = True
+                    if stopping:
+                        client.stop_job(job)
+                        stopping = False
+                        print("grpo: the job is asked to finish its step, save and end", flush=True)
+                    for text in printed(client, job):
+                        print(text[max(0, shown - seen) :], end="", flush=True)
+                        seen += len(text)
+                        shown, lost = max(shown, seen), None
+                    return wait(client, job)
+            except UserError as error:
+                if not known:
+                    raise
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > RECONNECT_S:
+                    print(f"grpo: {error}; the job may go on. {hint(job, address)}")
+                    return OURS
+                time.sleep(POLL_S)
         except KeyboardInterrupt:
             if not stop_on_signal:
-                print(f"\ngrpo: not followed any more; the job goes on. {hint}")
+                print(f"\ngrpo: not followed any more; the job goes on. {hint(job, address)}")
                 return NOT_FOLLOWED
-            stop_on_signal = False
-            with answers(address) as client:
-                client.stop_job(job)
-            print("grpo: the job is asked to finish its step, save and end", flush=True)
+            stop_on_signal, stopping = False, True
 
 
 def printed(client: Any, job: str) -> Iterator[str]:
@@ -214,5 +237,9 @@ def stop(job: str, address: str) -> int:
         else:
             client.stop_job(job)
             print(f"grpo: {job} is asked to finish its step, save and end", flush=True)
-            wait(client, job)
+            try:
+                wait(client, job)
+            except KeyboardInterrupt:
+                print(f"\ngrpo: not waited for any more; the job ends all the same. {hint(job, address)}")
+                return NOT_FOLLOWED
     return status(job, address)

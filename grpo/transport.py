@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -181,6 +182,7 @@ class SharedMemorySender:
         """`node`: this process's, by which the samplers beside it know their file."""
         self._node = node
         self._fd = os.memfd_create("grpo-weights")
+        weakref.finalize(self, os.close, self._fd)  # a replaced sampler brings another sender
         self._size = 0
         self._map: mmap.mmap | None = None
 

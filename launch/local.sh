@@ -12,9 +12,10 @@ free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1"
 port=$(free_port) dashboard=$(free_port)
 folder=$(mktemp -d /tmp/grpo-local-XXXXXX)
 
-# setsid: Ctrl-C is for the run, which needs Ray to finish its step
+# setsid: Ctrl-C is for the run, which needs Ray to finish its step. The agent takes the jobs; its own port, 52365, may be
+# another Ray's of this machine, also that of a run without a cluster
 setsid ray start --head --block --node-ip-address=127.0.0.1 --port="$port" --dashboard-host=127.0.0.1 \
-  --dashboard-port="$dashboard" --temp-dir="$folder/ray" >"$folder/ray.log" 2>&1 &
+  --dashboard-port="$dashboard" --dashboard-agent-listen-port=0 --temp-dir="$folder/ray" >"$folder/ray.log" 2>&1 &
 ray=$!
 trap 'kill "$ray" 2>/dev/null || true; wait "$ray" || true; rm -rf "$folder"' EXIT
 until (: <"/dev/tcp/127.0.0.1/$dashboard") 2>/dev/null; do

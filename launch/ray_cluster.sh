@@ -17,14 +17,15 @@ case ${1:-} in
 head)
   shift
   echo "submit with: grpo submit RECIPE --address http://$(hostname):${DASHBOARD_PORT:-8265}"
-  exec ray start --head --block --port="${RAY_PORT:-6379}" \
+  # the agent takes the jobs; its own port, 52365, may be another Ray's of this machine
+  exec ray start --head --block --port="${RAY_PORT:-6379}" --dashboard-agent-listen-port=0 \
     --dashboard-host=0.0.0.0 --dashboard-port="${DASHBOARD_PORT:-8265}" "$@"
   ;;
 worker)
   [ $# -ge 2 ] || usage
   address=$2
   shift 2
-  exec ray start --block --address="$address" "$@"
+  exec ray start --block --address="$address" --dashboard-agent-listen-port=0 "$@"
   ;;
 *) usage ;;
 esac

@@ -11,8 +11,9 @@ REWARD_CONCURRENCY says:
         env: [REWARD_TOKEN]   # only if the service asks for one: sent as a bearer token
 
 A request that fails to connect, takes longer than REWARD_TIMEOUT_S (10) or is answered by 429, 502, 503 or 504 is
-tried again up to REWARD_RETRIES (3) times: at once, after 0.5 s, after 1 s, or when the answer's Retry-After says. What
-fails for good fails that completion alone, as does any other answer.
+tried again up to REWARD_RETRIES (3) times: at once, after 0.5 s, after 1 s, or when the answer's Retry-After says, but
+no later than after REWARD_TIMEOUT_S. What fails for good fails that completion alone, as does any other answer, one of
+more than 1 MiB, and one that has begun and is not there whole after REWARD_TIMEOUT_S.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +29,8 @@ from typing import Any
 import urllib3
 
 TRIED_AGAIN = (429, 502, 503, 504)
+LONGEST = 1 << 20
+"""Bytes of an answer."""
 
 
 def remote(completions: Sequence[Any], **columns: Sequence[Any]) -> list[float | Exception | None]:
@@ -45,12 +49,23 @@ def remote(completions: Sequence[Any], **columns: Sequence[Any]) -> list[float |
 @functools.cache
 def _client(concurrency: int) -> urllib3.PoolManager:
     """One for all calls of this process, which keeps its connections open."""
-    tries = urllib3.Retry(
+    tries = _Retry(
         total=int(os.environ.get("REWARD_RETRIES", "3")), backoff_factor=0.25, status_forcelist=TRIED_AGAIN,
         allowed_methods=None, redirect=False,
     )  # fmt: skip
-    timeout = urllib3.Timeout(total=float(os.environ.get("REWARD_TIMEOUT_S", "10")))
+    timeout = urllib3.Timeout(total=_timeout_s())
     return urllib3.PoolManager(maxsize=concurrency, block=True, retries=tries, timeout=timeout)
+
+
+def _timeout_s() -> float:
+    return float(os.environ.get("REWARD_TIMEOUT_S", "10"))
+
+
+class _Retry(urllib3.Retry):
+    def get_retry_after(self, response: Any) -> float | None:
+        """Seconds, but not so many that the group's deadline passes for the sake of one completion."""
+        after = super().get_retry_after(response)
+        return None if after is None else min(after, _timeout_s())
 
 
 def _ask(client: urllib3.PoolManager, url: str, completion: str, row: Mapping[str, Any]) -> float | Exception | None:
@@ -58,12 +73,32 @@ def _ask(client: urllib3.PoolManager, url: str, completion: str, row: Mapping[st
     token = os.environ.get("REWARD_TOKEN")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        answer = client.request("POST", url, json={"completion": completion, "row": row}, headers=headers)
+        answer = client.request(
+            "POST", url, json={"completion": completion, "row": row}, headers=headers, preload_content=False
+        )
+        body = _body(answer, url)
         if answer.status != 200:
-            raise ValueError(f"{url} answered {answer.status}: {answer.data[:100]!r}")
-        reward = json.loads(answer.data)["reward"]
+            raise ValueError(f"{url} answered {answer.status}: {body[:100]!r}")
+        reward = json.loads(body)["reward"]
         if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float)):
             raise ValueError(f"{url} answered a reward that is no number: {reward!r:.80}")
-    except (urllib3.exceptions.HTTPError, ValueError, LookupError, TypeError) as error:
+    except (urllib3.exceptions.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
         return error
     return reward
+
+
+def _body(answer: Any, url: str) -> bytes:
+    """What has been answered: urllib3's timeout is that of each packet, which an answer in drips never passes.
+
+    Raises ValueError for an answer that is too slow or too long.
+    """
+    body, deadline = b"", time.monotonic() + _timeout_s()
+    try:
+        while part := answer.read1(1 << 16):
+            body += part
+            if len(body) > LONGEST or time.monotonic() > deadline:
+                raise ValueError(f"{url} answered {len(body)} bytes in {_timeout_s():g} s and was not at its end")
+    finally:  # a connection that is not at its end is of no more use, but its place is
+        answer.close()
+        answer.release_conn()
+    return body

@@ -28,7 +28,8 @@ ENGINE_ARGUMENTS_TAKEN = frozenset(
         "kv_cache_memory_bytes",
         "gpu_memory_utilization", "distributed_executor_backend", "disable_log_stats", "generation_config",
         "override_generation_config", "hf_overrides", "load_format", "logprobs_mode", "logits_processors",
-        "weight_transfer_config",
+        "weight_transfer_config", "tensor_parallel_size", "pipeline_parallel_size", "worker_extension_cls",
+        "enable_sleep_mode",
     )
 )  # fmt: skip
 """What `sampler.engine` may not set: other options do, or the learner could not replay it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,16 @@ def until(happened: Callable[[], object], what: str, seconds: float = PATIENCE_S
     while not happened():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.5)
+
+
+@pytest.fixture(autouse=True)
+def another_ray() -> Iterator[None]:
+    """Holds the port that the agent of a Ray node takes by itself, as any other Ray of this machine does."""
+    with socket.socket() as listening:
+        with contextlib.suppress(OSError):  # there is one
+            listening.bind(("0.0.0.0", 52365))
+            listening.listen()
+        yield
 
 
 def test_local(make_recipe: Callable[..., Path], tmp_path: Path) -> None:

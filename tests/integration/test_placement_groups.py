@@ -49,9 +49,9 @@ config = load(sys.argv[2], sys.argv[3:])
 out = {"before": nodes()}
 check_fit(config, nodes_of_cluster(), "here")
 reserved = Reservation(config, 30, ENGINES)
-sampler_gpus = config.sampler_workers if config.cluster.layout == "disaggregated" else 0
+sampler_gpus = config.sampler_workers if config.on_gpu and config.cluster.layout == "disaggregated" else 0
 asked = {("sampler", i): sampler_gpus for i in range(config.cluster.samplers)}
-asked |= {("learner", i): 1 for i in range(config.cluster.learner_ranks)}
+asked |= {("learner", i): int(config.on_gpu) for i in range(config.cluster.learner_ranks)}
 actors = {
     key: Where.options(num_cpus=0.5, num_gpus=gpus, **reserved.of(*key)).remote() for key, gpus in asked.items()
 }
@@ -124,4 +124,15 @@ def test_a_sampler_sits_on_the_gpus_of_its_ranks(placed: Any) -> None:
         ranks = [found["where"][f"learner {rank}"] for rank in (2 * i, 2 * i + 1)]
         assert [where for where, _ in ranks] == [node, node]
         assert len({ids[0] for _, ids in ranks}) == 2
+    assert found["after"] == WHOLE
+
+
+def test_the_largest_are_placed_first(placed: Any) -> None:
+    """Two ranks that take a node each, and a sampler that is small enough for the head: Ray, asked for the sampler
+    first, would put it on the node that has the most."""
+    found = placed(
+        "cluster.device=cpu", "cluster.layout=disaggregated", "cluster.learner_ranks=2", "cluster.learner_cpus=8",
+        "cluster.sampler_cpus=2",
+    )  # fmt: skip
+    assert len({node for node, _ in found["where"].values()}) == 3
     assert found["after"] == WHOLE

@@ -86,7 +86,7 @@ def head() -> Iterator[Head]:
         ray = subprocess.Popen(
             ["ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
              "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r",
-             f"--dashboard-agent-listen-port={free_port()}"],
+             "--dashboard-agent-listen-port=0"],
             env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
@@ -203,6 +203,15 @@ def test_little_travels_and_the_jobs_words_and_code_come_back(
     assert "with PASSWORD" in said
     assert "blue-moon" not in said
     assert 100_000 < counter.sent < 10_000_000
+
+
+def test_what_is_reserved_for_the_driver_is_not_the_engines(
+    head: Head, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    recipe = make_recipe(make_model("qwen2"), cluster={"sampler_cpus": 0.5, "learner_cpus": 0.5})
+    code, said = head.grpo("submit", str(recipe), "--driver-cpus", "1.5", cwd=recipe.parent)
+    assert code == 2, said
+    assert "with 0.5 of 2 CPUs and 0 of 0 GPUs" in said
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from grpo import config as module
 from grpo.config import Config, EvalSetConfig, TrainSetConfig, dump, load
+from grpo.config.validate import ENGINE_ARGUMENTS_TAKEN
 from grpo.types import UserError
 
 RECIPE = """
@@ -387,3 +389,12 @@ def test_a_dumped_config_loads_as_it_was(template: str, recipe: Path, tmp_path: 
     path = tmp_path / "config.yaml"
     path.write_text(dump(changed))
     assert load(path) == changed
+
+
+def test_what_the_sampler_gives_vllm_itself_cannot_be_given_twice() -> None:
+    """Else it would be refused, in other words, by a process on another node."""
+    tree = ast.parse((Path(module.__file__).parents[1] / "sampler" / "engine.py").read_text())
+    [call] = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "EngineArgs"]
+    given = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
+    assert len(given) > 15
+    assert given <= ENGINE_ARGUMENTS_TAKEN

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -612,7 +613,7 @@ def test_two_sets_without_weights_are_one_pool(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_asked_to_end_finishes_its_step_and_saves(tmp_path: Path) -> None:
-    config = make_config(tmp_path, "run.steps=6")
+    config = make_config(tmp_path, "run.steps=6", "run.trace=true")
     loop, policy = make_loop(tmp_path, config)
     asked = iter([False, False, True])
     outcome = train(dataclasses.replace(loop, stopping=lambda: next(asked)))
@@ -621,6 +622,7 @@ def test_a_run_that_is_asked_to_end_finishes_its_step_and_saves(tmp_path: Path) 
     assert [read(path).step for path in found(tmp_path / "run")] == [3]
     assert "save" not in policy.calls  # no model of a run that is not at its end
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert len([*(tmp_path / "run" / "trace").iterdir()]) == 3
 
 
 def test_a_run_that_is_asked_to_end_at_its_last_step_is_done(tmp_path: Path) -> None:
@@ -786,7 +788,15 @@ def test_timings_by_hand() -> None:
 
 
 def test_a_trace_has_every_step(tmp_path: Path) -> None:
-    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.trace=true", "run.steps=3", "run.save_every=2"))
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.trace=true", "run.steps=3", "run.save_every=2"))
+    publish = policy.publish
+
+    def slow(version: int, probe: Any, *, full_check: bool) -> Any:
+        done = publish(version, probe, full_check=full_check)
+        time.sleep(0.05)
+        return done
+
+    policy.publish = slow  # type: ignore[method-assign]
     train(loop)
     loop.folder.close()
     files = sorted((tmp_path / "run" / "trace").iterdir())
@@ -794,6 +804,8 @@ def test_a_trace_has_every_step(tmp_path: Path) -> None:
     names = [[event["name"] for event in json.loads(file.read_text())["traceEvents"]] for file in files]
     assert names[0] == ["sample and score", "update", "weight sync"]
     assert names[1] == ["sample and score", "update", "weight sync", "save"]
+    # the sync goes on while the driver reckons the step's metrics
+    assert json.loads(files[0].read_text())["traceEvents"][2]["dur"] >= 50_000
 
 
 def test_the_mismatch_gate(tmp_path: Path) -> None:

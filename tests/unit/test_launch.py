@@ -3,10 +3,13 @@ whose schema is in no package, field by field against its reference (ray.io/v1 o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +124,31 @@ def test_what_is_missing_is_said(arguments: list[str], words: str, tmp_path: Pat
     ended = subprocess.run(["bash", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 2
     assert words in ended.stderr
+
+
+def test_a_time_limit_before_the_run_is_said(tmp_path: Path) -> None:
+    """Slurm signals at once where the limit is nearer than the signal's time; a Ray that starts is taken down."""
+    began, ended = tmp_path / "began", tmp_path / "ended"
+    fake = tmp_path / "srun"
+    fake.write_text(f'#!/bin/sh\ntrap "kill \\$!; touch {ended}; exit" TERM\nsleep 60 &\ntouch {began}\nwait\n')
+    fake.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7", "HEAD_IP": "127.0.0.1",
+    }  # fmt: skip
+    script = subprocess.Popen(
+        ["bash", str(LAUNCH / "slurm.sbatch"), "recipe.yaml"], env=environment, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(300):
+            if began.exists():
+                break
+            time.sleep(0.1)
+        script.send_signal(signal.SIGUSR1)
+        said = script.communicate(timeout=60)[1]
+        assert (script.returncode, ended.exists()) == (1, True), said
+        assert "the time limit has come before the run: --time must be longer" in said
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)

@@ -392,3 +392,31 @@ def test_engines_that_take_turns_move_the_learner_s_states_twice() -> None:
     plan = make_plan(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
     assert plan.seconds["taking turns"] == pytest.approx(2 * (2 + 4 + 12) * shape.parameters / 25e9)
     assert plan.seconds["sync"] == 0  # they are where they are read
+
+
+@pytest.mark.parametrize(
+    ("per_node", "nodes", "room"),
+    [(8, 1, 2), (4, 2, 2), (6, 2, 2), (3, 4, 0), (4, 1, 1), (2, 8, 0)],
+)
+def test_a_sampler_is_on_one_node(per_node: int, nodes: int, room: int) -> None:
+    """Two samplers of four GPUs: however many nodes there are, theirs must have four. Ranks may be anywhere."""
+    config = config_of(
+        "gsm8k_qwen2.5_7b", "cluster.samplers=2", "cluster.tensor_parallel=4", "cluster.layout=disaggregated",
+        "cluster.learner_ranks=1",
+    )  # fmt: skip
+    shape = KNOWN["Qwen/Qwen2.5-7B"]
+    lengths = Lengths(prompt=150, completion=300, longest=2048)
+    plan = make_plan(config, shape, GPUS["h100"], lengths, nodes=nodes, gpus_per_node=per_node)
+    said = [problem for problem in plan.problems if problem.startswith("a sampler's 4 GPUs are on one node")]
+    assert len(said) == (room < 2)
+    assert all(f"have room for {room} of 2 samplers" in problem for problem in said)
+
+
+@pytest.mark.parametrize(("parts", "fits"), [(4, True), (7, True), (8, False)])
+def test_the_heads_are_split_evenly(parts: int, fits: bool) -> None:
+    config = config_of(
+        "gsm8k_qwen2.5_7b", "cluster.samplers=1", f"cluster.tensor_parallel={parts}", "cluster.layout=disaggregated"
+    )
+    lengths = Lengths(prompt=150, completion=300, longest=2048)
+    plan = make_plan(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=2, gpus_per_node=8)
+    assert any("does not divide the model's 28 heads" in problem for problem in plan.problems) != fits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -22,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "reward_fns"))
 import remote as module
 from remote import remote
 
-Answer = tuple[int, bytes]
+Answer = tuple[int, bytes | Iterator[bytes]]
+"""Status, and the body: whole, or in parts."""
 
 
 class Service:
@@ -33,6 +35,8 @@ class Service:
             200,
             json.dumps({"reward": len(body["completion"])}).encode(),
         )
+        self.headers: dict[str, str] = {}
+        self.written = 0
         self.bodies: list[Any] = []
         self.tokens: list[str | None] = []
         self.now = self.most = 0
@@ -52,9 +56,17 @@ class Service:
                 with lock:
                     service.now -= 1
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(answer)))
+                for name, value in service.headers.items():
+                    self.send_header(name, value)
+                if isinstance(answer, bytes):
+                    self.send_header("Content-Length", str(len(answer)))
+                else:
+                    self.close_connection = True
                 self.end_headers()
-                self.wfile.write(answer)
+                with contextlib.suppress(OSError):  # nobody listens any more
+                    for part in [answer] if isinstance(answer, bytes) else answer:
+                        self.wfile.write(part)
+                        service.written += len(part)
 
             def log_message(self, *_: Any) -> None:
                 """Say nothing."""
@@ -111,7 +123,7 @@ def test_what_fails_for_good_fails_alone(service: Service) -> None:
     answers = {
         "down": (503, b""), "wrong": (500, b"oops"), "text": (200, b"hello"), "none": (200, b'{"reward": null}'),
         "word": (200, b'{"reward": "1"}'), "true": (200, b'{"reward": true}'), "other": (200, b'{"score": 1}'),
-        "moved": (302, b""), "list": (200, b"[1]"), "good": (200, b'{"reward": -2}'),
+        "moved": (302, b""), "list": (200, b"[1]"), "deep": (200, b"[" * 100_000), "good": (200, b'{"reward": -2}'),
     }  # fmt: skip
     service.judge = lambda body: answers[body["completion"]]
     found = dict(zip(answers, remote(list(answers)), strict=True))
@@ -153,6 +165,50 @@ def test_a_silent_service_has_a_deadline(service: Service, monkeypatch: pytest.M
     assert isinstance(found, Exception)
     assert took < 5
     assert len(service.bodies) == 2
+
+
+def test_an_answer_in_drips_and_one_without_end_are_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their place among the requests at once is free again."""
+    monkeypatch.setenv("REWARD_TIMEOUT_S", "0.5")
+    monkeypatch.setenv("REWARD_CONCURRENCY", "1")
+
+    def judge(body: Any) -> Answer:
+        if body["completion"] == "drips":
+            return 200, (time.sleep(0.1) or b" " for _ in range(200))  # type: ignore[func-returns-value]
+        if body["completion"] == "endless":
+            return 200, (b" " * (1 << 18) for _ in range(1000))
+        return 200, b'{"reward": 1}'
+
+    service.judge = judge
+    started = time.monotonic()
+    drips, endless, good = remote(["drips", "endless", "good"])
+    assert time.monotonic() - started < 8
+    assert "bytes in 0.5 s and was not at its end" in str(drips)
+    assert "and was not at its end" in str(endless)
+    assert good == 1
+    assert service.written < 100 << 20
+
+
+def test_a_service_may_not_ask_for_more_patience_than_a_request_has(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_TIMEOUT_S", "0.3")
+    monkeypatch.setenv("REWARD_RETRIES", "1")
+    service.headers = {"Retry-After": "20"}
+    service.judge = lambda body: (429, b"")
+    started = time.monotonic()
+    [found] = remote(["a"])
+    assert isinstance(found, Exception)
+    assert 0.3 <= time.monotonic() - started < 8
+    assert len(service.bodies) == 2
+
+
+def test_a_connection_is_kept(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_CONCURRENCY", "1")
+    assert remote(["a", "bb"]) == [1, 2]
+    assert remote(["ccc"]) == [3]
+    [pool] = module._client(1).pools._container.values()
+    assert (pool.num_connections, pool.num_requests) == (1, 3)
 
 
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:

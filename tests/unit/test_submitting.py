@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from grpo import config as config_module
-from grpo import packing
+from grpo import packing, submitting
 from grpo.submitting import answers, entrypoint, exit_code, parse_env
 from grpo.types import UserError
 
@@ -68,7 +71,7 @@ def test_modules_that_a_reward_imports_travel_with_it(here: Path, tmp_path: Path
     beside = tmp_path / "elsewhere"
     (beside / "helpers" / "deep").mkdir(parents=True)
     for name, source in {
-        "elsewhere/graded.py": "import json, helpers.deep.b, shared_words\ndef graded(a, b):\n    import late\n",
+        "elsewhere/graded.py": "import json, time, helpers.deep.b, shared_words\ndef graded(a, b):\n    import late\n",
         "elsewhere/late.py": "",
         "elsewhere/unused.py": "",
         "elsewhere/helpers/deep/b.py": "from .c import x\nfrom far import x\n",
@@ -77,6 +80,7 @@ def test_modules_that_a_reward_imports_travel_with_it(here: Path, tmp_path: Path
         "here/shared_words.py": "import late\n",
         "here/far.py": "",
         "here/json.py": "",
+        "here/time.py": "",
         "here/yaml.py": "",
     }.items():
         (tmp_path / name).write_text(source)
@@ -207,6 +211,14 @@ def test_the_exit_code_of_a_stopped_job_is_its_last_line(log: str, code: int | N
     assert exit_code(Job(log), "job", Job(log)) == code
 
 
+@pytest.mark.parametrize("cpus", [-1.0, float("nan"), float("inf")])
+def test_a_driver_s_cpus_are_a_number(here: Path, cpus: float) -> None:
+    recipe = written(here)
+    config = config_module.load(recipe)
+    with pytest.raises(UserError, match="^--driver-cpus must be a number that is not negative, not"):
+        submitting.submit(config, recipe, {}, address="http://head", env=[], then="end", driver_cpus=cpus)
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [
@@ -220,3 +232,110 @@ def test_the_exit_code_of_a_stopped_job_is_its_last_line(log: str, code: int | N
 def test_an_address_where_no_job_server_is(address: str, words: str) -> None:
     with pytest.raises(UserError, match=f"^--address {address}:? {words}"), answers(address):
         pass
+
+
+class Server:
+    """A job server by a script: what comes of each attempt to follow; and whether the job was asked to stop."""
+
+    def __init__(self, *attempts: list[str | BaseException]) -> None:
+        self.attempts, self.stopped, self.submitted = [*attempts], 0, dict[str, Any]()
+
+    @contextmanager
+    def answers(self, address: str) -> Iterator[Any]:
+        yield self
+
+    def get_job_info(self, job: str) -> Any:
+        return SimpleNamespace(status=SimpleNamespace(is_terminal=lambda: True), driver_exit_code=75)
+
+    def stop_job(self, job: str) -> None:
+        self.stopped += 1
+
+    def printed(self, client: Any, job: str) -> Iterator[str]:
+        for one in self.attempts.pop(0):
+            if isinstance(one, BaseException):
+                raise one
+            yield one
+
+
+@pytest.fixture
+def followed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    def run(server: Server, **options: bool) -> int:
+        monkeypatch.setattr(submitting, "answers", server.answers)
+        monkeypatch.setattr(submitting, "printed", server.printed)
+        monkeypatch.setattr(submitting, "POLL_S", 0)
+        return submitting.follow("job", "http://head", **options)
+
+    return run
+
+
+AWAY = UserError("--address http://head: nothing answers there")
+
+
+def test_a_server_that_comes_back_is_followed_on(followed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is said twice; also where the job has said nothing yet."""
+    assert followed(Server([AWAY], ["one\n", "two", AWAY], ["one\ntwo\n", "three\n"]), known=True) == 75
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_a_signal_reaches_the_job_once_its_server_answers(
+    followed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that comes between two attempts."""
+    server = Server(["one\n", KeyboardInterrupt()], ["one\n", "two\n"])
+    assert followed(server, stop_on_signal=True) == 75
+    assert server.stopped == 1
+    server, pauses = Server(["one\n", AWAY], ["one\n", "two\n"]), [KeyboardInterrupt()]
+
+    def sleep(seconds: float) -> None:
+        if pauses:
+            raise pauses.pop()
+
+    monkeypatch.setattr(submitting.time, "sleep", sleep)
+    assert followed(server, stop_on_signal=True) == 75
+    assert server.stopped == 1
+    assert capsys.readouterr().out.count("asked to finish its step") == 2
+
+
+def test_a_stop_is_asked_again_where_the_server_was_away(followed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(["one\n", KeyboardInterrupt()], ["one\n"])
+    refusals: list[Exception] = [AWAY]
+
+    def stop_job(job: str) -> None:
+        if refusals:
+            raise refusals.pop()
+        server.stopped += 1
+
+    monkeypatch.setattr(server, "stop_job", stop_job)
+    assert followed(server, stop_on_signal=True) == 75
+    assert server.stopped == 1
+
+
+def test_ctrl_c_while_a_server_is_away_ends_the_following(
+    followed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submitting.time, "sleep", sleep)
+    assert followed(Server(["one\n", AWAY])) == submitting.NOT_FOLLOWED
+    assert "the job goes on. Follow it: grpo logs job" in capsys.readouterr().out
+
+
+def test_ctrl_c_as_a_job_is_handed_over_names_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have begun: its name is made here."""
+    server = Server()
+
+    def submit_job(**options: Any) -> None:
+        server.submitted = options
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submitting, "answers", server.answers)
+    monkeypatch.setattr(server, "submit_job", submit_job, raising=False)
+    recipe = written(here)
+    code = submitting.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then="follow")
+    assert code == submitting.NOT_FOLLOWED
+    assert server.submitted["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "180"}  # run.grace_s + 60
+    job = server.submitted["submission_id"]
+    assert f"grpo stop {job} --address http://head" in capsys.readouterr().out

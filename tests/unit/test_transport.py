@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -51,6 +52,14 @@ def test_shared_memory_carries_every_bit_and_is_reused() -> None:
         sender.pack(tensors(0.0))  # reuse must not reach what was read
         assert same(tensors(scale), got)
         assert [checksum(tensor) for _, tensor in got] == list(bucket.checksums)
+
+
+def test_a_sender_that_is_gone_holds_no_memory() -> None:
+    sender = SharedMemorySender("node")
+    file = sender.pack(tensors()).transport["files"]["node"]
+    assert Path(file).resolve().name.startswith("memfd:grpo-weights")
+    del sender
+    assert not Path(file).exists()
 
 
 def test_gloo_carries_every_bit_to_every_worker() -> None:
