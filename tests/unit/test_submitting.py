@@ -215,7 +215,7 @@ def test_the_exit_code_of_a_stopped_job_is_its_last_line(log: str, code: int | N
 def test_a_driver_s_cpus_are_a_number(here: Path, cpus: float) -> None:
     recipe = written(here)
     config = config_module.load(recipe)
-    with pytest.raises(UserError, match="^--driver-cpus must be a number that is not negative, not"):
+    with pytest.raises(UserError, match=r"^--driver-cpus must be a number that is not negative, not"):
         submitting.submit(config, recipe, {}, address="http://head", env=[], then="end", driver_cpus=cpus)
 
 
