@@ -215,7 +215,7 @@ def test_the_exit_code_of_a_stopped_job_is_its_last_line(log: str, code: int | N
 def test_a_driver_s_cpus_are_a_number(here: Path, cpus: float) -> None:
     recipe = written(here)
     config = config_module.load(recipe)
-    with pytest.raises(UserError, match="^--driver-cpus must be a number that is not negative, not"):
+    with pytest.raises(UserError, match=r"^--driver-cpus must be a number that is not negative, not"):
         submitting.submit(config, recipe, {}, address="http://head", env=[], then="end", driver_cpus=cpus)
 
 
@@ -319,6 +319,23 @@ def test_ctrl_c_while_a_server_is_away_ends_the_following(
     monkeypatch.setattr(submitting.time, "sleep", sleep)
     assert followed(Server(["one\n", AWAY])) == submitting.NOT_FOLLOWED
     assert "the job goes on. Follow it: grpo logs job" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_a_job_ends_leaves_it_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server()
+
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    running = SimpleNamespace(status=SimpleNamespace(is_terminal=lambda: False))
+    monkeypatch.setattr(server, "get_job_info", lambda job: running)
+    monkeypatch.setattr(submitting, "answers", server.answers)
+    monkeypatch.setattr(submitting.time, "sleep", sleep)
+    assert submitting.stop("job", "http://head") == submitting.NOT_FOLLOWED
+    assert server.stopped == 1
+    assert "not waited for any more; the job ends all the same" in capsys.readouterr().out
 
 
 def test_ctrl_c_as_a_job_is_handed_over_names_it(
