@@ -19,7 +19,7 @@ from grpo.config import RewardConfig
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.types import Failed, Scored
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "reward_fns"))
+sys.path.append(str(Path(__file__).parents[2] / "reward_fns"))  # behind recipes/, which has an arithmetic.py too
 import remote as module
 from remote import remote
 
