@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--reward", default="reward_fns/gsm8k.py")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("overrides", nargs="*")
-    parsed = parser.parse_args()
+    parsed = parser.parse_intermixed_args()
     c = check.resolve_paths(
         config.load_for_evaluation(
             None, model=parsed.model, data=[parsed.data], rewards=[parsed.reward], overrides=parsed.overrides

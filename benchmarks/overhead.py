@@ -55,6 +55,7 @@ class BareSampler:
                 max_num_batched_tokens=max(8192, c.max_row_tokens),
                 enforce_eager=c.sampler.enforce_eager,
                 enable_prefix_caching=c.sampler.prefix_caching,
+                enable_chunked_prefill=c.on_gpu,
                 distributed_executor_backend="uni",
                 kv_cache_memory_bytes=2**28,
                 disable_log_stats=True,
