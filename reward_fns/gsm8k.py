@@ -4,8 +4,8 @@ What is read: the last line part `#### x`, as the data set writes its answers; e
 last number. Public graders of GSM8K read either the first of these ("strict") or the last ("flexible"); a completion
 that follows the format is judged by it alone. `####` before anything but a number is a heading.
 
-How it is compared: as rational numbers, `1,234.50` = `1234.5`, `3/4` = `0.75`. Currency and per cent signs, commas
-between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5.
+How it is compared: as rational numbers, `1,234.50` = `1234.5`, `3/4` = `0.75`, `2e3` = `2000`. Currency and per
+cent signs, commas between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from fractions import Fraction
 from typing import Any
 
 MAX_DIGITS = 100
-"""Characters of a number; a longer one is a wrong answer."""
+"""Characters of a number; a longer one is a wrong answer, as is an exponent of more than two digits."""
 
-NUMBER = r"(?:-[$€£]?|[$€£]\s?-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d)(?:\s?/\s?[1-9]\d*)?)"
+EXPONENT = r"[eE][+-]?\d+"
+NUMBER = (
+    r"(?:-[$€£]?|[$€£]\s?-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?"
+    rf"(?:\.\d+(?:{EXPONENT})?|(?<=\d)(?:\s?/\s?[1-9]\d*|{EXPONENT})?)"
+)
 MARKED = re.compile(rf"####[\s*]*({NUMBER})[\s%.*]*$", re.M)
 LAST = re.compile(rf"(?<![\w.)])(?:{NUMBER})")
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\}|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
@@ -58,6 +62,6 @@ def final_number(text: str) -> Fraction | None:
 
 def value(number: str) -> Fraction | None:
     """`number`, as NUMBER matches it, exactly; None for anything else and what is absurdly long."""
-    if len(number) > MAX_DIGITS or not re.fullmatch(NUMBER, number):
+    if len(number) > MAX_DIGITS or not re.fullmatch(NUMBER, number) or re.search(r"[eE][+-]?\d{3}", number):
         return None
     return Fraction(re.sub(r"[$€£,\s]", "", number))

@@ -228,7 +228,9 @@ def test_gsm8k() -> None:
         "2": ["\\boxed{10^2}"],
         "1/3": ["0.333"],
         "1": ["1/0"],
+        "7": ["7e3", "#### 7e3", "\\boxed{7e3}", "7E3 in all", "7e1000", "0.7e999999999"],
     }
+    right |= {"7000": ["7e3", "#### 7E+3", "\\boxed{70e2}", "7,000e0", "0.7e4", "700000e-2"]}
     check(gsm8k, [(text, gold, 1.0) for gold, texts in right.items() for text in texts])
     check(gsm8k, [(text, gold, 0.0) for gold, texts in wrong.items() for text in texts])
     check(gsm8k, [("72", "48/2 = <<48/2=24>>24\n#### 72", 1.0), ("72.0", 72, 1.0), ("1/2", 0.5, 1.0)])
