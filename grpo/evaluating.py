@@ -48,7 +48,9 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
         "float32_head": config.model.float32_head,
         "seeded": config.sampling_is_seeded,
         "seed": config.run.seed,
-        "rewards": [[r.function, r.weight, r.style, list(r.sets)] for r in config.rewards],
+        "sampler.engine": config.sampler.engine,
+        "rewards": [[r.function, r.weight, r.style, list(r.sets), r.timeout_s, r.memory_gib] for r in config.rewards],
+        "versions": run_folder.versions(),
     }
 
 

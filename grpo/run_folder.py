@@ -35,7 +35,7 @@ RECIPE = "recipe.txt"
 MAX_WRITES_BEHIND = 8
 """Steps' files that may wait to be written before the run waits for them."""
 
-PACKAGES = ("torch", "transformers", "ray", "deepspeed", "omegaconf", "datasets")
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "omegaconf", "datasets", "math-verify")
 
 
 def choose(config: Config, recipe: str) -> Path:

