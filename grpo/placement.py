@@ -154,7 +154,10 @@ class Reservation:
         return {"scheduling_strategy": self._strategies[kind, index]}
 
     def release(self) -> None:
-        """Give the places back."""
+        """Give the places back to the cluster that was joined. A private Ray ends with the driver, and where it is
+        dying already, Ray would wait a minute for an answer and then end the process."""
+        if ray._private.worker.global_worker.node.all_processes:  # what this process has started of Ray
+            return
         for group in self._groups.values():
             remove_placement_group(group)
 

@@ -27,7 +27,12 @@ STEPS = 6
 DEADLINE_S = 20
 """cluster.step_timeout_s of the cells where something hangs."""
 PHASES = ("start", "sampling", "scoring", "learning", "sync", "saving")
-DEFAULT = {("disk full", "saving"), ("node lost", "learning"), ("driver killed", "sync")}
+DEFAULT = {
+    ("disk full", "saving"),
+    ("node lost", "learning"),
+    ("driver killed", "sync"),
+    ("SIGTERM to all", "learning"),
+}
 """Cells of the default suite, where test_ends and test_resume strike, too."""
 
 
