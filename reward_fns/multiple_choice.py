@@ -3,7 +3,8 @@
 What is read: the part behind the last `</think>`, and in it the last `<answer>...</answer>`, where there are such.
 There, the first of these that is found: the last `\\boxed{B}`; the last "answer is (B)" or "Answer: B"; a text that is
 or begins with a lone letter, "B", "(B)", "**B**", "B. because ..."; a last line that is a lone letter. A choice
-between letters ("A or B") is no answer. How it is compared: the letters A to Z must be the same, in either case.
+between letters ("A or B") is no answer. How it is compared: the letters A to Z must be the same.
+In a box and in the row they may be small; elsewhere a small letter is a word ("a") and no choice.
 """
 
 from __future__ import annotations
