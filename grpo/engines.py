@@ -396,11 +396,8 @@ class Engines:
         if dead:
             return f"the node of all engines was lost (its {', '.join(dead)} ended)"
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        gone = [
-            f"{self._names[h]} on Ray's node {node[:12]}"
-            for h, (node, _) in self._places().items()
-            if node not in alive
-        ]
+        lost = {self._names[h]: node for h, (node, _) in self._places().items() if node not in alive}
+        gone = [f"{name} at {self.hosts.get(name, node[:12])}" for name, node in lost.items()]
         return f"the node of {', '.join(gone)} was lost" if gone else None
 
     def _places(self) -> dict[Any, tuple[str, int]]:
@@ -426,7 +423,9 @@ class Engines:
         why = " ".join(str(error).split())[:300]
         if struck := _oom_kills() - self._oom_kills:
             why = f"the kernel has killed {struck} processes for want of memory since the engines were started; {why}"
-        return ActorDied(name, f"{name} died while waiting for {what} ({why}); its last lines:\n{self._tail(name)}")
+        # its end may be known before that of its node
+        at = f" at {self.hosts[name]}" if name in self.hosts and len(set(self.hosts.values())) > 1 else ""
+        return ActorDied(name, f"{name}{at} died while waiting for {what} ({why}); its last lines:\n{self._tail(name)}")
 
     def _overdue(self, what: str, timeout_s: float) -> EngineFailure:
         """Who was awaited, and what each engine was doing when patience ended."""
