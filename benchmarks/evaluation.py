@@ -67,7 +67,8 @@ def main() -> None:
                 key = evaluating.key_of(plan, "")
                 with evaluating.opened(target, key, plan):
                     started = time.perf_counter()
-                    evaluating.evaluate(plan, target, group, scorer, lambda text: None)
+                    left = evaluating.unfinished(plan, target, print)
+                    evaluating.evaluate(plan, target, left, group, scorer, lambda text: None)
                     ours = time.perf_counter() - started
                 shutil.rmtree(target)
                 sampled = sum(map(len, tokens.values()))

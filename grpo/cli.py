@@ -238,14 +238,15 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     key = evaluating.key_of(plan, check.model_fingerprint(config.model.path))
     folder = evaluating.folder_of(parsed.out.expanduser().resolve(), evaluating.name_of(model), key)
     with evaluating.opened(folder, key, plan), Console(steps=0, log=folder / "log.txt") as console:
-        if (folder / evaluating.RESULT).exists():
+        left = evaluating.unfinished(plan, folder, console.say)
+        if not left:
             console.say(f"evaluated before: {folder}")
             result = evaluating.conclude(plan, folder)
         else:
             for line in plan.lines:
                 console.say(line)
             try:
-                result = evaluate(plan, folder, console)
+                result = evaluate(plan, folder, left, console)
             except KeyboardInterrupt:
                 console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
                 return RESUMABLE
@@ -255,7 +256,7 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     return DONE
 
 
-def evaluate(plan: Any, folder: Path, console: Any) -> dict[str, Any]:
+def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]:
     """Start samplers and reward workers, evaluate, and take them down."""
     from grpo import cluster, engines, evaluating  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
@@ -271,7 +272,7 @@ def evaluate(plan: Any, folder: Path, console: Any) -> dict[str, Any]:
         console.say(f"starting {config.cluster.samplers} samplers")
         group = engines.Engines(config, logs, console.say, Timeline(None))
         try:
-            return evaluating.evaluate(plan, folder, group, scorer, console.say)
+            return evaluating.evaluate(plan, folder, left, group, scorer, console.say)
         finally:
             group.close()
 

@@ -89,23 +89,38 @@ def samples_of(plan: Plan, name: str) -> int:
     return plan.config.data.eval.samples_of(name)
 
 
+def unfinished(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, list[Prompt]]:
+    """Data set -> its prompts whose completions are not in the folder, for sets that have such.
+
+    A result that is there does not say that the samples are: only they count.
+    """
+    done = finished_prompts(folder, say)
+    out = {}
+    for name in set_names(plan):
+        prompts = [p for p in plan.eval_prompts if p.dataset == name]
+        if left := [p for p in prompts if p.prompt_id not in done]:
+            out[name] = left
+        if 0 < len(left) < len(prompts):
+            say(f"{name}: {len(prompts) - len(left)} of {len(prompts)} prompts have been evaluated before")
+    return out
+
+
 def evaluate(
-    plan: Plan, folder: Path, sampler: engines.Engines, scorer: Scorer, say: Callable[[str], None]
+    plan: Plan,
+    folder: Path,
+    left: Mapping[str, Sequence[Prompt]],
+    sampler: engines.Engines,
+    scorer: Scorer,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Sample and score what is not yet in the folder, then write and return the result.
+    """Sample and score what is `unfinished`, then write and return the result.
 
     Raises UserError when too many completions fail.
     """
-    done = finished_prompts(folder, say)
     writer = Writer(folder)
-    for name in set_names(plan):
-        prompts = [p for p in plan.eval_prompts if p.dataset == name]
-        left = [p for p in prompts if p.prompt_id not in done]
-        if len(left) < len(prompts):
-            say(f"{name}: {len(prompts) - len(left)} of {len(prompts)} prompts have been evaluated before")
-        if left:
-            say(f"sampling {samples_of(plan, name)} completions of {len(left)} prompts of {name}")
-            sample_set(plan, name, left, sampler, scorer, writer, say)
+    for name, prompts in left.items():
+        say(f"sampling {samples_of(plan, name)} completions of {len(prompts)} prompts of {name}")
+        sample_set(plan, name, prompts, sampler, scorer, writer, say)
     writer.flush()
     return conclude(plan, folder)
 

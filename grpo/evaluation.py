@@ -163,7 +163,7 @@ def statistics_of(samples: Mapping[str, Sequence[Judged]]) -> dict[str, dict[str
     out: dict[str, dict[str, float]] = defaultdict(dict)
     asked = max((len(some) for some in samples.values()), default=0)
     ks = sorted({asked, *(2**i for i in range(asked.bit_length()) if 2**i <= asked)})
-    for prompt_id, some in samples.items():
+    for prompt_id, some in sorted(samples.items()):  # in whatever order they came, the resampling sees one
         scored = [(sample.value, sample.answer) for sample in some if sample.value is not None]
         if not scored:
             continue

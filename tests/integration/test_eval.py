@@ -87,12 +87,13 @@ def test_what_was_evaluated_is_not_evaluated_again(run: Path, evaluated: tuple[P
 
 
 def test_an_evaluation_goes_on_where_it_was_cut(run: Path, evaluated: tuple[Path, dict[str, Any]]) -> None:
-    """From a folder that holds some of the prompts, a file that was being written, and one that is damaged."""
+    """From a folder that holds some of the prompts, a file that was being written, and one that is damaged. That it
+    holds a result, too, does not make it whole."""
     folder, result = evaluated
     copy = folder.parent.parent / "cut"
     subprocess.run(["cp", "-r", str(folder.parent), str(copy)], check=True)
     there = copy / folder.name
-    (there / "evaluation.json").unlink()
+    (there / "evaluation.json").write_text("{}")
     [file] = (there / "samples").glob("*.parquet")
     pq.write_table(pq.read_table(file).slice(0, 5 * 4), there / "samples" / "000000.parquet")
     (there / "samples" / "000001.parquet").write_bytes(b"PAR1 and no more")

@@ -84,6 +84,20 @@ def test_statistics_by_hand() -> None:
     assert set(found) == {"avg", "pass", "maj", "pass@1", "pass@2", "pass@4"}
 
 
+def test_the_order_in_which_prompts_were_finished_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    prompts = {f"p{i}": [sample(value) for value in rng.random(4)] for i in range(50)}
+    turned = dict(reversed(prompts.items()))
+    for statistic, values in statistics_of(prompts).items():
+        assert interval(list(values.values())) == interval(list(statistics_of(turned)[statistic].values()))
+    empty = {name: [sample(0.0)] for name in prompts}
+    assert paired_gain(
+        Evaluation(sets={"a": summarize(empty)}), Evaluation(sets={"a": summarize(prompts)})
+    ) == paired_gain(
+        Evaluation(sets={"a": summarize(dict(reversed(empty.items())))}), Evaluation(sets={"a": summarize(turned)})
+    )
+
+
 def test_summary_by_hand() -> None:
     samples = {
         "a": [sample(1.0, "7", tokens=3), sample(0.0, "8", tokens=9, truncated=True), sample(0.0, "8", tokens=3)],
