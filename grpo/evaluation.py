@@ -124,7 +124,7 @@ def final_answer(text: str) -> str:
         found = numbers[-1]
     else:
         found = text
-    return " ".join(found.replace(",", "").split()).rstrip(".")
+    return "".join(found.replace(",", "").split()).rstrip(".")
 
 
 def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetEvaluation:

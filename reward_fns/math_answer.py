@@ -30,6 +30,7 @@ MAX_GAP = 60  # characters between boxes that are one answer
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
+BARE_BOX = re.compile(r"(\\boxed|\\fbox)\s*(-?\.?\d[^\s$\\]*)")  # \boxed 7, which some of MATH's solutions have
 JOINED = re.compile(r"(?:\\q?quad|\\text\s*\{|(?:[a-z]+\s+)?\b(?:and|or)\b|[^\w.:=?!])*")
 COMMAND = re.compile(r"\\(?:begin|end|text\w*|mbox|math\w+|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+")
 WORD = re.compile(r"[^\W\d_]{3}|\b(?:is|it|so|we)\b", re.I)
@@ -69,7 +70,7 @@ def content(text: str, *, whole: bool) -> str:
 
     `whole`: the text is known to be an answer, prose only where it has mathematics between delimiters.
     """
-    text = text.replace("\\$", "")
+    text = BARE_BOX.sub(r"\1{\2}", text.replace("\\$", ""))
     boxed = last_boxes(text)
     if boxed is not None:
         return content(boxed, whole=True)
@@ -107,7 +108,7 @@ def closing(text: str, start: int, limit: int) -> int | None:
 
 def unified(text: str) -> str:
     """`text` in the forms that the library reads rightly."""
-    text = text.replace("\u2212", "-")
+    text = text.replace("\u2212", "-").replace("\\varnothing", "\\emptyset")
     text = re.sub(r"(?<=[\u3000-\u9fff])(?=\d)", " ", text)  # it wants white space before a number
     text = re.sub(r"(\\q?quad)(?=[a-zA-Z])", r"\1 ", text)
     text = re.sub(r"\\(?:mathrm|text)\s*\{([ei]|[a-zA-Z](?=\}[^{]*\}))\}", r"\1", text)  # it cuts \frac{1}{\mathrm{e}}

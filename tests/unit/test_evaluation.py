@@ -119,9 +119,10 @@ def test_summary_by_hand() -> None:
     [
         (r"so \boxed{5}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         ("12 + 3 = 15\n#### 1,005\nand more", "1005"),
-        ("<think>maybe 4</think> <answer> 5 + 6 </answer>", "5 + 6"),
+        ("<think>maybe 4</think> <answer> 5 + 6 </answer>", "5+6"),
         ("first 12, then -3.5.", "-3.5"),
-        ("  Paris \n is it. ", "Paris is it"),
+        ("  Paris \n is it. ", "Parisisit"),
+        (r"\boxed{\frac{1} {2}}", r"\frac{1}{2}"),
         (r"unclosed \boxed{5", "5"),
         ("", ""),
     ],
