@@ -64,6 +64,7 @@ def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None
     prompts = tuple(prompt for dataset in train for prompt in dataset.prompts)
     eval_prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_batch(config, train)
+    check_by(config, eval_prompts)
     files = tuple(rewards.locate(config.rewards, recipe))
     check_reward_sets(config, [*train, *held_out])
     tried = try_rewards(config, files, [*train, *held_out], log_dir, say)
@@ -94,6 +95,7 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
     tokenizer, ends = load_tokenizer(config)
     _, held_out = read_data(config, tokenizer)
     prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
+    check_by(config, prompts)
     names = {dataset.name for dataset in held_out}
     # rewards of sets that only training draws from have nothing to score here
     own = [reward for reward in config.rewards if not reward.sets or names & {*reward.sets}]
@@ -317,6 +319,18 @@ def check_reward_sets(config: Config, sets: Sequence[data.PromptSet]) -> None:
     for dataset in sets:
         if not any(reward.applies_to(dataset.name) for reward in config.rewards):
             raise UserError(f"{dataset.option}: no reward is for {dataset.name}; name it in rewards[i].sets of one")
+
+
+def check_by(config: Config, held_out: Sequence[Prompt]) -> None:
+    """Raises UserError when no row of the evaluation has a column of `data.eval.by`."""
+    columns = sorted({column for prompt in held_out for column in prompt.row})
+    for column in config.data.eval.by:
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"data.eval.by: no row of data.eval.sets has a column {column!r}; there are {', '.join(columns)}{hint}"
+            )
 
 
 def check_trackers(config: Config) -> None:

@@ -339,7 +339,7 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     every = [group for some in groups.values() for group in some]
     loop.folder.write_samples(f"eval-{step:06d}", step, every, {})
     enforce_failure_budget(every, config.algorithm)
-    evaluation = Evaluation(sets={name: evaluate_groups(some) for name, some in groups.items()})
+    evaluation = evaluate_groups(groups, config.data.eval.by)
     if step == 0:
         loop.folder.log_metrics(0, eval_metrics(evaluation))
         loop.folder.facts["accuracy_before"] = evaluation.accuracy

@@ -25,7 +25,7 @@ from grpo import engines, run_folder
 from grpo.check import Plan
 from grpo.compare import Samples, read_samples, table, with_bounds
 from grpo.driver import eval_seed
-from grpo.evaluation import Interval, Judged, interval, statistics_of
+from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
 from grpo.rollouts import Scorer, collect, enforce_failure_budget
 from grpo.types import Group, Prompt, UserError
 
@@ -223,12 +223,8 @@ def result_of(plan: Plan, samples: Samples) -> dict[str, Any]:
     for name in set_names(plan):
         found = describe(samples[name])
         for column in plan.config.data.eval.by:
-            values: dict[str, dict[str, list[Judged]]] = {}
-            for prompt_id, some in samples[name].items():
-                if column in rows[prompt_id]:
-                    values.setdefault(str(rows[prompt_id][column]), {})[prompt_id] = some
-            if values:
-                found[f"by {column}"] = {value: describe(values[value]) for value in sorted(values)}
+            if parts := parts_by(column, rows, samples[name]):
+                found[f"by {column}"] = {value: describe(part) for value, part in parts.items()}
         sets[name] = found
     return {"versions": run_folder.versions(), "sets": sets}
 

@@ -11,7 +11,8 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +78,8 @@ class Evaluation:
     """An evaluation on every data set, by the first reward that scores it."""
 
     sets: Mapping[str, SetEvaluation]
+    parts: Mapping[str, SetEvaluation] = field(default_factory=dict)
+    """`<data set>/<column>/<value>` -> the prompts with that value, for the columns of data.eval.by."""
 
     @property
     def accuracy(self) -> float:
@@ -145,10 +148,32 @@ def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetEvaluation:
     )
 
 
-def evaluate_groups(groups: Sequence[Group]) -> SetEvaluation:
-    """`summarize` of the groups of one data set."""
-    by = judge([parts_of(rollout) for group in groups for rollout in group.rollouts])
-    return summarize({group.prompt.prompt_id: [judged(r, by) for r in group.rollouts] for group in groups})
+def evaluate_groups(groups: Mapping[str, Sequence[Group]], by: Sequence[str] = ()) -> Evaluation:
+    """The evaluation of data set -> its groups; of every value of the columns `by`, too.
+
+    Raises ValueError when no completion of a data set was scored.
+    """
+    sets, parts = dict[str, SetEvaluation](), dict[str, SetEvaluation]()
+    for name, some in groups.items():
+        judging = judge([parts_of(rollout) for group in some for rollout in group.rollouts])
+        samples = {group.prompt.prompt_id: [judged(r, judging) for r in group.rollouts] for group in some}
+        sets[name] = summarize(samples)
+        for column in by:
+            for value, part in parts_by(column, {g.prompt.prompt_id: g.prompt.row for g in some}, samples).items():
+                if any(sample.value is not None for own in part.values() for sample in own):
+                    parts[f"{name}/{column}/{value}"] = summarize(part)
+    return Evaluation(sets=sets, parts=parts)
+
+
+def parts_by(
+    column: str, rows: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Sequence[Judged]]
+) -> dict[str, dict[str, Sequence[Judged]]]:
+    """Value of the column -> the samples of the prompts whose row has it, by value. `rows`, `samples`: by prompt_id."""
+    out: dict[str, dict[str, Sequence[Judged]]] = defaultdict(dict)
+    for prompt_id, some in samples.items():
+        if column in rows[prompt_id]:
+            out[str(rows[prompt_id][column])][prompt_id] = some
+    return dict(sorted(out.items()))
 
 
 def statistics_of(samples: Mapping[str, Sequence[Judged]]) -> dict[str, dict[str, float]]:

@@ -73,7 +73,12 @@ class Progress:
         before, after = (
             None
             if state[name] is None
-            else Evaluation(sets={n: SetEvaluation(**found) for n, found in state[name]["sets"].items()})
+            else Evaluation(
+                **{
+                    kind: {n: SetEvaluation(**found) for n, found in state[name][kind].items()}
+                    for kind in ("sets", "parts")
+                }
+            )
             for name in ("before", "after")
         )
         return cls(

@@ -141,13 +141,9 @@ def timings(
 
 
 def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Means over data sets; where there are several, also of each."""
-    each = {
-        data_set: {f"eval/{name}": float(getattr(found, name)) for name in OF_EVALUATION}
-        for data_set, found in evaluation.sets.items()
-    }
-    out = {f"eval/{n}": sum(values[f"eval/{n}"] for values in each.values()) / len(each) for n in OF_EVALUATION}
-    out["eval/failed"] *= len(each)  # a count, not a mean
-    if len(each) > 1:
-        out |= {f"{name}/{data_set}": value for data_set, values in each.items() for name, value in values.items()}
-    return out
+    """Means over data sets; where there are several, also of each; and of the parts of each."""
+    sets = evaluation.sets
+    out = {f"eval/{n}": sum(float(getattr(found, n)) for found in sets.values()) / len(sets) for n in OF_EVALUATION}
+    out["eval/failed"] *= len(sets)  # a count, not a mean
+    shown = {**(sets if len(sets) > 1 else {}), **evaluation.parts}
+    return out | {f"eval/{n}/{of}": float(getattr(found, n)) for of, found in shown.items() for n in OF_EVALUATION}

@@ -75,7 +75,7 @@ class EvalConfig:
     max_tokens: int | None = None
     """None: `sampling.max_tokens`."""
     by: tuple[str, ...] = ()
-    """Columns such as level or subject: `grpo eval` gives the numbers for each of their values, too."""
+    """Columns such as level or subject: the numbers are given for each of their values, too."""
 
     def samples_of(self, name: str) -> int:
         """Completions of each prompt of the data set called `name`."""

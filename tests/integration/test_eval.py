@@ -58,6 +58,10 @@ def test_a_finished_run_is_evaluated_as_it_was_in_training(run: Path, evaluated:
     assert found["prompts"] == 16
     assert found["failed"] == 0
     assert sum(part["prompts"] for part in found["by sum"].values()) == 16
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {name: last[f"eval/accuracy/eval/sum/{name}"] for name in found["by sum"]} == {
+        name: pytest.approx(part["avg"]["mean"], abs=1e-12) for name, part in found["by sum"].items()
+    }
     columns = ["prompt_id", "sample_index", "completion_token_ids", "seed"]
     [ours] = (folder / "samples").glob("*.parquet")
     both = [

@@ -99,6 +99,13 @@ def test_rewards_name_data_sets_that_there_are(planned: Callable[..., Plan]) -> 
                 b=sums(40, 50))  # fmt: skip
 
 
+def test_columns_to_evaluate_by(planned: Callable[..., Plan]) -> None:
+    rows = [*sums(10, 12, level=1), *sums(12, 14)]  # a column that some rows have will do
+    planned("data.eval.sets=DIR/held.jsonl", "data.eval.by=[level]", held=rows)
+    with pytest.raises(UserError, match=r"data.eval.by: no row of data.eval.sets has a column 'levl'.*mean level\?"):
+        planned("data.eval.sets=DIR/held.jsonl", "data.eval.by=[level,levl]", held=rows)
+
+
 def test_gold_answers_of_all_rows(planned: Callable[..., Plan], tmp_path: Path) -> None:
     """The reward fails on an answer that is no number, scores 0 where it is 7, and the first eight rows say nothing."""
     reward = tmp_path / "number.py"

@@ -217,8 +217,8 @@ def make_loop(
     names = [name for name, size in datasets.items() for _ in range(size)]
     prompts = [
         Prompt(
-            prompt_id=f"{name}:{i}:h", token_ids=(1, i % 4 + 1), text=str(i), row={}, messages=None, dataset=name,
-            where=f"{name}[{i}]",
+            prompt_id=f"{name}:{i}:h", token_ids=(1, i % 4 + 1), text=str(i), row={"start": i % 2}, messages=None,
+            dataset=name, where=f"{name}[{i}]",
         )
         for i, name in enumerate(names)
     ]  # fmt: skip
@@ -509,7 +509,8 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, datasets: dict[str, int])
     mixed = ("data.train=[c,d]", "data.train.0.weight=3", "data.train.1.weight=2") if len(datasets) > 1 else ()
     overrides = (
         *mixed,
-        "run.steps=8", "run.save_every=3", "data.eval.sets=x", "data.eval.every=2", "algorithm.kl_coef=0.1",
+        "run.steps=8", "run.save_every=3", "data.eval.sets=x", "data.eval.every=2", "data.eval.by=[start]",
+        "algorithm.kl_coef=0.1",
         "algorithm.kl_target=0.01", "algorithm.retire_reward=0.1", "algorithm.group_size=3",
     )  # fmt: skip
     (tmp_path / "straight").mkdir()
@@ -557,6 +558,8 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, datasets: dict[str, int])
     resumed.folder.close()
     assert outcome.before == straight.progress.before
     assert outcome.after == straight.progress.after
+    assert outcome.after is not None
+    assert outcome.after.parts
     assert torch.equal(resumed_policy.learner.weight, policy.learner.weight)
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "straight")
     for step in range(1, 9):

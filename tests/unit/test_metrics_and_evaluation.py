@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import numpy as np
 import pytest
 
-from grpo.evaluation import Judged, evaluate_groups, judge, judged
+from grpo.evaluation import Judged, SetEvaluation, evaluate_groups, judge, judged
 from grpo.metrics import learner_metrics, metrics_by_set, rollout_metrics, staleness_metrics
+from grpo.step_metrics import eval_metrics
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, StepResult
 
 PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None, dataset="d", where="d[0]")
@@ -118,14 +121,41 @@ def test_learner_sums_become_means_and_shares() -> None:
 
 def test_accuracy_is_the_mean_over_prompts_of_scored_samples() -> None:
     other = Prompt(prompt_id="d:1:y", token_ids=(1,), text="q", row={}, messages=None, dataset="d", where="d[0]")
-    result = evaluate_groups([group(rollout(1.0), rollout(0.0)), group(rollout(1.0), rollout(None), prompt=other)])
+    right = group(rollout(1.0), rollout(0.0))
+    result = evaluate_groups({"d": [right, group(rollout(1.0), rollout(None), prompt=other)]}).sets["d"]
     assert result.per_prompt == {"d:0:x": 0.5, "d:1:y": 1.0}
     assert result.accuracy == 0.75
     assert result.failed == 1
     wrong = group(rollout(0.0), rollout(0.0), prompt=other)
-    assert evaluate_groups([group(rollout(1.0), rollout(0.0)), wrong]).pass_at_k == 0.5
+    assert evaluate_groups({"d": [right, wrong]}).sets["d"].pass_at_k == 0.5
     with pytest.raises(ValueError, match="no completion"):
-        evaluate_groups([group(rollout(None), rollout(None))])
+        evaluate_groups({"d": [group(rollout(None), rollout(None))]})
+
+
+def test_parts_of_a_data_set_by_the_values_of_columns() -> None:
+    """Four prompts of two levels, one of no subject, one whose completions all failed."""
+
+    def of(index: int, values: list[float | None], **row: Any) -> Group:
+        prompt = Prompt(
+            prompt_id=f"d:{index}:x", token_ids=(1,), text="q", row=row, messages=None, dataset="d", where="d"
+        )
+        return group(*(rollout(value) for value in values), prompt=prompt)
+
+    groups = [
+        of(0, [1.0, 0.0], level=1, subject="a"), of(1, [1.0, 1.0], level=5, subject="b"),
+        of(2, [0.0, None], level=5), of(3, [None, None], level=5, subject="c"),
+    ]  # fmt: skip
+    found = evaluate_groups({"d": groups}, ["level", "subject"])
+    assert {name: (part.accuracy, part.failed) for name, part in found.parts.items()} == {
+        "d/level/1": (0.5, 0), "d/level/5": (0.5, 3), "d/subject/a": (0.5, 0), "d/subject/b": (1.0, 0),
+    }  # fmt: skip
+    metrics = eval_metrics(found)
+    assert metrics["eval/accuracy"] == 0.5
+    assert metrics["eval/accuracy/d/subject/b"] == 1.0
+    assert metrics["eval/failed/d/level/5"] == 3
+    assert "eval/accuracy/d" not in metrics  # one data set
+    state = json.loads(json.dumps(dataclasses.asdict(found)))
+    assert {name: SetEvaluation(**part) for name, part in state["parts"].items()} == found.parts
 
 
 def test_a_data_set_is_judged_by_the_first_reward_that_scores_it() -> None:
@@ -138,7 +168,7 @@ def test_a_data_set_is_judged_by_the_first_reward_that_scores_it() -> None:
         dataclasses.replace(rollout(1.0), outcome=Scored(value=1.0, parts=some) if some else rollout(None).outcome)
         for some in parts
     ]
-    found = evaluate_groups([group(*members)])
+    found = evaluate_groups({"d": [group(*members)]}).sets["d"]
     assert found.per_prompt == {"d:0:x": 0.5}
     assert found.failed == 2
 

@@ -185,7 +185,7 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     cursor = Cursor(6, seed=config.data.seed)
     cursor.take(4)
     measured = {"sets": {"d": {"per_prompt": {"p": 0.5}, "pass_at_k": 1.0, "maj_at_k": 1.0, "tokens_mean": 1.0,
-                               "truncated_fraction": 0.0, "failed": 0}}}  # fmt: skip
+                               "truncated_fraction": 0.0, "failed": 0}}, "parts": {}}  # fmt: skip
     driver = {"step": 2, "cursor": cursor.state(), "kl_coef": 0.7, "retired": ["d:1:h"], "tokens": 0, "rollouts": 0,
               "skipped": 0, "before": measured, "after": measured}  # fmt: skip
     folder = create(config, "exp.yaml")
