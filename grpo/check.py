@@ -160,8 +160,10 @@ def check_model(config: Config) -> None:
     """
     path = Path(config.model.path)
     if not path.is_dir() and data.is_path(config.model.path):
-        script = Path("recipes/arithmetic.py")
-        hint = f"; make it with: python {script}" if "tiny/arithmetic" in config.model.path and script.exists() else ""
+        script = Path("recipes", path.parent.name).with_suffix(".py")
+        made_here = path.parent.parent.name == "tiny" and script.exists()
+        close = "" if path.exists() else data.nearest_path(path)
+        hint = f"; make it with: python {script}" if made_here else close
         raise UserError(f"model.path={config.model.path} is not a folder{hint}")
     try:
         model = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)

@@ -14,7 +14,7 @@ import, so they are imported in the functions that need them: the order and the 
 
 from __future__ import annotations
 
-from grpo.data.hub import hub_or_cache, is_path
+from grpo.data.hub import hub_or_cache, is_path, nearest_path
 from grpo.data.mixing import MixedCursor, most_in_one_draw, restore_cursor, start_cursor
 from grpo.data.order import Cursor, sample_seed
 from grpo.data.overlap import find_overlaps
@@ -40,6 +40,7 @@ __all__ = [
     "make_prompts",
     "map_columns",
     "most_in_one_draw",
+    "nearest_path",
     "read_rows",
     "read_set",
     "render_template",

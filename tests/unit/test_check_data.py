@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from grpo import config as module
-from grpo.check import Plan, check
+from grpo.check import Plan, check, check_model
 from grpo.types import UserError
 
 
@@ -155,3 +155,29 @@ def test_filters_are_in_the_plan_and_listed(planned: Callable[..., Plan]) -> Non
 def test_rows_that_stand_there_twice_are_said_of_all_sets_together(planned: Callable[..., Plan]) -> None:
     plan = planned(*MIX, a=sums(10, 40), b=sums(35, 50))
     assert line(plan, "more than once") == "warning    5 of 45 prompts of data.train stand there more than once"
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("recipes/tiny/reasoning/base", "; make it with: python recipes/reasoning.py"),
+        ("recipes/tiny/arithmetic/base", "; make it with: python recipes/arithmetic.py"),
+        ("./qwne", "; did you mean qwen?"),
+        ("./no/qwen", "; its folder no does not exist either"),
+        ("./file", ""),
+    ],
+)
+def test_a_model_that_is_not_there(
+    path: str, hint: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = module.load(make_recipe(make_model("qwen2")), [f"model.path={path}"])
+    monkeypatch.chdir(tmp_path)
+    for script in ("reasoning", "arithmetic"):
+        (tmp_path / "recipes").mkdir(exist_ok=True)
+        (tmp_path / "recipes" / f"{script}.py").touch()
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as raised:
+        check_model(config)
+    assert str(raised.value) == f"model.path={path} is not a folder{hint}"
