@@ -1,6 +1,6 @@
 """Four-digit addition with visible working: data and base model of `recipes/reasoning_cpu.yaml`.
 
-    python recipes/reasoning.py            # writes recipes/tiny/reasoning/, one to two minutes on two cores
+    python recipes/reasoning.py            # writes recipes/tiny/reasoning/, one to two minutes on two idle cores
 
 The prompt is `4827+3596=`. The completion adds column by column, units first, and then writes the answer:
 

@@ -20,7 +20,7 @@ from grpo.config import load
 from grpo.placement import ENGINES, Reservation, check_fit, nodes_of_cluster
 from grpo.types import UserError
 
-head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1]}
+head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 for _ in range(2):
     cluster.add_node(num_cpus=8, num_gpus=4)
@@ -45,7 +45,7 @@ def settled(wanted):
         time.sleep(0.1)
     return nodes()
 
-config = load(sys.argv[2], sys.argv[3:])
+config = load(sys.argv[1], sys.argv[2:])
 out = {"before": nodes()}
 check_fit(config, nodes_of_cluster(), "here")
 reserved = Reservation(config, 30, ENGINES)
@@ -82,9 +82,9 @@ def placed(make_recipe: Any, make_model: Any) -> Any:
     def run(*overrides: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="ray-") as scratch:  # a short path: sockets live below it
             done = subprocess.run(
-                [sys.executable, "-c", SCRIPT, scratch, str(recipe), "cluster.device=gpu", *overrides],
-                capture_output=True, text=True, timeout=200, env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-                cwd=Path(__file__).parents[2],
+                [sys.executable, "-c", SCRIPT, str(recipe), "cluster.device=gpu", *overrides],
+                capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[2],
+                env=os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": scratch},
             )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -20,9 +20,8 @@ from grpo.placement import check_fit, nodes_of_cluster
 from grpo.rewards.pool import RewardItem
 from grpo.scoring import SpreadPool
 
-scratch, recipe, reward, logs = sys.argv[1:]
-head = {"num_cpus": 2, "include_dashboard": False, "temp_dir": scratch}
-cluster = Cluster(initialize_head=True, head_node_args=head)
+recipe, reward, logs = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 cluster.wait_for_nodes()
 ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -69,9 +68,9 @@ def slow(completion, row):
     recipe = make_recipe(make_model("qwen2"), rewards=[{"file": str(reward)}])
     with tempfile.TemporaryDirectory(prefix="ray-") as scratch:  # a short path: sockets live below it
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, scratch, str(recipe), str(reward), str(tmp_path / "logs")],
-            capture_output=True, text=True, timeout=280, env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-            cwd=Path(__file__).parents[2],
+            [sys.executable, "-c", SCRIPT, str(recipe), str(reward), str(tmp_path / "logs")],
+            capture_output=True, text=True, timeout=280, cwd=Path(__file__).parents[2],
+            env=os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": scratch},
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
