@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any("=" not in text or text.startswith("-") for text in rest) or (rest and not hasattr(parsed, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        interrupt_early()
         return dispatch(parsed, [*getattr(parsed, "overrides", ()), *rest])
     except UserError as error:
         print(f"grpo: {error}", file=sys.stderr)
@@ -225,7 +226,6 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     from grpo import check, cluster, evaluating  # noqa: PLC0415
     from grpo.console import Console  # noqa: PLC0415
 
-    interrupt_early()
     model, recipe = evaluating.model_of(parsed.model)
     recipe = parsed.recipe or recipe
     config = config_module.load_for_evaluation(

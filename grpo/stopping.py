@@ -24,6 +24,21 @@ def interrupt_early() -> None:
         signal.signal(number, signal.default_int_handler)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Let signals that come in the block interrupt at its end: where half of it would be worse than none of it. What
+    the block itself raises goes before them."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 class Stopper:
     """What to do about signals. Between `with stopper.finishing_steps()` and its end the first one only sets `asked`,
     and the step under way may take `grace_s` more seconds; elsewhere it raises Stopped at once."""

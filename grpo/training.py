@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import Config
-from grpo.stopping import Stopper, interrupt_early
+from grpo.stopping import Stopper, held, interrupt_early
 from grpo.types import DONE, OURS, RESUMABLE, USERS, UserError
 
 PATIENCE_S = 30.0
@@ -30,26 +30,27 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
 
     `asked`: `resume` and `allow`, where they are given.
     """
-    from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
-
     started = time.monotonic()
-    interrupt_early()
-    origin = resuming.find(asked.get("resume"), config, str(recipe))
-    config = check.resolve_paths(config)
+    origin: Any = None
     allowed = [name for name in asked.get("allow", "").split(",") if name]
-    if origin.done and origin.run is not None:
-        resuming.refuse_other_run(origin.run, config, allowed)
-        print(f"{origin.run} is done: it has {config.run.steps} steps; more of them: run.steps=N")
-        return DONE
-    if origin.run is None:
-        run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
     try:
+        with held():  # the imports take seconds, and only behind them is it known whether the run can be resumed
+            from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
+
+            origin = resuming.find(asked.get("resume"), config, str(recipe))
+        config = check.resolve_paths(config)
+        if origin.done and origin.run is not None:
+            resuming.refuse_other_run(origin.run, config, allowed)
+            print(f"{origin.run} is done: it has {config.run.steps} steps; more of them: run.steps=N")
+            return DONE
+        if origin.run is None:
+            run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
         with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
             interrupt_early()  # a cluster that was joined has put Ray's handlers in the place of ours
             plan = check.check(config, recipe, Path(log_dir), say=tell)
         resumed = resuming.prepare(origin, plan, allowed)
     except KeyboardInterrupt:
-        if origin.checkpoint is None:
+        if origin is None or origin.checkpoint is None:
             raise
         print(f"grpo: interrupted before anything was started; go on with resume={origin.run}", file=sys.stderr)
         return RESUMABLE

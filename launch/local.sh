@@ -4,6 +4,7 @@
 #   launch/local.sh RECIPE [section.option=value ...] [options of grpo submit]
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: launch/local.sh RECIPE [section.option=value ...]" >&2; exit 2; }
+[ -f "$1" ] || { echo "launch/local.sh: there is no recipe $1" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 [ -d "$root/.venv" ] && PATH=$root/.venv/bin:$PATH
 export PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_TOKEN
@@ -17,13 +18,13 @@ folder=$(mktemp -d /tmp/grpo-local-XXXXXX)
 setsid ray start --head --block --node-ip-address=127.0.0.1 --port="$port" --dashboard-host=127.0.0.1 \
   --dashboard-port="$dashboard" --dashboard-agent-listen-port=0 --temp-dir="$folder/ray" >"$folder/ray.log" 2>&1 &
 ray=$!
-trap 'kill "$ray" 2>/dev/null || true; wait "$ray" || true; rm -rf "$folder"' EXIT
+trap 'trap "" INT TERM; kill "$ray" 2>/dev/null || true; wait "$ray" || true; rm -rf "$folder"' EXIT
 until (: <"/dev/tcp/127.0.0.1/$dashboard") 2>/dev/null; do
   kill -0 "$ray" 2>/dev/null || { cat "$folder/ray.log" >&2; exit 1; }
   sleep 1
 done
 
-trap 'kill -INT "$run"' INT TERM # once, as the run's own end
+trap 'kill -TERM "$run"' INT TERM # not INT, which bash lets a process in the background ignore until it takes it
 grpo submit "$@" --address "http://127.0.0.1:$dashboard" --stop-on-signal &
 run=$!
 code=0

@@ -9,12 +9,45 @@ from collections.abc import Iterator
 
 import pytest
 
-from grpo.stopping import Stopped, Stopper
+from grpo.stopping import Stopped, Stopper, held, interrupt_early
 
 
 @pytest.fixture
 def said() -> list[str]:
     return []
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_held_signals_interrupt_at_the_end() -> None:
+    interrupt_early()
+    done = []
+
+    def interrupted(error: Exception | None) -> None:
+        with held():
+            send(signal.SIGTERM)
+            send(signal.SIGUSR1)
+            done.append("all of it")
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(None)
+    with pytest.raises(ValueError, match="its own"):
+        interrupted(ValueError("its own"))
+    assert done == ["all of it"] * 2
+    with held():
+        done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGTERM)
 
 
 @pytest.fixture

@@ -1,0 +1,48 @@
+"""Signals in the first seconds of `grpo train`, sent to this process itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo import cli, resuming, run_folder
+from grpo.types import OURS, RESUMABLE
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("resume", "code"), [(["resume=auto"], RESUMABLE), ([], OURS)])
+def test_a_signal_while_modules_are_imported_ends_a_run_with_a_checkpoint_with_75(
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, resume: list[str], code: int
+) -> None:
+    """It is held until it is known whether there is one, and the work of checking is not begun."""
+    recipe = make_recipe(Path("/nowhere/model"))
+    run = recipe.parent / "runs" / "run"
+    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    find = resuming.find
+
+    def slow_find(*arguments: Any) -> resuming.Origin:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return find(*arguments)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the run goes on")
+
+    monkeypatch.setattr(resuming, "find", slow_find)
+    monkeypatch.setattr(run_folder, "choose", never)
+    monkeypatch.setattr(resuming, "prepare", never)
+    assert cli.main(["train", str(recipe), *resume]) == code
