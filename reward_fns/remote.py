@@ -13,7 +13,8 @@ REWARD_CONCURRENCY says:
 A request that fails to connect, takes longer than REWARD_TIMEOUT_S (10) or is answered by 429, 502, 503 or 504 is
 tried again up to REWARD_RETRIES (3) times: at once, after 0.5 s, after 1 s, or when the answer's Retry-After says, but
 no later than after REWARD_TIMEOUT_S. What fails for good fails that completion alone, as does any other answer, one of
-more than 1 MiB, and one that has begun and is not there whole after REWARD_TIMEOUT_S.
+more than 1 MiB, and one that has begun and is not there whole after REWARD_TIMEOUT_S. Headers that come in drips are
+waited for as long as each drip is in time, until `timeout_s`.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def _timeout_s() -> float:
 class _Retry(urllib3.Retry):
     def get_retry_after(self, response: Any) -> float | None:
         """Seconds, but not so many that the group's deadline passes for the sake of one completion."""
-        after = super().get_retry_after(response)
+        try:
+            after = super().get_retry_after(response)
+        except urllib3.exceptions.InvalidHeader:  # neither a number nor a date
+            return None
         return None if after is None else min(after, _timeout_s())
 
 

@@ -203,6 +203,13 @@ def test_a_service_may_not_ask_for_more_patience_than_a_request_has(
     assert len(service.bodies) == 2
 
 
+def test_a_retry_after_that_means_nothing_is_passed_over(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_RETRIES", "1")
+    service.headers = {"Retry-After": "soon"}
+    service.judge = lambda body: (429, b"") if len(service.bodies) == 1 else (200, b'{"reward": 1}')
+    assert remote(["a"]) == [1]
+
+
 def test_a_connection_is_kept(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_CONCURRENCY", "1")
     assert remote(["a", "bb"]) == [1, 2]
