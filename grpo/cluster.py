@@ -26,7 +26,7 @@ from ray._private import ray_constants, services
 from ray.util.metrics import Gauge
 
 from grpo import sweeper
-from grpo.config import Config
+from grpo.config import Config, refuse_own_ray
 from grpo.placement import Node, check_fit, nodes_of_cluster
 from grpo.types import UserError
 
@@ -91,6 +91,7 @@ def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) ->
         with _loopback_only(), _out_of_the_process_group(), _private_ray(node):
             yield ""
         return
+    refuse_own_ray(config)
     refuse_silent(address)
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")

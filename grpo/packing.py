@@ -34,6 +34,8 @@ def pack(options: Config, recipe: Path, folder: Path, resume: str | None = None)
     check.refuse_secrets(options)
     own = {file.relative_to(PACKAGE.parent): file for file in (*modules(PACKAGE), PACKAGE / "py.typed")}
     options, files = rewards(options, recipe, own)
+    if recipe.name in {place.parts[0] for place in files}:
+        raise UserError(f"{recipe}: something else that travels is called {recipe.name}; give the recipe another name")
     text = config.dump(options)
     sizes = {source: source.stat().st_size for source in files.values()}
     total = sum(sizes.values()) + len(text.encode())
@@ -56,6 +58,7 @@ def refuse_local(options: Config, resume: str | None) -> None:
         raise UserError(
             f"cluster.address={options.cluster.address}: a submitted run joins the cluster of --address; leave it out"
         )
+    config.refuse_own_ray(options)
     named = {"model.path": options.model.path}
     if options.critic.path is not None:
         named["critic.path"] = options.critic.path
@@ -99,9 +102,9 @@ def rewards(options: Config, recipe: Path, files: Mapping[Path, Path]) -> tuple[
 
 def imported(file: Path, place: Path) -> dict[Path, Path]:
     """Place in the job -> file of the modules and packages that `file` imports, and of what those import. They are
-    looked for as a reward worker does: beside the file (then they are in `place`), and where nothing that is installed
-    has the name, in the working directory."""
-    own, here = file.parent.resolve(), Path.cwd()
+    looked for as a reward worker does: beside the file that a link means (then they are in `place`), and where nothing
+    that is installed has the name, in the working directory."""
+    own, here = file.resolve().parent, Path.cwd()
     found: dict[Path, Path] = {}
     todo = [file]
     while todo:

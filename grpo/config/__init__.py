@@ -30,6 +30,7 @@ from grpo.config.schema import (
     TrainSetConfig,
     part_names,
 )
+from grpo.config.validate import refuse_own_ray
 
 __all__ = [
     "AlgorithmConfig",
@@ -53,4 +54,5 @@ __all__ = [
     "load_for_evaluation",
     "options_text",
     "part_names",
+    "refuse_own_ray",
 ]

@@ -371,7 +371,7 @@ def _validate_rewards(c: Config) -> None:
         f"nearest: cluster.reward_nodes={c.reward_workers}",
     )
     if c.cluster.address is not None:
-        inert(c.cluster, ClusterConfig(), ("cpus", "gpus"), "cluster.", "on a cluster that runs already")
+        refuse_own_ray(c)
     need(c.run.grace_s > 0, f"run.grace_s must be above 0, not {c.run.grace_s}")
     need(c.run.keep_last >= 1, f"run.keep_last must be at least 1, not {c.run.keep_last}")
     if c.run.save_every == 0:
@@ -390,6 +390,11 @@ def _validate_rewards(c: Config) -> None:
             f"run.name={c.run.name} must be the name of a folder inside run.dir, without slashes; "
             f"nearest: run.name={Path(c.run.name).name or 'run'}",
         )
+
+
+def refuse_own_ray(c: Config) -> None:
+    """On a cluster that runs already. Raises UserError for options of a private Ray."""
+    inert(c.cluster, ClusterConfig(), ("cpus", "gpus"), "cluster.", "on a cluster that runs already")
 
 
 def _validate_batch(c: Config) -> None:
