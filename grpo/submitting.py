@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -25,17 +25,25 @@ from urllib.parse import urlsplit
 
 from grpo import __version__
 from grpo.config import Config
-from grpo.stopping import interrupt_early
+from grpo.stopping import held
 from grpo.types import DONE, OURS, UserError
 
 NOT_FOLLOWED = 130
 """Exit code when Ctrl-C ends the following and not the job: not 75, at which schedulers submit again."""
 CONNECT_S = 5.0
+ANSWER_S = 60.0
+"""How long a job server may take to answer."""
+QUIET_S = 30.0
+"""After this long without a word of the job its server is asked whether it is still there."""
 RECONNECT_S = 60.0
 """How long a job server may be away while a job is followed."""
+PENDING_S = 60.0
+"""How long a job that has been stopped may take to begin."""
 POLL_S = 0.5
 TAKING_DOWN_S = 60
 """What a stopped run may take beyond `run.grace_s` before Ray kills it."""
+PENDING = "PENDING"
+"""Ray's word for a job that has not begun."""
 LAST_LINE = "grpo: exit code "
 Then = Literal["end", "follow", "follow, stop on signals"]
 """What the submitting side does once the job is handed over."""
@@ -54,15 +62,14 @@ def submit(
 
     if not 0 <= driver_cpus < math.inf:
         raise UserError(f"--driver-cpus must be a number that is not negative, not {driver_cpus:g}")
-    if then == "follow, stop on signals":
-        interrupt_early()
     variables = parse_env(env)
     variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(int(config.run.grace_s) + TAKING_DOWN_S))
     job = f"grpo-{secrets.token_hex(8)}"  # named here: it is known also when the server's answer does not come
     with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
         size = packing.pack(config, recipe, Path(name), asked.get("resume"))
         try:
-            with answers(address) as client:
+            with held() if then == "follow, stop on signals" else nullcontext(), answers(address) as client:
+                refuse_unplaceable(client, driver_cpus)
                 client.submit_job(
                     submission_id=job,
                     entrypoint=entrypoint(recipe.name, asked),
@@ -71,6 +78,8 @@ def submit(
                     metadata={"recipe": recipe.name, "grpo": __version__},
                 )
         except KeyboardInterrupt:
+            if then == "follow, stop on signals":
+                return follow(job, address, known=True, stopping=True)
             print(f"\ngrpo: interrupted as {job} was handed over. If it has begun it goes on. {hint(job, address)}")
             return NOT_FOLLOWED
     names = ", ".join(text.partition("=")[0] for text in env)
@@ -78,6 +87,28 @@ def submit(
     if then == "end":
         return DONE
     return follow(job, address, known=True, stop_on_signal=then == "follow, stop on signals")
+
+
+def refuse_unplaceable(client: Any, driver_cpus: float) -> None:
+    """Ray would let a job wait without a word, and not let go of it when it is stopped.
+
+    Raises UserError where no node has so many CPUs, taken or free.
+    """
+    if driver_cpus == 0:
+        return
+    found = client._do_request("GET", "/api/v0/nodes", params={"detail": "true", "limit": 10_000})
+    found.raise_for_status()
+    nodes = {
+        node["node_ip"]: node["resources_total"].get("CPU", 0.0)
+        for node in found.json()["data"]["result"]["result"]
+        if node["state"] == "ALIVE"
+    }
+    if driver_cpus > max(nodes.values(), default=0.0):
+        have = ", ".join(f"{address} with {cpus:g}" for address, cpus in nodes.items())
+        raise UserError(
+            f"--driver-cpus {driver_cpus:g}: no node has as many CPUs; there is {have or 'no node'}; "
+            f"nearest: {max(nodes.values(), default=0.0):g}"
+        )
 
 
 def parse_env(texts: Sequence[str]) -> dict[str, str]:
@@ -105,17 +136,19 @@ def answers(address: str) -> Iterator[Any]:
 
     Raises UserError.
     """
-    place = urlsplit(address)
     try:
+        place = urlsplit(address)
         usual = {"http": 80, "https": 443}[place.scheme]
-        host, port = place.hostname, place.port or usual
+        host, port, by_name = place.hostname, place.port or usual, "@" in place.netloc
     except (KeyError, ValueError):
-        host = None
+        host, by_name = None, "@" in address
+    if by_name:
+        raise UserError("--address takes no user and no password; a token says who you are")
     if host is None:
         raise UserError(f"--address {address} is not of the form http://HEAD:8265")
     try:
         socket.create_connection((host, port), timeout=CONNECT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that no host can have
         raise UserError(f"--address {address}: nothing answers there ({error})") from error
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take them in the place of `address`
         os.environ.pop(name, None)
@@ -127,8 +160,18 @@ def answers(address: str) -> Iterator[Any]:
     from ray.exceptions import AuthenticationError  # noqa: PLC0415
     from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - ray takes seconds to import
 
+    class Client(JobSubmissionClient):  # type: ignore[misc]
+        """Waits for no answer without end."""
+
+        def _do_request(self, *what: Any, **options: Any) -> Any:
+            return super()._do_request(*what, timeout=ANSWER_S, **options)
+
     try:
-        yield JobSubmissionClient(address)
+        try:
+            client = Client(address)
+        except (LookupError, TypeError, AttributeError, requests.exceptions.JSONDecodeError) as error:
+            raise UserError(f"--address {address}: what answers there is no job server of Ray") from error
+        yield client
     except AuthenticationError as error:
         reason = error.message.splitlines()[0].partition(". ")[0]
         places = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
@@ -142,13 +185,13 @@ def hint(job: str, address: str) -> str:
     return f"Follow it: grpo logs {job} --address {address}; stop it: grpo stop {job} --address {address}"
 
 
-def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool = False) -> int:
+def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool = False, stopping: bool = False) -> int:
     """Print what the job prints until it ends; returns its exit code, or NOT_FOLLOWED after Ctrl-C.
 
     `known`: that there is such a job, so that a server that does not answer may come back. `stop_on_signal`: the first
-    signal is the job's, and it is followed to its end.
+    signal is the job's, and it is followed to its end. `stopping`: it has come before.
     """
-    shown, lost, stopping = 0, None, False
+    shown, lost = 0, None
     while True:
         try:
             try:
@@ -181,14 +224,22 @@ def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool 
 
 
 def printed(client: Any, job: str) -> Iterator[str]:
-    """What the job prints, from its beginning, until it ends."""
-    stream = client.tail_job_logs(job)
+    """What the job prints, from its beginning, until it ends. Where it waits to begin, that is said."""
+    stream, said = client.tail_job_logs(job), False
 
     async def following() -> str | None:
         return await anext(stream, None)
 
     with asyncio.Runner() as runner:
-        while (text := runner.run(following())) is not None:
+        while True:
+            coming = runner.get_loop().create_task(following())
+            while not runner.run(asyncio.wait({coming}, timeout=QUIET_S))[0]:
+                details = client.get_job_info(job)
+                if details.status == PENDING and not said:
+                    said = True
+                    print(f"grpo: {details.message}", flush=True)
+            if (text := coming.result()) is None:
+                return
             yield text
 
 
@@ -208,6 +259,17 @@ def exit_code(client: Any, job: str, details: Any) -> int | None:
         return int(details.driver_exit_code)
     last = re.search(rf"^{LAST_LINE}(\d+)\n*\Z", client.get_job_logs(job), re.MULTILINE)
     return int(last[1]) if last else None
+
+
+def still_pending(client: Any, job: str) -> str:
+    """Ray's words on a job that has not begun within PENDING_S, else nothing. What Ray stops is its first process,
+    which such a job has not."""
+    deadline = time.monotonic() + PENDING_S
+    while (details := client.get_job_info(job)).status == PENDING:
+        if time.monotonic() > deadline:
+            return str(details.message)
+        time.sleep(POLL_S)
+    return ""
 
 
 def status(job: str, address: str) -> int:
@@ -238,6 +300,12 @@ def stop(job: str, address: str) -> int:
             client.stop_job(job)
             print(f"grpo: {job} is asked to finish its step, save and end", flush=True)
             try:
+                if pending := still_pending(client, job):
+                    print(
+                        f"grpo: it has not begun: {pending} It ends as soon as it begins, or when Ray gives it up "
+                        "(15 minutes after its submission, unless RAY_JOB_START_TIMEOUT_SECONDS of the head differs)"
+                    )
+                    return OURS
                 wait(client, job)
             except KeyboardInterrupt:
                 print(f"\ngrpo: not waited for any more; the job ends all the same. {hint(job, address)}")

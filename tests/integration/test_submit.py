@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -212,6 +213,10 @@ def test_what_is_reserved_for_the_driver_is_not_the_engines(
     code, said = head.grpo("submit", str(recipe), "--driver-cpus", "1.5", cwd=recipe.parent)
     assert code == 2, said
     assert "with 0.5 of 2 CPUs and 0 of 0 GPUs" in said
+    code, said = head.grpo("submit", str(recipe), "--driver-cpus", "2.5", cwd=recipe.parent)
+    assert code == 2, said
+    refused = r"grpo: --driver-cpus 2\.5: no node has as many CPUs; there is \S+ with 2; nearest: 2\n"
+    assert re.fullmatch(refused, said), said
 
 
 @pytest.mark.slow

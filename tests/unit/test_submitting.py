@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +23,7 @@ import yaml
 from grpo import config as config_module
 from grpo import packing, submitting
 from grpo.submitting import answers, entrypoint, exit_code, parse_env
-from grpo.types import UserError
+from grpo.types import OURS, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,6 +108,22 @@ def test_a_reward_beside_the_recipe_keeps_its_path(here: Path, tmp_path: Path) -
     assert (tmp_path / "job" / "reward.py").read_bytes() == (tmp_path / "recipes" / "reward.py").read_bytes()
 
 
+def test_what_lies_beside_a_reward_s_link_is_what_lies_beside_the_file(here: Path, tmp_path: Path) -> None:
+    """As where the worker looks for it."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "graded.py").write_text("import helper\ndef graded(a, b):\n    return 1.0\n")
+    (tmp_path / "real" / "helper.py").write_text("")
+    (here / "graded.py").symlink_to(tmp_path / "real" / "graded.py")
+    recipe = written(here, rewards=[{"file": "graded.py"}])  # type: ignore[arg-type]
+    assert packed(recipe, tmp_path / "job") == {"mine.yaml", "graded.py", "helper.py"}
+
+
+def test_a_recipe_s_name_is_free_in_the_job(here: Path, tmp_path: Path) -> None:
+    recipe = written(here).rename(here / "grpo")
+    with pytest.raises(UserError, match=r"grpo: something else that travels is called grpo; give the recipe another"):
+        packed(recipe, tmp_path / "job")
+
+
 def test_two_files_of_one_place_are_refused(here: Path, tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     recipe = written(tmp_path / "recipes", rewards=[{"file": "a.py"}, {"file": "b.py"}])  # type: ignore[arg-type]
@@ -137,6 +161,8 @@ def test_too_much_is_refused_with_the_largest_file(here: Path, tmp_path: Path) -
         ("data.eval.sets=a/b/c", r"data.eval.sets\[0\].path=a/b/c does not travel"),
         ("run.dir=runs", r"run.dir=runs would be a folder of the job's own"),
         ("cluster.address=1.2.3.4:6379", r"cluster.address=1.2.3.4:6379: .* --address; leave it out"),
+        ("cluster.cpus=64", r"cluster.cpus=64 has no effect on a cluster that runs already"),
+        ("cluster.gpus=8", r"cluster.gpus=8 has no effect on a cluster that runs already"),
     ],
 )
 def test_what_means_something_here_only_is_refused(here: Path, tmp_path: Path, override: str, words: str) -> None:
@@ -227,11 +253,97 @@ def test_a_driver_s_cpus_are_a_number(here: Path, cpus: float) -> None:
         ("http://:8265", "is not of the form"),
         ("http://head:port", "is not of the form"),
         ("http://127.0.0.1:9", "nothing answers there"),
+        ("http://[::1", "is not of the form"),
+        ("http://a..b:8265", "nothing answers there"),
     ],
 )
 def test_an_address_where_no_job_server_is(address: str, words: str) -> None:
-    with pytest.raises(UserError, match=f"^--address {address}:? {words}"), answers(address):
+    with pytest.raises(UserError, match=f"^--address {re.escape(address)}:? {words}"), answers(address):
         pass
+
+
+@pytest.mark.parametrize("address", ["http://me:sesame@127.0.0.1:9", "http://me:sesame@[::1", "me:sesame@head"])
+def test_an_address_takes_no_password(address: str) -> None:
+    with pytest.raises(UserError, match=r"^--address takes no user and no password") as raised, answers(address):
+        pass
+    assert "sesame" not in str(raised.value)
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[bytes | None], str]]:
+    """Starts a server that gives every request one body, or no answer at all; gives its address."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(body: bytes | None) -> str:
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def accept() -> None:
+                with contextlib.suppress(OSError):  # closed
+                    while True:
+                        client = stack.enter_context(listening.accept()[0])
+                        if body is not None and client.recv(1 << 16):
+                            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+            threading.Thread(target=accept, daemon=True).start()
+            stack.callback(listening.shutdown, socket.SHUT_RDWR)
+            return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        yield serve
+
+
+SAYS = """
+import sys
+from grpo import submitting
+from grpo.types import UserError
+submitting.ANSWER_S = 0.2
+for address in sys.argv[1:]:
+    for command in (submitting.status, submitting.stop, submitting.follow):
+        try:
+            command("job", address)
+        except UserError as error:
+            print(error)
+"""
+"""In a process of its own: Ray keeps the first token that it is given."""
+
+
+def test_what_answers_is_no_job_server_or_answers_nothing(answering: Any) -> None:
+    odd = [answering(body) for body in (b"[]", b"3", b"<html>", b'{"other": 1}')]
+    silent = answering(None)
+    ended = subprocess.run(
+        [sys.executable, "-c", SAYS, *odd, silent], env=os.environ | {"RAY_AUTH_TOKEN": "a" * 32}, capture_output=True,
+        text=True, timeout=60, cwd=ROOT,
+    )  # fmt: skip
+    lines = ended.stdout.splitlines()
+    expected = [f"--address {address}: what answers there is no job server of Ray" for address in odd for _ in range(3)]
+    assert lines[:12] == expected, ended.stderr
+    assert [re.sub(".*Read timed out.*", "late", line) for line in lines[12:]] == ["late"] * 3
+    assert all(line.startswith(f"--address {silent}: ") for line in lines[12:])
+
+
+class Nodes:
+    """What Ray's state interface says of the nodes."""
+
+    def __init__(self, *cpus: float, state: str = "ALIVE") -> None:
+        self.nodes = [
+            {"node_ip": f"10.0.0.{i}", "state": state, "resources_total": {"CPU": cpu} if cpu else {}}
+            for i, cpu in enumerate(cpus)
+        ]
+
+    def _do_request(self, *what: Any, **options: Any) -> Any:
+        answer = {"data": {"result": {"result": self.nodes}}}
+        return SimpleNamespace(raise_for_status=lambda: None, json=lambda: answer)
+
+
+def test_cpus_that_no_node_has_are_refused_before_ray_waits_for_them() -> None:
+    submitting.refuse_unplaceable(Nodes(2, 8), 8)
+    submitting.refuse_unplaceable(Nodes(), 0)
+    with pytest.raises(UserError) as raised:
+        submitting.refuse_unplaceable(Nodes(0, 2), 2.5)
+    assert str(raised.value) == (
+        "--driver-cpus 2.5: no node has as many CPUs; there is 10.0.0.0 with 0, 10.0.0.1 with 2; nearest: 2"
+    )
+    with pytest.raises(UserError, match="there is no node"):
+        submitting.refuse_unplaceable(Nodes(8, state="DEAD"), 1)
 
 
 class Server:
@@ -336,6 +448,66 @@ def test_ctrl_c_while_a_job_ends_leaves_it_to_its_end(
     assert submitting.stop("job", "http://head") == submitting.NOT_FOLLOWED
     assert server.stopped == 1
     assert "not waited for any more; the job ends all the same" in capsys.readouterr().out
+
+
+def test_a_job_that_never_begins_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server()
+    status = type("Status", (str,), {"is_terminal": lambda self: False})("PENDING")
+    monkeypatch.setattr(
+        server, "get_job_info", lambda job: SimpleNamespace(status=status, message="It waits for CPUs.")
+    )
+    monkeypatch.setattr(submitting, "answers", server.answers)
+    monkeypatch.setattr(submitting, "PENDING_S", 0)
+    assert submitting.stop("job", "http://head") == OURS
+    assert server.stopped == 1
+    assert "it has not begun: It waits for CPUs. It ends as soon as it begins" in capsys.readouterr().out
+
+
+class Silent:
+    """A job that says "begun" late."""
+
+    def __init__(self, status: str) -> None:
+        self.status, self.asked = status, 0
+
+    def get_job_info(self, job: str) -> Any:
+        self.asked += 1
+        return SimpleNamespace(status=self.status, message="It waits.")
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        while self.asked < 3:
+            await asyncio.sleep(0.01)
+        yield "begun\n"
+
+
+@pytest.mark.parametrize(("status", "said"), [("PENDING", "grpo: It waits.\n"), ("RUNNING", "")])
+def test_the_server_of_a_job_that_says_nothing_is_asked(
+    status: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of what it says at last is lost, and that it waits is said once."""
+    monkeypatch.setattr(submitting, "QUIET_S", 0.05)
+    assert list(submitting.printed(Silent(status), "job")) == ["begun\n"]
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_in_the_handing_over_is_the_jobs_where_signals_are(
+    here: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    server = Server(["one\n"])
+
+    def submit_job(**options: Any) -> None:
+        os.kill(os.getpid(), number)
+        server.submitted = options
+
+    monkeypatch.setattr(submitting, "answers", server.answers)
+    monkeypatch.setattr(submitting, "printed", server.printed)
+    monkeypatch.setattr(server, "submit_job", submit_job, raising=False)
+    recipe, then = written(here), "follow, stop on signals"
+    assert submitting.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then=then) == 75
+    assert server.submitted["submission_id"].startswith("grpo-")
+    assert server.stopped == 1
 
 
 def test_ctrl_c_as_a_job_is_handed_over_names_it(
