@@ -24,6 +24,7 @@ from grpo.config import Config, DatasetConfig
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.process import secrets
+from grpo.shapes import split_problems
 from grpo.types import Prompt, UserError
 
 TRIED_ROWS = 8
@@ -179,13 +180,19 @@ def check_model(config: Config) -> None:
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + max_tokens="
             f"{config.max_row_tokens - config.data.max_prompt_tokens} exceed the model's {limit} positions"
         )
-    heads, parts = getattr(model, "num_attention_heads", None), config.cluster.tensor_parallel
-    if heads is not None and heads % parts:
-        nearest = max(n for n in range(1, parts) if heads % n == 0)
-        raise UserError(
-            f"cluster.tensor_parallel={parts} does not divide the model's {heads} attention heads; nearest that does: "
-            f"{nearest}"
-        )
+
+    def size(name: str) -> int:
+        value = getattr(model, name, None)
+        return value if isinstance(value, int) else 0
+
+    heads = size("num_attention_heads")
+    problems = split_problems(
+        config.cluster.tensor_parallel, config.cluster.pipeline_parallel, heads=heads,
+        kv_heads=size("num_key_value_heads") or heads, intermediate=size("intermediate_size"),
+        vocab=size("vocab_size"), layers=size("num_hidden_layers"),
+    )  # fmt: skip
+    if problems:
+        raise UserError(problems[0])
     for name, value in model.to_dict().items():
         if "drop" in name and isinstance(value, float) and value > 0:
             raise UserError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from grpo.config import Config
 from grpo.objective.logprobs import CHUNK_ELEMENTS
-from grpo.shapes import Gpu, Shape, gpu_of, shape_of
+from grpo.shapes import Gpu, Shape, gpu_of, shape_of, split_problems
 from grpo.types import UserError
 from grpo.weight_sync import BUCKET_BYTES
 
@@ -282,10 +282,10 @@ def find_problems(
             f"{nodes * (gpus_per_node // workers)} of {samplers} samplers: lower cluster.tensor_parallel, "
             "cluster.pipeline_parallel or cluster.samplers, or give more --nodes"
         )
-    if shape.heads % config.cluster.tensor_parallel:
-        out.append(
-            f"cluster.tensor_parallel={config.cluster.tensor_parallel} does not divide the model's {shape.heads} heads"
-        )
+    out += split_problems(
+        config.cluster.tensor_parallel, config.cluster.pipeline_parallel, heads=shape.heads, kv_heads=shape.kv_heads,
+        intermediate=shape.intermediate, vocab=shape.vocab, layers=shape.layers,
+    )  # fmt: skip
     if gpus > nodes * gpus_per_node:
         out.append(
             f"{gpus} GPUs are asked for and there are {nodes * gpus_per_node}: lower cluster.samplers={samplers} or "

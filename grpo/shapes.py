@@ -15,6 +15,8 @@ from grpo.types import UserError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 """Model types whose parameters are counted here to the last one."""
+VOCAB_PADDING = 64
+"""vLLM's DEFAULT_VOCAB_PADDING_SIZE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,34 @@ KNOWN = {
 }
 """Vocabulary, hidden, intermediate, layers, heads and key-value heads by each hub id's config.json; the Instruct models
 of Qwen2.5 have their base model's."""
+
+
+def split_problems(
+    tensor: int, pipeline: int, *, heads: int, kv_heads: int, intermediate: int, vocab: int, layers: int
+) -> list[str]:
+    """Why vLLM cannot split a model over `cluster.tensor_parallel` x `cluster.pipeline_parallel` workers, with the
+    nearest values that it can. A size that is not known is 0."""
+
+    def obstacle(parts: int) -> str:
+        padded = -(-vocab // VOCAB_PADDING) * VOCAB_PADDING
+        if heads % parts:
+            return f"does not divide the model's {heads} attention heads"
+        if kv_heads % parts and parts % kv_heads:
+            return f"neither divides the model's {kv_heads} key-value heads nor is a multiple of them"
+        if intermediate % parts:
+            return f"does not divide the model's feed-forward width of {intermediate}"
+        if padded % parts:
+            return f"does not divide the model's vocabulary, padded to {padded}"
+        return ""
+
+    out = []
+    if obstacle(tensor):
+        works = [parts for parts in range(1, max(tensor, heads) + 1) if not obstacle(parts)]
+        nearest = min(works, key=lambda parts: abs(parts - tensor))
+        out.append(f"cluster.tensor_parallel={tensor} {obstacle(tensor)}; nearest: {nearest}")
+    if 0 < layers < pipeline:
+        out.append(f"cluster.pipeline_parallel={pipeline} is more than the model's {layers} layers; nearest: {layers}")
+    return out
 
 
 def shape_of(path: str) -> Shape:

@@ -31,7 +31,7 @@ from grpo.plan import (
     sampler_memory,
     sampling_seconds,
 )  # fmt: skip
-from grpo.shapes import GPUS, KNOWN, Shape, shape_of
+from grpo.shapes import GPUS, KNOWN, Shape, shape_of, split_problems
 from grpo.types import UserError
 
 SMALL = Shape(
@@ -412,11 +412,44 @@ def test_a_sampler_is_on_one_node(per_node: int, nodes: int, room: int) -> None:
     assert all(f"have room for {room} of 2 samplers" in problem for problem in said)
 
 
-@pytest.mark.parametrize(("parts", "fits"), [(4, True), (7, True), (8, False)])
-def test_the_heads_are_split_evenly(parts: int, fits: bool) -> None:
+# vLLM's own conditions: QKVParallelLinear, MergedColumnParallelLinear, VocabParallelEmbedding, get_pp_indices. 28 heads
+# and 4 key-value heads; a feed-forward width of 18944 = 2^9 x 37; a vocabulary of 152064, of 2^9 x 27 x 11
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ((1, 1), ""),
+        ((4, 28), ""),
+        ((8, 1), "tensor_parallel=8 does not divide the model's 28 attention heads; nearest: 4"),
+        (
+            (7, 1),
+            "tensor_parallel=7 neither divides the model's 4 key-value heads nor is a multiple of them; nearest: 4",
+        ),
+        ((28, 1), "tensor_parallel=28 does not divide the model's feed-forward width of 18944; nearest: 4"),
+        ((2, 29), "pipeline_parallel=29 is more than the model's 28 layers; nearest: 28"),
+    ],
+)
+def test_a_model_is_split_as_vllm_splits_it(split: tuple[int, int], said: str) -> None:
+    tensor, pipeline = split
     config = config_of(
-        "gsm8k_qwen2.5_7b", "cluster.samplers=1", f"cluster.tensor_parallel={parts}", "cluster.layout=disaggregated"
-    )
+        "gsm8k_qwen2.5_7b", "cluster.samplers=1", f"cluster.tensor_parallel={tensor}",
+        f"cluster.pipeline_parallel={pipeline}", "cluster.layout=disaggregated",
+    )  # fmt: skip
     lengths = Lengths(prompt=150, completion=300, longest=2048)
-    plan = make_plan(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=2, gpus_per_node=8)
-    assert any("does not divide the model's 28 heads" in problem for problem in plan.problems) != fits
+    plan = make_plan(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=1, gpus_per_node=256)
+    found = [problem for problem in plan.problems if "_parallel=" in problem]
+    assert found == ([f"cluster.{said}"] if said else [])
+
+
+def test_sizes_that_are_not_known_forbid_no_split() -> None:
+    unknown = {"heads": 0, "kv_heads": 0, "intermediate": 0, "vocab": 0, "layers": 0}
+    assert split_problems(3, 5, **unknown) == []
+    # 65 are padded to 128
+    assert split_problems(3, 1, **(unknown | {"vocab": 65})) == [
+        "cluster.tensor_parallel=3 does not divide the model's vocabulary, padded to 128; nearest: 2"
+    ]
+    assert split_problems(2, 1, **(unknown | {"vocab": 65})) == []
+    # key-value heads are there more than once where they are fewer than GPUs
+    assert split_problems(4, 1, **(unknown | {"heads": 4, "kv_heads": 2})) == []
+    assert split_problems(7, 1, **(unknown | {"heads": 8, "kv_heads": 8})) == [
+        "cluster.tensor_parallel=7 does not divide the model's 8 attention heads; nearest: 8"
+    ]
