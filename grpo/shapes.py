@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,11 @@ class Shape:
     def multiplied(self) -> int:
         """Parameters that a token is multiplied with: all but the embedding, which is looked up."""
         return self.body + self.embedding
+
+    def over(self, parts: int) -> Shape:
+        """As it lies on `parts` GPUs together that share every layer: with more of them than key-value heads, each has
+        a copy of one."""
+        return replace(self, kv_heads=max(self.kv_heads, parts))
 
     def kv_bytes(self, itemsize: int) -> int:
         """Keys and values of one token in all layers."""

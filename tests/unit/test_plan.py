@@ -20,6 +20,7 @@ from grpo.plan import (
     REST,
     Lengths,
     Parts,
+    Plan,
     activation_bytes,
     exchange_bytes,
     head_bytes,
@@ -383,6 +384,32 @@ def test_a_sampler_over_four_gpus() -> None:
     plan = make_plan(config_of("dapo_32b"), shape, GPUS["h100"], lengths, nodes=16, gpus_per_node=8)
     assert plan.at_once == pytest.approx(4 * split["KV cache"] / (5150 * shape.kv_bytes(2)))
     assert plan.seconds["taking turns"] == 0
+
+
+def test_key_value_heads_that_are_fewer_than_gpus_are_there_more_than_once() -> None:
+    """Two of 128: on four GPUs each has one whole, 2 x 28 x 128 x 2 bytes a token, and holds its completions alone."""
+    shape, lengths = shape_of("Qwen/Qwen2.5-1.5B-Instruct"), Lengths(prompt=150, completion=341, longest=1024)
+    assert [shape.over(parts).kv_bytes(2) for parts in (1, 2, 4)] == [28_672, 28_672, 57_344]
+    # a layer's key-value projections of 2 x 1536 x 256 weights and 2 x 256 biases are there twice
+    assert shape.over(4).parameters - shape.parameters == 28 * (2 * 1536 * 256 + 2 * 256)
+
+    def plan(*overrides: str) -> Plan:
+        config = config_of("gsm8k_qwen2.5_1.5b", "cluster.samplers=1", *overrides)
+        return make_plan(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
+
+    four = plan("cluster.tensor_parallel=4")
+    assert four.at_once == pytest.approx(four.sampler["KV cache"] / (491 * 14_336))
+    assert 9_800 < four.at_once < 10_000
+    assert four.sampler["weights"] == 2 * shape.over(4).parameters / 4
+    # pipeline stages share the layers out, not the heads: 2 x 14 x 128 x 2 bytes of one head
+    stages = plan("cluster.tensor_parallel=2", "cluster.pipeline_parallel=2")
+    assert stages.at_once == pytest.approx(stages.sampler["KV cache"] / (491 * 7_168))
+    # of 0.1 GiB on each, 23.4 are in flight at half their length: 1024 x 5 of 341 tokens, 5 ms a step at least
+    few = plan("cluster.tensor_parallel=4", "sampler.kv_cache_gib=0.1")
+    assert few.seconds["sampling"] > 5120 * 341 / 23.4 * 5e-3
+    # a row of 512 + 1024 tokens takes 22e6 bytes of each GPU, and of 0.015 GiB there are 16e6
+    small = plan("cluster.tensor_parallel=4", "sampler.kv_cache_gib=0.015")
+    assert ["one row of 1536 tokens" in problem for problem in small.problems] == [True]
 
 
 def test_engines_that_take_turns_move_the_learner_s_states_twice() -> None:
