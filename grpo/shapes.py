@@ -152,30 +152,57 @@ def shape_of(path: str) -> Shape:
 
 
 def _read(file: Path) -> Shape:
+    settings = _planned(file)
+
+    def size(name: str) -> int:
+        value = settings[name]
+        if type(value) is not int or value < 1:  # true is an int
+            raise UserError(f"{file}: {name}={json.dumps(value)} must be a whole number, at least 1")
+        return value
+
     try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        family = settings["model_type"]
-        if family not in FAMILIES:
-            raise UserError(f"{file}: model_type={family} is not planned; there are {', '.join(FAMILIES)}")
-        for name in ("attention_bias", "mlp_bias"):
-            if settings.get(name):
-                raise UserError(f"{file}: {name}=true is not planned: its parameters are not counted")
-        heads = settings["num_attention_heads"]
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        kv_heads = heads if settings.get("num_key_value_heads") is None else size("num_key_value_heads")
+        own = settings.get("head_dim") is not None
+        if hidden % heads and not own:
+            raise UserError(
+                f"{file}: num_attention_heads={heads} must divide hidden_size={hidden}: there is no head_dim"
+            )
+        if heads % kv_heads:
+            raise UserError(f"{file}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
         return Shape(
-            family=family,
-            vocab=settings["vocab_size"],
-            hidden=settings["hidden_size"],
-            intermediate=settings["intermediate_size"],
-            layers=settings["num_hidden_layers"],
+            family=settings["model_type"],
+            vocab=size("vocab_size"),
+            hidden=hidden,
+            intermediate=size("intermediate_size"),
+            layers=size("num_hidden_layers"),
             heads=heads,
-            kv_heads=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
+            kv_heads=kv_heads,
+            head_dim=size("head_dim") if own else hidden // heads,
             tied=settings.get("tie_word_embeddings", False),
         )
     except KeyError as error:
         raise UserError(f"{file} lacks {error.args[0]}") from error
+
+
+def _planned(file: Path) -> dict[str, Any]:
+    """The settings of a model whose parameters are counted here."""
+    try:
+        settings: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} must hold a mapping, as save_pretrained writes it, not {json.dumps(settings)[:40]}")
+    if "model_type" not in settings:
+        raise UserError(f"{file} lacks model_type")
+    if settings["model_type"] not in FAMILIES:
+        raise UserError(f"{file}: model_type={settings['model_type']} is not planned; there are {', '.join(FAMILIES)}")
+    for name in ("attention_bias", "mlp_bias"):
+        if settings.get(name):
+            raise UserError(f"{file}: {name}=true is not planned: its parameters are not counted")
+    if settings.get("quantization_config"):
+        raise UserError(f"{file}: quantization_config is not planned: weights are counted whole, in model.dtype")
+    return settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

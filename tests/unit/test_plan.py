@@ -94,6 +94,7 @@ def test_what_cannot_be_planned_is_said(make_model: Callable[..., Path], tmp_pat
     for change, words in (
         ({"model_type": "mixtral"}, "model_type=mixtral is not planned"),
         ({"attention_bias": True}, "attention_bias=true"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not planned: weights are counted"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
         with pytest.raises(UserError, match=words):
@@ -102,6 +103,59 @@ def test_what_cannot_be_planned_is_said(make_model: Callable[..., Path], tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="lacks hidden_size"):
         shape_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", '"a"', "null", "3"])
+def test_a_config_that_is_no_mapping(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        shape_of(str(tmp_path))
+    assert str(raised.value) == f"{file} must hold a mapping, as save_pretrained writes it, not {text}"
+
+
+SIZES = {
+    "model_type": "llama", "vocab_size": 100, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0 must be a whole number, at least 1"),
+        ({"hidden_size": "256"}, 'hidden_size="256" must be a whole number, at least 1'),
+        ({"hidden_size": -256}, "hidden_size=-256 must be a whole number, at least 1"),
+        ({"intermediate_size": [20]}, "intermediate_size=[20] must be a whole number, at least 1"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=true must be a whole number, at least 1"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5 must be a whole number, at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number, at least 1"),
+        ({"num_attention_heads": None}, "num_attention_heads=null must be a whole number, at least 1"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads=-2 must be a whole number, at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be a whole number, at least 1"),
+        ({"head_dim": 0}, "head_dim=0 must be a whole number, at least 1"),
+        ({"num_attention_heads": 6}, "num_attention_heads=6 must divide hidden_size=16: there is no head_dim"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
+        ({"model_type": ["llama"]}, "model_type=['llama'] is not planned; there are qwen2, qwen3, llama"),
+    ],
+)
+def test_sizes_that_no_model_has(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SIZES | change))
+    with pytest.raises(UserError) as raised:
+        shape_of(str(tmp_path))
+    assert str(raised.value) == f"{file}: {said}"
+
+
+def test_sizes_that_may_be_left_out(tmp_path: Path) -> None:
+    for change, (kv_heads, head_dim) in (
+        ({}, (2, 4)),
+        ({"num_key_value_heads": None, "head_dim": None}, (4, 4)),
+        ({"num_attention_heads": 6, "head_dim": 8}, (2, 8)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(SIZES | change))
+        shape = shape_of(str(tmp_path))
+        assert (shape.kv_heads, shape.head_dim) == (kv_heads, head_dim)
 
 
 # Of 1000 parameters, four ranks. bfloat16: 2 weights; gradients 2 + 4 whole at stage 1, 4 sharded above; 4 + 4 + 4
