@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
@@ -170,6 +171,9 @@ def check_model(config: Config) -> None:
         model = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={config.model.path}: {' '.join(str(error).split())[:300]}") from error
+    except (TypeError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"model.path={config.model.path}: its config.json is not that of a model: {why}") from error
     if path.is_dir():
         check_weights(path)
     if config.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:

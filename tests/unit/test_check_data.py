@@ -210,3 +210,20 @@ def test_a_split_that_vllm_refuses(
     with pytest.raises(UserError) as raised:
         check_model(config)
     assert str(raised.value) == f"{split} {said}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("null", "argument of type 'NoneType' is not iterable"),
+        ('{"model_type": "qwen2", "hidden_size": "256"}', "Validation error for field 'hidden_size': "),
+    ],
+)
+def test_a_config_that_transformers_cannot_read(
+    text: str, said: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    model = make_model("qwen2")
+    (model / "config.json").write_text(text)
+    with pytest.raises(UserError) as raised:
+        check_model(module.load(make_recipe(model), []))
+    assert str(raised.value).startswith(f"model.path={model}: its config.json is not that of a model: {said}")
