@@ -364,10 +364,14 @@ def test_published_minutes_of_areal() -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(ROOT / "recipes" / "math_drgrpo_7b.yaml")
-    assert main(["plan", recipe, "--gpu", "a100-80", "--completion-tokens", "900"]) == 0
+    arguments = ["plan", recipe, "--gpu", "a100-80", "--completion-tokens", "900"]
+    assert main(arguments) == 0
     out = capsys.readouterr().out
-    for words in ("8 of 1 x 8 a100-80", "7.62 B parameters", "completions of 900", "500 steps", "fits "):
+    for words in ("8 of 1 x 8 a100-80", "7.62 B parameters", "completions of 900", "500 steps: 44 hours", "fits "):
         assert words in out, words
+    # the source's layout, as docs/scale.md gives it
+    assert main([*arguments, "cluster.layout=colocated", "cluster.samplers=8", "cluster.learner_ranks=8"]) == 0
+    assert "500 steps: 27 hours" in capsys.readouterr().out
     assert main(["plan", recipe, "--gpu", "h100", "--nodes", "2", "cluster.samplers=16"]) == 2
     assert "20 GPUs are asked for and there are 16" in capsys.readouterr().out
     assert main(["plan", recipe, "--gpu", "a100-40"]) == 2
