@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
@@ -24,6 +25,7 @@ from grpo.config import Config, DatasetConfig
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.process import secrets
+from grpo.shapes import split_problems
 from grpo.types import Prompt, UserError
 
 TRIED_ROWS = 8
@@ -169,6 +171,9 @@ def check_model(config: Config) -> None:
         model = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path={config.model.path}: {' '.join(str(error).split())[:300]}") from error
+    except (TypeError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"model.path={config.model.path}: its config.json is not that of a model: {why}") from error
     if path.is_dir():
         check_weights(path)
     if config.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -179,13 +184,19 @@ def check_model(config: Config) -> None:
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + max_tokens="
             f"{config.max_row_tokens - config.data.max_prompt_tokens} exceed the model's {limit} positions"
         )
-    heads, parts = getattr(model, "num_attention_heads", None), config.cluster.tensor_parallel
-    if heads is not None and heads % parts:
-        nearest = max(n for n in range(1, parts) if heads % n == 0)
-        raise UserError(
-            f"cluster.tensor_parallel={parts} does not divide the model's {heads} attention heads; nearest that does: "
-            f"{nearest}"
-        )
+
+    def size(name: str) -> int:
+        value = getattr(model, name, None)
+        return value if isinstance(value, int) else 0
+
+    heads = size("num_attention_heads")
+    problems = split_problems(
+        config.cluster.tensor_parallel, config.cluster.pipeline_parallel, heads=heads,
+        kv_heads=size("num_key_value_heads") or heads, intermediate=size("intermediate_size"),
+        vocab=size("vocab_size"), layers=size("num_hidden_layers"),
+    )  # fmt: skip
+    if problems:
+        raise UserError(problems[0])
     for name, value in model.to_dict().items():
         if "drop" in name and isinstance(value, float) and value > 0:
             raise UserError(

@@ -24,6 +24,8 @@ ENGINES = ("engines", "samplers", "learner")
 """Roles that have GPUs."""
 SLACK = 1e-9
 """Ray counts in ten-thousandths; sums of such shares as floats may miss a whole by this."""
+TRIED = 5_000
+"""Steps of the search before it gives up and refuses: 128 bundles on 32 nodes take a second, and of a few every way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,27 +92,47 @@ def _bundles_of_engines(config: Config) -> list[Bundle]:
 
 
 def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
-    """Whether every bundle finds a node, the largest first.
+    """Whether there is a node for every bundle. Ray seeks its own way, which may be a worse one: `Reservation`.
 
     Raises UserError with the arithmetic: what is asked, what each node has and what of it is taken.
     """
-    left = {id(node): [node.free_cpus, node.free_gpus] for node in nodes}
     asked = bundles(config)
-    for bundle in sorted(asked, key=_size, reverse=True):
-        for free in left.values():
-            if bundle.cpus <= free[0] + SLACK and bundle.gpus <= free[1] + SLACK:
-                free[0] -= bundle.cpus
-                free[1] -= bundle.gpus
-                break
-        else:
-            c = config.cluster
-            raise UserError(
-                f"{bundle.who} finds no node with {bundle.cpus:g} CPUs and {bundle.gpus} GPUs free on {place}: "
-                f"{c.samplers} samplers and {c.learner_ranks} learner ranks, {c.layout},{_rewards(config)} ask for "
-                f"{sum(b.cpus for b in asked):g} CPUs and {sum(b.gpus for b in asked)} GPUs; there is "
-                f"{'; '.join(map(str, nodes)) or 'no node'}; lower cluster.samplers, cluster.learner_ranks, "
-                "cluster.sampler_cpus or cluster.learner_cpus"
-            )
+    bundle = _left_out(sorted(asked, key=_size, reverse=True), [(node.free_gpus, node.free_cpus) for node in nodes])
+    if bundle is not None:
+        c = config.cluster
+        raise UserError(
+            f"{bundle.who} finds no node with {bundle.cpus:g} CPUs and {bundle.gpus} GPUs free on {place}: "
+            f"{c.samplers} samplers and {c.learner_ranks} learner ranks, {c.layout},{_rewards(config)} ask for "
+            f"{sum(b.cpus for b in asked):g} CPUs and {sum(b.gpus for b in asked)} GPUs; there is "
+            f"{'; '.join(map(str, nodes)) or 'no node'}; lower cluster.samplers, cluster.learner_ranks, "
+            "cluster.sampler_cpus or cluster.learner_cpus"
+        )
+
+
+def _left_out(asked: Sequence[Bundle], nodes: Sequence[tuple[float, float]]) -> Bundle | None:
+    """The first bundle without a node when each takes the fullest that holds it. None: there is a way to place all.
+
+    Every way is tried, nodes with as much left being alike, but no more than `TRIED` steps of it.
+    """
+    left_out, seen = None, set()
+    ways = [(0, tuple(sorted(nodes)))]  # how many are placed, and what nodes have left
+    while ways and (left_out is None or len(seen) < TRIED):
+        way = ways.pop()
+        if way in seen:
+            continue
+        seen.add(way)
+        placed, left = way
+        if placed == len(asked):
+            return None
+        bundle = asked[placed]
+        holding = [n for n in set(left) if bundle.gpus <= n[0] + SLACK and bundle.cpus <= n[1] + SLACK]
+        if not holding:
+            left_out = left_out or bundle
+        for node in sorted(holding, reverse=True):  # the fullest is popped first
+            rest = list(left)
+            rest[rest.index(node)] = node[0] - bundle.gpus, node[1] - bundle.cpus
+            ways.append((placed + 1, tuple(sorted(rest))))
+    return left_out
 
 
 def _size(bundle: Bundle) -> tuple[int, float]:
@@ -127,7 +149,9 @@ class Reservation:
     def __init__(self, config: Config, timeout_s: float, roles: Sequence[str]) -> None:
         """Of some of its `roles`.
 
-        Raises TimeoutError when Ray has not given the places within `timeout_s`."""
+        Raises TimeoutError when Ray has not given the places within `timeout_s`: others have taken them, or they fit
+        only as `check_fit` would place them. Ray places group after group, gives a bundle the emptiest node and takes
+        nothing back: 4, 3 and 2 CPUs do not get on nodes of 4 and 5."""
         self._groups: dict[str, PlacementGroup] = {}
         self._strategies: dict[tuple[str, int], PlacementGroupSchedulingStrategy] = {}
         asked = bundles(config)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from grpo.config import Config
 from grpo.objective.logprobs import CHUNK_ELEMENTS
-from grpo.shapes import Gpu, Shape, gpu_of, shape_of
+from grpo.shapes import Gpu, Shape, gpu_of, shape_of, split_problems
 from grpo.types import UserError
 from grpo.weight_sync import BUCKET_BYTES
 
@@ -151,7 +151,7 @@ def sampler_memory(config: Config, shape: Shape, memory: float) -> Parts:
     s, width, workers = config.sampler, itemsize(config), config.sampler_workers
     batched = max(8192, config.max_row_tokens)
     parts: Parts = {
-        "weights": width * shape.parameters / workers,
+        "weights": width * shape.over(config.cluster.tensor_parallel).parameters / workers,
         "forward": batched * width * (2 * shape.hidden + 3 * shape.intermediate / config.cluster.tensor_parallel),
         "logits": s.max_num_seqs * shape.vocab * 4 * SAMPLING_COPIES,
     }
@@ -225,12 +225,13 @@ def make_plan(
     sampler = sampler_memory(config, shape, gpu.memory)
     gpus, ranks, samplers = config.gpus_used, config.cluster.learner_ranks, config.cluster.samplers
     cache = sampler["KV cache"] * config.sampler_workers
+    shared = shape.over(config.cluster.tensor_parallel)
     together = replace(gpu, flops=gpu.flops * config.sampler_workers, bandwidth=gpu.bandwidth * config.sampler_workers)
     link = gpu.link if gpus <= gpus_per_node else gpu.network
 
     def sample(completions: float, prompts: float) -> float:
         return sampling_seconds(
-            shape, together, lengths, completions=completions / samplers, prompts=prompts / samplers, kv=cache,
+            shared, together, lengths, completions=completions / samplers, prompts=prompts / samplers, kv=cache,
             max_num_seqs=s.max_num_seqs, width=width, eager=s.enforce_eager,
         )  # fmt: skip
 
@@ -260,7 +261,7 @@ def make_plan(
     }
     seconds["rest"] = (REST - 1) * sum(seconds.values())
     evaluation = REST * evaluations * sample(evaluated, evaluated) if evaluated else 0.0
-    at_once = cache / ((lengths.prompt + lengths.completion) * shape.kv_bytes(width))
+    at_once = cache / ((lengths.prompt + lengths.completion) * shared.kv_bytes(width))
     return Plan(
         learner=learner, host=host, sampler=sampler, seconds=seconds, gpus=gpus, at_once=at_once,
         hours=(config.run.steps * sum(seconds.values()) + evaluation) / 3600,
@@ -282,10 +283,10 @@ def find_problems(
             f"{nodes * (gpus_per_node // workers)} of {samplers} samplers: lower cluster.tensor_parallel, "
             "cluster.pipeline_parallel or cluster.samplers, or give more --nodes"
         )
-    if shape.heads % config.cluster.tensor_parallel:
-        out.append(
-            f"cluster.tensor_parallel={config.cluster.tensor_parallel} does not divide the model's {shape.heads} heads"
-        )
+    out += split_problems(
+        config.cluster.tensor_parallel, config.cluster.pipeline_parallel, heads=shape.heads, kv_heads=shape.kv_heads,
+        intermediate=shape.intermediate, vocab=shape.vocab, layers=shape.layers,
+    )  # fmt: skip
     if gpus > nodes * gpus_per_node:
         out.append(
             f"{gpus} GPUs are asked for and there are {nodes * gpus_per_node}: lower cluster.samplers={samplers} or "
@@ -310,7 +311,7 @@ def find_problems(
             f"a learner rank takes {taken / 1e9:.1f} GB of {gpu.memory / 1e9:g}"
             f"{' with its sampler' if both else ''}: change, in this order, {', '.join(options)}"
         )
-    room = config.max_row_tokens * shape.kv_bytes(itemsize(config))
+    room = config.max_row_tokens * shape.over(config.cluster.tensor_parallel).kv_bytes(itemsize(config))
     cache = sampler["KV cache"] * config.sampler_workers
     if cache < room:
         out.append(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from grpo.types import UserError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 """Model types whose parameters are counted here to the last one."""
+VOCAB_PADDING = 64
+"""vLLM's DEFAULT_VOCAB_PADDING_SIZE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,11 @@ class Shape:
         """Parameters that a token is multiplied with: all but the embedding, which is looked up."""
         return self.body + self.embedding
 
+    def over(self, parts: int) -> Shape:
+        """As it lies on `parts` GPUs together that share every layer: with more of them than key-value heads, each has
+        a copy of one."""
+        return replace(self, kv_heads=max(self.kv_heads, parts))
+
     def kv_bytes(self, itemsize: int) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.keys * itemsize
@@ -98,6 +105,34 @@ KNOWN = {
 of Qwen2.5 have their base model's."""
 
 
+def split_problems(
+    tensor: int, pipeline: int, *, heads: int, kv_heads: int, intermediate: int, vocab: int, layers: int
+) -> list[str]:
+    """Why vLLM cannot split a model over `cluster.tensor_parallel` x `cluster.pipeline_parallel` workers, with the
+    nearest values that it can. A size that is not known is 0."""
+
+    def obstacle(parts: int) -> str:
+        padded = -(-vocab // VOCAB_PADDING) * VOCAB_PADDING
+        if heads % parts:
+            return f"does not divide the model's {heads} attention heads"
+        if kv_heads % parts and parts % kv_heads:
+            return f"neither divides the model's {kv_heads} key-value heads nor is a multiple of them"
+        if intermediate % parts:
+            return f"does not divide the model's feed-forward width of {intermediate}"
+        if padded % parts:
+            return f"does not divide the model's vocabulary, padded to {padded}"
+        return ""
+
+    out = []
+    if obstacle(tensor):
+        works = [parts for parts in range(1, max(tensor, heads) + 1) if not obstacle(parts)]
+        nearest = min(works, key=lambda parts: abs(parts - tensor))
+        out.append(f"cluster.tensor_parallel={tensor} {obstacle(tensor)}; nearest: {nearest}")
+    if 0 < layers < pipeline:
+        out.append(f"cluster.pipeline_parallel={pipeline} is more than the model's {layers} layers; nearest: {layers}")
+    return out
+
+
 def shape_of(path: str) -> Shape:
     """The shape of the model at `path`, a folder or a hub id.
 
@@ -117,30 +152,57 @@ def shape_of(path: str) -> Shape:
 
 
 def _read(file: Path) -> Shape:
+    settings = _planned(file)
+
+    def size(name: str) -> int:
+        value = settings[name]
+        if type(value) is not int or value < 1:  # true is an int
+            raise UserError(f"{file}: {name}={json.dumps(value)} must be a whole number, at least 1")
+        return value
+
     try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        family = settings["model_type"]
-        if family not in FAMILIES:
-            raise UserError(f"{file}: model_type={family} is not planned; there are {', '.join(FAMILIES)}")
-        for name in ("attention_bias", "mlp_bias"):
-            if settings.get(name):
-                raise UserError(f"{file}: {name}=true is not planned: its parameters are not counted")
-        heads = settings["num_attention_heads"]
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        kv_heads = heads if settings.get("num_key_value_heads") is None else size("num_key_value_heads")
+        own = settings.get("head_dim") is not None
+        if hidden % heads and not own:
+            raise UserError(
+                f"{file}: num_attention_heads={heads} must divide hidden_size={hidden}: there is no head_dim"
+            )
+        if heads % kv_heads:
+            raise UserError(f"{file}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
         return Shape(
-            family=family,
-            vocab=settings["vocab_size"],
-            hidden=settings["hidden_size"],
-            intermediate=settings["intermediate_size"],
-            layers=settings["num_hidden_layers"],
+            family=settings["model_type"],
+            vocab=size("vocab_size"),
+            hidden=hidden,
+            intermediate=size("intermediate_size"),
+            layers=size("num_hidden_layers"),
             heads=heads,
-            kv_heads=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
+            kv_heads=kv_heads,
+            head_dim=size("head_dim") if own else hidden // heads,
             tied=settings.get("tie_word_embeddings", False),
         )
     except KeyError as error:
         raise UserError(f"{file} lacks {error.args[0]}") from error
+
+
+def _planned(file: Path) -> dict[str, Any]:
+    """The settings of a model whose parameters are counted here."""
+    try:
+        settings: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} must hold a mapping, as save_pretrained writes it, not {json.dumps(settings)[:40]}")
+    if "model_type" not in settings:
+        raise UserError(f"{file} lacks model_type")
+    if settings["model_type"] not in FAMILIES:
+        raise UserError(f"{file}: model_type={settings['model_type']} is not planned; there are {', '.join(FAMILIES)}")
+    for name in ("attention_bias", "mlp_bias"):
+        if settings.get(name):
+            raise UserError(f"{file}: {name}=true is not planned: its parameters are not counted")
+    if settings.get("quantization_config"):
+        raise UserError(f"{file}: quantization_config is not planned: weights are counted whole, in model.dtype")
+    return settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

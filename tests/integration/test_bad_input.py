@@ -51,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *overrides: str, c
         (["data.gold_template=answer {answer}"], "gold"),
         (["cluster.sampler_cpus=100"], "ask for 101 CPUs"),
         (["cluster.device=gpu"], "of 0 GPUs"),
-        (["cluster.tensor_parallel=5"], "does not divide the model's 2 attention heads; nearest that does: 2"),
+        (["cluster.tensor_parallel=5"], "does not divide the model's 2 attention heads; nearest: 2"),
         (["cluster.samplers=99"], "99 samplers and 1 learner ranks, colocated, ask for 100 CPUs"),
         (["data.answer_column=gold"], "data.answer_column=gold"),
         (["sampler.kv_cache_gib=99999"], "99999 GiB; this machine has"),

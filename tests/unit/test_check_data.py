@@ -181,3 +181,49 @@ def test_a_model_that_is_not_there(
     with pytest.raises(UserError) as raised:
         check_model(config)
     assert str(raised.value) == f"model.path={path} is not a folder{hint}"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split", "said"),
+    [
+        ({}, "cluster.pipeline_parallel=3", "is more than the model's 2 layers; nearest: 2"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, "cluster.tensor_parallel=8", ""),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 96},
+            "cluster.tensor_parallel=6",
+            "neither divides the model's 4 key-value heads nor is a multiple of them; nearest: 4",
+        ),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 98},
+            "cluster.tensor_parallel=4",
+            "does not divide the model's feed-forward width of 98; nearest: 2",
+        ),
+    ],
+)
+def test_a_split_that_vllm_refuses(
+    sizes: dict[str, int], split: str, said: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    config = module.load(make_recipe(make_model("qwen2", **sizes)), [split])
+    if not said:
+        check_model(config)
+        return
+    with pytest.raises(UserError) as raised:
+        check_model(config)
+    assert str(raised.value) == f"{split} {said}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("null", "argument of type 'NoneType' is not iterable"),
+        ('{"model_type": "qwen2", "hidden_size": "256"}', "Validation error for field 'hidden_size': "),
+    ],
+)
+def test_a_config_that_transformers_cannot_read(
+    text: str, said: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    model = make_model("qwen2")
+    (model / "config.json").write_text(text)
+    with pytest.raises(UserError) as raised:
+        check_model(module.load(make_recipe(model), []))
+    assert str(raised.value).startswith(f"model.path={model}: its config.json is not that of a model: {said}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,33 +100,71 @@ def test_reward_workers_on_nodes_of_their_own(tmp_path: Path) -> None:
         check_fit(config, [node(3, 0), node(3, 0), node(3, 0)], "c")
 
 
-def test_what_passes_can_be_placed(tmp_path: Path) -> None:
-    """Held against every way to put the bundles on the nodes. The other way round, largest first misses a few."""
+@pytest.mark.parametrize("free", [(4, 5), (5, 4)])
+def test_the_order_of_nodes_does_not_matter(free: tuple[int, int], tmp_path: Path) -> None:
+    """4 on the node of 4, 3 and 2 on the other."""
+    config = config_of(
+        tmp_path, layout="disaggregated", sampler_cpus=4, learner_cpus=3, reward_nodes=1, reward_workers=2
+    )
+    check_fit(config, [node(cpus, 0) for cpus in free], "c")
+    with pytest.raises(UserError, match=r"^learner rank 0 finds no node with 3 CPUs"):
+        check_fit(config, [node(4, 0), node(2, 0), node(2, 0)], "c")
+
+
+def test_the_fullest_node_is_not_always_the_right_one(tmp_path: Path) -> None:
+    """4 on the node of 6 leaves room for two of 3 only; 4 + 3 and 3 + 3 fit."""
+    config = config_of(tmp_path, layout="disaggregated", sampler_cpus=4, learner_cpus=3, learner_ranks=3)
+    check_fit(config, [node(6, 0), node(7, 0)], "c")
+    with pytest.raises(UserError, match=r"^learner rank 2 finds no node with 3 CPUs"):
+        check_fit(config, [node(6, 0), node(6, 0, free_cpus=5)], "c")
+
+
+def test_a_large_cluster_is_no_long_search(tmp_path: Path) -> None:
+    """104 bundles for 128 GPUs on 32 nodes, of which one lacks a GPU."""
+    config = config_of(
+        tmp_path, device="gpu", layout="disaggregated", samplers=8, tensor_parallel=4, learner_ranks=96
+    )  # fmt: skip
+    nodes = [node(8 + i, 4) for i in range(32)]
+    check_fit(config, nodes, "c")
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"^learner rank 95 finds no node with 1 CPUs and 1 GPUs"):
+        check_fit(config, [*nodes[:-1], node(8, 4, free_gpus=3)], "c")
+    assert time.monotonic() - start < 30
+
+
+def test_what_passes_is_what_can_be_placed(tmp_path: Path) -> None:
+    """Held against every way to put the bundles on the nodes, in every order of these."""
     draw, base = random.Random(0), config_of(tmp_path)
-    passed = missed = 0
-    for _ in range(150):
+    passed = refused = 0
+    for _ in range(1000):
         layout: Any = draw.choice(["colocated", "disaggregated"])
+        device: Any = draw.choice(["cpu", "gpu"])
         cluster = ClusterConfig(
-            samplers=draw.randint(1, 3), learner_ranks=draw.randint(1, 2), layout=layout, reward_workers=3,
-            sampler_cpus=draw.choice([0.5, 1, 2]), learner_cpus=draw.choice([0.5, 1, 3]),
-            reward_nodes=draw.choice([0, 2]),
+            samplers=draw.randint(1, 3), learner_ranks=draw.randint(1, 3), layout=layout, reward_workers=3,
+            sampler_cpus=draw.choice([0.5, 1, 2, 4]), learner_cpus=draw.choice([0.5, 1, 3]), device=device,
+            reward_nodes=draw.choice([0, 1, 2]),
         )  # fmt: skip
         config = dataclasses.replace(base, cluster=cluster)
-        nodes = [node(9, 0, free_cpus=draw.choice([1, 2, 3, 4])) for _ in range(draw.randint(1, 3))]
-        asked = [bundle.cpus for bundle in bundles(config)]
+        nodes = [
+            node(9, 9, free_cpus=draw.choice([2, 3, 4, 5, 6, 7]), free_gpus=draw.choice([0, 1, 2, 3]))
+            for _ in range(draw.randint(1, 3))
+        ]
+        asked = bundles(config)
         possible = any(
             all(
-                sum(cpus for cpus, at in zip(asked, where, strict=True) if at == i) <= n.free_cpus
+                sum(b.cpus for b, at in zip(asked, where, strict=True) if at == i) <= n.free_cpus
+                and sum(b.gpus for b, at in zip(asked, where, strict=True) if at == i) <= n.free_gpus
                 for i, n in enumerate(nodes)
             )
             for where in itertools.product(range(len(nodes)), repeat=len(asked))
         )
-        try:
-            check_fit(config, nodes, "c")
-        except UserError:
-            missed += possible
-        else:
-            passed += 1
-            assert possible, (asked, nodes)
-    assert passed > 20
-    assert missed <= 3
+        for order in itertools.permutations(nodes):
+            try:
+                check_fit(config, order, "c")
+            except UserError:
+                assert not possible, (asked, order)
+                refused += 1
+            else:
+                assert possible, (asked, order)
+                passed += 1
+    assert min(passed, refused) > 100

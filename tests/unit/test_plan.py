@@ -20,6 +20,7 @@ from grpo.plan import (
     REST,
     Lengths,
     Parts,
+    Plan,
     activation_bytes,
     exchange_bytes,
     head_bytes,
@@ -31,7 +32,7 @@ from grpo.plan import (
     sampler_memory,
     sampling_seconds,
 )  # fmt: skip
-from grpo.shapes import GPUS, KNOWN, Shape, shape_of
+from grpo.shapes import GPUS, KNOWN, Shape, shape_of, split_problems
 from grpo.types import UserError
 
 SMALL = Shape(
@@ -93,6 +94,7 @@ def test_what_cannot_be_planned_is_said(make_model: Callable[..., Path], tmp_pat
     for change, words in (
         ({"model_type": "mixtral"}, "model_type=mixtral is not planned"),
         ({"attention_bias": True}, "attention_bias=true"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not planned: weights are counted"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
         with pytest.raises(UserError, match=words):
@@ -101,6 +103,59 @@ def test_what_cannot_be_planned_is_said(make_model: Callable[..., Path], tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="lacks hidden_size"):
         shape_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", '"a"', "null", "3"])
+def test_a_config_that_is_no_mapping(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        shape_of(str(tmp_path))
+    assert str(raised.value) == f"{file} must hold a mapping, as save_pretrained writes it, not {text}"
+
+
+SIZES = {
+    "model_type": "llama", "vocab_size": 100, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0 must be a whole number, at least 1"),
+        ({"hidden_size": "256"}, 'hidden_size="256" must be a whole number, at least 1'),
+        ({"hidden_size": -256}, "hidden_size=-256 must be a whole number, at least 1"),
+        ({"intermediate_size": [20]}, "intermediate_size=[20] must be a whole number, at least 1"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=true must be a whole number, at least 1"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers=2.5 must be a whole number, at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number, at least 1"),
+        ({"num_attention_heads": None}, "num_attention_heads=null must be a whole number, at least 1"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads=-2 must be a whole number, at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be a whole number, at least 1"),
+        ({"head_dim": 0}, "head_dim=0 must be a whole number, at least 1"),
+        ({"num_attention_heads": 6}, "num_attention_heads=6 must divide hidden_size=16: there is no head_dim"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
+        ({"model_type": ["llama"]}, "model_type=['llama'] is not planned; there are qwen2, qwen3, llama"),
+    ],
+)
+def test_sizes_that_no_model_has(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SIZES | change))
+    with pytest.raises(UserError) as raised:
+        shape_of(str(tmp_path))
+    assert str(raised.value) == f"{file}: {said}"
+
+
+def test_sizes_that_may_be_left_out(tmp_path: Path) -> None:
+    for change, (kv_heads, head_dim) in (
+        ({}, (2, 4)),
+        ({"num_key_value_heads": None, "head_dim": None}, (4, 4)),
+        ({"num_attention_heads": 6, "head_dim": 8}, (2, 8)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(SIZES | change))
+        shape = shape_of(str(tmp_path))
+        assert (shape.kv_heads, shape.head_dim) == (kv_heads, head_dim)
 
 
 # Of 1000 parameters, four ranks. bfloat16: 2 weights; gradients 2 + 4 whole at stage 1, 4 sharded above; 4 + 4 + 4
@@ -309,10 +364,14 @@ def test_published_minutes_of_areal() -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(ROOT / "recipes" / "math_drgrpo_7b.yaml")
-    assert main(["plan", recipe, "--gpu", "a100-80", "--completion-tokens", "900"]) == 0
+    arguments = ["plan", recipe, "--gpu", "a100-80", "--completion-tokens", "900"]
+    assert main(arguments) == 0
     out = capsys.readouterr().out
-    for words in ("8 of 1 x 8 a100-80", "7.62 B parameters", "completions of 900", "500 steps", "fits "):
+    for words in ("8 of 1 x 8 a100-80", "7.62 B parameters", "completions of 900", "500 steps: 44 hours", "fits "):
         assert words in out, words
+    # the source's layout, as docs/scale.md gives it
+    assert main([*arguments, "cluster.layout=colocated", "cluster.samplers=8", "cluster.learner_ranks=8"]) == 0
+    assert "500 steps: 27 hours" in capsys.readouterr().out
     assert main(["plan", recipe, "--gpu", "h100", "--nodes", "2", "cluster.samplers=16"]) == 2
     assert "20 GPUs are asked for and there are 16" in capsys.readouterr().out
     assert main(["plan", recipe, "--gpu", "a100-40"]) == 2
@@ -385,6 +444,32 @@ def test_a_sampler_over_four_gpus() -> None:
     assert plan.seconds["taking turns"] == 0
 
 
+def test_key_value_heads_that_are_fewer_than_gpus_are_there_more_than_once() -> None:
+    """Two of 128: on four GPUs each has one whole, 2 x 28 x 128 x 2 bytes a token, and holds its completions alone."""
+    shape, lengths = shape_of("Qwen/Qwen2.5-1.5B-Instruct"), Lengths(prompt=150, completion=341, longest=1024)
+    assert [shape.over(parts).kv_bytes(2) for parts in (1, 2, 4)] == [28_672, 28_672, 57_344]
+    # a layer's key-value projections of 2 x 1536 x 256 weights and 2 x 256 biases are there twice
+    assert shape.over(4).parameters - shape.parameters == 28 * (2 * 1536 * 256 + 2 * 256)
+
+    def plan(*overrides: str) -> Plan:
+        config = config_of("gsm8k_qwen2.5_1.5b", "cluster.samplers=1", *overrides)
+        return make_plan(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
+
+    four = plan("cluster.tensor_parallel=4")
+    assert four.at_once == pytest.approx(four.sampler["KV cache"] / (491 * 14_336))
+    assert 9_800 < four.at_once < 10_000
+    assert four.sampler["weights"] == 2 * shape.over(4).parameters / 4
+    # pipeline stages share the layers out, not the heads: 2 x 14 x 128 x 2 bytes of one head
+    stages = plan("cluster.tensor_parallel=2", "cluster.pipeline_parallel=2")
+    assert stages.at_once == pytest.approx(stages.sampler["KV cache"] / (491 * 7_168))
+    # of 0.1 GiB on each, 23.4 are in flight at half their length: 1024 x 5 of 341 tokens, 5 ms a step at least
+    few = plan("cluster.tensor_parallel=4", "sampler.kv_cache_gib=0.1")
+    assert few.seconds["sampling"] > 5120 * 341 / 23.4 * 5e-3
+    # a row of 512 + 1024 tokens takes 22e6 bytes of each GPU, and of 0.015 GiB there are 16e6
+    small = plan("cluster.tensor_parallel=4", "sampler.kv_cache_gib=0.015")
+    assert ["one row of 1536 tokens" in problem for problem in small.problems] == [True]
+
+
 def test_engines_that_take_turns_move_the_learner_s_states_twice() -> None:
     shape = shape_of("Qwen/Qwen2.5-0.5B-Instruct")
     lengths = Lengths(prompt=100, completion=300, longest=1024)
@@ -412,11 +497,44 @@ def test_a_sampler_is_on_one_node(per_node: int, nodes: int, room: int) -> None:
     assert all(f"have room for {room} of 2 samplers" in problem for problem in said)
 
 
-@pytest.mark.parametrize(("parts", "fits"), [(4, True), (7, True), (8, False)])
-def test_the_heads_are_split_evenly(parts: int, fits: bool) -> None:
+# vLLM's own conditions: QKVParallelLinear, MergedColumnParallelLinear, VocabParallelEmbedding, get_pp_indices. 28 heads
+# and 4 key-value heads; a feed-forward width of 18944 = 2^9 x 37; a vocabulary of 152064, of 2^9 x 27 x 11
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ((1, 1), ""),
+        ((4, 28), ""),
+        ((8, 1), "tensor_parallel=8 does not divide the model's 28 attention heads; nearest: 4"),
+        (
+            (7, 1),
+            "tensor_parallel=7 neither divides the model's 4 key-value heads nor is a multiple of them; nearest: 4",
+        ),
+        ((28, 1), "tensor_parallel=28 does not divide the model's feed-forward width of 18944; nearest: 4"),
+        ((2, 29), "pipeline_parallel=29 is more than the model's 28 layers; nearest: 28"),
+    ],
+)
+def test_a_model_is_split_as_vllm_splits_it(split: tuple[int, int], said: str) -> None:
+    tensor, pipeline = split
     config = config_of(
-        "gsm8k_qwen2.5_7b", "cluster.samplers=1", f"cluster.tensor_parallel={parts}", "cluster.layout=disaggregated"
-    )
+        "gsm8k_qwen2.5_7b", "cluster.samplers=1", f"cluster.tensor_parallel={tensor}",
+        f"cluster.pipeline_parallel={pipeline}", "cluster.layout=disaggregated",
+    )  # fmt: skip
     lengths = Lengths(prompt=150, completion=300, longest=2048)
-    plan = make_plan(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=2, gpus_per_node=8)
-    assert any("does not divide the model's 28 heads" in problem for problem in plan.problems) != fits
+    plan = make_plan(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=1, gpus_per_node=256)
+    found = [problem for problem in plan.problems if "_parallel=" in problem]
+    assert found == ([f"cluster.{said}"] if said else [])
+
+
+def test_sizes_that_are_not_known_forbid_no_split() -> None:
+    unknown = {"heads": 0, "kv_heads": 0, "intermediate": 0, "vocab": 0, "layers": 0}
+    assert split_problems(3, 5, **unknown) == []
+    # 65 are padded to 128
+    assert split_problems(3, 1, **(unknown | {"vocab": 65})) == [
+        "cluster.tensor_parallel=3 does not divide the model's vocabulary, padded to 128; nearest: 2"
+    ]
+    assert split_problems(2, 1, **(unknown | {"vocab": 65})) == []
+    # key-value heads are there more than once where they are fewer than GPUs
+    assert split_problems(4, 1, **(unknown | {"heads": 4, "kv_heads": 2})) == []
+    assert split_problems(7, 1, **(unknown | {"heads": 8, "kv_heads": 8})) == [
+        "cluster.tensor_parallel=7 does not divide the model's 8 attention heads; nearest: 8"
+    ]
