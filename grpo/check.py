@@ -167,13 +167,7 @@ def check_model(config: Config) -> None:
         close = "" if path.exists() else data.nearest_path(path)
         hint = f"; make it with: python {script}" if made_here else close
         raise UserError(f"model.path={config.model.path} is not a folder{hint}")
-    try:
-        model = AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={config.model.path}: {' '.join(str(error).split())[:300]}") from error
-    except (TypeError, StrictDataclassError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise UserError(f"model.path={config.model.path}: its config.json is not that of a model: {why}") from error
+    model = read_config(config, "model.path", config.model.path)
     if path.is_dir():
         check_weights(path)
     if config.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -205,18 +199,25 @@ def check_model(config: Config) -> None:
             )
 
 
+def read_config(config: Config, option: str, path: str) -> Any:
+    """The model's config.json. Raises UserError where there is none, or it is not that of a model."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option}={path}: {' '.join(str(error).split())[:300]}") from error
+    except (TypeError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"{option}={path}: its config.json is not that of a model: {why}") from error
+
+
 def check_critic(config: Config) -> None:
     """The critic's folder must hold a model of the policy's vocabulary.
 
     Raises UserError.
     """
     assert config.critic.path is not None
-    trust = config.model.trust_remote_code
-    try:
-        critic = AutoConfig.from_pretrained(config.critic.path, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise UserError(f"critic.path={config.critic.path}: {' '.join(str(error).split())[:300]}") from error
-    policy = AutoConfig.from_pretrained(config.model.path, trust_remote_code=trust)
+    critic = read_config(config, "critic.path", config.critic.path)
+    policy = read_config(config, "model.path", config.model.path)
     if critic.vocab_size != policy.vocab_size:
         raise UserError(
             f"critic.path={config.critic.path} has a vocabulary of {critic.vocab_size} and model.path one of "

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from grpo import config as module
-from grpo.check import Plan, check, check_model
+from grpo.check import Plan, check, check_critic, check_model
 from grpo.types import UserError
 
 
@@ -227,3 +227,7 @@ def test_a_config_that_transformers_cannot_read(
     with pytest.raises(UserError) as raised:
         check_model(module.load(make_recipe(model), []))
     assert str(raised.value).startswith(f"model.path={model}: its config.json is not that of a model: {said}")
+    gae = ["algorithm.advantage=gae", f"critic.path={model}"]
+    with pytest.raises(UserError) as raised:
+        check_critic(module.load(make_recipe(make_model("qwen2", hidden_size=32)), gae))
+    assert str(raised.value).startswith(f"critic.path={model}: its config.json is not that of a model: {said}")
