@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
 
+from grpo import checkpoint, data, engines, run_folder
 from grpo import config as config_module
-from grpo import engines, run_folder
 from grpo.check import Plan
 from grpo.compare import Samples, read_samples, table, with_bounds
 from grpo.driver import eval_seed
@@ -34,6 +35,11 @@ WRITE_S = 20.0
 SAY_S = 10.0
 RESULT = "evaluation.json"
 KEY = "key.json"
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*", "*.py",
+)  # fmt: skip
+"""What encodes and decodes, in a model's folder; code where the tokenizer brings its own."""
 
 
 def key_of(plan: Plan, model: str) -> dict[str, Any]:
@@ -41,6 +47,7 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
     config = plan.config
     return {
         "model": model,
+        "tokenizer": tokenizer_fingerprint(config.model.path),
         "fingerprints": {name: value for name, value in plan.fingerprints.items() if name != "data.train"},
         "samples_per_prompt": {name: samples_of(plan, name) for name in set_names(plan)},
         "settings": dataclasses.asdict(engines.eval_settings(config, plan.end_token_ids)),
@@ -52,6 +59,16 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
         "rewards": [[r.function, r.weight, r.style, list(r.sets), r.timeout_s, r.memory_gib] for r in config.rewards],
         "versions": run_folder.versions(),
     }
+
+
+def tokenizer_fingerprint(path: str) -> str:
+    """SHA-256 of a model's tokenizer, in a folder or under a hub id."""
+    folder = Path(path)
+    if not folder.is_dir():
+        with data.hub_or_cache():
+            folder = Path(snapshot_download(path, allow_patterns=list(TOKENIZER_FILES)))
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    return checkpoint.fingerprint(sorted(files))
 
 
 def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:
