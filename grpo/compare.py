@@ -10,19 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import yaml
 from numpy.typing import NDArray
 
 from grpo.checkpoint import differences
 from grpo.evaluation import Interval, Judged, bootstrap, final_answer, interval, judge, sign_test, statistics_of
 from grpo.metrics import HEADLINE
+from grpo.run_folder import read_columns
 from grpo.types import UserError
 
 Samples = dict[str, dict[str, list[Judged]]]
 """Data set -> prompt_id -> its completions."""
-COLUMNS = ("dataset", "prompt_id", "completion", "reward_parts", "finish_reason", "completion_token_ids")
+COLUMNS = (
+    "dataset",
+    "prompt_id",
+    "sample_index",
+    "completion",
+    "reward_parts",
+    "finish_reason",
+    "completion_token_ids",
+)
 NOT_COMPARED = ("run.name", "run.dir")
 LAST_STEPS = 10
 """Steps at the end whose metrics are averaged."""
@@ -76,10 +84,32 @@ def read_subject(path: Path, step: int | None) -> Subject:
     else:
         files = made[-1:]
         evaluated = f"evaluation after step {int(made[-1].stem.removeprefix('eval-'))}" if made else "no evaluation"
+    samples = read_samples(files)
+    if evaluated == "grpo eval":
+        check_counts(path, samples)
     return Subject(
-        path=path, config=config, metrics=read_metrics(path / "metrics.jsonl"), samples=read_samples(files),
-        evaluated=evaluated,
-    )  # fmt: skip
+        path=path, config=config, metrics=read_metrics(path / "metrics.jsonl"), samples=samples, evaluated=evaluated
+    )
+
+
+def check_counts(path: Path, samples: Samples) -> None:
+    """The samples of an evaluation must be those that its result is of.
+
+    Raises UserError.
+    """
+    try:
+        sets = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))["sets"]
+        wanted = {name: (found["prompts"], found["samples_per_prompt"]) for name, found in sets.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'evaluation.json'} is damaged; the same grpo eval command writes it again") from error
+    for name in dict.fromkeys([*wanted, *samples]):
+        prompts, asked = samples.get(name, {}), wanted.get(name, (0, 0))
+        have = (len(prompts), max((len(some) for some in prompts.values()), default=0))
+        if have != asked:
+            raise UserError(
+                f"{path / 'samples'} has {have[0]} prompts of {name} with {have[1]} completions each, and its "
+                f"evaluation.json is of {asked[0]} with {asked[1]}; the same grpo eval command samples what is missing"
+            )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -107,29 +137,55 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     return out
 
 
-def read_samples(files: Sequence[Path]) -> Samples:
-    """The completions of samples files. Raises UserError naming one that cannot be read."""
-    by_set: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = defaultdict(list)
-    for file in files:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """What counts of the completions of a samples file: `COLUMNS`, with numbers of tokens in the place of tokens.
+
+    Raises UserError when it is damaged.
+    """
+    table = read_columns(file, COLUMNS)
+    lengths = pc.list_value_length(table["completion_token_ids"])
+    rows: list[dict[str, Any]] = table.drop_columns("completion_token_ids").append_column("tokens", lengths).to_pylist()
+    for row in rows:
+        if None in (row[name] for name in row if name != "reward_parts"):
+            raise UserError(f"{file} is damaged: a completion of {row['prompt_id']} has gaps")
         try:
-            rows = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-        for row in rows:
-            by_set[row["dataset"]].append((row, json.loads(row["reward_parts"]) if row["reward_parts"] else {}))
+            row["reward_parts"] = json.loads(row["reward_parts"] or "{}")
+        except ValueError as error:
+            raise UserError(f"{file} is damaged: reward_parts {row['reward_parts'][:80]!r}") from error
+    return rows
+
+
+def read_samples(files: Sequence[Path]) -> Samples:
+    """The completions of samples files.
+
+    Raises UserError when one is damaged, or when not every prompt of a data set has as many completions, each once.
+    """
+    by_set: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for file in files:
+        for row in read_rows(file):
+            by_set[row["dataset"]].append(row)
     out: Samples = {}
-    for name, rows_of_set in by_set.items():
-        by = judge([parts for _, parts in rows_of_set])
+    for name, rows in by_set.items():
+        by = judge([row["reward_parts"] for row in rows])
         prompts = out[name] = defaultdict(list)
-        for row, parts in rows_of_set:
+        indices = defaultdict(list)
+        for row in rows:
+            indices[row["prompt_id"]].append(row["sample_index"])
             prompts[row["prompt_id"]].append(
                 Judged(
-                    value=None if by is None else parts.get(by),
+                    value=None if by is None else row["reward_parts"].get(by),
                     answer=final_answer(row["completion"]),
-                    tokens=len(row["completion_token_ids"]),
+                    tokens=row["tokens"],
                     truncated=row["finish_reason"] == "length",
                 )
             )
+        most = max(len(some) for some in indices.values())
+        for prompt_id, some in indices.items():
+            if sorted(some) != list(range(most)):
+                raise UserError(
+                    f"{files[0].parent} is damaged: {prompt_id} has the completions {shown(sorted(some))}, where each "
+                    f"prompt of {name} has 0 to {most - 1} once"
+                )
     return out
 
 
