@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,18 +73,20 @@ def read_subject(path: Path, step: int | None) -> Subject:
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is neither a run's folder nor an evaluation's: it has no config.yaml")
     config = read_config(path / "config.yaml")
-    made = sorted((path / "samples").glob("eval-*.parquet"))
+    found = ((re.fullmatch(r"eval-(\d+)", file.stem), file) for file in (path / "samples").glob("*.parquet"))
+    made = {int(named[1]): file for named, file in found if named}
     if (path / "evaluation.json").is_file():
         files, evaluated = sorted((path / "samples").glob("*.parquet")), "grpo eval"
-    elif step is not None:
-        files = [path / "samples" / f"eval-{step:06d}.parquet"]
-        if files[0] not in made:
-            have = ", ".join(str(int(file.stem.removeprefix("eval-"))) for file in made) or "none"
-            raise UserError(f"{path} has no evaluation after step {step}; it has {have}")
-        evaluated = f"evaluation after step {step}"
+    elif (path / "key.json").is_file():
+        raise UserError(f"{path} is an evaluation that is not finished; the same grpo eval command goes on with it")
+    elif step is None and not made:
+        files, evaluated = [], "no evaluation"
     else:
-        files = made[-1:]
-        evaluated = f"evaluation after step {int(made[-1].stem.removeprefix('eval-'))}" if made else "no evaluation"
+        step = max(made) if step is None else step
+        if step not in made:
+            have = ", ".join(map(str, sorted(made))) or "none"
+            raise UserError(f"{path} has no evaluation after step {step}; it has {have}")
+        files, evaluated = [made[step]], f"evaluation after step {step}"
     samples = read_samples(files)
     if evaluated == "grpo eval":
         check_counts(path, samples)

@@ -127,6 +127,23 @@ def make_evaluation(folder: Path, groups: list[Group], prompts: int, k: int) -> 
     return folder
 
 
+def test_an_evaluation_that_is_not_finished_is_said(tmp_path: Path) -> None:
+    a = make_evaluation(tmp_path / "a", [group(1, [1.0])], 1, 1)
+    b = make_evaluation(tmp_path / "b", [group(1, [1.0])], 1, 1)
+    (b / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"b is an evaluation that is not finished; the same grpo eval command goes on"):
+        compare(a, b)
+
+
+def test_files_beside_the_evaluations_of_a_run_are_none(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", {5: [group(i, [1.0]) for i in range(3)]}, [])
+    for name in ("eval-foo", "eval-000009 copy", "step-000007", "eval-"):
+        shutil.copy(a / "samples" / "eval-000005.parquet", a / "samples" / f"{name}.parquet")
+    assert compare(a, a)[0].endswith("(evaluation after step 5)")
+    with pytest.raises(UserError, match=r"no evaluation after step 9; it has 5$"):
+        compare(a, a, step=9)
+
+
 def test_samples_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     groups = [group(i, [1.0, 0.0, 1.0]) for i in range(4)]
     whole = make_evaluation(tmp_path / "whole", groups, 4, 3)
