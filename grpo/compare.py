@@ -16,7 +16,7 @@ import yaml
 from numpy.typing import NDArray
 
 from grpo.checkpoint import differences
-from grpo.evaluation import Interval, Judged, bootstrap, final_answer, interval, judge, sign_test, statistics_of
+from grpo.evaluation import GAINS, Interval, Judged, bounds, final_answer, interval, judge, sign_test, statistics_of
 from grpo.metrics import HEADLINE
 from grpo.run_folder import read_columns
 from grpo.types import UserError
@@ -238,7 +238,7 @@ def compare_evaluations(a: Samples, b: Samples) -> list[str]:
 def row_of(old: NDArray[np.float64], new: NDArray[np.float64]) -> list[str]:
     """Means with intervals, the paired gain with its interval, and the p-value."""
     gains = new - old
-    low, high = bootstrap([gains])
+    low, high = bounds([gains], GAINS)
     gain = f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})" if len(gains) > 1 else f"{gains.mean():+.3f}"
     return [with_bounds(interval(list(old))), with_bounds(interval(list(new))), gain, f"{sign_test([gains]):.4f}"]
 

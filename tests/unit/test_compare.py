@@ -89,6 +89,11 @@ def test_a_given_step_is_compared(tmp_path: Path) -> None:
         compare(a, a, step=4)
 
 
+def test_a_gain_of_nothing_has_an_interval(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", {0: [group(i, [1.0]) for i in range(30)]}, [])
+    assert any("+0.000 (-0.116 to +0.116)" in line for line in compare(a, a))
+
+
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", {1: [group(1, [1.0])]}, [])
     b = make_run(tmp_path / "b", {1: [group(1, [1.0], "other")]}, [])
