@@ -31,8 +31,19 @@ BLOCK = 2_000_000
 FEW = 20
 """Where fewer prompts than this differ from the most common value, resampling sees too little of the spread."""
 
-BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+BOX = re.compile(r"\\boxed\s*(?:(?=\{)|(-?\.?\d[^\s$\\{}]*))")
+BRACE = re.compile(r"\\.|[{}]", re.S)
+NUMBER = re.compile(r"-?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
+BRACKET = re.compile(r"[(\[]|\\\{")
+MARKUP = re.compile(r"\\(?:text|math)[a-z]*|\*\*|[${}\\]")
+LONE = re.compile(r"\(?([A-Z])\)?[.:]?")
+"""A choice of several: B, (B), B."""
+SAID = re.compile(
+    rf"(?i:answer)(?i:\s+is\b\s*+:?|\s*+:)\s*+(?:(?i:option\s+)?(?!I\s+[a-z])({LONE.pattern})(?=\s|[,;!]|$)"
+    rf"(?!\s*(?:[=+<>]|(?:or|and|/|,|&)\s*\(?[A-Z]\b))|((?>{NUMBER.pattern}))(?!\s*(?:[-=+*/^]|times|cdot)))"
+)
+"""The answer is B, the answer is 5; no choice between letters (A or B), no variable (N = 5) and no sum (5 + 2 = 7)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,20 +129,46 @@ def judged(rollout: Rollout, by: str | None) -> Judged:
 
 
 def final_answer(text: str) -> str:
-    """The answer that a completion ends with, as text to vote by: the last `\\boxed{...}`, else what follows the last
-    `####` on its line, else the last `<answer>...</answer>`, else the last number, else all of it."""
-    text = text.rpartition("</think>")[2]
-    if boxes := BOX.findall(text):
-        found = boxes[-1]
-    elif "####" in text:
-        found = text.rpartition("####")[2].strip().partition("\n")[0]
-    elif "<answer>" in text:
-        found = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    elif numbers := NUMBER.findall(text):
-        found = numbers[-1]
-    else:
-        found = text
-    return "".join(found.replace(",", "").split()).rstrip(".")
+    """The answer that a completion ends with, as text to vote by; empty where its last box is not closed.
+
+    It is what stands in the last `\\boxed{...}`, else what follows the last `####` on its line, else the last
+    `<answer>...</answer>`, else the letter or number of the last "answer is ...", else a last line that is a lone
+    letter, else the last number, else all of it.
+    """
+    found = ending(text.rpartition("</think>")[2])
+    if letter := LONE.fullmatch(MARKUP.sub("", found).strip()):
+        return letter[1]
+    if not BRACKET.search(found):  # in brackets, commas are between members
+        found = THOUSANDS.sub(lambda number: number[0].replace(",", ""), found)
+    return "".join(found.split()).rstrip(".,")
+
+
+def ending(text: str) -> str:
+    """The answer as it was written."""
+    if boxes := list(BOX.finditer(text)):
+        return boxes[-1][1] or inside(text, boxes[-1].end())
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0]
+    if "<answer>" in text:
+        return text.rpartition("<answer>")[2].partition("</answer>")[0]
+    plain = MARKUP.sub("", text).strip()
+    if said := list(SAID.finditer(plain)):
+        return said[-1][1] or said[-1][3]
+    last = plain.rpartition("\n")[2].strip()
+    if LONE.fullmatch(last):
+        return last
+    numbers = NUMBER.findall(text)
+    return numbers[-1] if numbers else text
+
+
+def inside(text: str, start: int) -> str:
+    """What the brace at `start` holds up to the one that closes it; empty without such. Escaped braces do not count."""
+    depth = 0
+    for mark in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return text[start + 1 : mark.start()]
+    return ""
 
 
 def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetEvaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import Counter
 
 import numpy as np
@@ -123,12 +124,61 @@ def test_summary_by_hand() -> None:
         ("first 12, then -3.5.", "-3.5"),
         ("  Paris \n is it. ", "Parisisit"),
         (r"\boxed{\frac{1} {2}}", r"\frac{1}{2}"),
-        (r"unclosed \boxed{5", "5"),
+        (r"\boxed{3}, no, and unclosed \boxed{\frac{1}{2", ""),
         ("", ""),
+        (r"\boxed{(1,2)}", "(1,2)"),
+        (r"\boxed{(12)}", "(12)"),
+        (r"\boxed{1,2}", "1,2"),
+        (r"\boxed{1,234,5}", "1,234,5"),
+        (r"\boxed{[100,200]}", "[100,200]"),
+        (r"\boxed{\{100,200\}}", r"\{100,200\}"),
+        (r"\boxed{-1,234,567.5}", "-1234567.5"),
+        (r"\boxed{\$1,234}", r"\$1234"),
+        ("(it costs 1,234).", "1234"),
+        ("x is 1,2", "2"),
+        ("#### 5, as said", "5,assaid"),
+        ("#### 5,", "5"),
+        (
+            r"\boxed{\frac{1}{1+\frac{2}{\frac{3}{\sqrt{\frac{4}{5}}}}}} or so",
+            r"\frac{1}{1+\frac{2}{\frac{3}{\sqrt{\frac{4}{5}}}}}",
+        ),
+        (r"\boxed{\left\{x}", r"\left\{x"),
+        (r"put it into \boxed{}: $\boxed 7$", "7"),
+        (r"{\boxed -3.5}", "-3.5"),
+        (r"so \boxed 7, which is 5 + 2", "7"),
+        ("The answer is (A), no, the answer is (B): 3 of 5.", "B"),
+        ("**Final answer:** $\\text{C}$, of 12", "C"),
+        ("Answer: D. 16 apples", "D"),
+        ("The answer is 42. Check: 6 * 7", "42"),
+        ("The answer is 1,234 dollars, of 5 people", "1234"),
+        ("The answer is 5 + 2 = 7", "7"),
+        ("The answer is N = 12", "12"),
+        ("The answer is A or B, one of 2", "2"),
+        ("The answer is I think 9", "9"),
+        ("<answer>(B)</answer>", "B"),
+        (r"\boxed{\textbf{(B)}}", "B"),
+        ("By 1 and 2\n**B.**", "B"),
+        ("(B)", "B"),
+        ("The answer is (A)\n#### 5", "5"),
+        ("The answer is 5\n<answer>6</answer>", "6"),
     ],
 )
 def test_final_answers(text: str, answer: str) -> None:
     assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("start", "repeated", "end"),
+    [
+        ("", "{", ""), ("", r"\boxed{", ""), (r"\boxed{", "{", ""), (r"\boxed", " ", "x"), (r"\boxed{1", ",000", ",5}"),
+        ("", "1,111", ""), ("answer is", " ", "x"), ("answer is A", " ", "or b"), ("answer is option", " ", "I"),
+        ("answer is 1", " ", "x"), ("", "answer", ""), ("", "\\", ""),
+    ],
+)  # fmt: skip
+def test_a_vote_is_read_in_linear_time(start: str, repeated: str, end: str) -> None:
+    started = time.process_time()
+    final_answer(start + repeated * (200_000 // len(repeated)) + end)
+    assert time.process_time() - started < 5  # a square of 200,000 would take minutes
 
 
 def test_accuracy_and_gain_weigh_data_sets_alike() -> None:
