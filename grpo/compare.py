@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import yaml
 from numpy.typing import NDArray
 
 from grpo.checkpoint import differences
-from grpo.evaluation import Interval, Judged, bootstrap, final_answer, interval, judge, sign_test, statistics_of
+from grpo.evaluation import GAINS, Interval, Judged, bounds, final_answer, interval, judge, sign_test, statistics_of
 from grpo.metrics import HEADLINE
+from grpo.run_folder import read_columns
 from grpo.types import UserError
 
 Samples = dict[str, dict[str, list[Judged]]]
 """Data set -> prompt_id -> its completions."""
-COLUMNS = ("dataset", "prompt_id", "completion", "reward_parts", "finish_reason", "completion_token_ids")
+COLUMNS = (
+    "dataset",
+    "prompt_id",
+    "sample_index",
+    "completion",
+    "reward_parts",
+    "finish_reason",
+    "completion_token_ids",
+)
 NOT_COMPARED = ("run.name", "run.dir")
 LAST_STEPS = 10
 """Steps at the end whose metrics are averaged."""
@@ -64,22 +73,46 @@ def read_subject(path: Path, step: int | None) -> Subject:
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is neither a run's folder nor an evaluation's: it has no config.yaml")
     config = read_config(path / "config.yaml")
-    made = sorted((path / "samples").glob("eval-*.parquet"))
+    found = ((re.fullmatch(r"eval-(\d+)", file.stem), file) for file in (path / "samples").glob("*.parquet"))
+    made = {int(named[1]): file for named, file in found if named}
     if (path / "evaluation.json").is_file():
         files, evaluated = sorted((path / "samples").glob("*.parquet")), "grpo eval"
-    elif step is not None:
-        files = [path / "samples" / f"eval-{step:06d}.parquet"]
-        if files[0] not in made:
-            have = ", ".join(str(int(file.stem.removeprefix("eval-"))) for file in made) or "none"
-            raise UserError(f"{path} has no evaluation after step {step}; it has {have}")
-        evaluated = f"evaluation after step {step}"
+    elif (path / "key.json").is_file():
+        raise UserError(f"{path} is an evaluation that is not finished; the same grpo eval command goes on with it")
+    elif step is None and not made:
+        files, evaluated = [], "no evaluation"
     else:
-        files = made[-1:]
-        evaluated = f"evaluation after step {int(made[-1].stem.removeprefix('eval-'))}" if made else "no evaluation"
+        step = max(made) if step is None else step
+        if step not in made:
+            have = ", ".join(map(str, sorted(made))) or "none"
+            raise UserError(f"{path} has no evaluation after step {step}; it has {have}")
+        files, evaluated = [made[step]], f"evaluation after step {step}"
+    samples = read_samples(files)
+    if evaluated == "grpo eval":
+        check_counts(path, samples)
     return Subject(
-        path=path, config=config, metrics=read_metrics(path / "metrics.jsonl"), samples=read_samples(files),
-        evaluated=evaluated,
-    )  # fmt: skip
+        path=path, config=config, metrics=read_metrics(path / "metrics.jsonl"), samples=samples, evaluated=evaluated
+    )
+
+
+def check_counts(path: Path, samples: Samples) -> None:
+    """The samples of an evaluation must be those that its result is of.
+
+    Raises UserError.
+    """
+    try:
+        sets = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))["sets"]
+        wanted = {name: (found["prompts"], found["samples_per_prompt"]) for name, found in sets.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'evaluation.json'} is damaged; the same grpo eval command writes it again") from error
+    for name in dict.fromkeys([*wanted, *samples]):
+        prompts, asked = samples.get(name, {}), wanted.get(name, (0, 0))
+        have = (len(prompts), max((len(some) for some in prompts.values()), default=0))
+        if have != asked:
+            raise UserError(
+                f"{path / 'samples'} has {have[0]} prompts of {name} with {have[1]} completions each, and its "
+                f"evaluation.json is of {asked[0]} with {asked[1]}; the same grpo eval command samples what is missing"
+            )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -107,29 +140,55 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     return out
 
 
-def read_samples(files: Sequence[Path]) -> Samples:
-    """The completions of samples files. Raises UserError naming one that cannot be read."""
-    by_set: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = defaultdict(list)
-    for file in files:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """What counts of the completions of a samples file: `COLUMNS`, with numbers of tokens in the place of tokens.
+
+    Raises UserError when it is damaged.
+    """
+    table = read_columns(file, COLUMNS)
+    lengths = pc.list_value_length(table["completion_token_ids"])
+    rows: list[dict[str, Any]] = table.drop_columns("completion_token_ids").append_column("tokens", lengths).to_pylist()
+    for row in rows:
+        if None in (row[name] for name in row if name != "reward_parts"):
+            raise UserError(f"{file} is damaged: a completion of {row['prompt_id']} has gaps")
         try:
-            rows = pq.read_table(file, columns=list(COLUMNS)).to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-        for row in rows:
-            by_set[row["dataset"]].append((row, json.loads(row["reward_parts"]) if row["reward_parts"] else {}))
+            row["reward_parts"] = json.loads(row["reward_parts"] or "{}")
+        except ValueError as error:
+            raise UserError(f"{file} is damaged: reward_parts {row['reward_parts'][:80]!r}") from error
+    return rows
+
+
+def read_samples(files: Sequence[Path]) -> Samples:
+    """The completions of samples files.
+
+    Raises UserError when one is damaged, or when not every prompt of a data set has as many completions, each once.
+    """
+    by_set: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for file in files:
+        for row in read_rows(file):
+            by_set[row["dataset"]].append(row)
     out: Samples = {}
-    for name, rows_of_set in by_set.items():
-        by = judge([parts for _, parts in rows_of_set])
+    for name, rows in by_set.items():
+        by = judge([row["reward_parts"] for row in rows])
         prompts = out[name] = defaultdict(list)
-        for row, parts in rows_of_set:
+        indices = defaultdict(list)
+        for row in rows:
+            indices[row["prompt_id"]].append(row["sample_index"])
             prompts[row["prompt_id"]].append(
                 Judged(
-                    value=None if by is None else parts.get(by),
+                    value=None if by is None else row["reward_parts"].get(by),
                     answer=final_answer(row["completion"]),
-                    tokens=len(row["completion_token_ids"]),
+                    tokens=row["tokens"],
                     truncated=row["finish_reason"] == "length",
                 )
             )
+        most = max(len(some) for some in indices.values())
+        for prompt_id, some in indices.items():
+            if sorted(some) != list(range(most)):
+                raise UserError(
+                    f"{files[0].parent} is damaged: {prompt_id} has the completions {shown(sorted(some))}, where each "
+                    f"prompt of {name} has 0 to {most - 1} once"
+                )
     return out
 
 
@@ -179,7 +238,7 @@ def compare_evaluations(a: Samples, b: Samples) -> list[str]:
 def row_of(old: NDArray[np.float64], new: NDArray[np.float64]) -> list[str]:
     """Means with intervals, the paired gain with its interval, and the p-value."""
     gains = new - old
-    low, high = bootstrap([gains])
+    low, high = bounds([gains], GAINS)
     gain = f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})" if len(gains) > 1 else f"{gains.mean():+.3f}"
     return [with_bounds(interval(list(old))), with_bounds(interval(list(new))), gain, f"{sign_test([gains]):.4f}"]
 

@@ -12,18 +12,19 @@ import json
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
 
+from grpo import checkpoint, data, engines, run_folder
 from grpo import config as config_module
-from grpo import engines, run_folder
 from grpo.check import Plan
-from grpo.compare import Samples, read_samples, table, with_bounds
+from grpo.compare import Samples, read_rows, read_samples, table, with_bounds
 from grpo.driver import eval_seed
 from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
 from grpo.rollouts import Scorer, collect, enforce_failure_budget
@@ -34,6 +35,11 @@ WRITE_S = 20.0
 SAY_S = 10.0
 RESULT = "evaluation.json"
 KEY = "key.json"
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*", "*.py",
+)  # fmt: skip
+"""What encodes and decodes, in a model's folder; code where the tokenizer brings its own."""
 
 
 def key_of(plan: Plan, model: str) -> dict[str, Any]:
@@ -41,6 +47,7 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
     config = plan.config
     return {
         "model": model,
+        "tokenizer": tokenizer_fingerprint(config.model.path),
         "fingerprints": {name: value for name, value in plan.fingerprints.items() if name != "data.train"},
         "samples_per_prompt": {name: samples_of(plan, name) for name in set_names(plan)},
         "settings": dataclasses.asdict(engines.eval_settings(config, plan.end_token_ids)),
@@ -52,6 +59,16 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
         "rewards": [[r.function, r.weight, r.style, list(r.sets), r.timeout_s, r.memory_gib] for r in config.rewards],
         "versions": run_folder.versions(),
     }
+
+
+def tokenizer_fingerprint(path: str) -> str:
+    """SHA-256 of a model's tokenizer, in a folder or under a hub id."""
+    folder = Path(path)
+    if not folder.is_dir():
+        with data.hub_or_cache():
+            folder = Path(snapshot_download(path, allow_patterns=list(TOKENIZER_FILES)))
+    files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    return checkpoint.fingerprint(sorted(files))
 
 
 def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:
@@ -94,7 +111,7 @@ def unfinished(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str
 
     A result that is there does not say that the samples are: only they count.
     """
-    done = finished_prompts(folder, say)
+    done = finished_prompts(plan, folder, say)
     out = {}
     for name in set_names(plan):
         prompts = [p for p in plan.eval_prompts if p.dataset == name]
@@ -185,7 +202,8 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "samples"
-        self._number = 1 + max((int(path.stem) for path in self._folder.glob("*.parquet")), default=-1)
+        numbers = [int(path.stem) for path in self._folder.glob("*.parquet") if path.stem.isdecimal()]
+        self._number = 1 + max(numbers, default=-1)
         self._groups: list[Group] = []
         self._written = time.monotonic()
 
@@ -201,18 +219,27 @@ class Writer:
         self._groups, self._written = [], time.monotonic()
 
 
-def finished_prompts(folder: Path, say: Callable[[str], None]) -> set[str]:
-    """The prompts whose completions are all in the folder. A file that cannot be read is removed: its prompts are
-    sampled again, with the same seeds."""
+def finished_prompts(plan: Plan, folder: Path, say: Callable[[str], None]) -> set[str]:
+    """The prompts whose completions are all in the folder, each once. A file that is not whole, or that has prompts
+    of another file, is removed: its prompts are sampled again, with the same seeds."""
+    asked = {prompt.prompt_id: samples_of(plan, prompt.dataset) for prompt in plan.eval_prompts}
     done: set[str] = set()
     for path in sorted((folder / "samples").glob("*.parquet")):
+        found: dict[str, list[int]] = defaultdict(list)
         try:
-            ids = pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist()
-        except (OSError, ValueError):  # pyarrow's errors are of these classes
-            say(f"{path} is damaged: its prompts are sampled again")
-            path.unlink()
-            continue
-        done.update(ids)  # a group is written whole
+            for row in read_rows(path):
+                found[row["prompt_id"]].append(row["sample_index"])
+        except UserError as error:
+            why = str(error)
+        else:
+            twice = done & found.keys()
+            parts = [name for name, some in found.items() if sorted(some) != list(range(asked.get(name, 0)))]
+            if not twice and not parts:
+                done |= found.keys()
+                continue
+            why = f"{path} has prompts of another file" if twice else f"{path} does not hold all of {parts[0]}"
+        say(f"{why}; it is removed, and its prompts are sampled again")
+        path.unlink()
     return done
 
 

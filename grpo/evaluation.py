@@ -22,13 +22,28 @@ from grpo.types import Group, Rollout, Scored
 
 DRAWS = 10_000
 LEVEL = 0.95
+GAINS = (-1.0, 1.0)
+"""Between these lies the gain of a statistic between 0 and 1."""
 RIGHT = 1.0
 """The reward from which on a completion is right: pass@k and maj@k count right ones, avg@k takes the mean reward."""
 BLOCK = 2_000_000
 """Numbers that a resampling holds at once."""
+FEW = 20
+"""Where fewer prompts than this differ from the most common value, resampling sees too little of the spread."""
 
-BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+BOX = re.compile(r"\\boxed\s*(?:(?=\{)|(-?\.?\d[^\s$\\{}]*))")
+BRACE = re.compile(r"\\.|[{}]", re.S)
+NUMBER = re.compile(r"-?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
+BRACKET = re.compile(r"[(\[]|\\\{")
+MARKUP = re.compile(r"\\(?:text|math)[a-z]*|\*\*|[${}\\]")
+LONE = re.compile(r"\(?([A-Z])\)?[.:]?")
+"""A choice of several: B, (B), B."""
+SAID = re.compile(
+    rf"(?i:answer)(?i:\s+is\b\s*+:?|\s*+:)\s*+(?:(?i:option\s+)?(?!I\s+[a-z])({LONE.pattern})(?=\s|[,;!]|$)"
+    rf"(?!\s*(?:[=+<>]|(?:or|and|/|,|&)\s*\(?[A-Z]\b))|((?>{NUMBER.pattern}))(?!\s*(?:[-=+*/^]|times|cdot)))"
+)
+"""The answer is B, the answer is 5; no choice between letters (A or B), no variable (N = 5) and no sum (5 + 2 = 7)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,20 +129,46 @@ def judged(rollout: Rollout, by: str | None) -> Judged:
 
 
 def final_answer(text: str) -> str:
-    """The answer that a completion ends with, as text to vote by: the last `\\boxed{...}`, else what follows the last
-    `####` on its line, else the last `<answer>...</answer>`, else the last number, else all of it."""
-    text = text.rpartition("</think>")[2]
-    if boxes := BOX.findall(text):
-        found = boxes[-1]
-    elif "####" in text:
-        found = text.rpartition("####")[2].strip().partition("\n")[0]
-    elif "<answer>" in text:
-        found = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    elif numbers := NUMBER.findall(text):
-        found = numbers[-1]
-    else:
-        found = text
-    return "".join(found.replace(",", "").split()).rstrip(".")
+    """The answer that a completion ends with, as text to vote by; empty where its last box is not closed.
+
+    It is what stands in the last `\\boxed{...}`, else what follows the last `####` on its line, else the last
+    `<answer>...</answer>`, else the letter or number of the last "answer is ...", else a last line that is a lone
+    letter, else the last number, else all of it.
+    """
+    found = ending(text.rpartition("</think>")[2])
+    if letter := LONE.fullmatch(MARKUP.sub("", found).strip()):
+        return letter[1]
+    if not BRACKET.search(found):  # in brackets, commas are between members
+        found = THOUSANDS.sub(lambda number: number[0].replace(",", ""), found)
+    return "".join(found.split()).rstrip(".,")
+
+
+def ending(text: str) -> str:
+    """The answer as it was written."""
+    if boxes := list(BOX.finditer(text)):
+        return boxes[-1][1] or inside(text, boxes[-1].end())
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0]
+    if "<answer>" in text:
+        return text.rpartition("<answer>")[2].partition("</answer>")[0]
+    plain = MARKUP.sub("", text).strip()
+    if said := list(SAID.finditer(plain)):
+        return said[-1][1] or said[-1][3]
+    last = plain.rpartition("\n")[2].strip()
+    if LONE.fullmatch(last):
+        return last
+    numbers = NUMBER.findall(text)
+    return numbers[-1] if numbers else text
+
+
+def inside(text: str, start: int) -> str:
+    """What the brace at `start` holds up to the one that closes it; empty without such. Escaped braces do not count."""
+    depth = 0
+    for mark in BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return text[start + 1 : mark.start()]
+    return ""
 
 
 def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetEvaluation:
@@ -236,28 +277,19 @@ def mean_of(values: Mapping[str, float]) -> float:
 
 
 def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """Mean of a statistic between 0 and 1 over prompts, with its bootstrap interval.
-
-    Where all prompts agree on 0 or 1 resampling sees no spread; the bound is then that of the binomial (the largest
-    share of which such a sample has 2.5 % chance).
-    """
+    """Mean of a statistic between 0 and 1 over prompts, with its interval."""
     array = np.asarray(values, dtype=np.float64)
-    n = len(array)
     mean = float(array.mean())
-    if n < 2:
+    if len(array) < 2:
         return Interval(mean=mean, low=math.nan, high=math.nan)
-    if not array.any():
-        return Interval(mean=0.0, low=0.0, high=1 - ((1 - LEVEL) / 2) ** (1 / n))
-    if (array == 1).all():
-        return Interval(mean=1.0, low=((1 - LEVEL) / 2) ** (1 / n), high=1.0)
-    low, high = bootstrap([array], seed=seed)
+    low, high = bounds([array], (0.0, 1.0), seed=seed)
     return Interval(mean=mean, low=low, high=high)
 
 
 def paired_gain(before: Evaluation, after: Evaluation, *, seed: int = 0) -> tuple[float, float, float]:
-    """Mean gain of `accuracy`, with its 95 % bootstrap interval over prompts: (gain, low, high)."""
+    """Mean gain of `accuracy`, with its 95 % interval over prompts: (gain, low, high)."""
     gains = list(paired(before, after).values())
-    low, high = bootstrap(gains, seed=seed)
+    low, high = bounds(gains, GAINS, seed=seed)
     return float(np.mean([array.mean() for array in gains])), low, high
 
 
@@ -277,18 +309,50 @@ def paired(before: Evaluation, after: Evaluation) -> dict[str, NDArray[np.float6
     return out
 
 
-def bootstrap(strata: Sequence[NDArray[np.float64]], *, seed: int = 0) -> tuple[float, float]:
+def bounds(strata: Sequence[NDArray[np.float64]], span: tuple[float, float], *, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean over strata of their means; each stratum [N] is resampled by itself.
 
     The expanded percentile interval: resampling N prompts has too small a spread by sqrt((N-1)/N) and normal tails, so
     the quantiles are taken further out, where Student's t of the smallest stratum has them (Hesterberg, arXiv
-    1411.5279).
+    1411.5279). A stratum where all but `FEW` prompts agree is bounded by `means_with_one_more`.
+
+    Args:
+        span: between which the values lie; values beyond it widen it.
     """
-    draws = np.mean([resampled_means(array, seed + i) for i, array in enumerate(strata)], axis=0)
-    n = max(2, min(len(array) for array in strata))
-    tail = statistics.NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(n - 1))
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(low), float(high)
+    draws = []
+    for i, array in enumerate(strata):
+        if few_differ(array):
+            draws.append(means_with_one_more(array, span, seed + i))
+        else:
+            draws.append((resampled_means(array, seed + i),) * 2)
+    sizes = [len(array) for array in strata if not few_differ(array)]
+    n = min(sizes, default=0)
+    tail = statistics.NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(n - 1)) if n else (1 - LEVEL) / 2
+    lows, highs = (np.mean(side, axis=0) for side in zip(*draws, strict=True))
+    return float(np.quantile(lows, tail)), float(np.quantile(highs, 1 - tail))
+
+
+def few_differ(values: NDArray[np.float64]) -> bool:
+    """Whether fewer than `FEW` values are another than the most common one."""
+    return bool(len(values) - np.unique(values, return_counts=True)[1].max() < FEW)
+
+
+def means_with_one_more(
+    values: NDArray[np.float64], span: tuple[float, float], seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[DRAWS] weighted means of the values and one more at the lower end of `span`, and at its upper end; weights are
+    uniform over all that sum to 1.
+
+    Their outer quantiles bound the mean (Gaffke; Learned-Miller and Thomas, arXiv 1905.06208). For values of 0 and 1
+    they are Clopper and Pearson's bounds of a binomial.
+    """
+    rng = np.random.default_rng(seed)
+    each, counts = np.unique(values, return_counts=True)
+    inside = rng.dirichlet(counts, size=DRAWS) @ each
+    # the weight of the one more is Beta(1, N): its quantiles, evenly, where drawing would add noise
+    weight = 1 - rng.permutation((np.arange(DRAWS) + 0.5) / DRAWS) ** (1 / len(values))
+    low, high = (inside + weight * (end - inside) for end in (min(span[0], each[0]), max(span[1], each[-1])))
+    return low, high
 
 
 def resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

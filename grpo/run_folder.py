@@ -265,10 +265,24 @@ def write_groups(target: Path, step: int, groups: Sequence[Group], learner_logpr
     }
     aside = target.with_name(target.name + ".partial")
     with aside.open("wb") as out:
-        pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), out, compression="zstd")
+        pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), out, compression="zstd", write_page_checksum=True)
         out.flush()
         os.fsync(out.fileno())
     os.replace(aside, target)
+
+
+def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
+    """These columns of a file of samples.
+
+    Raises UserError when it is damaged, or when it is no such file.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read(columns=list(names)).select(names)
+        table.validate(full=True)  # files of earlier versions have no checksums
+        return table.cast(pa.schema([SAMPLE_SCHEMA.field(name) for name in names]))
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
 def list_column(arrays: Sequence[NDArray[Any]]) -> pa.ListArray:

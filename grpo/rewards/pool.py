@@ -412,6 +412,8 @@ def locate(rewards: Sequence[RewardConfig], recipe: Path) -> list[Path]:
             nearby = {p.name: p for place in places if place.parent.is_dir() for p in place.parent.glob("*.py")}
             near = difflib.get_close_matches(given.name, nearby, n=1, cutoff=0.4)
             hint = f"; did you mean {nearby[near[0]]}?" if near else ""
+            if recipe.name == "config.yaml":  # a run's own
+                hint += "; go to the directory that the run was started in, or give another one with --reward FILE"
             raise UserError(f"rewards[{i}].file={reward.file} does not exist{hint}")
         found.append(path)
     return found

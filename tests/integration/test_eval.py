@@ -104,7 +104,7 @@ def test_an_evaluation_goes_on_where_it_was_cut(run: Path, evaluated: tuple[Path
     (there / "samples" / "000002.parquet.partial").write_bytes(b"PAR1")
     said = grpo("eval", str(run), "--out", str(copy))
     assert "eval: 5 of 16 prompts have been evaluated before" in said
-    assert "000001.parquet is damaged" in said
+    assert "000001.parquet cannot be read" in said
     assert result_in(said)[1] == result
     assert not list((there / "samples").glob("*.partial"))
 

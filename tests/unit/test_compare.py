@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from grpo.compare import compare, read_samples
+from grpo.compare import COLUMNS, compare, read_samples
 from grpo.run_folder import write_groups
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, UserError
 
@@ -87,6 +89,11 @@ def test_a_given_step_is_compared(tmp_path: Path) -> None:
         compare(a, a, step=4)
 
 
+def test_a_gain_of_nothing_has_an_interval(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", {0: [group(i, [1.0]) for i in range(30)]}, [])
+    assert any("+0.000 (-0.116 to +0.116)" in line for line in compare(a, a))
+
+
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", {1: [group(1, [1.0])]}, [])
     b = make_run(tmp_path / "b", {1: [group(1, [1.0], "other")]}, [])
@@ -113,6 +120,78 @@ def test_samples_are_read_as_they_were_judged(tmp_path: Path) -> None:
     found = read_samples([tmp_path / "s.parquet"])["d"]["d:1:x"]
     assert [sample.value for sample in found] == [0.5, None]
     assert [(sample.answer, sample.tokens, sample.truncated) for sample in found] == [("7", 3, False)] * 2
+
+
+def make_evaluation(folder: Path, groups: list[Group], prompts: int, k: int) -> Path:
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {steps: 2}")
+    (folder / "key.json").write_text("{}")
+    result = {"sets": {"d": {"prompts": prompts, "samples_per_prompt": k}}}
+    (folder / "evaluation.json").write_text(json.dumps(result))
+    write_groups(folder / "samples" / "000000.parquet", 0, groups, {})
+    return folder
+
+
+def test_an_evaluation_that_is_not_finished_is_said(tmp_path: Path) -> None:
+    a = make_evaluation(tmp_path / "a", [group(1, [1.0])], 1, 1)
+    b = make_evaluation(tmp_path / "b", [group(1, [1.0])], 1, 1)
+    (b / "evaluation.json").unlink()
+    with pytest.raises(UserError, match=r"b is an evaluation that is not finished; the same grpo eval command goes on"):
+        compare(a, b)
+
+
+def test_files_beside_the_evaluations_of_a_run_are_none(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", {5: [group(i, [1.0]) for i in range(3)]}, [])
+    for name in ("eval-foo", "eval-000009 copy", "step-000007", "eval-"):
+        shutil.copy(a / "samples" / "eval-000005.parquet", a / "samples" / f"{name}.parquet")
+    assert compare(a, a)[0].endswith("(evaluation after step 5)")
+    with pytest.raises(UserError, match=r"no evaluation after step 9; it has 5$"):
+        compare(a, a, step=9)
+
+
+def test_samples_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    groups = [group(i, [1.0, 0.0, 1.0]) for i in range(4)]
+    whole = make_evaluation(tmp_path / "whole", groups, 4, 3)
+    assert any(line.split()[:4] == ["d", "4", "avg", "0.667"] for line in compare(whole, whole))
+    file = whole / "samples" / "000000.parquet"
+    table = pq.read_table(file)
+    shutil.copy(file, whole / "samples" / "000000 copy.parquet")
+    with pytest.raises(UserError, match=r"samples is damaged: d:0:x has the completions \[0, 0, 1, 1, 2, 2\]"):
+        compare(whole, whole)
+    (whole / "samples" / "000000 copy.parquet").unlink()
+    pq.write_table(table.slice(0, 10), file)
+    with pytest.raises(UserError, match=r"d:3:x has the completions \[0\], where each prompt of d has 0 to 2 once"):
+        compare(whole, whole)
+    pq.write_table(table.slice(0, 9), file)
+    with pytest.raises(
+        UserError, match=r"3 prompts of d with 3 completions each, and its evaluation.json is of 4 with 3"
+    ):
+        compare(whole, whole)
+    (whole / "evaluation.json").write_text('{"sets": [')
+    with pytest.raises(UserError, match=r"evaluation.json is damaged"):
+        compare(whole, whole)
+
+
+def test_a_flipped_bit_anywhere_in_the_samples_is_seen(tmp_path: Path) -> None:
+    """Of every byte of the pages that are read: other rewards, or an error?"""
+    file = tmp_path / "s.parquet"
+    write_groups(file, 0, [group(i, [i / 8, 0.5]) for i in range(8)], {})
+    whole, bytes_ = read_samples([file]), file.read_bytes()
+    assert pq.ParquetFile(file).metadata.num_row_groups == 1
+    columns = [pq.ParquetFile(file).metadata.row_group(0).column(i) for i in range(18)]
+    pages = [c for c in columns if c.path_in_schema.partition(".")[0] in COLUMNS]
+    assert len(pages) == len(COLUMNS)
+    unseen = []
+    for c in pages:
+        start = min(offset for offset in (c.dictionary_page_offset, c.data_page_offset) if offset)
+        for place in range(start, start + c.total_compressed_size):
+            file.write_bytes(bytes_[:place] + bytes([bytes_[place] ^ 1]) + bytes_[place + 1 :])
+            try:
+                if read_samples([file]) != whole:
+                    unseen.append((c.path_in_schema, place - start))
+            except UserError:
+                continue
+    assert unseen == []
 
 
 def test_the_first_part_judges(tmp_path: Path) -> None:

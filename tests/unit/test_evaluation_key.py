@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,48 @@ def test_the_key_is_of_what_decides_the_numbers(
         monkeypatch.setattr(run_folder, "versions", lambda name=name: versions | {name: "0"})
         others[name] = key()
     assert [name for name, value in others.items() if [plain, *others.values()].count(value) > 1] == []
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_the_key_is_of_the_tokenizer(
+    hub: bool, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(make_model("qwen2"), folder)
+
+    def download(name: str, allow_patterns: Sequence[str]) -> str:
+        assert name == "owner/name"
+        return str(folder)
+
+    monkeypatch.setattr(evaluating, "snapshot_download", download)
+    fingerprint = lambda: evaluating.tokenizer_fingerprint("owner/name" if hub else str(folder))  # noqa: E731
+    seen = [fingerprint()]
+    (folder / "README.md").write_text("about it")
+    (folder / "model.safetensors").write_bytes(b"the weights are in the key on their own")
+    assert fingerprint() == seen[0]
+    for name in (
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+        "merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja", "spiece.model", "own.py",
+    ):  # fmt: skip
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes((file.read_bytes() if file.exists() else b"") + b"\n")
+        seen.append(fingerprint())
+    assert len({*seen}) == len(seen)
+
+
+def test_a_changed_tokenizer_is_another_evaluation(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(make_model("qwen2"), folder)
+    recipe = write_recipe(tmp_path, folder, data={"eval": {"sets": str(tmp_path / "eval.jsonl")}})
+
+    def key() -> str:
+        plan = check.check_evaluation(check.resolve_paths(config.load(recipe, [])), recipe, tmp_path)
+        return evaluating.folder_of(tmp_path, "m", evaluating.key_of(plan, "a")).name
+
+    plain = key()
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["decoder"] = {"type": "Replace", "pattern": {"String": "1"}, "content": "2"}  # encodes as before
+    file.write_text(json.dumps(tokenizer))
+    assert key() != plain

@@ -698,6 +698,10 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         locate([rewards[0], RewardConfig(file="reward_fns/xx.py")], recipe)
     assert str(caught.value) == f"rewards[1].file=reward_fns/xx.py does not exist; did you mean {above}?"
+    with pytest.raises(
+        UserError, match=r"xx.py does not exist; go to the directory that the run was started in, or give"
+    ):
+        locate([RewardConfig(file="reward_fns/xx.py")], tmp_path / "runs" / "a" / "config.yaml")
     with pytest.raises(UserError, match=r"rewards\[0\]\.file=\.\. is a folder"):
         locate([RewardConfig(file="..")], recipe)
 
