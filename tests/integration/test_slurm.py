@@ -152,3 +152,4 @@ def test_at_the_time_limit_the_run_is_saved_and_the_job_requeued(
     assert f"{run} is done" in second
     assert "grpo: exit code 0" in second
     assert not said(["pgrep", "-f", f"grpo-ray-{submitted}-"], slurm)
+    until(lambda: not list(Path("/tmp").glob(f"grpo-ray-{submitted}-*")), "Ray's folders to be gone", 30)

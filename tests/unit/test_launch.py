@@ -128,9 +128,12 @@ def test_what_is_missing_is_said(arguments: list[str], words: str, tmp_path: Pat
 
 def test_a_time_limit_before_the_run_is_said(tmp_path: Path) -> None:
     """Slurm signals at once where the limit is nearer than the signal's time; a Ray that starts is taken down."""
-    began, ended = tmp_path / "began", tmp_path / "ended"
+    began, ended, cleaned = tmp_path / "began", tmp_path / "ended", tmp_path / "cleaned"
     fake = tmp_path / "srun"
-    fake.write_text(f'#!/bin/sh\ntrap "kill \\$!; touch {ended}; exit" TERM\nsleep 60 &\ntouch {began}\nwait\n')
+    clean = f'case "$*" in *"rm -rf"*) echo "$*" >{cleaned}; exit;; esac'
+    fake.write_text(
+        f'#!/bin/sh\n{clean}\ntrap "kill \\$!; touch {ended}; exit" TERM\nsleep 60 &\ntouch {began}\nwait\n'
+    )
     fake.chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path),
@@ -149,6 +152,9 @@ def test_a_time_limit_before_the_run_is_said(tmp_path: Path) -> None:
         said = script.communicate(timeout=60)[1]
         assert (script.returncode, ended.exists()) == (1, True), said
         assert "the time limit has come before the run: --time must be longer" in said
+        assert cleaned.read_text() == (
+            '--ntasks-per-node=1 bash -c rm -rf "/tmp/grpo-ray-$SLURM_JOB_ID-$SLURM_NODEID"\n'
+        )
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(script.pid, signal.SIGKILL)
