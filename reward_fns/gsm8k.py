@@ -25,7 +25,7 @@ NUMBER = (
 )
 MARKED = re.compile(rf"####[\s*]*({NUMBER})[\s%.*]*$", re.M)
 LAST = re.compile(rf"(?<![\w.)])(?:{NUMBER})")
-BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\}|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 
 
@@ -40,7 +40,7 @@ def gsm8k(completion: str, row: Mapping[str, Any]) -> float:
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"the gold answer must be a text or a number, not {answer!r}")
-    gold = value(re.sub(r"[\s%.]+$", "", str(answer).rpartition("####")[2].strip()))
+    gold = value(str(answer).rpartition("####")[2].strip().rstrip(" \t\r\n%."))
     if gold is None:
         raise ValueError(f"the gold answer {answer!r} is no number")
     return 1.0 if final_number(completion.replace("\u2212", "-")) == gold else 0.0

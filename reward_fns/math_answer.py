@@ -77,6 +77,8 @@ def content(text: str, *, whole: bool) -> str:
     has_words = WORD.search(COMMAND.sub(" ", text[:MAX_LENGTH])) or len(text) > MAX_LENGTH
     if has_words and (not whole or re.search(r"\$|\\[(\[]", text)):
         return "\0" + unified(text[-MAX_TAIL:])
+    if len(text) > MAX_LENGTH:
+        return text  # which can only be the very text of the row
     return unified(re.sub(r"\$|\\[\[\]()]", "", text))
 
 
@@ -87,7 +89,11 @@ def last_boxes(text: str) -> str | None:
     limit = len(text)
     for box in reversed(boxes):
         end = closing(text, box.end(), limit)
-        if end is None or (found and (limit - end > MAX_GAP or not JOINED.fullmatch(text, end + 1, limit))):
+        if (
+            end is None
+            or len(found) > MAX_LENGTH
+            or (found and (limit - end > MAX_GAP or not JOINED.fullmatch(text, end + 1, limit)))
+        ):
             break
         inside = text[box.end() + 1 : end].strip()
         if inside not in found:

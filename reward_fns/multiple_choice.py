@@ -19,7 +19,9 @@ HEDGE = r"(?!\s*(?:or|and|/|,|&)\s*\(?[A-Z]\b)"
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 ALONE = re.compile(r"\(?([A-Za-z])(?:\)?[.:]?|\)?[.:]\s.*|\)\s.*)", re.S)
 """A letter, or a letter with punctuation and the text of its option."""
-SAID = re.compile(rf"(?i:answer|choice|option)(?i:\s+is\s*:?|\s*:)\s*(?i:option\s+)?(?!I\s+[a-z]){LETTER}(?!'){HEDGE}")
+SAID = re.compile(
+    rf"(?i:answer|choice|option)(?i:\s+is\s*(?::\s*)?|\s*:\s*)(?i:option\s+)?(?!I\s+[a-z]){LETTER}(?!'){HEDGE}"
+)
 OPENING = re.compile(rf"{LETTER}\s*(?:[.:。](?=\s|$)|(?<=\))|$){HEDGE}")
 
 

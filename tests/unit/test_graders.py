@@ -33,7 +33,7 @@ def load(name: str) -> Grader:
 
 
 math_answer, gsm8k, countdown = load("math_answer"), load("gsm8k"), load("countdown")
-multiple_choice, think_answer = load("multiple_choice"), load("format")
+multiple_choice, think_answer, arithmetic = load("multiple_choice"), load("format"), load("arithmetic")
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -198,7 +198,34 @@ def test_absurd_completions_are_wrong_at_once(grader: Grader) -> None:
         assert time.perf_counter() - start < 5.0, text[:60]
 
 
-@pytest.mark.parametrize("gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "..."])
+CUT = [
+    "\\boxed{" + "{1}" * 66_000, "\\boxed{" + "{{1}}" * 40_000, "\\boxed{" + "\\frac{1}{2}+" * 16_000,
+    "\\boxed{\\text{Sum} = " + "\\frac{1}{2}+" * 16_000, "\\boxed{" * 28_000, "\\boxed{" + "{" * 200_000,
+    "\\boxed{" + "7" * 200_000, "\\boxed" + " " * 200_000, "\\boxed{" + " ." * 100_000 + "x}",
+    "\\boxed{" + " " * 200_000 + "x}", "\\boxed{" + "}" * 200_000, "\\text{" * 33_000, "\\textcolor{red}{" * 12_000,
+    "".join(f"\\boxed{{{i}}}," for i in range(10, 16_000)), "\\frac" + " " * 200_000 + "x", "\\color" + " " * 200_000,
+    "\\dot" * 50_000, "0." + "\\overline{3}" * 16_000, ":" * 200_000, "answer is" + " " * 200_000 + "x",
+    "answer" + " " * 200_000 + "x", "Answer: option" + " " * 200_000, "answer is " * 20_000 + "x", "#" * 200_000,
+    "#### 7" + " " * 200_000 + "x", "####" + " " * 200_000 + "x", "#### " + "9" * 200_000 + "x", "#### 7, " * 25_000,
+    "7" + ",111" * 50_000 + "1", "7/" * 100_000, "-" * 200_000, "7 or " * 40_000, "A" + " " * 200_000 + "x",
+    "A\n" * 100_000, "(A)" * 66_000, "A. x\n" * 40_000, "A, " * 66_000, "\n" * 200_000 + "x", " " * 200_000 + "x",
+    "<answer>" + "(" * 200_000, "<answer>" + "1+" * 100_000 + "</answer>", "<think>" + "</" * 100_000,
+    "<think>" + "<" * 200_000, "<think>a</think>" + " " * 200_000 + "x",
+]  # fmt: skip
+"""Ends of completions that were cut off, and texts on which a pattern could begin anew at every character."""
+
+
+@pytest.mark.parametrize("grader", [math_answer, gsm8k, countdown, multiple_choice, think_answer, arithmetic])
+def test_no_completion_takes_longer_than_its_length(grader: Grader) -> None:
+    """200,000 characters take minutes where the time goes with their square, and for ever where it is exponential."""
+    row = {"answer": "C" if grader is multiple_choice else "5", "nums": [1, 2], "target": 5}
+    for text in CUT:
+        start = time.perf_counter()
+        assert grader(text, row) == 0.0, text[:60]
+        assert time.perf_counter() - start < 3.0, text[:60]
+
+
+@pytest.mark.parametrize("gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "...", ")(", "A\\cup B"])
 def test_a_gold_that_cannot_be_parsed_is_an_error(gold: str) -> None:
     with pytest.raises(ValueError, match=r"the gold answer .* cannot be parsed"):
         math_answer(boxed(gold), {"answer": gold})
