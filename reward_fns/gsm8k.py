@@ -2,7 +2,8 @@
 
 What is read: the last line part `#### x`, as the data set writes its answers; else the last `\\boxed{...}`; else the
 last number. Public graders of GSM8K read either the first of these ("strict") or the last ("flexible"); a completion
-that follows the format is judged by it alone. `####` before anything but a number is a heading.
+that follows the format is judged by it alone. `####` before anything but a number is a heading, and a choice of numbers
+behind it, `#### 5 or 6`, is no answer.
 
 How it is compared: as rational numbers, `1,234.50` = `1234.5`, `3/4` = `0.75`, `2e3` = `2000`. Currency and per
 cent signs, commas between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5.
@@ -21,9 +22,9 @@ MAX_DIGITS = 100
 EXPONENT = r"[eE][+-]?\d+"
 NUMBER = (
     r"(?:-[$€£]?|[$€£]\s?-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?"
-    rf"(?:\.\d+(?:{EXPONENT})?|(?<=\d)(?:\s?/\s?[1-9]\d*|{EXPONENT})?)"
+    rf"(?:\.\d+(?:{EXPONENT})?|(?<=\d)(?:\s?/\s?\d+|{EXPONENT})?)"
 )
-MARKED = re.compile(rf"####[\s*]*({NUMBER})[\s%.*]*$", re.M)
+MARKED = re.compile(rf"####[\s*]*({NUMBER})(.*)")
 LAST = re.compile(rf"(?<![\w.)])(?:{NUMBER})")
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
@@ -48,8 +49,12 @@ def gsm8k(completion: str, row: Mapping[str, Any]) -> float:
 
 def final_number(text: str) -> Fraction | None:
     """The number that `text` gives as its answer, if any."""
-    if "####" in text and (marked := MARKED.findall(text)):
-        return value(marked[-1])
+    for number, behind in reversed(MARKED.findall(text)):
+        if not behind.strip(" \t\r%.*"):
+            return value(number)
+        several = len({value(each) for each in LAST.findall(number + behind)}) > 1
+        if several and "=" not in behind and not re.match(r"[.):]\s", behind):
+            return None
     start = text.rfind("\\boxed")
     if start >= 0:
         box = BOX.match(text, start)
@@ -61,7 +66,10 @@ def final_number(text: str) -> Fraction | None:
 
 
 def value(number: str) -> Fraction | None:
-    """`number`, as NUMBER matches it, exactly; None for anything else and what is absurdly long."""
+    """`number`, as NUMBER matches it, exactly; None for anything else, what is absurdly long and n/0."""
     if len(number) > MAX_DIGITS or not re.fullmatch(NUMBER, number) or re.search(r"[eE][+-]?\d{3}", number):
         return None
-    return Fraction(re.sub(r"[$€£,\s]", "", number))
+    try:
+        return Fraction(re.sub(r"[$€£,\s]", "", number))
+    except ZeroDivisionError:
+        return None
