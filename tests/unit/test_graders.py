@@ -314,12 +314,19 @@ def test_multiple_choice() -> None:
               "The answer is $\\boxed{C}$", "(C) Paris", "The correct option is C because A is wrong"],
         "B": ["The answer is (B).", "**Answer:** B", "**Answer: B**", "\\boxed{\\text{(B)}}", "\\boxed{B) 5}",
               "The answer is A. No, the answer is B.", "We see it.\n\n**(B)**", "<think>Answer: A</think> B",
-              "<answer> (B) </answer>", "B. it can't be A or C"],
+              "<answer> (B) </answer>", "B. it can't be A or C", "B. U.S.", "B. Q", "B. J. K. Rowling", "B. CD",
+              "B. Paris\nA. London is wrong", "B. A is wrong", "\\boxed{B. U.S.}", "\\boxed{A}. No, \\boxed{B}",
+              "\\boxed{B}\n\n\\boxed{B}", "\\boxed{\\boxed{B}}", "A. 4\nB. 5\nC. 6\n\nThe answer is B.",
+              "A. 4\nB. 5\nC. 6\n\nB", "The answer is B. C is wrong"],
+        "Z": ["Z. z"],
     }  # fmt: skip
     # fmt: off
     wrong = ["", "c", "A or C", "The answer is A or C", "The answer is C or A", "The answer is a cat", "Cats",
              "C dogs", "\\boxed{AC}", "\\boxed{A, C}", "\\boxed{5}\nThe answer is C",
-             "The answer is Cat", "C's", "\\boxed{C"]
+             "The answer is Cat", "C's", "\\boxed{C", "B\nC", "A\nB\nC", "Is it\nA\nB\nC", "(C)(D)", "(C) (D)",
+             "C. D. E.", "C) D) E)", "Answer: C D", "Answer: (C)(D)", "C. Paris\nD. London", "(C) Paris\n(D) London",
+             "C.\nD.", "\\boxed{C. D.}", "\\boxed{B} or \\boxed{C}", "\\boxed{C}\\boxed{D}",
+             "$\\boxed{A}$, $\\boxed{C}$", "\\boxed{D} \\text{ and } \\boxed{C}", "\\boxed{5}, \\boxed{C}", "\\boxed{C} \\boxed{C"]
     # fmt: on
     check(multiple_choice, [(text, gold, 1.0) for gold, texts in right.items() for text in texts])
     check(multiple_choice, [(text, "C", 0.0) for text in wrong])
