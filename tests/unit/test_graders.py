@@ -127,6 +127,14 @@ EQUAL = [
     ("\u22125", "-5"), ("4t", "4 t"), ("\\sin^2t", "\\sin^2 t"), ("a+b+c", "a + b + c"), ("\\pi r^2 h", "\\pi r^2h"),
     ("\\frac{\\pi}{2}", "\\frac\\pi 2"), ("8.24", "\\approx 8.24 \\text{ mph}"), ("56\\%", "0.56 = 56\\%"),
     ("\\dfrac{2469}{20000}", "\\dfrac{2469}{20,\\!000}"), ("1,2", "2,\\quad1"), ("12:00", "12:00"),
+    ("0.\\overline{3}", "\\frac13"), ("\\frac13", "0.\\overline{3}"), ("0.\\overline{3}", "0.\\overline{3}"),
+    ("0.1\\overline{6}", "1/6"), ("-2.\\overline 3", "-7/3"), ("1.\\overline{27}", "14/11"), (".\\bar{9}", "1"),
+    ("0.\\bar3", "1/3"), ("0.\\dot{3}", "1/3"), ("0.\\dot{1}\\dot{6}", "16/99"), ("0.1\\dot6", "1/6"),
+    ("0.\\dot{1}4285\\dot{7}", "1/7"), ("12.\\overline{3}\\%", "37/300"), ("0.333333", "0.\\overline{3}"),
+    ("\\color{red}5", "5"), ("\\color{red}{5}", "5"), ("\\textcolor{red}{5}", "5"), ("5", "\\textcolor{red}{5}"),
+    ("\\textcolor{blue}{\\frac{1}{2}}", "0.5"), ("\uff15", "5"), ("5\u3002", "5"), ("\uff11\uff12\uff0e\uff15", "12.5"),
+    ("\uff081\uff0c2\uff09", "(1,2)"), ("\uff0d5", "-5"), ("2+3=5", "5"), ("\\frac{22}{7}=3.14", "3.14"),
+    ("\\sqrt{4}=2", "2"), ("50\\%=0.5", "0.5"), ("0=0", "0"),
 ]  # fmt: skip
 UNEQUAL = [
     ("0", "0.0000001"), ("10^{-20}", "10^{-30}"), ("2^{100}", "2^{100}+1"), ("101_3", "101_2"), ("1\\,000", "0"),
@@ -135,6 +143,9 @@ UNEQUAL = [
     ("x>5", "x\\ge5"), ("3.14", "\\pi"), ("\\text{west}", "\\text{east}"), ("(1,2,3)", "(1,3,2)"), ("0.33", "1/3"),
     ("x+1", "y+1"), ("\\pm 3", "3"), ("3", "\\pm 3"), ("1,2", "1,2,3"), ("5=6=7", "6"), ("1,234", "1.234"), ("4", "4t"),
     ("4t", "4"), ("3", "3ab"), ("\\sin^2", "\\sin^2 t"), ("a+b", "a + b + c"), ("1=2", "0.56 = 56\\%"),
+    ("3=4", "4"), ("3=4", "3"), ("1=0", "0"), ("0=1", "1"), ("\\sqrt{2}=2", "2"), ("0.\\overline{3}", "0.3"),
+    ("0.\\overline{3}", "0.333"), ("0.3", "0.\\overline{3}"), ("0.\\overline{3}", "3"),
+    ("0.\\overline{36}", "0.3\\overline{6}"), ("\\color{red}6", "5"), ("\uff16", "5"),
 ]  # fmt: skip
 
 
@@ -171,7 +182,8 @@ def test_where_the_answer_is_read() -> None:
             ("\\boxed{\\boxed{5}}", "5", 1.0), ("\\fbox{5}", "5", 1.0),
             ("so $\\boxed 17.$ Done", "17", 1.0), ("\\boxed7", "$\\boxed 7$", 1.0),
             ("use \\boxed here: \\boxed 3\\)", "5", 0.0), ("\\boxed{\\varnothing}", "\\emptyset", 1.0),
-            ("**5**", "5", 1.0), ("5", 5, 1.0),
+            ("**5**", "5", 1.0), ("5", 5, 1.0), ("\u7b54\u6848\u662f\uff15\u3002", "5", 1.0),
+            ("It is \\textcolor{red}{5}.", "5", 1.0), ("\\color{red}\\boxed{5}", "5", 1.0),
             ("\\boxed{\\left\\{1,2\\right\\}}", "\\{1,2\\}", 1.0), ("\\boxed{}. 5", "5", 0.0), ("", "5", 0.0),
             ("I do not know.", "5", 0.0), ("no answer", "5", 0.0),
         ],
@@ -326,7 +338,8 @@ def test_multiple_choice() -> None:
              "The answer is Cat", "C's", "\\boxed{C", "B\nC", "A\nB\nC", "Is it\nA\nB\nC", "(C)(D)", "(C) (D)",
              "C. D. E.", "C) D) E)", "Answer: C D", "Answer: (C)(D)", "C. Paris\nD. London", "(C) Paris\n(D) London",
              "C.\nD.", "\\boxed{C. D.}", "\\boxed{B} or \\boxed{C}", "\\boxed{C}\\boxed{D}",
-             "$\\boxed{A}$, $\\boxed{C}$", "\\boxed{D} \\text{ and } \\boxed{C}", "\\boxed{5}, \\boxed{C}", "\\boxed{C} \\boxed{C"]
+             "$\\boxed{A}$, $\\boxed{C}$", "\\boxed{D} \\text{ and } \\boxed{C}", "\\boxed{5}, \\boxed{C}",
+             "\\boxed{C} \\boxed{C"]
     # fmt: on
     check(multiple_choice, [(text, gold, 1.0) for gold, texts in right.items() for text in texts])
     check(multiple_choice, [(text, "C", 0.0) for text in wrong])
