@@ -16,6 +16,9 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+GOLD = True
+"""It compares with the row's gold answer, which is tried before a run."""
+
 MAX_DIGITS = 100
 """Characters of a number; a longer one is a wrong answer, as is an exponent of more than two digits."""
 

@@ -29,6 +29,9 @@ MAX_DIGITS = 10_000  # decimal digits when it is evaluated, its variables at 2
 MAX_TAIL = 2000  # characters at the end of a completion without a box that are searched for an answer
 MAX_GAP = 60  # characters between boxes that are one answer
 
+GOLD = True
+"""It compares with the row's gold answer, which is tried before a run."""
+
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")

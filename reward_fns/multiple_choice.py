@@ -15,6 +15,9 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+GOLD = True
+"""It compares with the row's gold answer, which is tried before a run."""
+
 MARKUP = re.compile(r"\\(?:text|math)[a-z]*|[*${}\\]")
 LETTER = r"\(?([A-Z])(?:\)|\b)"
 HEDGE = r"(?!\s*(?:or|and|/|,|&)\s*\(?[A-Z]\b)"
