@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from grpo import checkpoint, data
 from grpo.config import Config, DatasetConfig
+from grpo.config.validate_data import validate_gold
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.process import secrets
@@ -68,6 +69,7 @@ def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None
     check_batch(config, train)
     check_by(config, eval_prompts)
     files = tuple(rewards.locate(config.rewards, recipe))
+    config = decide_gold(config, files)
     check_reward_sets(config, [*train, *held_out])
     tried = try_rewards(config, files, [*train, *held_out], log_dir, say)
     return Plan(
@@ -105,6 +107,7 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
         config, rewards=[dataclasses.replace(r, sets=tuple(n for n in r.sets if n in names)) for r in own]
     )
     files = tuple(rewards.locate(config.rewards, recipe))
+    config = decide_gold(config, files)
     check_reward_sets(config, held_out)
     tried = try_rewards(config, files, held_out, log_dir, say)
     sizes = ", ".join(f"{dataset.name} ({len(dataset.prompts)} prompts)" for dataset in held_out)
@@ -347,6 +350,20 @@ def check_by(config: Config, held_out: Sequence[Prompt]) -> None:
             )
 
 
+def decide_gold(config: Config, files: Sequence[Path]) -> Config:
+    """`rewards[i].gold` where the recipe leaves it to the reward's file.
+
+    Raises UserError when `data.gold_template` has no effect then.
+    """
+    decided = [
+        dataclasses.replace(reward, gold=preflight.declares_gold(file)) if reward.gold is None else reward
+        for reward, file in zip(config.rewards, files, strict=True)
+    ]
+    config = dataclasses.replace(config, rewards=decided)
+    validate_gold(config)
+    return config
+
+
 def check_trackers(config: Config) -> None:
     """Raises UserError when W&B is asked for and not installed."""
     if config.run.wandb and importlib.util.find_spec("wandb") is None:
@@ -362,7 +379,7 @@ def try_rewards(
     report = preflight.try_out(
         config.rewards,
         files,
-        {label: [preflight.item_of(prompt, "") for prompt in some[:TRIED_ROWS]] for label, some in prompts.items()},
+        {label: some[:TRIED_ROWS] for label, some in prompts.items()},
         gold_template=gold_template,
         answer_column=answer_column,
         log_dir=log_dir,

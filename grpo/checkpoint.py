@@ -217,7 +217,7 @@ FREE = (
         f"{sets}[i].{name}" for sets in ("data.train", "data.eval.sets")
         for name in ("path", "split", "name", "columns", "between", "limit")
     ),
-    "data.contaminated", "data.overlap_ngram",
+    "data.contaminated", "data.overlap_ngram", "data.answer_column", "data.gold_template", "rewards[i].gold",
 )  # fmt: skip
 """Options that change no number of a run, or whose content is compared by fingerprint."""
 

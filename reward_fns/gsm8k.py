@@ -2,7 +2,8 @@
 
 What is read: the last line part `#### x`, as the data set writes its answers; else the last `\\boxed{...}`; else the
 last number. Public graders of GSM8K read either the first of these ("strict") or the last ("flexible"); a completion
-that follows the format is judged by it alone. `####` before anything but a number is a heading.
+that follows the format is judged by it alone. `####` before anything but a number is a heading, and a choice of numbers
+behind it, `#### 5 or 6`, is no answer.
 
 How it is compared: as rational numbers, `1,234.50` = `1234.5`, `3/4` = `0.75`, `2e3` = `2000`. Currency and per
 cent signs, commas between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5.
@@ -15,17 +16,20 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+GOLD = True
+"""It compares with the row's gold answer, which is tried before a run."""
+
 MAX_DIGITS = 100
 """Characters of a number; a longer one is a wrong answer, as is an exponent of more than two digits."""
 
 EXPONENT = r"[eE][+-]?\d+"
 NUMBER = (
     r"(?:-[$€£]?|[$€£]\s?-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?"
-    rf"(?:\.\d+(?:{EXPONENT})?|(?<=\d)(?:\s?/\s?[1-9]\d*|{EXPONENT})?)"
+    rf"(?:\.\d+(?:{EXPONENT})?|(?<=\d)(?:\s?/\s?\d+|{EXPONENT})?)"
 )
-MARKED = re.compile(rf"####[\s*]*({NUMBER})[\s%.*]*$", re.M)
+MARKED = re.compile(rf"####[\s*]*({NUMBER})(.*)")
 LAST = re.compile(rf"(?<![\w.)])(?:{NUMBER})")
-BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\}|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 
 
@@ -40,7 +44,7 @@ def gsm8k(completion: str, row: Mapping[str, Any]) -> float:
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise ValueError(f"the gold answer must be a text or a number, not {answer!r}")
-    gold = value(re.sub(r"[\s%.]+$", "", str(answer).rpartition("####")[2].strip()))
+    gold = value(str(answer).rpartition("####")[2].strip().rstrip(" \t\r\n%."))
     if gold is None:
         raise ValueError(f"the gold answer {answer!r} is no number")
     return 1.0 if final_number(completion.replace("\u2212", "-")) == gold else 0.0
@@ -48,8 +52,12 @@ def gsm8k(completion: str, row: Mapping[str, Any]) -> float:
 
 def final_number(text: str) -> Fraction | None:
     """The number that `text` gives as its answer, if any."""
-    if "####" in text and (marked := MARKED.findall(text)):
-        return value(marked[-1])
+    for number, behind in reversed(MARKED.findall(text)):
+        if not behind.strip(" \t\r%.*"):
+            return value(number)
+        several = len({value(each) for each in LAST.findall(number + behind)}) > 1
+        if several and "=" not in behind and not re.match(r"[.):]\s", behind):
+            return None
     start = text.rfind("\\boxed")
     if start >= 0:
         box = BOX.match(text, start)
@@ -61,7 +69,10 @@ def final_number(text: str) -> Fraction | None:
 
 
 def value(number: str) -> Fraction | None:
-    """`number`, as NUMBER matches it, exactly; None for anything else and what is absurdly long."""
+    """`number`, as NUMBER matches it, exactly; None for anything else, what is absurdly long and n/0."""
     if len(number) > MAX_DIGITS or not re.fullmatch(NUMBER, number) or re.search(r"[eE][+-]?\d{3}", number):
         return None
-    return Fraction(re.sub(r"[$€£,\s]", "", number))
+    try:
+        return Fraction(re.sub(r"[$€£,\s]", "", number))
+    except ZeroDivisionError:
+        return None

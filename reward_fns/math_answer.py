@@ -4,7 +4,9 @@ What is read: the part behind the last `</think>`, and in it the last `<answer>.
 There the last `\\boxed{...}` (boxes side by side, or with "and" between, are one list; one that is not closed is no
 answer); without a box the whole text if it is bare mathematics, else what math-verify finds near its end.
 How it is compared: math-verify parses both sides, and they must be equal as exact numbers, expressions, sets, tuples,
-intervals, matrices, relations or words. Decimals agree with what they round to six places. `50\\%` is 50 and 1/2.
+intervals, matrices, relations or words. Decimals agree with what they round to six places; repeating ones are
+exact, `0.\\overline{3}` is 1/3. `50\\%` is 50 and 1/2. An equation of numbers that is false is no answer. Colours do
+not count, full-width digits and signs do.
 Nothing here keeps time, the caller does by killing the process: math-verify's own limits need SIGALRM.
 """
 
@@ -27,6 +29,9 @@ MAX_DIGITS = 10_000  # decimal digits when it is evaluated, its variables at 2
 MAX_TAIL = 2000  # characters at the end of a completion without a box that are searched for an answer
 MAX_GAP = 60  # characters between boxes that are one answer
 
+GOLD = True
+"""It compares with the row's gold answer, which is tried before a run."""
+
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
@@ -39,6 +44,10 @@ GROUPED_IN_BRACES = re.compile(r"(?<=\{)\d{1,3}(?:,\d{3})+(?=\})")
 DECIMAL_COMMA = re.compile(r"-?(?:\d+,(?!\d{3}$)\d+|0,\d+)")
 VARIABLE = re.compile(r"(?<=[\d}\s])(?!(?:[cdkm]m|[km]g|ml|ft|lb|hr)\b)([a-zA-Z]{1,2})(?=\s*(?:$|\$|\\[\])]))")
 BINOMIAL = re.compile(r"binom\D*\d{5}|binom\{\d*\}\{\d{5}")  # of large numbers; the library's parser evaluates it
+COLOR = re.compile(r"\\textcolor\s*\{[^{}]*\}\s*\{([^{}]*)\}|\\(?:text)?color\s*\{[^{}]*\}")
+FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # digits, letters and signs as Chinese and Japanese write them
+DOTTED = re.compile(r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
+REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 
 
@@ -70,13 +79,15 @@ def content(text: str, *, whole: bool) -> str:
 
     `whole`: the text is known to be an answer, prose only where it has mathematics between delimiters.
     """
-    text = BARE_BOX.sub(r"\1{\2}", text.replace("\\$", ""))
+    text = BARE_BOX.sub(r"\1{\2}", COLOR.sub(r"\1", text.translate(FULL_WIDTH)).replace("\\$", ""))
     boxed = last_boxes(text)
     if boxed is not None:
         return content(boxed, whole=True)
     has_words = WORD.search(COMMAND.sub(" ", text[:MAX_LENGTH])) or len(text) > MAX_LENGTH
     if has_words and (not whole or re.search(r"\$|\\[(\[]", text)):
         return "\0" + unified(text[-MAX_TAIL:])
+    if len(text) > MAX_LENGTH:
+        return text  # which can only be the very text of the row
     return unified(re.sub(r"\$|\\[\[\]()]", "", text))
 
 
@@ -87,7 +98,11 @@ def last_boxes(text: str) -> str | None:
     limit = len(text)
     for box in reversed(boxes):
         end = closing(text, box.end(), limit)
-        if end is None or (found and (limit - end > MAX_GAP or not JOINED.fullmatch(text, end + 1, limit))):
+        if (
+            end is None
+            or len(found) > MAX_LENGTH
+            or (found and (limit - end > MAX_GAP or not JOINED.fullmatch(text, end + 1, limit)))
+        ):
             break
         inside = text[box.end() + 1 : end].strip()
         if inside not in found:
@@ -116,11 +131,18 @@ def unified(text: str) -> str:
     text = GROUPED_IN_BRACES.sub(lambda number: number[0].replace(",", ""), text)
     text = re.sub(r"\\phantom\s*(?:\{[^{}]*\}|\S)", "", text)
     text = re.sub(r"\\frac\s*(\\[a-zA-Z]+|\d)\s*(\\[a-zA-Z]+|\d)", r"\\frac{\1}{\2}", text)  # \frac\pi 2
-    text = re.sub(r"^(?:[\s*]|\\approx)+|[\s.,;:*]+$", "", text)
+    text = REPEATING.sub(repeating, DOTTED.sub(r"\\overline{\1\2\3}", text))
+    text = re.sub(r"^(?:[\s*]|\\approx)+|[\s.,;:*。]+$", "", text)
     if not re.fullmatch(r"-?[\d.,]+ [a-zA-Z]{1,2}", text):
         text = VARIABLE.sub(r"\1\\,", text)  # it takes the t of 4t for a unit; white space behind stops it
     text = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)  # a mixed number, which it reads as 21/2
     return re.sub(r"^(-?\d*\.?\d+)[eE]([+-]?\d+)$", r"\1 \\times 10^{\2}", text)  # it reads e as Euler's number
+
+
+def repeating(decimal: re.Match[str]) -> str:
+    """0.1\\overline{6} as the fraction (16 - 1) / 90."""
+    head, digits = decimal[1] + decimal[2], decimal[3] or decimal[4]
+    return f"\\frac{{{int(head + digits) - int(head or 0)}}}{{{'9' * len(digits)}{'0' * len(decimal[2])}}}"
 
 
 def squeezed(text: str) -> str:
@@ -182,10 +204,22 @@ def exact(term: Any) -> Any:
     return sum(parts) if isinstance(term, sympy.Add) else math.prod(parts)
 
 
+def is_false(answer: Any) -> bool:
+    """Whether it is an equation of two numbers that are not the same, nor one the other rounded: 3 = 4."""
+    if not isinstance(answer, sympy.Eq) or answer.free_symbols:
+        return False
+    sides = [sympy.N(side, 9) for side in answer.args if isinstance(side, sympy.Expr)]
+    if not all(isinstance(side, sympy.Float | sympy.Rational) for side in sides) or len(sides) < 2:
+        return False
+    return bool(abs(sides[0] - sides[1]) > abs(sides[0]) / 100)
+
+
 def same(gold: Any, answer: Any) -> bool:
     """Whether the two are equal: exactly if both are rational numbers, else as the library finds."""
     while isinstance(gold, sympy.Eq) and not gold.free_symbols:  # 0.56 = 56\\%
         gold = gold.rhs
+    if is_false(answer):
+        return False
     number, other = exact(gold), exact(answer)
     if number is not None and other is not None:
         return bool(number == other)

@@ -96,7 +96,7 @@ class DataConfig:
     messages_column: str | None = None
     """With `style: chat`, take the turns from this column instead of the template."""
     answer_column: str = "answer"
-    """Where a reward with `gold: true` finds the gold answer."""
+    """Where the gold answer is found when rewards are tried out."""
     gold_template: str = "{answer}"
     """How a gold answer is written as a completion when rewards are tried out."""
     max_prompt_tokens: int = 1024
@@ -262,8 +262,9 @@ class RewardConfig:
     """Function in the file. None: the file's own name."""
     weight: float = 1.0
     style: Literal["grpo", "trl", "verl"] = "grpo"
-    gold: bool = False
-    """Try it before the run: the gold answer must score, a corrupted one must not."""
+    gold: bool | None = None
+    """Try it before the run: the gold answer must score, a corrupted one must not. None: where the file says
+    `GOLD = True`, that its function compares with a gold answer."""
     timeout_s: float = 30.0
     """Deadline of one call; the worker is killed when it passes."""
     memory_gib: float = 8.0

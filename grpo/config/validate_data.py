@@ -26,8 +26,7 @@ def validate_data(c: Config) -> None:
         c.data.system_prompt is None or (c.data.style == "chat" and c.data.messages_column is None),
         "data.system_prompt has no effect without data.style=chat or when data.messages_column gives the turns",
     )
-    if not any(reward.gold for reward in c.rewards):
-        inert(c.data, DataConfig(), ("gold_template",), "data.", "without a reward that has gold: true")
+    validate_gold(c)
     need(len(c.data.train) > 0, "data.train is empty: give at least one data set, as a path or {path: train.jsonl}")
     for option, sets in (("data.train", c.data.train), ("data.eval.sets", c.data.eval.sets)):
         for i, dataset in enumerate(sets):
@@ -38,6 +37,12 @@ def validate_data(c: Config) -> None:
         inert(c.data, DataConfig(), ("contaminated", "overlap_ngram"), "data.", without)
         names = tuple(f.name for f in dataclasses.fields(EvalConfig) if f.name != "sets")
         inert(c.data.eval, EvalConfig(), names, "data.eval.", without)
+
+
+def validate_gold(c: Config) -> None:
+    """A reward whose `gold` its file decides may have it."""
+    if all(reward.gold is False for reward in c.rewards):
+        inert(c.data, DataConfig(), ("gold_template",), "data.", "without a reward that has gold: true")
 
 
 def _validate_set(option: str, dataset: DatasetConfig) -> None:

@@ -3,6 +3,7 @@ to read the gold answer of every row."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import itertools
 import os
@@ -39,6 +40,16 @@ def corrupt(answer: str) -> str:
     if any(c in string.ascii_letters for c in answer):
         return answer.translate(NEXT_LETTER)
     return answer + "x"
+
+
+def declares_gold(file: Path) -> bool:
+    """Whether the file says `GOLD = True` at its top level: that its function compares with the row's gold answer. It
+    is read, not executed."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # which loading it will say, with its line
+        return False
+    return any(ast.unparse(node) in ("GOLD = True", "GOLD: bool = True") for node in tree.body)
 
 
 def check_loads(
@@ -82,7 +93,7 @@ def check_loads(
 def try_out(
     rewards: Sequence[RewardConfig],
     files: Sequence[Path],
-    samples: Mapping[str, Sequence[RewardItem]],
+    prompts: Mapping[str, Sequence[Prompt]],
     *,
     gold_template: str,
     answer_column: str,
@@ -92,37 +103,33 @@ def try_out(
     that it is for.
 
     Args:
-        samples: data set, in words -> items of some of its rows; their completions are ignored.
+        prompts: data set, in words -> some of its prompts.
 
     Raises UserError when a file does not load, a function fails on every row, or a reward with `gold: true` does not
     score the gold answer above 0 or scores a corrupted one as highly.
     """
-    tried = [_of_reward(reward, samples) for reward in rewards]
-    check_loads(rewards, files, columns=[_common_columns(items) for items in tried])
+    tried = [_of_reward(reward, prompts) for reward in rewards]
+    check_loads(rewards, files, columns=[_common_columns(own) for own in tried])
     lines = []
     for i, (reward, file, name) in enumerate(zip(rewards, files, part_names(rewards), strict=True)):
         where, alone = f"rewards[{i}]: {name}", dataclasses.replace(reward, weight=1.0)
         with RewardPool([alone], files=[file], workers=1, log_dir=log_dir) as pool:
-            for dataset, items in tried[i].items():
-                scored = run_on_any(pool, f"{where} on {dataset}", items)
+            for dataset, some in tried[i].items():
+                said = run_on_any(pool, f"{where} on {dataset}", some)
                 if reward.gold:
-                    said = run_on_gold(pool, f"{where} on {dataset}", items, gold_template, answer_column)
-                elif scored:
-                    said = f"ran on {len(items)} rows"
-                else:
-                    said = f"warning: it returned None (abstained) on each of the {len(items)} rows tried"
+                    said = run_on_gold(pool, f"{where} on {dataset}", i, some, gold_template, answer_column)
                 lines.append(f"{name} on {dataset}: {said}")
     return lines
 
 
-def _of_reward(reward: RewardConfig, samples: Mapping[str, Sequence[RewardItem]]) -> dict[str, Sequence[RewardItem]]:
+def _of_reward(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, Sequence[Prompt]]:
     """The data sets whose rows the reward scores."""
-    return {name: items for name, items in samples.items() if items and reward.applies_to(items[0].dataset)}
+    return {label: some for label, some in prompts.items() if some and reward.applies_to(some[0].dataset)}
 
 
-def _common_columns(samples: Mapping[str, Sequence[RewardItem]]) -> list[str]:
+def _common_columns(prompts: Mapping[str, Sequence[Prompt]]) -> list[str]:
     """Columns that the first row of every data set has."""
-    rows = [items[0].row for items in samples.values()]
+    rows = [some[0].row for some in prompts.values()]
     return [column for column in rows[0] if all(column in row for row in rows)]
 
 
@@ -148,7 +155,7 @@ def try_golds(
     """
     lines = []
     for i, (reward, file, name) in enumerate(zip(rewards, files, part_names(rewards), strict=True)):
-        own = {label: some for label, some in prompts.items() if some and reward.applies_to(some[0].dataset)}
+        own = _of_reward(reward, prompts)
         if not reward.gold:
             continue
         alone = dataclasses.replace(reward, weight=1.0)
@@ -157,7 +164,7 @@ def try_golds(
                 where = f"rewards[{i}]: {name} on {label}"
                 tried = evenly_spread(some, MAX_GOLDS)
                 texts = (gold_text(prompt.row, where, gold_template, answer_column) for prompt in tried)
-                unread = _golds_without_reward(pool, where, tried, texts, say)
+                unread = _golds_without_reward(pool, where, i, tried, texts, say)
                 said = f"{len(tried) - len(unread)} of {len(tried)} gold answers score above 0"
                 if len(tried) < len(some):
                     said += f" (of {len(some)} rows, evenly spread)"
@@ -169,7 +176,7 @@ def try_golds(
 
 
 def _golds_without_reward(
-    pool: RewardPool, where: str, prompts: Sequence[Prompt], texts: Iterator[str], say: Callable[[str], None]
+    pool: RewardPool, where: str, i: int, prompts: Sequence[Prompt], texts: Iterator[str], say: Callable[[str], None]
 ) -> list[str]:
     """Places of the rows whose gold answer gets no reward above 0. A bounded number of calls is under way at once."""
     unread, broken = list[str](), list[str]()
@@ -190,7 +197,7 @@ def _golds_without_reward(
             say(f"{where}: {done + 1} of {len(prompts)} gold answers scored")
             told = time.monotonic()
     if broken:
-        raise UserError(f"{where} cannot read the gold answer of {'; '.join(broken)}")
+        raise UserError(unreadable(where, i, broken))
     return unread
 
 
@@ -210,61 +217,75 @@ def item_of(prompt: Prompt, completion: str) -> RewardItem:
     )
 
 
-def run_on_any(pool: RewardPool, where: str, samples: Sequence[RewardItem]) -> int:
+def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt]) -> str:
     """The function must not fail on every row, whatever it thinks of an empty and an arbitrary completion.
 
-    Returns the number of completions that got a number; the rows behind the first of them are not tried.
+    Returns on how many rows it ran, in words. Behind a row on which it ran into its deadline none is tried.
     """
-    first: Failed | None = None
-    abstained = False
-    for sample in samples:
-        outcomes = score(pool, sample, ["", ANY_COMPLETION])
-        scored = sum(isinstance(o, Scored) for o in outcomes)
-        if scored:
-            return scored
+    failed, tried, scored, abstained = list[str](), 0, False, False
+    for prompt in prompts:
+        outcomes = score(pool, prompt, ["", ANY_COMPLETION])
         failures = [o for o in outcomes if isinstance(o, Failed) and o.kind != "abstained"]
-        abstained = abstained or len(failures) < len(outcomes)
-        first = first or next(iter(failures), None)
+        tried += 1
+        scored = scored or any(isinstance(o, Scored) for o in outcomes)
+        abstained = abstained or any(isinstance(o, Failed) and o.kind == "abstained" for o in outcomes)
+        if failures:
+            failed.append(f"{prompt.where}: {failures[0].kind}: {failures[0].detail}")
         if failures and all(f.kind == "timeout" for f in failures):  # waiting as long on every row tells no more
             break
-    if first is not None and not abstained:
-        raise UserError(f"{where} fails on every row tried; the first: {first.kind}: {first.detail}")
-    return 0
+    if failed and not (scored or abstained):
+        raise UserError(f"{where} fails on every row tried; the first: {failed[0]}")
+    if failed:
+        return f"warning: ran on {tried - len(failed)} of {tried} rows tried; failed on {failed[0]}"
+    if not scored:
+        return f"warning: it returned None (abstained) on each of the {tried} rows tried"
+    return f"ran on {tried} rows"
 
 
 def run_on_gold(
-    pool: RewardPool, where: str, samples: Sequence[RewardItem], gold_template: str, answer_column: str
+    pool: RewardPool, where: str, i: int, prompts: Sequence[Prompt], gold_template: str, answer_column: str
 ) -> str:
     """On every row the gold answer must score above 0, and above a corrupted one. Returns the first row's values."""
     shown = ""
-    for sample in samples:
-        texts = [*gold_texts(sample, where, gold_template, answer_column), ""]
-        outcomes = [score(pool, sample, [text])[0] for text in texts]  # one at a time: trl sees groups
-        gold, wrong, _ = outcomes
+    for prompt in prompts:
+        texts = [*gold_texts(prompt, where, gold_template, answer_column), ""]
+        outcomes = [score(pool, prompt, [text])[0] for text in texts]  # one at a time: trl sees groups
+        gold, wrong, empty = outcomes
+        if isinstance(gold, Failed) and isinstance(empty, Failed) and gold.kind == empty.kind == "exception":
+            raise UserError(unreadable(where, i, [f"{prompt.where}: {gold.kind}: {gold.detail}"]))
         said = [f"{o.value:g}" if isinstance(o, Scored) else f"{o.kind} ({o.detail})" for o in outcomes]
         if not (isinstance(gold, Scored) and isinstance(wrong, Scored) and wrong.value < gold.value > 0):
             raise UserError(
                 f"{where} gives the gold answer {texts[0]!r} {said[0]}, the corrupted {texts[1]!r} {said[1]} and an "
-                f"empty completion {said[2]} on row {dict(sample.row)!r:.300}; gold must score above 0 and above a "
-                "corrupted answer (how it is written as a completion: data.gold_template)"
+                f"empty completion {said[2]} on {prompt.where}: {dict(prompt.row)!r:.300}; gold must score above 0 and "
+                "above a corrupted answer (how it is written as a completion: data.gold_template; not to try it: "
+                f"rewards.{i}.gold=false)"
             )
-        shown = shown or f"gold {said[0]}, corrupted {said[1]} on {len(samples)} rows"
+        shown = shown or f"gold {said[0]}, corrupted {said[1]} on {len(prompts)} rows"
     return shown
 
 
-def score(pool: RewardPool, sample: RewardItem, texts: Sequence[str]) -> list[Scored | Failed]:
-    """The outcomes of `texts` as one group of completions of the sample's prompt. The pool keeps the deadlines."""
-    return pool.submit([dataclasses.replace(sample, completion=text) for text in texts]).result()
+def unreadable(where: str, i: int, rows: Sequence[str]) -> str:
+    """What is said of rows whose gold answer makes the reward number `i` fail."""
+    return (
+        f"{where} cannot read the gold answer of {'; '.join(rows)}; mend the data, or go on without: "
+        f"rewards.{i}.gold=false (completions of such rows are then Failed, and in no average)"
+    )
 
 
-def gold_texts(sample: RewardItem, where: str, gold_template: str, answer_column: str) -> tuple[str, str]:
+def score(pool: RewardPool, prompt: Prompt, texts: Sequence[str]) -> list[Scored | Failed]:
+    """The outcomes of `texts` as one group of completions. The pool keeps the deadlines."""
+    return pool.submit([item_of(prompt, text) for text in texts]).result()
+
+
+def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> tuple[str, str]:
     """The gold answer and a corrupted one, written as completions."""
-    gold = gold_text(sample.row, where, gold_template, answer_column)
-    answer = sample.row[answer_column]
+    gold = gold_text(prompt.row, where, gold_template, answer_column)
+    answer = prompt.row[answer_column]
     wrong = corrupt(str(answer))
     try:
         # a number stays one, for templates like {answer:d}
-        other = {**sample.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
+        other = {**prompt.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
         return gold, gold_template.format(**other)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"data.gold_template={gold_template!r} does not fit the rows: {error!r}") from error
@@ -274,8 +295,8 @@ def gold_text(row: Mapping[str, Any], where: str, gold_template: str, answer_col
     """The gold answer, written as a completion."""
     if answer_column not in row:
         raise UserError(
-            f"{where} has gold: true and needs the gold answer, but data.answer_column={answer_column} is no column "
-            f"of the row {dict(row)!r:.300}"
+            f"{where} has gold: true, by the recipe or by GOLD in its file, and needs the gold answer, but "
+            f"data.answer_column={answer_column} is no column of the row {dict(row)!r:.300}"
         )
     try:
         return gold_template.format(**row)

@@ -124,6 +124,41 @@ def test_gold_answers_of_all_rows(planned: Callable[..., Plan], tmp_path: Path) 
         planned(*one, "data.eval.sets=DIR/b.jsonl", a=rows, b=[*sums(40, 48), {"question": "1+1", "answer": "n"}])
 
 
+def test_the_file_decides_whether_gold_answers_are_tried(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    """Where the recipe says nothing; what came of it is in the plan's config."""
+    reward = tmp_path / "number.py"
+    one = ("data.train=DIR/a.jsonl", f"rewards.0.file={reward}")
+    rows = [*sums(10, 40), {"question": "1+1", "answer": "n"}]
+    source = "def number(completion, row): return float(int(row['answer']) >= 0 and completion == row['answer'])\n"
+    reward.write_text(source)
+    plan = planned(*one, "rewards.0.gold=null", a=rows)
+    assert plan.config.rewards[0].gold is False
+    assert line(plan, "reward     number") == "reward     number on data.train[0] (a): ran on 8 rows"
+    with pytest.raises(UserError, match=r"data\.gold_template=\[\{answer\}\] has no effect without a reward"):
+        planned(*one, "rewards.0.gold=null", "data.gold_template=[{answer}]", a=rows)
+    reward.write_text(f"GOLD = True\n{source}")
+    with pytest.raises(UserError, match=r"cannot read the gold answer of a\.jsonl:31: .*; mend the data, or go on"):
+        planned(*one, "rewards.0.gold=null", a=rows)
+    assert planned(*one, "rewards.0.gold=null", a=rows[:30]).config.rewards[0].gold is True
+    assert planned(*one, "rewards.0.gold=false", a=rows).config.rewards[0].gold is False
+
+
+def test_a_gold_answer_of_the_first_rows_that_cannot_be_read_is_named(planned: Callable[..., Plan]) -> None:
+    graded = ("data.train=DIR/a.jsonl", "rewards.0.file=reward_fns/math_answer.py", "rewards.0.gold=null")
+    rows = [{"question": "1+1", "answer": answer} for answer in ("2", "1/2", "x", ")(", "3", "4", "5", "6")]
+    with pytest.raises(UserError) as caught:
+        planned(*graded, a=rows)
+    said = str(caught.value)
+    assert said.startswith(
+        "rewards[0]: math_answer on data.train[0] (a) cannot read the gold answer of a.jsonl:4: exception: "
+        "math_answer: ValueError: the gold answer ')(' cannot be parsed as mathematics at "
+    )
+    assert "go on without: rewards.0.gold=false (completions of such rows are then Failed, and in no average)" in said
+    assert "ran on 7 of 8 rows tried; failed on a.jsonl:4: " in "".join(
+        planned(*graded[:2], "rewards.0.gold=false", a=rows).lines
+    )
+
+
 def test_filters_are_in_the_plan_and_listed(planned: Callable[..., Plan]) -> None:
     train = [*sums(10, 30, level=1), *sums(30, 40, level=2), *sums(40, 44, level=3), {**sums(44, 45)[0], "level": 9}]
     options = (

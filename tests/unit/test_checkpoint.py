@@ -294,7 +294,8 @@ def test_differences_are_found_at_any_depth() -> None:
         "run.steps=50", "run.save_every=5", "run.name=other", "cluster.step_timeout_s=60", "cluster.samplers=2",
         "data.train=moved.jsonl", "data.train[0].split=other", "data.train[0].columns.q={a}", "data.train[0].limit=5",
         "data.train[0].between.level=[1,2]", "data.train[0].name=n",
-        "model.path=moved", "sampler.max_num_seqs=8", "run.tensorboard=false",
+        "model.path=moved", "sampler.max_num_seqs=8", "run.tensorboard=false", "rewards.0.gold=true",
+        "rewards.0.gold=false", "data.gold_template=[{answer}]", "data.answer_column=sum",
     ],
 )  # fmt: skip
 def test_what_changes_no_number_may_differ(tmp_path: Path, override: str) -> None:

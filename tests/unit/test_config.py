@@ -166,7 +166,6 @@ def test_data_sets_are_lists_and_a_path_is_the_list_of_one(recipe: Path) -> None
         ("cluster.sampler_cpus=-3", "cluster.sampler_cpus must not be negative"),
         ("sampler.engine={logprobs_mode: raw_logprobs}", "sampler.engine.logprobs_mode is set by other options"),
         ("run.wandb_project=p", "run.wandb_project=p has no effect without run.wandb=true"),
-        ("data.gold_template=[{answer}]", "has no effect without a reward that has gold: true"),
         ("sampler.gpu_memory_utilization=0.5", "has no effect on CPU"),
         ("algorithm.eps_low=1.5", "algorithm.eps_low must be above 0 and at most 1"),
         ("algorithm.eps_low=0", "algorithm.eps_low must be above 0 and at most 1"),
@@ -191,6 +190,10 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
     ("overrides", "words"),
     [
         (["model.dtype=bfloat16", "learner.zero_stage=0"], "nearest: learner.zero_stage=1"),
+        (
+            ["data.gold_template=[{answer}]", "rewards.0.gold=false"],
+            "has no effect without a reward that has gold: true",
+        ),
         (["optimizer.name=sgd", "optimizer.betas=[0.9,0.99]"], "has no effect with optimizer.name=sgd"),
         (["cluster.address=auto", "cluster.cpus=4"], "cluster.cpus=4 has no effect on a cluster that runs already"),
         (

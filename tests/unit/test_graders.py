@@ -33,7 +33,7 @@ def load(name: str) -> Grader:
 
 
 math_answer, gsm8k, countdown = load("math_answer"), load("gsm8k"), load("countdown")
-multiple_choice, think_answer = load("multiple_choice"), load("format")
+multiple_choice, think_answer, arithmetic = load("multiple_choice"), load("format"), load("arithmetic")
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -127,6 +127,14 @@ EQUAL = [
     ("\u22125", "-5"), ("4t", "4 t"), ("\\sin^2t", "\\sin^2 t"), ("a+b+c", "a + b + c"), ("\\pi r^2 h", "\\pi r^2h"),
     ("\\frac{\\pi}{2}", "\\frac\\pi 2"), ("8.24", "\\approx 8.24 \\text{ mph}"), ("56\\%", "0.56 = 56\\%"),
     ("\\dfrac{2469}{20000}", "\\dfrac{2469}{20,\\!000}"), ("1,2", "2,\\quad1"), ("12:00", "12:00"),
+    ("0.\\overline{3}", "\\frac13"), ("\\frac13", "0.\\overline{3}"), ("0.\\overline{3}", "0.\\overline{3}"),
+    ("0.1\\overline{6}", "1/6"), ("-2.\\overline 3", "-7/3"), ("1.\\overline{27}", "14/11"), (".\\bar{9}", "1"),
+    ("0.\\bar3", "1/3"), ("0.\\dot{3}", "1/3"), ("0.\\dot{1}\\dot{6}", "16/99"), ("0.1\\dot6", "1/6"),
+    ("0.\\dot{1}4285\\dot{7}", "1/7"), ("12.\\overline{3}\\%", "37/300"), ("0.333333", "0.\\overline{3}"),
+    ("\\color{red}5", "5"), ("\\color{red}{5}", "5"), ("\\textcolor{red}{5}", "5"), ("5", "\\textcolor{red}{5}"),
+    ("\\textcolor{blue}{\\frac{1}{2}}", "0.5"), ("\uff15", "5"), ("5\u3002", "5"), ("\uff11\uff12\uff0e\uff15", "12.5"),
+    ("\uff081\uff0c2\uff09", "(1,2)"), ("\uff0d5", "-5"), ("2+3=5", "5"), ("\\frac{22}{7}=3.14", "3.14"),
+    ("\\sqrt{4}=2", "2"), ("50\\%=0.5", "0.5"), ("0=0", "0"),
 ]  # fmt: skip
 UNEQUAL = [
     ("0", "0.0000001"), ("10^{-20}", "10^{-30}"), ("2^{100}", "2^{100}+1"), ("101_3", "101_2"), ("1\\,000", "0"),
@@ -135,6 +143,9 @@ UNEQUAL = [
     ("x>5", "x\\ge5"), ("3.14", "\\pi"), ("\\text{west}", "\\text{east}"), ("(1,2,3)", "(1,3,2)"), ("0.33", "1/3"),
     ("x+1", "y+1"), ("\\pm 3", "3"), ("3", "\\pm 3"), ("1,2", "1,2,3"), ("5=6=7", "6"), ("1,234", "1.234"), ("4", "4t"),
     ("4t", "4"), ("3", "3ab"), ("\\sin^2", "\\sin^2 t"), ("a+b", "a + b + c"), ("1=2", "0.56 = 56\\%"),
+    ("3=4", "4"), ("3=4", "3"), ("1=0", "0"), ("0=1", "1"), ("\\sqrt{2}=2", "2"), ("0.\\overline{3}", "0.3"),
+    ("0.\\overline{3}", "0.333"), ("0.3", "0.\\overline{3}"), ("0.\\overline{3}", "3"),
+    ("0.\\overline{36}", "0.3\\overline{6}"), ("\\color{red}6", "5"), ("\uff16", "5"),
 ]  # fmt: skip
 
 
@@ -171,7 +182,8 @@ def test_where_the_answer_is_read() -> None:
             ("\\boxed{\\boxed{5}}", "5", 1.0), ("\\fbox{5}", "5", 1.0),
             ("so $\\boxed 17.$ Done", "17", 1.0), ("\\boxed7", "$\\boxed 7$", 1.0),
             ("use \\boxed here: \\boxed 3\\)", "5", 0.0), ("\\boxed{\\varnothing}", "\\emptyset", 1.0),
-            ("**5**", "5", 1.0), ("5", 5, 1.0),
+            ("**5**", "5", 1.0), ("5", 5, 1.0), ("\u7b54\u6848\u662f\uff15\u3002", "5", 1.0),
+            ("It is \\textcolor{red}{5}.", "5", 1.0), ("\\color{red}\\boxed{5}", "5", 1.0),
             ("\\boxed{\\left\\{1,2\\right\\}}", "\\{1,2\\}", 1.0), ("\\boxed{}. 5", "5", 0.0), ("", "5", 0.0),
             ("I do not know.", "5", 0.0), ("no answer", "5", 0.0),
         ],
@@ -198,7 +210,34 @@ def test_absurd_completions_are_wrong_at_once(grader: Grader) -> None:
         assert time.perf_counter() - start < 5.0, text[:60]
 
 
-@pytest.mark.parametrize("gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "..."])
+CUT = [
+    "\\boxed{" + "{1}" * 66_000, "\\boxed{" + "{{1}}" * 40_000, "\\boxed{" + "\\frac{1}{2}+" * 16_000,
+    "\\boxed{\\text{Sum} = " + "\\frac{1}{2}+" * 16_000, "\\boxed{" * 28_000, "\\boxed{" + "{" * 200_000,
+    "\\boxed{" + "7" * 200_000, "\\boxed" + " " * 200_000, "\\boxed{" + " ." * 100_000 + "x}",
+    "\\boxed{" + " " * 200_000 + "x}", "\\boxed{" + "}" * 200_000, "\\text{" * 33_000, "\\textcolor{red}{" * 12_000,
+    "".join(f"\\boxed{{{i}}}," for i in range(10, 16_000)), "\\frac" + " " * 200_000 + "x", "\\color" + " " * 200_000,
+    "\\dot" * 50_000, "0." + "\\overline{3}" * 16_000, ":" * 200_000, "answer is" + " " * 200_000 + "x",
+    "answer" + " " * 200_000 + "x", "Answer: option" + " " * 200_000, "answer is " * 20_000 + "x", "#" * 200_000,
+    "#### 7" + " " * 200_000 + "x", "####" + " " * 200_000 + "x", "#### " + "9" * 200_000 + "x", "#### 7, " * 25_000,
+    "7" + ",111" * 50_000 + "1", "7/" * 100_000, "-" * 200_000, "7 or " * 40_000, "A" + " " * 200_000 + "x",
+    "A\n" * 100_000, "(A)" * 66_000, "A. x\n" * 40_000, "A, " * 66_000, "\n" * 200_000 + "x", " " * 200_000 + "x",
+    "<answer>" + "(" * 200_000, "<answer>" + "1+" * 100_000 + "</answer>", "<think>" + "</" * 100_000,
+    "<think>" + "<" * 200_000, "<think>a</think>" + " " * 200_000 + "x",
+]  # fmt: skip
+"""Ends of completions that were cut off, and texts on which a pattern could begin anew at every character."""
+
+
+@pytest.mark.parametrize("grader", [math_answer, gsm8k, countdown, multiple_choice, think_answer, arithmetic])
+def test_no_completion_takes_longer_than_its_length(grader: Grader) -> None:
+    """200,000 characters take minutes where the time goes with their square, and for ever where it is exponential."""
+    row = {"answer": "C" if grader is multiple_choice else "5", "nums": [1, 2], "target": 5}
+    for text in CUT:
+        start = time.perf_counter()
+        assert grader(text, row) == 0.0, text[:60]
+        assert time.perf_counter() - start < 3.0, text[:60]
+
+
+@pytest.mark.parametrize("gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "...", ")(", "A\\cup B"])
 def test_a_gold_that_cannot_be_parsed_is_an_error(gold: str) -> None:
     with pytest.raises(ValueError, match=r"the gold answer .* cannot be parsed"):
         math_answer(boxed(gold), {"answer": gold})
@@ -224,13 +263,27 @@ def test_gsm8k() -> None:
         "1234.5": ["#### 1,234.50", "\\boxed{1{,}234.5}", "\\boxed{1,\\!234.5}"],
         "0.75": ["It is 3/4", "\\boxed{\\frac{3}{4}}", ".75", "#### 3/4"],
         "-5": ["is -5", "is \u22125", "-$5", "$-5"],
-        "5": ["10-5=5", "10 - 5", "- 5 apples", "5%", "a 10/2=5\n#### 5"],
+        "5": ["10-5=5", "10 - 5", "- 5 apples", "5%", "a 10/2=5\n#### 5", "#### 10-5=5", "\uff15", "5\u3002",
+              "#### 5 (5 apples)", "#### 5 or 6\n#### 5", "#### 1. Do 3 things\nIt is 5.", "#### 2) Add 3\n#### 5",
+              "\\boxed{{{5}}}"],
     }  # fmt: skip
     wrong = {
         "72": ["#### 72\n#### 73", "\\boxed{72", "\\boxed{72}, \\boxed{73}", "72 #### 71", "nothing", "", "720", "7.2"],
         "2": ["\\boxed{10^2}"],
         "1/3": ["0.333"],
         "1": ["1/0"],
+        "0": ["1/0", "0/0", "#### 1/0", "\\boxed{\\frac{1}{0}}", "1/\uff10"],
+        "6": [
+            "#### 5 or 6",
+            "#### 5-6",
+            "#### 5, 6",
+            "#### 5 to 6",
+            "#### 5/1/6",
+            "#### 6\n#### 5 or 6",
+            "#### 5 or 6\nIt is 6.",
+            "#### 5 or 6\n\\boxed{6}",
+        ],
+        "5": ["#### 5 or 6", "#### 5-6", "#### 5.5.5", "\\boxed{" + "{1}" * 24, "\\boxed{5 or 6}"],
         "7": ["7e3", "#### 7e3", "\\boxed{7e3}", "7E3 in all", "7e1000", "0.7e999999999"],
     }
     right |= {"7000": ["7e3", "#### 7E+3", "\\boxed{70e2}", "7,000e0", "0.7e4", "700000e-2"]}
@@ -273,12 +326,20 @@ def test_multiple_choice() -> None:
               "The answer is $\\boxed{C}$", "(C) Paris", "The correct option is C because A is wrong"],
         "B": ["The answer is (B).", "**Answer:** B", "**Answer: B**", "\\boxed{\\text{(B)}}", "\\boxed{B) 5}",
               "The answer is A. No, the answer is B.", "We see it.\n\n**(B)**", "<think>Answer: A</think> B",
-              "<answer> (B) </answer>", "B. it can't be A or C"],
+              "<answer> (B) </answer>", "B. it can't be A or C", "B. U.S.", "B. Q", "B. J. K. Rowling", "B. CD",
+              "B. Paris\nA. London is wrong", "B. A is wrong", "\\boxed{B. U.S.}", "\\boxed{A}. No, \\boxed{B}",
+              "\\boxed{B}\n\n\\boxed{B}", "\\boxed{\\boxed{B}}", "A. 4\nB. 5\nC. 6\n\nThe answer is B.",
+              "A. 4\nB. 5\nC. 6\n\nB", "The answer is B. C is wrong"],
+        "Z": ["Z. z"],
     }  # fmt: skip
     # fmt: off
     wrong = ["", "c", "A or C", "The answer is A or C", "The answer is C or A", "The answer is a cat", "Cats",
              "C dogs", "\\boxed{AC}", "\\boxed{A, C}", "\\boxed{5}\nThe answer is C",
-             "The answer is Cat", "C's", "\\boxed{C"]
+             "The answer is Cat", "C's", "\\boxed{C", "B\nC", "A\nB\nC", "Is it\nA\nB\nC", "(C)(D)", "(C) (D)",
+             "C. D. E.", "C) D) E)", "Answer: C D", "Answer: (C)(D)", "C. Paris\nD. London", "(C) Paris\n(D) London",
+             "C.\nD.", "\\boxed{C. D.}", "\\boxed{B} or \\boxed{C}", "\\boxed{C}\\boxed{D}",
+             "$\\boxed{A}$, $\\boxed{C}$", "\\boxed{D} \\text{ and } \\boxed{C}", "\\boxed{5}, \\boxed{C}",
+             "\\boxed{C} \\boxed{C"]
     # fmt: on
     check(multiple_choice, [(text, gold, 1.0) for gold, texts in right.items() for text in texts])
     check(multiple_choice, [(text, "C", 0.0) for text in wrong])

@@ -19,7 +19,7 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.rewards import preflight
 from grpo.rewards.pool import RewardItem, RewardPool, locate
-from grpo.rewards.preflight import check_loads, corrupt, try_golds, try_out
+from grpo.rewards.preflight import check_loads, corrupt, declares_gold, try_golds, try_out
 from grpo.rewards.process import parse_answer, parse_greeting
 from grpo.types import Failed, Prompt, Scored, UserError
 
@@ -720,9 +720,9 @@ def test_corrupt(answer: str, wrong: str) -> None:
 def tried(
     reward: RewardConfig, tmp_path: Path, rows: Sequence[Mapping[str, Any]] = (ROW,), **options: Any
 ) -> list[str]:
-    samples = [items([""], row=row)[0] for row in rows]
+    prompts = [prompt(row, "d", i + 1) for i, row in enumerate(rows)]
     settings: dict[str, Any] = {"gold_template": "{answer}", "answer_column": "answer", **options}
-    return try_out([reward], [Path(reward.file)], {"data.train": samples}, log_dir=tmp_path, **settings)
+    return try_out([reward], [Path(reward.file)], {"data.train": prompts}, log_dir=tmp_path, **settings)
 
 
 def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
@@ -762,34 +762,73 @@ def test_a_gold_answer_that_does_not_stand_out_is_refused(write: Write, tmp_path
         tried(reward, tmp_path)
     assert str(caught.value).startswith("rewards[0]: f on data.train gives the gold answer '2' ")
     assert said in str(caught.value)
-    assert "'question': '1+1'" in str(caught.value)
+    assert "on d.jsonl:1: {'question': '1+1'" in str(caught.value)
+    assert str(caught.value).endswith("not to try it: rewards.0.gold=false)")
 
 
 def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path) -> None:
     good = write("def good(completion, row): return 1.0", file="good.py", name=None)
     source = "def bad(completion, row): return 1.0 if row['answer'] == completion else row['missing']"
     bad = write(source, file="bad.py", name=None)
-    samples = items(["", ""])
-    with pytest.raises(UserError) as caught:
-        try_out([good, bad], [Path(good.file), Path(bad.file)], {"data.train": samples}, gold_template="{answer}",
-                answer_column="answer", log_dir=tmp_path)  # fmt: skip
-    assert str(caught.value) == (
-        "rewards[1]: bad on data.train fails on every row tried; the first: exception: bad: KeyError: 'missing' at "
-        f"{tmp_path / 'bad.py'}:1"
-    )
-    fitting = [items([""], row=row)[0] for row in (ROW, {"answer": "", "question": ""})]
+    prompts = [prompt(ROW, "d", 1), prompt(ROW, "d", 2)]
     options: Any = {"gold_template": "{answer}", "answer_column": "answer", "log_dir": tmp_path}
-    assert try_out([bad], [Path(bad.file)], {"data.train": fitting}, **options) == ["bad on data.train: ran on 2 rows"]
+    with pytest.raises(UserError) as caught:
+        try_out([good, bad], [Path(good.file), Path(bad.file)], {"data.train": prompts}, **options)
+    assert str(caught.value) == (
+        "rewards[1]: bad on data.train fails on every row tried; the first: d.jsonl:1: exception: bad: KeyError: "
+        f"'missing' at {tmp_path / 'bad.py'}:1"
+    )
+    fitting = [*prompts, prompt({"answer": "", "question": "", "missing": 0}, "d", 3)]
+    assert try_out([bad], [Path(bad.file)], {"data.train": fitting}, **options) == [
+        "bad on data.train: warning: ran on 1 of 3 rows tried; failed on d.jsonl:1: exception: bad: KeyError: "
+        f"'missing' at {tmp_path / 'bad.py'}:1"
+    ]
     with pytest.raises(UserError, match=r"bad on data\.eval\.sets\[0\] fails on every row"):
-        try_out([bad], [Path(bad.file)], {"data.train": fitting, "data.eval.sets[0]": samples}, **options)
+        try_out([bad], [Path(bad.file)], {"data.train": fitting, "data.eval.sets[0]": prompts}, **options)
     with pytest.raises(UserError, match=r"timeout: f: ran longer than 0\.5 s"):
         tried(write("def f(completion, row):\n    while True: pass", timeout_s=0.5), tmp_path, [ROW] * 8)
+
+
+def test_rewards_that_fail_on_some_rows_are_told_with_the_first(write: Write, tmp_path: Path) -> None:
+    some = write("def f(completion, row): return 1 / row['n']")
+    assert tried(some, tmp_path, [{"n": n} for n in (1, 1, 0, 1, 0)]) == [
+        "f on data.train: warning: ran on 3 of 5 rows tried; failed on d.jsonl:3: exception: f: ZeroDivisionError: "
+        f"division by zero at {some.file}:1"
+    ]
+    assert tried(some, tmp_path, [{"n": n} for n in (1, 2)]) == ["f on data.train: ran on 2 rows"]
+    slow = write("def f(completion, row):\n    while row['n']: pass\n    return 1.0", timeout_s=0.5)
+    [said] = tried(slow, tmp_path, [{"n": n} for n in (0, 1, 0)])
+    assert said.startswith("f on data.train: warning: ran on 1 of 2 rows tried; failed on d.jsonl:2: timeout: ")
+    shy = write("def f(completion, row): return None if row['n'] else row['m']")
+    [said] = tried(shy, tmp_path, [{"n": n} for n in (1, 0)])
+    assert said.startswith("f on data.train: warning: ran on 1 of 2 rows tried; failed on d.jsonl:2: exception: ")
+
+
+@pytest.mark.parametrize(
+    ("source", "declared"),
+    [
+        ("GOLD = True\n", True), ("GOLD: bool = True", True), ("x = 1\nGOLD = True  # why\n", True),
+        ("GOLD = False\n", False), ("GOLD = 1\n", False), ("def f(completion, row):\n    GOLD = True\n", False),
+        ("# GOLD = True\n", False), ("'GOLD = True'\n", False), ("", False), ("GOLD = True\ndef f(:\n", False),
+        ("raise SystemExit\nGOLD = True\n", True), ("\0", False),
+    ],
+)  # fmt: skip
+def test_a_file_declares_that_it_compares_with_gold(tmp_path: Path, source: str, declared: bool) -> None:
+    (tmp_path / "f.py").write_text(source)
+    assert declares_gold(tmp_path / "f.py") is declared
+
+
+def test_which_graders_declare_it() -> None:
+    files = sorted((ROOT / "reward_fns").glob("*.py"))
+    assert [file.stem for file in files if declares_gold(file)] == [
+        "arithmetic", "gsm8k", "math_answer", "multiple_choice"
+    ]  # fmt: skip
 
 
 def test_gold_needs_its_column_and_template(write: Write, tmp_path: Path) -> None:
     reward = write("def f(completion, row): return 1.0", gold=True)
     with pytest.raises(
-        UserError, match=r"rewards\[0\]: f on data\.train has gold: true .* data\.answer_column=answer is no column"
+        UserError, match=r"rewards\[0\]: f on data\.train has gold: true, .* data\.answer_column=answer is no column"
     ):
         tried(reward, tmp_path, [{"solution": "2"}])
     with pytest.raises(UserError, match=r"data\.gold_template='\{anwser\}' does not fit the rows: KeyError"):
@@ -852,6 +891,10 @@ def test_a_gold_answer_that_cannot_be_read_is_an_error_that_names_its_row(write:
     with pytest.raises(UserError) as caught:
         golds(reward, tmp_path, {"a": [*rows, {"answer": "n/a"}, *rows]})
     assert str(caught.value).startswith("rewards[0]: f on a cannot read the gold answer of a.jsonl:601: exception: f: ")
+    assert str(caught.value).endswith(
+        "; mend the data, or go on without: rewards.0.gold=false (completions of such rows are then Failed, and in no "
+        "average)"
+    )
     assert "invalid literal for int() with base 10: 'n/a'" in str(caught.value)
     calls = tmp_path / "calls"
     counting = write(f"def f(completion, row): open({str(calls)!r}, 'a').write('.'); return 1 / 0", gold=True)
@@ -884,7 +927,7 @@ def test_of_large_sets_an_even_share_of_the_golds_is_tried(
 def test_rewards_are_tried_on_the_sets_that_they_are_for(write: Write, tmp_path: Path) -> None:
     one = write("def one(completion, row): return float(row['x'])", file="one.py", name=None, sets=("a",))
     two = write("def two(completions, x): return [None for _ in x]", file="two.py", name=None, style="trl")
-    samples = {name: items([""], row={"x": 1, name: 2}, dataset=name) for name in "ab"}
+    samples = {name: [prompt({"x": 1, name: 2}, name, 1)] for name in "ab"}
     options: Any = {"gold_template": "{answer}", "answer_column": "answer", "log_dir": tmp_path}
     assert try_out([one, two], [Path(one.file), Path(two.file)], samples, **options) == [
         "one on a: ran on 1 rows",
