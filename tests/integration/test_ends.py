@@ -39,9 +39,9 @@ def alive(processes: list[psutil.Process]) -> list[str]:
     ("strike", "code", "words"),
     [
         ("kill sampler", 1, "sampler-0 died"),
-        ("SIGTERM", 75, "grpo: interrupted by SIGTERM; go on with resume="),
+        pytest.param("SIGTERM", 75, "grpo: interrupted by SIGTERM; go on with resume=", marks=pytest.mark.slow),
         ("SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; go on with resume="),
-        ("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; go on with resume="),
+        pytest.param("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; go on with resume=", marks=pytest.mark.slow),
         ("Ctrl-C thrice", None, "grpo: interrupted by SIGINT; "),
         ("SIGKILL", -signal.SIGKILL, ""),
     ],
