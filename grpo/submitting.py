@@ -64,11 +64,12 @@ def submit(
         raise UserError(f"--driver-cpus must be a number that is not negative, not {driver_cpus:g}")
     variables = parse_env(env)
     variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(int(config.run.grace_s) + TAKING_DOWN_S))
+    signals_are_its, stopping = then == "follow, stop on signals", False
     job = f"grpo-{secrets.token_hex(8)}"  # named here: it is known also when the server's answer does not come
     with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
         size = packing.pack(config, recipe, Path(name), asked.get("resume"))
         try:
-            with held() if then == "follow, stop on signals" else nullcontext(), answers(address) as client:
+            with held() if signals_are_its else nullcontext(), answers(address) as client:
                 refuse_unplaceable(client, driver_cpus)
                 client.submit_job(
                     submission_id=job,
@@ -78,15 +79,15 @@ def submit(
                     metadata={"recipe": recipe.name, "grpo": __version__},
                 )
         except KeyboardInterrupt:
-            if then == "follow, stop on signals":
-                return follow(job, address, known=True, stopping=True)
-            print(f"\ngrpo: interrupted as {job} was handed over. If it has begun it goes on. {hint(job, address)}")
-            return NOT_FOLLOWED
+            stopping = signals_are_its
+            if not stopping:
+                print(f"\ngrpo: interrupted as {job} was handed over. If it has begun it goes on. {hint(job, address)}")
+                return NOT_FOLLOWED
     names = ", ".join(text.partition("=")[0] for text in env)
     print(f"submitted  {job}: {size / packing.MIB:.2f} MiB" + (f", with {names}" if names else ""), flush=True)
     if then == "end":
         return DONE
-    return follow(job, address, known=True, stop_on_signal=then == "follow, stop on signals")
+    return follow(job, address, known=True, stop_on_signal=signals_are_its and not stopping, stopping=stopping)
 
 
 def refuse_unplaceable(client: Any, driver_cpus: float) -> None:
@@ -98,16 +99,16 @@ def refuse_unplaceable(client: Any, driver_cpus: float) -> None:
         return
     found = client._do_request("GET", "/api/v0/nodes", params={"detail": "true", "limit": 10_000})
     found.raise_for_status()
-    nodes = {
-        node["node_ip"]: node["resources_total"].get("CPU", 0.0)
+    nodes = [  # of which several may have one address
+        (node["node_ip"], node["resources_total"].get("CPU", 0.0))
         for node in found.json()["data"]["result"]["result"]
         if node["state"] == "ALIVE"
-    }
-    if driver_cpus > max(nodes.values(), default=0.0):
-        have = ", ".join(f"{address} with {cpus:g}" for address, cpus in nodes.items())
+    ]
+    most = max((cpus for _, cpus in nodes), default=0.0)
+    if driver_cpus > most:
+        have = ", ".join(f"{address} with {cpus:g}" for address, cpus in nodes)
         raise UserError(
-            f"--driver-cpus {driver_cpus:g}: no node has as many CPUs; there is {have or 'no node'}; "
-            f"nearest: {max(nodes.values(), default=0.0):g}"
+            f"--driver-cpus {driver_cpus:g}: no node has as many CPUs; there is {have or 'no node'}; nearest: {most:g}"
         )
 
 

@@ -17,15 +17,6 @@ def said() -> list[str]:
     return []
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Puts them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.usefixtures("handlers")
 def test_held_signals_interrupt_at_the_end() -> None:
     interrupt_early()
@@ -51,14 +42,11 @@ def test_held_signals_interrupt_at_the_end() -> None:
 
 
 @pytest.fixture
-def stopper(said: list[str]) -> Iterator[Stopper]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+def stopper(said: list[str], handlers: None) -> Iterator[Stopper]:
     made = Stopper(0.2, said.append)
     made.install()
     yield made
     made.uninstall()
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def send(number: signal.Signals) -> None:

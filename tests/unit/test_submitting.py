@@ -342,6 +342,10 @@ def test_cpus_that_no_node_has_are_refused_before_ray_waits_for_them() -> None:
     assert str(raised.value) == (
         "--driver-cpus 2.5: no node has as many CPUs; there is 10.0.0.0 with 0, 10.0.0.1 with 2; nearest: 2"
     )
+    several = Nodes(1, 8, 1)
+    for node in several.nodes:
+        node["node_ip"] = "10.0.0.1"
+    submitting.refuse_unplaceable(several, 8)
     with pytest.raises(UserError, match="there is no node"):
         submitting.refuse_unplaceable(Nodes(8, state="DEAD"), 1)
 
@@ -493,8 +497,9 @@ def test_the_server_of_a_job_that_says_nothing_is_asked(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_in_the_handing_over_is_the_jobs_where_signals_are(
-    here: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
+    """The job's name is said all the same."""
     server = Server(["one\n"])
 
     def submit_job(**options: Any) -> None:
@@ -506,7 +511,7 @@ def test_a_signal_in_the_handing_over_is_the_jobs_where_signals_are(
     monkeypatch.setattr(server, "submit_job", submit_job, raising=False)
     recipe, then = written(here), "follow, stop on signals"
     assert submitting.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then=then) == 75
-    assert server.submitted["submission_id"].startswith("grpo-")
+    assert f"submitted  {server.submitted['submission_id']}: " in capsys.readouterr().out
     assert server.stopped == 1
 
 
