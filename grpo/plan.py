@@ -223,6 +223,8 @@ def make_plan(
     a, c, s, width = config.algorithm, config.learner, config.sampler, itemsize(config)
     learner, host = learner_memory(config, shape)
     sampler = sampler_memory(config, shape, gpu.memory)
+    if config.takes_turns:  # before a save both are away for a moment, the sampler with its weights
+        host = host | {"set aside": states(learner) + sampler["weights"]}
     gpus, ranks, samplers = config.gpus_used, config.cluster.learner_ranks, config.cluster.samplers
     cache = sampler["KV cache"] * config.sampler_workers
     shared = shape.over(config.cluster.tensor_parallel)
@@ -273,8 +275,10 @@ def find_problems(
     config: Config, shape: Shape, gpu: Gpu, learner: Parts, sampler: Parts, gpus: int, nodes: int, gpus_per_node: int
 ) -> list[str]:
     """One sentence for each reason that it does not fit, with the options to change."""
-    c, s, ranks = config.learner, config.sampler, config.cluster.learner_ranks
+    s, ranks = config.sampler, config.cluster.learner_ranks
     both = config.cluster.layout == "colocated" and not config.takes_turns
+    given = s.kv_cache_gib is not None  # then vLLM does not look at the other
+    share, held = ("kv_cache_gib", s.kv_cache_gib) if given else ("gpu_memory_utilization", s.gpu_memory_utilization)
     out = []
     samplers, workers = config.cluster.samplers, config.sampler_workers
     if workers > 1 and samplers > nodes * (gpus_per_node // workers):
@@ -294,19 +298,9 @@ def find_problems(
         )
     taken = sum(learner.values()) + (sum(sampler.values()) if both else 0)
     if taken > gpu.memory:
-        row = config.data.max_prompt_tokens + config.sampling.max_tokens - 1
-        options = []
-        if not c.gradient_checkpointing:
-            options.append("learner.gradient_checkpointing=true")
-        if c.tokens_per_microbatch > row:
-            options.append(f"learner.tokens_per_microbatch={max(row, c.tokens_per_microbatch // 2)}")
-        if ranks > 1 and c.zero_stage < 3:
-            options.append(f"learner.zero_stage={c.zero_stage + 1}")
-        if c.offload == "none" and c.zero_stage > 0:
-            options.append("learner.offload=optimizer")
-        if both:
-            options += ["cluster.sleep=true", "a lower sampler.gpu_memory_utilization"]
-        options.append("more cluster.learner_ranks")
+        options = learner_options(config) + ([f"a lower sampler.{share}"] if both else [])
+        alike = " and as many more GPUs of samplers" if config.cluster.layout == "colocated" else ""
+        options.append(f"more cluster.learner_ranks{alike}")
         out.append(
             f"a learner rank takes {taken / 1e9:.1f} GB of {gpu.memory / 1e9:g}"
             f"{' with its sampler' if both else ''}: change, in this order, {', '.join(options)}"
@@ -316,16 +310,33 @@ def find_problems(
     if cache < room:
         out.append(
             f"a sampler's KV cache has {cache / 1e9:.1f} GB and one row of "
-            f"{config.max_row_tokens} tokens takes {room / 1e9:.1f}: raise "
-            f"sampler.gpu_memory_utilization={s.gpu_memory_utilization:g}, or lower "
-            f"sampler.max_num_seqs={s.max_num_seqs} or sampling.max_tokens={config.sampling.max_tokens}"
+            f"{config.max_row_tokens} tokens takes {room / 1e9:.1f}: raise sampler.{share}={held:g}, or lower "
+            f"{'' if given else f'sampler.max_num_seqs={s.max_num_seqs} or '}"
+            f"sampling.max_tokens={config.sampling.max_tokens}"
         )
     if not both and sum(sampler.values()) > gpu.memory:
-        out.append(
-            f"a sampler takes {sum(sampler.values()) / 1e9:.1f} GB of {gpu.memory / 1e9:g}: lower "
-            f"sampler.gpu_memory_utilization={s.gpu_memory_utilization:g}"
-        )
+        taken = sum(sampler.values())
+        out.append(f"a sampler takes {taken / 1e9:.1f} GB of {gpu.memory / 1e9:g}: lower sampler.{share}={held:g}")
     return out
+
+
+def learner_options(config: Config) -> list[str]:
+    """What makes a learner rank smaller, as options that may be given one after the other, each with those before."""
+    c, colocated = config.learner, config.cluster.layout == "colocated"
+    options, stage, fewest = [], c.zero_stage, config.max_row_tokens
+    highest = 2 if colocated or c.reference_offload else 3  # states that move; a reference that is not sharded
+    if not c.gradient_checkpointing:
+        options.append("learner.gradient_checkpointing=true")
+    if c.tokens_per_microbatch > fewest:
+        options.append(f"learner.tokens_per_microbatch={max(fewest, c.tokens_per_microbatch // 2)}")
+    if stage == 0 or (config.cluster.learner_ranks > 1 and stage < highest):
+        stage += 1
+        options.append(f"learner.zero_stage={stage}")
+    if c.offload == "none":
+        options.append("learner.offload=optimizer")
+    if colocated and not config.takes_turns and stage < 3:
+        options.append("cluster.sleep=true")
+    return options
 
 
 def states(learner: Parts) -> float:

@@ -431,6 +431,65 @@ def test_one_gpu_that_both_share_and_a_cache_without_room(capsys: pytest.Capture
     assert "a sampler's KV cache has" in capsys.readouterr().out
 
 
+COLOCATED = ("cluster.layout=colocated", "cluster.samplers=8", "cluster.learner_ranks=8")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("math_drgrpo_7b", ()),
+        ("math_drgrpo_7b", COLOCATED),
+        ("math_drgrpo_7b", (*COLOCATED, "cluster.sleep=false")),
+        ("math_drgrpo_7b", (*COLOCATED, "cluster.sleep=false", "learner.zero_stage=3")),
+        ("math_drgrpo_7b", ("learner.tokens_per_microbatch=4024",)),  # the longest row of an evaluation
+        ("math_drgrpo_7b", ("learner.tokens_per_microbatch=4025",)),
+        ("gsm8k_qwen2.5_7b", ()),
+        ("dapo_32b", ()),
+        ("gsm8k_qwen2.5_0.5b", ("model.dtype=float32", "learner.zero_stage=0", "cluster.sleep=false")),
+    ],
+)
+def test_each_option_that_a_plan_names_is_taken_by_the_command(name: str, overrides: tuple[str, ...]) -> None:
+    """In the order in which they are named, each with those before."""
+    config, small = config_of(name, *overrides), dataclasses.replace(GPUS["a100-40"], memory=2e9)
+    lengths = Lengths(prompt=9, completion=9, longest=9)
+    plan = make_plan(config, shape_of(config.model.path), small, lengths, nodes=16, gpus_per_node=8)
+    [problem] = [each for each in plan.problems if "a learner rank takes" in each]
+    options = [option for option in problem.partition("in this order, ")[2].split(", ") if "=" in option]
+    assert options
+    for count in range(1, len(options) + 1):
+        assert config_of(name, *overrides, *options[:count]) != config_of(name, *overrides, *options[: count - 1])
+
+
+def test_the_options_that_a_plan_names_are_those_that_the_sampler_looks_at(capsys: pytest.CaptureFixture[str]) -> None:
+    """vLLM does not look at its share of the memory where the KV cache is given."""
+    recipe = str(RECIPES["gsm8k_qwen2.5_0.5b"])
+    for cache, said in (
+        ("100", "a sampler takes 109.8 GB of 80: lower sampler.kv_cache_gib=100"),  # 107.4, 1.0, 0.3, 0.6, 0.5
+        ("0.01", "tokens takes 0.0: raise sampler.kv_cache_gib=0.01, or lower sampling.max_tokens="),
+    ):
+        assert main(["plan", recipe, "--gpu", "h100", "cluster.sleep=true", f"sampler.kv_cache_gib={cache}"]) == 2
+        out = capsys.readouterr().out
+        assert said in out
+        assert "gpu_memory_utilization" not in out
+    both = ["sampler.kv_cache_gib=100", "cluster.sleep=false"]
+    assert main(["plan", recipe, "--gpu", "h100", *both]) == 2
+    assert "cluster.sleep=true, a lower sampler.kv_cache_gib, more cluster.learner_ranks and" in capsys.readouterr().out
+
+
+def test_in_turns_host_memory_has_the_states_and_the_weights_that_are_set_aside() -> None:
+    """0.49 B parameters in bfloat16 on one rank at ZeRO 1: 2 of weights, 6 of gradients, 12 of the optimizer, and 2 of
+    the sampler's weights; 2 more of a reference."""
+    lengths = Lengths(prompt=9, completion=9, longest=9)
+
+    def host(*overrides: str) -> Parts:
+        config = config_of("gsm8k_qwen2.5_0.5b", "learner.zero_stage=1", "algorithm.kl_coef=0", *overrides)
+        return make_plan(config, shape_of(config.model.path), GPUS["h100"], lengths, nodes=1, gpus_per_node=8).host
+
+    assert host("cluster.sleep=true") == {"set aside": 22 * 494_032_768}
+    assert host("cluster.sleep=true", "algorithm.kl_coef=0.001") == {"set aside": 24 * 494_032_768}
+    assert host("cluster.sleep=false") == {}
+
+
 def test_a_sampler_over_four_gpus() -> None:
     """A quarter of the weights on each; the cache of all four holds the completions."""
     shape = shape_of("Qwen/Qwen2.5-32B")
