@@ -10,6 +10,7 @@ import argparse
 import difflib
 import errno
 import os
+import select
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from grpo import __version__
 from grpo import config as config_module
 from grpo.stopping import interrupt_early
 from grpo.training import tell, train_command
-from grpo.types import DONE, OURS, RESUMABLE, USERS, UserError
+from grpo.types import DONE, NOT_FOLLOWED, OURS, RESUMABLE, USERS, UserError
 
 NAMED_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
@@ -36,11 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         interrupt_early()
-        return dispatch(parsed, [*getattr(parsed, "overrides", ()), *rest])
+        code = dispatch(parsed, [*getattr(parsed, "overrides", ()), *rest])
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"grpo: {error}", file=sys.stderr)
         return USERS
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return NOT_FOLLOWED
         if error.errno not in NAMED_ERRORS:
             raise
         print(f"grpo: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -53,6 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("grpo: interrupted before anything was started", file=sys.stderr)
         return OURS
+
+
+def nobody_reads() -> bool:
+    """Whether the one who read what is printed has gone, as `| head` does; then nothing is printed any more."""
+    stdout = sys.stdout.fileno()
+    pipe = select.poll()
+    pipe.register(stdout, 0)  # an error is told without being asked for
+    if not pipe.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -162,6 +178,7 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     if parsed.command in ("status", "logs", "stop"):
         from grpo import submitting  # noqa: PLC0415
 
+        submitting.refuse_odd_name(parsed.job)
         command = {"status": submitting.status, "logs": submitting.follow, "stop": submitting.stop}[parsed.command]
         return command(parsed.job, parsed.address)
     asked, overrides = apart(overrides)

@@ -26,10 +26,8 @@ from urllib.parse import urlsplit
 from grpo import __version__
 from grpo.config import Config
 from grpo.stopping import held
-from grpo.types import DONE, OURS, UserError
+from grpo.types import DONE, NOT_FOLLOWED, OURS, UserError
 
-NOT_FOLLOWED = 130
-"""Exit code when Ctrl-C ends the following and not the job: not 75, at which schedulers submit again."""
 CONNECT_S = 5.0
 ANSWER_S = 60.0
 """How long a job server may take to answer."""
@@ -44,6 +42,7 @@ TAKING_DOWN_S = 60
 """What a stopped run may take beyond `run.grace_s` before Ray kills it."""
 PENDING = "PENDING"
 """Ray's word for a job that has not begun."""
+TOKENS = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
 LAST_LINE = "grpo: exit code "
 Then = Literal["end", "follow", "follow, stop on signals"]
 """What the submitting side does once the job is handed over."""
@@ -137,20 +136,7 @@ def answers(address: str) -> Iterator[Any]:
 
     Raises UserError.
     """
-    try:
-        place = urlsplit(address)
-        usual = {"http": 80, "https": 443}[place.scheme]
-        host, port, by_name = place.hostname, place.port or usual, "@" in place.netloc
-    except (KeyError, ValueError):
-        host, by_name = None, "@" in address
-    if by_name:
-        raise UserError("--address takes no user and no password; a token says who you are")
-    if host is None:
-        raise UserError(f"--address {address} is not of the form http://HEAD:8265")
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_S).close()
-    except (OSError, UnicodeError) as error:  # a name that no host can have
-        raise UserError(f"--address {address}: nothing answers there ({error})") from error
+    refuse_unreachable(address)
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take them in the place of `address`
         os.environ.pop(name, None)
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
@@ -170,15 +156,47 @@ def answers(address: str) -> Iterator[Any]:
     try:
         try:
             client = Client(address)
+        except (requests.exceptions.InvalidHeader, UnicodeError) as error:  # whose words have the token in them
+            raise UserError(
+                f"--address {address}: the token has characters that no HTTP header may have; it is read from {TOKENS}"
+            ) from error
         except (LookupError, TypeError, AttributeError, requests.exceptions.JSONDecodeError) as error:
             raise UserError(f"--address {address}: what answers there is no job server of Ray") from error
         yield client
+    except BrokenPipeError:  # whoever reads what is printed has gone, not the server
+        raise
     except AuthenticationError as error:
         reason = error.message.splitlines()[0].partition(". ")[0]
-        places = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
-        raise UserError(f"--address {address}: {reason}; the token is read from {places}") from error
+        raise UserError(f"--address {address}: {reason}; the token is read from {TOKENS}") from error
     except (ConnectionError, RuntimeError, requests.RequestException, aiohttp.ClientError) as error:
         raise UserError(f"--address {address}: {' '.join(str(error).split())[:300]}") from error
+
+
+def refuse_unreachable(address: str) -> None:
+    """Raises UserError where an address is none, or nothing answers there."""
+    try:
+        place = urlsplit(address)
+        usual = {"http": 80, "https": 443}[place.scheme]
+        host, port, by_name = place.hostname, place.port or usual, "@" in place.netloc
+    except (KeyError, ValueError):
+        host, by_name = None, "@" in address
+    if by_name:
+        raise UserError("--address takes no user and no password; a token says who you are")
+    if host is None:
+        raise UserError(f"--address {address} is not of the form http://HEAD:8265")
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
+    except (OSError, UnicodeError) as error:  # a name that no host can have
+        raise UserError(f"--address {address}: nothing answers there ({error})") from error
+
+
+def refuse_odd_name(job: str) -> None:
+    """A name is a part of an address, in which some would mean another.
+
+    Raises UserError.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", job):
+        raise UserError(f"{job!r} is no job's name: letters, digits, '_', '-' and '.', as grpo submit prints it")
 
 
 def hint(job: str, address: str) -> str:

@@ -32,6 +32,9 @@ scored; the others are of rewards. `abstained`: every part returned None."""
 
 DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
 """Exit codes: as asked; our fault, or what nobody foresaw; the user's mistake; stopped, and can be gone on with."""
+NOT_FOLLOWED = 130
+"""Exit code where nobody looks on any more, after Ctrl-C or as a pipe's reader has gone, and what is looked at goes on:
+not 75, at which schedulers submit again."""
 
 
 class UserError(Exception):

@@ -96,12 +96,19 @@ def head() -> Iterator[Head]:
     finally:
         ray.terminate()
         ray.wait(timeout=60)
+        until(lambda: not naming(folder), "Ray's processes to end")
         shutil.rmtree(folder)
 
 
 def answers(port: int) -> bool:
     with socket.socket() as connecting:
         return connecting.connect_ex(("127.0.0.1", port)) == 0
+
+
+def naming(folder: str) -> list[int]:
+    """Processes whose command line names a folder: they may still write to it."""
+    lines = psutil.process_iter(["cmdline"])
+    return [process.pid for process in lines if any(folder in part for part in process.info["cmdline"] or [])]
 
 
 def until(happened: Callable[[], object], what: str) -> None:
@@ -244,6 +251,11 @@ def test_a_token_that_is_wrong_or_missing_is_refused(head: Head, tmp_path: Path)
     code, said = head.grpo("status", "job", cwd=tmp_path, RAY_AUTH_TOKEN="", RAY_AUTH_MODE="disabled")
     assert (code, said.count("\n")) == (2, 1)
     assert "Missing authentication token" in said
+    for odd in ("sesame\nopen", "ses€ame"):
+        code, said = head.grpo("status", "job", cwd=tmp_path, RAY_AUTH_TOKEN=odd)
+        assert (code, said.count("\n")) == (2, 1), said
+        assert "the token has characters that no HTTP header may have" in said
+        assert "ses" not in said
 
 
 def test_a_job_that_there_is_none_of(head: Head, tmp_path: Path) -> None:
@@ -271,6 +283,14 @@ def test_ctrl_c_ends_the_following_and_stop_the_job(head: Head, slow: tuple[Path
     assert "status     STOPPED" in said
     assert "exit code  75" in said
     assert not drivers(recipe)
+    read, write = os.pipe()
+    os.close(read)  # as by a `| head` that has seen enough
+    with open(write, "w") as nobody:
+        logs = subprocess.run(
+            [sys.executable, "-m", "grpo", "logs", job, "--address", head.address], env=head.environment,
+            stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S,
+        )  # fmt: skip
+    assert (logs.returncode, logs.stderr) == (130, "")
     code, said = head.grpo("logs", job, cwd=recipe.parent)
     assert code == 75
     assert f"go on with resume={recipe.parent}/runs/run" in said

@@ -22,6 +22,7 @@ import yaml
 
 from grpo import config as config_module
 from grpo import packing, submitting
+from grpo.cli import main
 from grpo.submitting import answers, entrypoint, exit_code, parse_env
 from grpo.types import OURS, UserError
 
@@ -267,6 +268,27 @@ def test_an_address_takes_no_password(address: str) -> None:
     with pytest.raises(UserError, match=r"^--address takes no user and no password") as raised, answers(address):
         pass
     assert "sesame" not in str(raised.value)
+
+
+@pytest.mark.parametrize("job", ["", "..", "../version", "a/b", "a b", "a?b", ".hidden", "jöb"])
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_a_name_that_no_job_has_is_not_sent_to_the_server(
+    command: str, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be another address there: of all jobs, or of no job."""
+    assert main([command, job, "--address", "http://127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err.startswith(f"grpo: {job!r} is no job's name: letters, digits, ")
+
+
+def test_a_pipe_without_a_reader_ends_a_command_without_words() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as nobody:
+        options = subprocess.run(
+            [sys.executable, "-m", "grpo", "options"], stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=60,
+            cwd=ROOT,
+        )  # fmt: skip
+    assert (options.returncode, options.stderr) == (130, "")
 
 
 @pytest.fixture
