@@ -14,18 +14,21 @@ A request that fails to connect, takes longer than REWARD_TIMEOUT_S (10) or is a
 tried again up to REWARD_RETRIES (3) times: at once, after 0.5 s, after 1 s, or when the answer's Retry-After says, but
 no later than after REWARD_TIMEOUT_S. What fails for good fails that completion alone, as does any other answer, one of
 more than 1 MiB, and one that has begun and is not there whole after REWARD_TIMEOUT_S. Headers that come in drips are
-waited for as long as each drip is in time, until `timeout_s`.
+waited for as long as each drip is in time, until `timeout_s`. Neither the token nor what follows `?` in REWARD_URL is
+shown in what is said of failures.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import urllib3
 
@@ -37,55 +40,99 @@ LONGEST = 1 << 20
 def remote(completions: Sequence[Any], **columns: Sequence[Any]) -> list[float | Exception | None]:
     """What the service says of each completion; an exception in the place of what it could not judge.
 
-    Raises KeyError without REWARD_URL.
+    Raises ValueError where one of the variables is not what it must be.
     """
-    url, concurrency = os.environ["REWARD_URL"], int(os.environ.get("REWARD_CONCURRENCY", "16"))
+    url, headers, concurrency = _url(), _headers(), _count("REWARD_CONCURRENCY", 16, least=1)
+    client = _client(concurrency, _count("REWARD_RETRIES", 3, least=0), _timeout_s())
     columns.pop("prompts", None)
     rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     with ThreadPoolExecutor(concurrency) as threads:
-        return list(threads.map(functools.partial(_ask, _client(concurrency), url), texts, rows))
+        return list(threads.map(functools.partial(_ask, client, url, headers), texts, rows))
 
 
-@functools.cache
-def _client(concurrency: int) -> urllib3.PoolManager:
-    """One for all calls of this process, which keeps its connections open."""
-    tries = _Retry(
-        total=int(os.environ.get("REWARD_RETRIES", "3")), backoff_factor=0.25, status_forcelist=TRIED_AGAIN,
-        allowed_methods=None, redirect=False,
-    )  # fmt: skip
-    timeout = urllib3.Timeout(total=_timeout_s())
-    return urllib3.PoolManager(maxsize=concurrency, block=True, retries=tries, timeout=timeout)
+def _url() -> str:
+    url = os.environ.get("REWARD_URL", "")
+    try:
+        place = urlsplit(url)
+        whole = place.scheme in ("http", "https") and place.hostname and (place.port is None or place.port > 0)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError("REWARD_URL must be set to the service's address, of the form http://HOST:PORT/PATH")
+    if "@" in place.netloc:  # urllib3 would not send them
+        raise ValueError("REWARD_URL takes no user and no password; REWARD_TOKEN is sent as a bearer token")
+    return url
+
+
+def _headers() -> dict[str, str]:
+    token = os.environ.get("REWARD_TOKEN", "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("REWARD_TOKEN has characters that no HTTP header may have")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _count(name: str, usual: int, *, least: int) -> int:
+    text = os.environ.get(name, str(usual))
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {text!r}")
+    return int(text)
 
 
 def _timeout_s() -> float:
-    return float(os.environ.get("REWARD_TIMEOUT_S", "10"))
+    text = os.environ.get("REWARD_TIMEOUT_S", "10")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"REWARD_TIMEOUT_S must be a number of seconds above 0, not {text!r}")
+    return seconds
+
+
+@functools.cache
+def _client(concurrency: int, retries: int, timeout_s: float) -> urllib3.PoolManager:
+    """One for all calls of this process, which keeps its connections open."""
+    tries = _Retry(
+        total=retries, backoff_factor=0.25, status_forcelist=TRIED_AGAIN, allowed_methods=None, redirect=False
+    )
+    return urllib3.PoolManager(maxsize=concurrency, block=True, retries=tries, timeout=urllib3.Timeout(total=timeout_s))
 
 
 class _Retry(urllib3.Retry):
+    def increment(self, *what: Any, response: Any = None, **more: Any) -> Any:
+        """Before an answer is passed over: urllib3 would read it to its end, however long that takes."""
+        if response is not None:
+            response.close()
+            response.release_conn()
+        return super().increment(*what, response=response, **more)
+
     def get_retry_after(self, response: Any) -> float | None:
         """Seconds, but not so many that the group's deadline passes for the sake of one completion."""
         try:
             after = super().get_retry_after(response)
-        except urllib3.exceptions.InvalidHeader:  # neither a number nor a date
+        except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):  # no number, no date, none that there is
             return None
         return None if after is None else min(after, _timeout_s())
 
 
-def _ask(client: urllib3.PoolManager, url: str, completion: str, row: Mapping[str, Any]) -> float | Exception | None:
+def _ask(
+    client: urllib3.PoolManager, url: str, headers: Mapping[str, str], completion: str, row: Mapping[str, Any]
+) -> float | Exception | None:
     """The verdict on one completion, or why there is none."""
-    token = os.environ.get("REWARD_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    shown = url.partition("?")[0]
     try:
         answer = client.request(
             "POST", url, json={"completion": completion, "row": row}, headers=headers, preload_content=False
         )
-        body = _body(answer, url)
+        body = _body(answer, shown)
         if answer.status != 200:
-            raise ValueError(f"{url} answered {answer.status}: {body[:100]!r}")
+            raise ValueError(f"{shown} answered {answer.status}: {body[:100]!r}")
         reward = json.loads(body)["reward"]
         if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float)):
-            raise ValueError(f"{url} answered a reward that is no number: {reward!r:.80}")
+            raise ValueError(f"{shown} answered a reward that is no number: {reward!r:.80}")
+    except urllib3.exceptions.MaxRetryError as error:  # whose own words have the whole address
+        return ConnectionError(f"{shown}: {error.reason}")
     except (urllib3.exceptions.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
         return error
     return reward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ class Service:
         self.written = 0
         self.bodies: list[Any] = []
         self.tokens: list[str | None] = []
+        self.paths: list[str] = []
         self.now = self.most = 0
         lock, service = threading.Lock(), self
 
@@ -51,6 +53,7 @@ class Service:
                     service.now += 1
                     service.most = max(service.most, service.now)
                     service.bodies.append(body)
+                    service.paths.append(self.path)
                     service.tokens.append(self.headers["Authorization"])
                 status, answer = service.judge(body)
                 with lock:
@@ -85,7 +88,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     monkeypatch.setenv("REWARD_URL", made.url)
     module._client.cache_clear()
     yield made
-    module._client(16).clear()
+    module._client(16, 3, 10.0).clear()
     made.server.shutdown()
     made.server.server_close()
     thread.join()
@@ -101,7 +104,7 @@ def test_each_completion_is_asked_about_with_its_row(service: Service) -> None:
 
 
 def test_chat_completions_are_their_text_and_a_token_is_sent(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REWARD_TOKEN", "abc")
+    monkeypatch.setenv("REWARD_TOKEN", "abc\n")  # as of a file
     assert remote([[{"role": "assistant", "content": "four"}]]) == [4]
     assert service.tokens == ["Bearer abc"]
 
@@ -203,18 +206,95 @@ def test_a_service_may_not_ask_for_more_patience_than_a_request_has(
     assert len(service.bodies) == 2
 
 
-def test_a_retry_after_that_means_nothing_is_passed_over(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after", ["soon", "Fri, 31 Dec 99999999999999999999 23:59:59 GMT", "9" * 5000])
+def test_a_retry_after_that_means_nothing_is_passed_over(
+    after: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("REWARD_RETRIES", "1")
-    service.headers = {"Retry-After": "soon"}
+    service.headers = {"Retry-After": after}
     service.judge = lambda body: (429, b"") if len(service.bodies) == 1 else (200, b'{"reward": 1}')
     assert remote(["a"]) == [1]
+
+
+def test_the_answer_of_a_passing_trouble_is_not_read_to_its_end(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may never come; and the place of the request is free again."""
+    monkeypatch.setenv("REWARD_RETRIES", "1")
+    monkeypatch.setenv("REWARD_CONCURRENCY", "1")
+
+    def judge(body: Any) -> Answer:
+        if body["completion"] == "good" or len(service.bodies) > 2:
+            return 200, b'{"reward": 1}'
+        return 503, (time.sleep(0.1) or b" " for _ in range(200))  # type: ignore[func-returns-value]
+
+    service.judge = judge
+    started = time.monotonic()
+    down, good = remote(["down", "good"])
+    assert time.monotonic() - started < 8
+    assert str(down) == f"{service.url}: too many 503 error responses"
+    assert good == 1
+    assert [body["completion"] for body in service.bodies] == ["down", "down", "good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("REWARD_TOKEN", "sesame\nopen", "REWARD_TOKEN has characters that no HTTP header may have"),
+        ("REWARD_TOKEN", "sesame€", "REWARD_TOKEN has characters that no HTTP header may have"),
+        ("REWARD_URL", "http://me:sesame@127.0.0.1/", "REWARD_URL takes no user and no password"),
+        ("REWARD_URL", "", "REWARD_URL must be set to the service's address, of the form http://HOST:PORT/PATH"),
+        ("REWARD_URL", "sesame/score", "REWARD_URL must be set"),
+        ("REWARD_URL", "http://host:sesame/", "REWARD_URL must be set"),
+        ("REWARD_URL", "http://[sesame", "REWARD_URL must be set"),
+        ("REWARD_TIMEOUT_S", "0", "REWARD_TIMEOUT_S must be a number of seconds above 0, not '0'"),
+        ("REWARD_TIMEOUT_S", "inf", "REWARD_TIMEOUT_S must be a number of seconds above 0, not 'inf'"),
+        ("REWARD_TIMEOUT_S", "ten", "REWARD_TIMEOUT_S must be a number of seconds above 0, not 'ten'"),
+        ("REWARD_CONCURRENCY", "0", "REWARD_CONCURRENCY must be a whole number of at least 1, not '0'"),
+        ("REWARD_CONCURRENCY", "x", "REWARD_CONCURRENCY must be a whole number of at least 1, not 'x'"),
+        ("REWARD_RETRIES", "-1", "REWARD_RETRIES must be a whole number of at least 0, not '-1'"),
+        ("REWARD_RETRIES", "", "REWARD_RETRIES must be a whole number of at least 0, not ''"),
+    ],
+)
+def test_a_variable_that_is_not_what_it_must_be_is_named(
+    name: str, value: str, words: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what may be a secret is not quoted."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}") as raised:
+        remote(["a"])
+    assert "sesame" not in str(raised.value)
+    assert service.bodies == []
+
+
+def test_a_key_in_the_address_is_sent_and_not_shown(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_RETRIES", "0")
+    answers = {
+        "wrong": (500, b""),
+        "word": (200, b'{"reward": "1"}'),
+        "down": (503, b""),
+        "good": (200, b'{"reward": 1}'),
+    }
+    service.judge = lambda body: answers[body["completion"]]
+    monkeypatch.setenv("REWARD_URL", f"{service.url}?key=sesame")
+    wrong, word, down, good = remote(list(answers))
+    assert str(wrong) == f"{service.url} answered 500: b''"
+    assert str(word) == f"{service.url} answered a reward that is no number: '1'"
+    assert str(down) == f"{service.url}: too many 503 error responses"
+    assert good == 1
+    assert set(service.paths) == {"/score?key=sesame"}
+    monkeypatch.setenv("REWARD_URL", "http://127.0.0.1:9/score?key=sesame")
+    [nobody] = remote(["good"])
+    assert "http://127.0.0.1:9/score: " in str(nobody)
+    assert "Connection refused" in str(nobody)
+    assert "sesame" not in str(nobody)
 
 
 def test_a_connection_is_kept(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_CONCURRENCY", "1")
     assert remote(["a", "bb"]) == [1, 2]
     assert remote(["ccc"]) == [3]
-    [pool] = module._client(1).pools._container.values()
+    [pool] = module._client(1, 3, 10.0).pools._container.values()
     assert (pool.num_connections, pool.num_requests) == (1, 3)
 
 
