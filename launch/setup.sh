@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv and installs what a lock file pins: launch/setup.sh cpu|dev. Does nothing when that is already in place.
-# On GPU machines: python3.11 -m venv .venv && .venv/bin/pip install ".[gpu]"
+# Makes .venv and installs what a lock file pins: launch/setup.sh cpu|dev|gpu|gpu-dev. Does nothing when that is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lock=${1:-cpu}
-[ -f "locks/$lock.txt" ] || { echo "usage: launch/setup.sh cpu|dev" >&2; exit 2; }
+[ -f "locks/$lock.txt" ] || { echo "usage: launch/setup.sh cpu|dev|gpu|gpu-dev" >&2; exit 2; }
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then
@@ -19,9 +18,16 @@ fi
 
 fingerprint() { cat "locks/$1.txt" pyproject.toml | sha256sum | cut -c1-16; }
 installed() { [ "$(cat ".venv/.installed-$1" 2>/dev/null)" = "$(fingerprint "$1")" ]; }
-if [ "$lock" = cpu ] && [ -f .venv/.installed-dev ]; then
-  lock=dev # holds all of cpu; one environment is kept at one lock
+case "$lock" in
+  gpu*) larger=gpu-dev others="cpu dev" ;;
+  *) larger=dev others="gpu gpu-dev" ;;
+esac
+if [ -f ".venv/.installed-$larger" ]; then
+  lock=$larger # holds all of the smaller one; one environment is kept at one lock
 fi
+for other in $others; do
+  [ ! -f ".venv/.installed-$other" ] || { echo ".venv has locks/$other.txt, and vLLM for CPUs and for GPUs do not fit into one environment: remove .venv first" >&2; exit 2; }
+done
 if ! installed "$lock"; then
   echo "installing locks/$lock.txt into .venv (a few minutes the first time)"
   [ -x .venv/bin/python ] || "$python" -m venv .venv

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Sets up like the quickstart and runs the checks and the tests. --full: the slow ones too. Other arguments go to pytest.
+# Sets up like the quickstart and runs the checks and the tests. --full: the slow ones too, and after launch/setup.sh gpu
+# those that need a GPU. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash launch/setup.sh dev
+lock=dev
+if [ -f .venv/.installed-gpu ] || [ -f .venv/.installed-gpu-dev ]; then lock=gpu-dev; fi
+bash launch/setup.sh "$lock"
 .venv/bin/python recipes/arithmetic.py
 bash launch/check.sh
 select="not slow and not gpu"

