@@ -100,12 +100,12 @@ def _client(concurrency: int, retries: int, timeout_s: float) -> urllib3.PoolMan
 
 
 class _Retry(urllib3.Retry):
-    def increment(self, *what: Any, response: Any = None, **more: Any) -> Any:
+    def increment(self, *what: Any, **more: Any) -> Any:
         """Before an answer is passed over: urllib3 would read it to its end, however long that takes."""
-        if response is not None:
+        if (response := more.get("response")) is not None:
             response.close()
             response.release_conn()
-        return super().increment(*what, response=response, **more)
+        return super().increment(*what, **more)
 
     def get_retry_after(self, response: Any) -> float | None:
         """Seconds, but not so many that the group's deadline passes for the sake of one completion."""
