@@ -34,9 +34,12 @@ if ! installed "$lock"; then
   log=.venv/install.log
   install() { .venv/bin/python -m pip install --no-deps --quiet --disable-pip-version-check "$@" >>"$log" 2>&1; }
   : >"$log"
-  # The CPU build of torch is on no general index. Where pip's own configuration does not know it, take PyTorch's.
-  install "$(grep '^torch==' "locks/$lock.txt")" ||
-    install --index-url "${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}" "$(grep '^torch==' "locks/$lock.txt")" ||
+  torch=$(grep '^torch==' "locks/$lock.txt")
+  # The CPU build of torch is on no general index. Where pip's own configuration does not know it, take PyTorch's. Where
+  # it does, pip holds it for the one with CUDA, unless that is asked for letter by letter.
+  if [ "$larger" = gpu-dev ]; then torch="torch===${torch#torch==}"; fi
+  install "$torch" ||
+    { [ "$larger" = dev ] && install --index-url "${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}" "$torch"; } ||
     { tail -n 5 "$log" >&2; echo "torch could not be installed; see $log" >&2; exit 1; }
   install -r "locks/$lock.txt" || { tail -n 5 "$log" >&2; echo "installation failed; see $log" >&2; exit 1; }
   install -e . || { tail -n 5 "$log" >&2; echo "installation failed; see $log" >&2; exit 1; }
