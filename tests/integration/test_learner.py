@@ -247,7 +247,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("family", "stage"),
-    [("qwen2", 2), ("llama", 3), pytest.param("qwen2", 3, marks=SLOW), pytest.param("llama", 2, marks=SLOW)],
+    [("qwen2", 2), *(pytest.param(*other, marks=SLOW) for other in (("llama", 3), ("qwen2", 3), ("llama", 2)))],
 )
 def test_every_loss_and_aggregation_moves_the_weights_as_written_out(
     family: str, stage: int, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]

@@ -45,8 +45,8 @@ def two_steps(recipe: Path, runs: Path) -> tuple[Path, list[dict[str, Any]]]:
 
 
 AT_FULL = (
-    "dapo_7b", "deepscaler_1.5b_16k", "deepscaler_1.5b_24k", "gsm8k_qwen2.5_1.5b", "gsm8k_qwen2.5_7b",
-    "math_simplerl_zoo_7b",
+    "countdown_3b", "dapo_7b", "deepscaler_1.5b_8k", "deepscaler_1.5b_16k", "deepscaler_1.5b_24k", "gsm8k_qwen2.5_1.5b",
+    "gsm8k_qwen2.5_7b", "math_simplerl_zoo_7b",
 )  # fmt: skip
 """Each of these differs in sizes from one that the default suite runs, or in objectives that other tests run."""
 
@@ -82,10 +82,10 @@ def every_set_is_asked(config: Config, folder: Path) -> None:
 
 
 BLOCKS = [
-    pytest.param(*block.values, id=block.id, marks=[] if str(block.id).startswith("README") else [pytest.mark.slow])
-    for block in blocks("yaml")
+    pytest.param(*block.values, id=block.id, marks=[pytest.mark.slow] if i else [])
+    for i, block in enumerate(blocks("yaml"))
 ]
-"""Those of docs/ run with --full."""
+"""The README's first one in the default suite, the others with --full."""
 
 
 @pytest.mark.parametrize("block", BLOCKS)

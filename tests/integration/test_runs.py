@@ -196,7 +196,7 @@ def test_the_final_model_loads_and_is_the_last_policy(first_run: Any) -> None:
     "cluster",
     [
         {"layout": "disaggregated", "samplers": 2, "sampler_cpus": 0.5},  # weights over gloo
-        {"samplers": 4, "sampler_cpus": 0.25},  # weights through shared memory
+        pytest.param({"samplers": 4, "sampler_cpus": 0.25}, marks=pytest.mark.slow),  # weights through shared memory
     ],
 )
 def test_another_placement_and_the_same_seed_give_the_same_run(
@@ -260,7 +260,8 @@ def test_vllm_loads_the_final_model(first_run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "stage", "ranks", "minibatches"), [("llama", 3, 2, 1), ("qwen3", 2, 1, 1), ("qwen2", 1, 1, 2)]
+    ("family", "stage", "ranks", "minibatches"),
+    [("llama", 3, 2, 1), ("qwen3", 2, 1, 1), pytest.param("qwen2", 1, 1, 2, marks=pytest.mark.slow)],
 )
 def test_families_stages_and_a_hostile_generation_config(
     family: str,
@@ -420,6 +421,7 @@ def test_a_run_joins_a_cluster_and_leaves_it_as_it_was(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_the_reasoning_recipe_runs_on_an_untrained_model_of_its_shape(tmp_path: Path) -> None:
     made = tmp_path / "made"
     script = [sys.executable, str(ROOT / "recipes" / "reasoning.py"), "--untrained", "--out", str(made)]
