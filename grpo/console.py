@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -17,11 +19,20 @@ from rich.table import Table
 from grpo.metrics import HEADLINE
 
 
+class Reader(RichConsole):
+    """Standard output. One that reads it from a pipe may go, as `| head` does: the run goes on for log.txt."""
+
+    def on_broken_pipe(self) -> None:
+        """Where rich would end the process, without a word."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Console:
     """Progress of one run. Use as a context manager, so that the terminal is restored however the run ends."""
 
     def __init__(self, *, steps: int, log: Path | None) -> None:
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = Reader(highlight=False, soft_wrap=True)
         self._log = log.open("a", encoding="utf-8") if log else None
         self._steps = steps
         self._started = time.monotonic()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +45,22 @@ def test_on_a_terminal_there_is_a_live_table(
     shown = capsys.readouterr().out
     for part in ("1/1", "reward/mean", "0.5", "gradient/no_spread", "25.0%", "75.0%"):
         assert part in shown
+
+
+def test_a_run_outlives_the_one_who_reads_it_from_a_pipe(tmp_path: Path) -> None:
+    """`grpo train ... | head`: the log has everything, and nobody is told of a pipe."""
+    program = (
+        "import sys; from pathlib import Path; from grpo.console import Console\n"
+        "with Console(steps=1, log=Path(sys.argv[1])) as console:\n"
+        "    console.say('one')\n    console.say('two')\n"
+        "print('three')\n"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as nobody:
+        ended = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "log.txt")], stdout=nobody, stderr=subprocess.PIPE,
+            text=True, timeout=60, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [line.split(" ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
