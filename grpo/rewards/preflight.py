@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
@@ -163,7 +163,7 @@ def try_golds(
             for label, some in own.items():
                 where = f"rewards[{i}]: {name} on {label}"
                 tried = evenly_spread(some, MAX_GOLDS)
-                texts = (gold_text(prompt.row, where, gold_template, answer_column) for prompt in tried)
+                texts = (gold_text(prompt, where, gold_template, answer_column) for prompt in tried)
                 unread = _golds_without_reward(pool, where, i, tried, texts, say)
                 said = f"{len(tried) - len(unread)} of {len(tried)} gold answers score above 0"
                 if len(tried) < len(some):
@@ -280,7 +280,7 @@ def score(pool: RewardPool, prompt: Prompt, texts: Sequence[str]) -> list[Scored
 
 def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> tuple[str, str]:
     """The gold answer and a corrupted one, written as completions."""
-    gold = gold_text(prompt.row, where, gold_template, answer_column)
+    gold = gold_text(prompt, where, gold_template, answer_column)
     answer = prompt.row[answer_column]
     wrong = corrupt(str(answer))
     try:
@@ -288,17 +288,17 @@ def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: st
         other = {**prompt.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
         return gold, gold_template.format(**other)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"data.gold_template={gold_template!r} does not fit the rows: {error!r}") from error
+        raise UserError(f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}") from error
 
 
-def gold_text(row: Mapping[str, Any], where: str, gold_template: str, answer_column: str) -> str:
+def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> str:
     """The gold answer, written as a completion."""
-    if answer_column not in row:
+    if answer_column not in prompt.row:
         raise UserError(
             f"{where} has gold: true, by the recipe or by GOLD in its file, and needs the gold answer, but "
-            f"data.answer_column={answer_column} is no column of the row {dict(row)!r:.300}"
+            f"data.answer_column={answer_column} is no column of {prompt.where}: {dict(prompt.row)!r:.300}"
         )
     try:
-        return gold_template.format(**row)
+        return gold_template.format(**prompt.row)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"data.gold_template={gold_template!r} does not fit the rows: {error!r}") from error
+        raise UserError(f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}") from error

@@ -831,7 +831,7 @@ def test_gold_needs_its_column_and_template(write: Write, tmp_path: Path) -> Non
         UserError, match=r"rewards\[0\]: f on data\.train has gold: true, .* data\.answer_column=answer is no column"
     ):
         tried(reward, tmp_path, [{"solution": "2"}])
-    with pytest.raises(UserError, match=r"data\.gold_template='\{anwser\}' does not fit the rows: KeyError"):
+    with pytest.raises(UserError, match=r"data\.gold_template='\{anwser\}' does not fit d\.jsonl:1: KeyError"):
         tried(reward, tmp_path, gold_template="{anwser}")
 
 
@@ -905,7 +905,7 @@ def test_a_gold_answer_that_cannot_be_read_is_an_error_that_names_its_row(write:
     slow = write("def f(completion, row):\n    while True: pass", gold=True, timeout_s=0.3)
     with pytest.raises(UserError, match=r"a\.jsonl:1: timeout"):
         golds(slow, tmp_path, {"a": rows[:1]})
-    with pytest.raises(UserError, match=r"data\.answer_column=answer is no column of the row \{'gold': 1\}"):
+    with pytest.raises(UserError, match=r"data\.answer_column=answer is no column of a\.jsonl:6: \{'gold': 1\}"):
         golds(reward, tmp_path, {"a": [*rows[:5], {"gold": 1}]})
 
 
