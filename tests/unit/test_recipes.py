@@ -91,22 +91,24 @@ def test_every_recipe_is_documented_and_reckoned() -> None:
 PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
     (
         "slime scripts/run-qwen2.5-0.5B-reproducibility.sh: 32 x 8, gbs 256, 100 rollouts, lr 1e-6, wd .1, eps .2/.28, "
-        "KL 0, 1024",
+        "KL 0, 1024, adam beta2 .98",
         "gsm8k_qwen2.5_0.5b",
         {
             "algorithm.prompts_per_step": 32, "algorithm.group_size": 8, "algorithm.minibatches_per_step": 1,
-            "run.steps": 100, "optimizer.lr": 1e-6, "optimizer.weight_decay": 0.1, "algorithm.eps_low": 0.2,
+            "run.steps": 100, "optimizer.lr": 1e-6, "optimizer.weight_decay": 0.1, "optimizer.betas": (0.9, 0.98),
+            "algorithm.entropy_coef": 0.0, "algorithm.eps_low": 0.2,
             "algorithm.eps_high": 0.28, "algorithm.kl_coef": 0.0, "sampling.max_tokens": 1024,
             "model.path": "Qwen/Qwen2.5-0.5B-Instruct",
         },
     ),
     (
         "SkyRL examples/train/gsm8k/run_gsm8k.sh: bsz 1024, mini 256, n 5, lr 1e-6, KL 0.001 k3, eps 0.2, 512/1024; "
-        "140 steps",
+        "140 steps; skyrl_train/config/ppo_base_config.yaml: wd 1e-2",
         "gsm8k_qwen2.5_1.5b",
         {
             "algorithm.prompts_per_step": 1024, "algorithm.group_size": 5, "algorithm.minibatches_per_step": 4,
-            "run.steps": 140, "optimizer.lr": 1e-6, "algorithm.eps_low": 0.2, "algorithm.eps_high": 0.2,
+            "run.steps": 140, "optimizer.lr": 1e-6, "optimizer.weight_decay": 0.01, "optimizer.betas": (0.9, 0.999),
+            "algorithm.eps_low": 0.2, "algorithm.eps_high": 0.2,
             "algorithm.kl_coef": 0.001, "algorithm.kl_estimator": "k3", "algorithm.kl_place": "loss",
             "data.max_prompt_tokens": 512, "sampling.max_tokens": 1024, "model.path": "Qwen/Qwen2.5-1.5B-Instruct",
         },
@@ -151,12 +153,12 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     (
-        "verl-recipe dapo/test_dapo_7b_math.sh: 512 x 16, mini 32, lr 1e-6 (10 warm), wd .1, eps .2/.28, c 10, no KL, "
-        "token-mean, 2048/8192, buffer 4096, no filter, 200 steps; evaluation top_p .7",
+        "verl-recipe dapo/test_dapo_7b_math.sh: 512 x 16, mini 32, lr 1e-6 (10 warm: steps, of 16 updates), wd .1, "
+        "eps .2/.28, c 10, no KL, token-mean, 2048/8192, buffer 4096, no filter, 200 steps; evaluation top_p .7",
         "dapo_7b",
         {
             "algorithm.prompts_per_step": 512, "algorithm.group_size": 16, "algorithm.minibatches_per_step": 16,
-            "run.steps": 200, "optimizer.lr": 1e-6, "optimizer.warmup_steps": 10, "optimizer.weight_decay": 0.1,
+            "run.steps": 200, "optimizer.lr": 1e-6, "optimizer.warmup_steps": 160, "optimizer.weight_decay": 0.1,
             "optimizer.max_grad_norm": 1.0, "algorithm.eps_low": 0.2, "algorithm.eps_high": 0.28,
             "algorithm.dual_clip": 10.0, "algorithm.kl_coef": 0.0, "algorithm.aggregation": "token_mean",
             "data.max_prompt_tokens": 2048, "sampling.max_tokens": 8192, "algorithm.length_penalty_tokens": 4096,
@@ -165,12 +167,13 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     (
-        "verl-recipe dapo/run_dapo_qwen2.5_32b.sh: 512 (gen 1536, at most 10 times) x 16, mini 32, lr 1e-6 (10 warm), "
-        "wd .1, eps .2/.28, c 10, no KL, token-mean, 2048/20480, buffer 4096, T 1; evaluation top_p .7",
+        "verl-recipe dapo/run_dapo_qwen2.5_32b.sh: 512 (gen 1536, at most 10 times) x 16, mini 32, lr 1e-6 (10 "
+        "warm: steps, of 16 updates), wd .1, eps .2/.28, c 10, no KL, token-mean, 2048/20480, buffer 4096, T 1; "
+        "evaluation top_p .7",
         "dapo_32b",
         {
             "algorithm.prompts_per_step": 512, "algorithm.group_size": 16, "algorithm.minibatches_per_step": 16,
-            "optimizer.lr": 1e-6, "optimizer.warmup_steps": 10, "optimizer.weight_decay": 0.1,
+            "optimizer.lr": 1e-6, "optimizer.warmup_steps": 160, "optimizer.weight_decay": 0.1,
             "optimizer.max_grad_norm": 1.0, "algorithm.eps_low": 0.2, "algorithm.eps_high": 0.28,
             "algorithm.dual_clip": 10.0, "algorithm.kl_coef": 0.0, "algorithm.aggregation": "token_mean",
             "data.max_prompt_tokens": 2048, "sampling.max_tokens": 20480, "algorithm.length_penalty_tokens": 4096,
@@ -181,24 +184,28 @@ PUBLISHED: list[tuple[str, str, dict[str, Any]]] = [
     ),
     (
         "TinyZero scripts/train_tiny_zero_a100_grpo.sh: bsz 128, mini 64, n 5, 256/1024, lr 1e-6, KL loss 0.001 "
-        "low_var; verl/utils/reward_score/countdown.py: 0 / 0.1 / 1",
+        "low_var; verl/utils/reward_score/countdown.py: 0 / 0.1 / 1; "
+        "verl/trainer/config/ppo_trainer.yaml: entropy .001",
         "countdown_3b",
         {
             "algorithm.prompts_per_step": 128, "algorithm.group_size": 5, "algorithm.minibatches_per_step": 2,
             "data.max_prompt_tokens": 256, "sampling.max_tokens": 1024, "optimizer.lr": 1e-6,
             "algorithm.kl_coef": 0.001, "algorithm.kl_estimator": "k3", "algorithm.kl_place": "loss",
-            "rewards.0.weight": 0.9, "rewards.1.weight": 0.1, "model.path": "Qwen/Qwen2.5-3B",
+            "algorithm.entropy_coef": 0.001, "rewards.0.weight": 0.9, "rewards.1.weight": 0.1,
+            "model.path": "Qwen/Qwen2.5-3B",
         },
     ),
     *(
         (
             f"rllm scripts/deepscaler/train/deepscaler_1.5b_{stage}.sh: bsz 128, mini 64, lr 1e-6, KL loss 0.001 "
-            "low_var, T 0.6, n 8 (8K) or 16 (16K, 24K); README.md: switches at steps 1040 and 1520",
+            "low_var, T 0.6, n 8 (8K) or 16 (16K, 24K); README.md: switches at steps 1040 and 1520; "
+            "its verl: entropy .001",
             f"deepscaler_1.5b_{stage}",
             {
                 "algorithm.prompts_per_step": 128, "algorithm.group_size": group, "algorithm.minibatches_per_step": 2,
                 "optimizer.lr": 1e-6, "algorithm.kl_coef": 0.001, "algorithm.kl_estimator": "k3",
-                "algorithm.kl_place": "loss", "sampling.temperature": 0.6, "data.eval.temperature": 0.6,
+                "algorithm.kl_place": "loss", "algorithm.entropy_coef": 0.001, "sampling.temperature": 0.6,
+                "data.eval.temperature": 0.6,
                 "data.max_prompt_tokens": 1024, "sampling.max_tokens": tokens, **more,
             },
         )
