@@ -48,6 +48,19 @@ COLOR = re.compile(r"\\textcolor\s*\{[^{}]*\}\s*\{([^{}]*)\}|\\(?:text)?color\s*
 FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # digits, letters and signs as Chinese and Japanese write them
 DOTTED = re.compile(r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
+WRAPPED = re.compile(r"\\(?:text\w*|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+SPELT = re.compile(r"(?<![^\W\d_])(?=[^\W\d_]*[aeiouAEIOU])[^\W\d_]{4,}")
+NAMED = re.compile(  # of mathematics, not of a language
+    r"(?:arc|a)(?:sin|cos|tan)|(?:sin|cos)h|infty|infinity|circ|times|alpha|beta|gamma|delta|epsilon|zeta|theta|iota|kappa"
+    r"|lambda|omega|upsilon|sigma"
+)
+MISSING = frozenset(("none", "nan", "null", "n/a", "na", "nil"))
+"""What is written for an answer that is not there."""
+SIGNS = {
+    "\u2212": "-", "\u2013": "-", "\u221e": "\\infty ", "\u00b2": "^{2}", "\u00b3": "^{3}", "\u00bd": "\\frac{1}{2}",
+    "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}", "\u2153": "\\frac{1}{3}", "\u2154": "\\frac{2}{3}",
+    "\\varnothing": "\\emptyset",
+}  # fmt: skip
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 
 
@@ -61,13 +74,18 @@ def math_answer(completion: str, row: Mapping[str, Any]) -> float:
     if isinstance(row["answer"], bool) or not isinstance(row["answer"], str | int | float):
         raise ValueError(f"the gold answer must be a text or a number, not {row['answer']!r}")
     gold_text = content(str(row["answer"]), whole=True)
-    golds = readings(gold_text)
-    if not golds:
+    if str(row["answer"]).strip().lower() in MISSING:
+        raise ValueError(f"the gold answer is {row['answer']!r}, as where there is none")
+    golds, gold_words = readings(gold_text), words(gold_text)
+    if not (golds or gold_words) or (golds and ":" not in gold_text and all(map(is_nothing, golds))):
         raise ValueError(f"the gold answer {row['answer']!r} cannot be parsed as mathematics")
     scope = completion.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0]
     text = content(scope, whole=False)
     if squeezed(text) == squeezed(gold_text):
         return 1.0
+    answer_words = words(text)
+    if answer_words and gold_words and (spelt(text) or spelt(gold_text) or answer_words == gold_words):
+        return float(answer_words == gold_words)
     based, gold_based = BASED.fullmatch(text), BASED.fullmatch(gold_text)
     if based and gold_based and based[2] != gold_based[2]:
         return 0.0  # the library drops the base; without one it is taken from the question
@@ -77,18 +95,53 @@ def math_answer(completion: str, row: Mapping[str, Any]) -> float:
 def content(text: str, *, whole: bool) -> str:
     """The answer in `text` as LaTeX without delimiters; behind a NUL, prose that the library must search.
 
-    `whole`: the text is known to be an answer, prose only where it has mathematics between delimiters.
+    `whole`: the text is known to be an answer, prose only where it has mathematics between delimiters, or words and
+    digits outside of any.
     """
     text = BARE_BOX.sub(r"\1{\2}", COLOR.sub(r"\1", text.translate(FULL_WIDTH)).replace("\\$", ""))
     boxed = last_boxes(text)
     if boxed is not None:
         return content(boxed, whole=True)
+    if whole and (inside := WRAPPED.fullmatch(text.strip())) and re.search(r"\d", inside[1]):
+        text = inside[1]
     has_words = WORD.search(COMMAND.sub(" ", text[:MAX_LENGTH])) or len(text) > MAX_LENGTH
-    if has_words and (not whole or re.search(r"\$|\\[(\[]", text)):
+    if has_words and (
+        not whole
+        or re.search(r"\$|\\[(\[]", text)
+        or (len(text) <= MAX_LENGTH and re.search(r"\d", text) and spelt(text))
+    ):
         return "\0" + unified(text[-MAX_TAIL:])
+    if not whole:
+        text = last_line(text)
     if len(text) > MAX_LENGTH:
         return text  # which can only be the very text of the row
     return unified(re.sub(r"\$|\\[\[\]()]", "", text))
+
+
+def last_line(text: str) -> str:
+    """The last line of bare mathematics that has any, without what stands before an answer there."""
+    lines = [line for line in text.splitlines() if re.sub(r"[\s$`*]|\\[\[\]()]", "", line)]
+    if not lines or "\\begin" in text:
+        return text
+    return re.sub(r"^[\s$`*]*(?:#{2,}|=|A:)(?=.)|`", "", lines[-1])
+
+
+def spelt(text: str) -> bool:
+    """Whether there is a word of a language in it, and not only names of variables and functions."""
+    found = (word.lower() for word in SPELT.findall(COMMAND.sub(" ", WRAPPED.sub(r" \1 ", text[:MAX_LENGTH]))))
+    return any(not NAMED.fullmatch(word) and not neighbours(word) for word in found)
+
+
+def neighbours(letters: str) -> bool:
+    """Whether they are neighbours in the alphabet, each once, as a product of variables has them: dcba."""
+    return len({*letters}) == len(letters) == ord(max(letters)) - ord(min(letters)) + 1
+
+
+def words(text: str) -> list[str] | None:
+    """The words that an answer is, a list of them in the order of the alphabet; None if it is not made of letters."""
+    inside = re.sub(r"\\[ ,;:!]|[\s~.!?*()'\"]+", " ", WRAPPED.sub(r" \1 ", text)).strip(" ,;")
+    parts = sorted(part.strip().casefold() for part in re.split(r"[,;]|\b(?:and|or)\b", inside))
+    return parts if all(re.fullmatch(r"[^\W\d_]+(?:[ -]+[^\W\d_]+)*", part) for part in parts) else None
 
 
 def last_boxes(text: str) -> str | None:
@@ -123,7 +176,9 @@ def closing(text: str, start: int, limit: int) -> int | None:
 
 def unified(text: str) -> str:
     """`text` in the forms that the library reads rightly."""
-    text = text.replace("\u2212", "-").replace("\\varnothing", "\\emptyset")
+    for sign, written in SIGNS.items():
+        text = text.replace(sign, written)
+    text = re.sub(r"\u221a\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<=[\u3000-\u9fff])(?=\d)", " ", text)  # it wants white space before a number
     text = re.sub(r"(\\q?quad)(?=[a-zA-Z])", r"\1 ", text)
     text = re.sub(r"\\(?:mathrm|text)\s*\{([ei]|[a-zA-Z](?=\}[^{]*\}))\}", r"\1", text)  # it cuts \frac{1}{\mathrm{e}}
@@ -212,6 +267,11 @@ def is_false(answer: Any) -> bool:
     if not all(isinstance(side, sympy.Float | sympy.Rational) for side in sides) or len(sides) < 2:
         return False
     return bool(abs(sides[0] - sides[1]) > abs(sides[0]) / 100)
+
+
+def is_nothing(gold: Any) -> bool:
+    """Whether it is no value that an answer could be: 1/0, or 3 = 4."""
+    return is_false(gold) or bool(getattr(gold, "has", lambda *_: False)(sympy.zoo, sympy.nan))
 
 
 def same(gold: Any, answer: Any) -> bool:

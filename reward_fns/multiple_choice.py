@@ -20,12 +20,13 @@ GOLD = True
 
 MARKUP = re.compile(r"\\(?:text|math)[a-z]*|[*${}\\]")
 LETTER = r"\(?([A-Z])(?:\)|\b)"
-HEDGE = r"(?!\s*(?:or|and|/|,|&)\s*\(?[A-Z]\b)"
+HEDGE = r"(?!\s*(?:or|and|[/,;&+])\s*(?:(?:maybe|perhaps|possibly)\s+)?\(?[A-Z]\b)"
+FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # as Chinese and Japanese write letters and signs
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 ALONE = re.compile(r"\(?([A-Za-z])(?:\)?[.:]?|\)?[.:]\s.*|\)\s.*)", re.S)
 """A letter, or a letter with punctuation and the text of its option."""
 SAID = re.compile(
-    rf"(?i:answer|choice|option)(?i:\s+is\s*(?::\s*)?|\s*:\s*)(?i:option\s+)?(?!I\s+[a-z]){LETTER}(?!'){HEDGE}"
+    rf"(?i:answer|choice|option)(?i:\s+is\s*(?::\s*)?|\s*:\s*)(?i:(?:option|choice)\s+)?[\"'\[]?(?!I\s+[a-z]){LETTER}(?!'\w){HEDGE}"
 )
 OPENING = re.compile(rf"{LETTER}\s*(?:[.:。](?=\s|$)|(?<=\))|$){HEDGE}")
 OPTION = re.compile(r"^ *\(?([A-Z])[.:)](?!\S)", re.M)
@@ -51,7 +52,7 @@ def gold_letter(answer: Any) -> str:
 
 def plain(text: str) -> str:
     """`text` without emphasis and LaTeX around it."""
-    return MARKUP.sub("", text).strip()
+    return MARKUP.sub("", text.translate(FULL_WIDTH)).strip()
 
 
 def chosen(completion: str) -> str | None:

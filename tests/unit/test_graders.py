@@ -135,6 +135,12 @@ EQUAL = [
     ("\\textcolor{blue}{\\frac{1}{2}}", "0.5"), ("\uff15", "5"), ("5\u3002", "5"), ("\uff11\uff12\uff0e\uff15", "12.5"),
     ("\uff081\uff0c2\uff09", "(1,2)"), ("\uff0d5", "-5"), ("2+3=5", "5"), ("\\frac{22}{7}=3.14", "3.14"),
     ("\\sqrt{4}=2", "2"), ("50\\%=0.5", "0.5"), ("0=0", "0"),
+    ("5", "The answer is 5"), ("5", "Solution: 5"), ("5", "5 (approximately)"), ("5", "\\text{5 apples}"),
+    ("The answer is 5", "5"), ("5 apples", "5"), ("\\text{There are 5}", "5"), ("true", "\\text{True}"),
+    ("even", "Even"), ("East", "\\text{east}"), ("\\text{Irrational}", "Irrational"), ("\\text{Yes.}", "Yes"),
+    ("no", "\\text{No}"), ("\\text{E, H}", "\\text{H, E}"), ("\\text{H and E}", "\\text{E, H}"),
+    ("\\text{north-west}", "North-West"), ("abc", "cba"), ("\\alpha\\beta", "\\beta\\alpha"), ("\\text{Pi}", "Pi"),
+    ("\u20135", "-5"), ("\u00bd", "0.5"), ("x\u00b2", "x^2"), ("2\u221a3", "2\\sqrt{3}"), ("\u221e", "\\infty"),
 ]  # fmt: skip
 UNEQUAL = [
     ("0", "0.0000001"), ("10^{-20}", "10^{-30}"), ("2^{100}", "2^{100}+1"), ("101_3", "101_2"), ("1\\,000", "0"),
@@ -146,6 +152,8 @@ UNEQUAL = [
     ("3=4", "4"), ("3=4", "3"), ("1=0", "0"), ("0=1", "1"), ("\\sqrt{2}=2", "2"), ("0.\\overline{3}", "0.3"),
     ("0.\\overline{3}", "0.333"), ("0.3", "0.\\overline{3}"), ("0.\\overline{3}", "3"),
     ("0.\\overline{36}", "0.3\\overline{6}"), ("\\color{red}6", "5"), ("\uff16", "5"),
+    ("6", "The answer is 5"), ("silent", "listen"), ("\\text{Tom}", "\\text{Mot}"), ("neon", "\\text{None}"),
+    ("\\text{E}", "\\text{H, E}"), ("\\text{Monday}", "\\text{Tuesday}"), ("\\text{Yes}", "\\text{No}"),
 ]  # fmt: skip
 
 
@@ -186,6 +194,9 @@ def test_where_the_answer_is_read() -> None:
             ("It is \\textcolor{red}{5}.", "5", 1.0), ("\\color{red}\\boxed{5}", "5", 1.0),
             ("\\boxed{\\left\\{1,2\\right\\}}", "\\{1,2\\}", 1.0), ("\\boxed{}. 5", "5", 0.0), ("", "5", 0.0),
             ("I do not know.", "5", 0.0), ("no answer", "5", 0.0),
+            ("#### 8", "8", 1.0), ("5 + 3 = 8\n\n#### 8", "8", 1.0), ("$5+3=8$\n\n$8$", "8", 1.0), ("8\n\n8", "8", 1.0),
+            ("= 8", "8", 1.0), ("A: 8", "8", 1.0), ("`8`", "8", 1.0), ("8\n9", "8", 0.0), ("$$\n8\n$$", "8", 1.0),
+            ("\\begin{pmatrix}\n1\\\\\n2\n\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", 1.0),
         ],
     )  # fmt: skip
 
@@ -237,10 +248,18 @@ def test_no_completion_takes_longer_than_its_length(grader: Grader) -> None:
         assert time.perf_counter() - start < 3.0, text[:60]
 
 
-@pytest.mark.parametrize("gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "...", ")(", "A\\cup B"])
+@pytest.mark.parametrize(
+    "gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "...", ")(", "A\\cup B", "1/0", "0/0", "3=4"]
+)
 def test_a_gold_that_cannot_be_parsed_is_an_error(gold: str) -> None:
     with pytest.raises(ValueError, match=r"the gold answer .* cannot be parsed"):
         math_answer(boxed(gold), {"answer": gold})
+
+
+@pytest.mark.parametrize("gold", ["None", "nan", float("nan"), "NULL", "N/A", " none "])
+def test_what_is_written_where_there_is_no_answer_is_no_gold(gold: str | float) -> None:
+    with pytest.raises(ValueError, match=r"the gold answer is .*, as where there is none"):
+        math_answer(boxed(str(gold)), {"answer": gold})
 
 
 @pytest.mark.parametrize("grader", [math_answer, gsm8k, multiple_choice])
@@ -329,7 +348,9 @@ def test_multiple_choice() -> None:
               "<answer> (B) </answer>", "B. it can't be A or C", "B. U.S.", "B. Q", "B. J. K. Rowling", "B. CD",
               "B. Paris\nA. London is wrong", "B. A is wrong", "\\boxed{B. U.S.}", "\\boxed{A}. No, \\boxed{B}",
               "\\boxed{B}\n\n\\boxed{B}", "\\boxed{\\boxed{B}}", "A. 4\nB. 5\nC. 6\n\nThe answer is B.",
-              "A. 4\nB. 5\nC. 6\n\nB", "The answer is B. C is wrong"],
+              "A. 4\nB. 5\nC. 6\n\nB", "The answer is B. C is wrong",
+              "The answer is choice B", 'The answer is "B"', "The answer is 'B'.", "Answer: [B]",
+              "The answer is \uff22"],
         "Z": ["Z. z"],
     }  # fmt: skip
     # fmt: off
@@ -339,7 +360,7 @@ def test_multiple_choice() -> None:
              "C. D. E.", "C) D) E)", "Answer: C D", "Answer: (C)(D)", "C. Paris\nD. London", "(C) Paris\n(D) London",
              "C.\nD.", "\\boxed{C. D.}", "\\boxed{B} or \\boxed{C}", "\\boxed{C}\\boxed{D}",
              "$\\boxed{A}$, $\\boxed{C}$", "\\boxed{D} \\text{ and } \\boxed{C}", "\\boxed{5}, \\boxed{C}",
-             "\\boxed{C} \\boxed{C"]
+             "\\boxed{C} \\boxed{C", "Answer: C; D", "Answer: C + D", "Answer: C or maybe D", "The answer is C's"]
     # fmt: on
     check(multiple_choice, [(text, gold, 1.0) for gold, texts in right.items() for text in texts])
     check(multiple_choice, [(text, "C", 0.0) for text in wrong])
