@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ COLUMNS = (
     "finish_reason",
     "completion_token_ids",
 )
+BY_ITSELF = "grpo eval"
 NOT_COMPARED = ("run.name", "run.dir")
 LAST_STEPS = 10
 """Steps at the end whose metrics are averaged."""
@@ -59,6 +61,8 @@ def compare(first: Path, second: Path, step: int | None = None) -> list[str]:
     Raises UserError when a folder is neither a run nor an evaluation, or the two have nothing in common.
     """
     a, b = (read_subject(path.expanduser(), step) for path in (first, second))
+    if step is not None and a.evaluated == b.evaluated == BY_ITSELF:
+        raise UserError(f"--step {step} is for runs; {a.path} and {b.path} are evaluations by grpo eval, without steps")
     lines = [f"A  {a.path}  ({a.evaluated})", f"B  {b.path}  ({b.evaluated})", ""]
     lines += [*differing_options(a, b), ""]
     lines += compare_evaluations(a.samples, b.samples)
@@ -76,7 +80,7 @@ def read_subject(path: Path, step: int | None) -> Subject:
     found = ((re.fullmatch(r"eval-(\d+)", file.stem), file) for file in (path / "samples").glob("*.parquet"))
     made = {int(named[1]): file for named, file in found if named}
     if (path / "evaluation.json").is_file():
-        files, evaluated = sorted((path / "samples").glob("*.parquet")), "grpo eval"
+        files, evaluated = sorted((path / "samples").glob("*.parquet")), BY_ITSELF
     elif (path / "key.json").is_file():
         raise UserError(f"{path} is an evaluation that is not finished; the same grpo eval command goes on with it")
     elif step is None and not made:
@@ -88,7 +92,7 @@ def read_subject(path: Path, step: int | None) -> Subject:
             raise UserError(f"{path} has no evaluation after step {step}; it has {have}")
         files, evaluated = [made[step]], f"evaluation after step {step}"
     samples = read_samples(files)
-    if evaluated == "grpo eval":
+    if evaluated == BY_ITSELF:
         check_counts(path, samples)
     return Subject(
         path=path, config=config, metrics=read_metrics(path / "metrics.jsonl"), samples=samples, evaluated=evaluated
@@ -103,7 +107,7 @@ def check_counts(path: Path, samples: Samples) -> None:
     try:
         sets = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))["sets"]
         wanted = {name: (found["prompts"], found["samples_per_prompt"]) for name, found in sets.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / 'evaluation.json'} is damaged; the same grpo eval command writes it again") from error
     for name in dict.fromkeys([*wanted, *samples]):
         prompts, asked = samples.get(name, {}), wanted.get(name, (0, 0))
@@ -119,7 +123,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A saved config. Raises UserError when it is damaged."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it holds no sections")
@@ -135,7 +139,7 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
         try:
             values = json.loads(line)
             out[int(values.pop("step"))] = {k: float(v) for k, v in values.items() if k != "time"}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}:{number} is damaged: {line[:80]!r}") from error
     return out
 
@@ -152,9 +156,13 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         if None in (row[name] for name in row if name != "reward_parts"):
             raise UserError(f"{file} is damaged: a completion of {row['prompt_id']} has gaps")
         try:
-            row["reward_parts"] = json.loads(row["reward_parts"] or "{}")
-        except ValueError as error:
-            raise UserError(f"{file} is damaged: reward_parts {row['reward_parts'][:80]!r}") from error
+            parts = json.loads(row["reward_parts"] or "{}")
+            finite = all(value is None or math.isfinite(value) for value in parts.values())
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            finite = False
+        if not finite:
+            raise UserError(f"{file} is damaged: reward_parts {row['reward_parts'][:80]!r}")
+        row["reward_parts"] = parts
     return rows
 
 
@@ -222,17 +230,27 @@ def compare_evaluations(a: Samples, b: Samples) -> list[str]:
             continue
         left = {max(len(a[name]), len(b[name])) - len(shared)} - {0}
         notes += [f"note: {n} prompts of {name} are in one of the two only, and left out" for n in left]
+        unscored = [which for which, some in (("A", a), ("B", b)) if not any_scored(some[name][p] for p in shared)]
+        if unscored:
+            notes.append(f"note: no completion of {name} was scored in {' and '.join(unscored)}")
+            continue
         first, second = (statistics_of({p: some[name][p] for p in shared}) for some in (a, b))
         for statistic in [s for s in first if s in second and s != "pass"]:
             both = [p for p in first[statistic] if p in second[statistic]]
             old, new = (np.asarray([values[statistic][p] for p in both]) for values in (first, second))
             rows.append([name, str(len(both)), statistic, *row_of(old, new)])
+    if len(rows) == 1 and notes:
+        return ["nothing to compare on held-out data", *notes]
     if len(rows) == 1:
         raise UserError(
             f"the two evaluations share no prompt: A has {', '.join(a)} and B has {', '.join(b)}; the data must be the "
             "same, with the same columns"
         )
     return [*table(rows), *notes]
+
+
+def any_scored(prompts: Iterable[Sequence[Judged]]) -> bool:
+    return any(sample.value is not None for some in prompts for sample in some)
 
 
 def row_of(old: NDArray[np.float64], new: NDArray[np.float64]) -> list[str]:

@@ -81,10 +81,13 @@ def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:
 def opened(folder: Path, key: Mapping[str, Any], plan: Plan) -> Iterator[None]:
     """Make the folder or take it up again; of two processes one gets it.
 
-    Raises UserError where another process works in it.
+    Raises UserError where another process works in it, or none can be made.
     """
-    for sub in ("samples", "logs"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
+    try:
+        for sub in ("samples", "logs"):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--out {folder.parent}: no folder can be made there: {error.strerror}") from error
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -305,16 +308,19 @@ def report(result: Mapping[str, Any]) -> list[str]:
                     str(part["failed"]),
                 ]
             )
-    return table(rows)
+    return [*table(rows), *(f"note: no completion of {name} was scored" for name in result["sets"]
+                            if "avg" not in result["sets"][name])]  # fmt: skip
 
 
 def model_of(name: str) -> tuple[str, Path | None]:
     """The weights that a name means, and the recipe that comes with them: a run's folder means its final model.
 
-    Raises UserError for a run without one.
+    Raises UserError for a run without one, and for a name beside runs that none of them has.
     """
     path = Path(name).expanduser()
     recipe = path / "config.yaml"
+    if not path.exists() and any(path.parent.glob("*/config.yaml")):
+        raise UserError(f"{name} does not exist{data.nearest_path(path)}")
     if not recipe.is_file():
         return name, None
     if not (path / "model").is_dir():

@@ -135,7 +135,7 @@ def final_answer(text: str) -> str:
     `<answer>...</answer>`, else the letter or number of the last "answer is ...", else a last line that is a lone
     letter, else the last number, else all of it.
     """
-    found = ending(text.rpartition("</think>")[2])
+    found = ending(text.rpartition("</think>")[2].replace("\u2212", "-"))
     if letter := LONE.fullmatch(MARKUP.sub("", found).strip()):
         return letter[1]
     if not BRACKET.search(found):  # in brackets, commas are between members

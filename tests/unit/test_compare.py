@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -106,13 +108,48 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     (a / "metrics.jsonl").write_text('{"step": 1}\n{"st\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2 is damaged"):
         compare(a, b)
-    for damage in ("[", "text", "\x00"):
+    for line in ('{"step": Infinity}', '{"step": 1, "a": 1' + "0" * 400 + "}", '{"step": ' + "[" * 100_000):
+        (a / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=r"metrics.jsonl:1 is damaged"):
+            compare(a, b)
+    (a / "metrics.jsonl").unlink()
+    for damage in ("[", "text", "\x00", "[" * 100_000):
         (none / "config.yaml").write_text(damage)
         with pytest.raises(UserError, match=r"none/config.yaml is damaged"):
             compare(none, a)
     (b / "samples" / "eval-000001.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"eval-000001.parquet cannot be read"):
         compare(b, b)
+
+
+@pytest.mark.parametrize("parts", [{"right": math.nan}, {"right": "x"}, {"right": [1]}])
+def test_rewards_that_are_no_numbers_are_damage(parts: dict[str, Any], tmp_path: Path) -> None:
+    good = group(1, [1.0])
+    [rollout] = good.rollouts
+    bad = dataclasses.replace(rollout, outcome=Scored(value=1.0, parts=parts))
+    a = make_run(tmp_path / "a", {1: [dataclasses.replace(good, rollouts=(bad,))]}, [])
+    with pytest.raises(UserError, match=r"eval-000001.parquet is damaged: reward_parts"):
+        compare(a, a)
+
+
+def test_a_data_set_without_a_scored_completion_is_said_beside_the_others(tmp_path: Path) -> None:
+    rows = [group(i, [None]) for i in range(3)]
+    a = make_run(tmp_path / "a", {1: rows}, [])
+    note = "note: no completion of d was scored in A and B"
+    assert compare(a, a)[-2:] == ["nothing to compare on held-out data", note]
+    b = make_run(tmp_path / "b", {1: [*rows, *(group(i, [1.0], "other") for i in range(3))]}, [])
+    assert compare(b, b)[-1] == note
+    assert any(line.startswith("other ") for line in compare(b, b))
+    c = make_run(tmp_path / "c", {1: [group(i, [1.0]) for i in range(3)]}, [])
+    assert compare(c, a)[-1] == "note: no completion of d was scored in B"
+
+
+def test_evaluations_by_themselves_have_no_steps(tmp_path: Path) -> None:
+    a = make_evaluation(tmp_path / "a", [group(1, [1.0])], 1, 1)
+    run = make_run(tmp_path / "run", {3: [group(1, [1.0])]}, [])
+    assert compare(run, a, step=3)
+    with pytest.raises(UserError, match=r"^--step 3 is for runs; .*/a and .*/a are evaluations by grpo eval"):
+        compare(a, a, step=3)
 
 
 def test_samples_are_read_as_they_were_judged(tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ def test_summary_by_hand() -> None:
         ("(B)", "B"),
         ("The answer is (A)\n#### 5", "5"),
         ("The answer is 5\n<answer>6</answer>", "6"),
+        ("The answer is \u22125", "-5"),
+        ("#### \u22125", "-5"),
     ],
 )
 def test_final_answers(text: str, answer: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from conftest import write_recipe
 
 from grpo import check, config, evaluating, run_folder
+from grpo.types import UserError
 
 CHANGES = (
     "model.dtype=bfloat16", "data.eval.temperature=0.5", "sampling.max_tokens=4",
@@ -105,3 +106,31 @@ def test_a_changed_tokenizer_is_another_evaluation(tmp_path: Path, make_model: C
     tokenizer["decoder"] = {"type": "Replace", "pattern": {"String": "1"}, "content": "2"}  # encodes as before
     file.write_text(json.dumps(tokenizer))
     assert key() != plain
+
+
+def test_a_run_s_name_that_is_misspelt_is_no_hub_id(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "addition"
+    (run / "model").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    assert evaluating.model_of(str(run)) == (str(run / "model"), run / "config.yaml")
+    with pytest.raises(UserError, match=r"runs/adition does not exist; did you mean .*runs/addition\?"):
+        evaluating.model_of(str(run.with_name("adition")))
+    assert evaluating.model_of("owner/name") == ("owner/name", None)
+
+
+def test_a_place_where_nothing_can_be_kept_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", Path("/proc/none")):
+        with (
+            pytest.raises(UserError, match=f"^--out {out}: no folder can be made there: "),
+            evaluating.opened(out / "model-key", {}, None),  # type: ignore[arg-type]
+        ):
+            pass
+
+
+def test_a_data_set_without_a_scored_completion_is_said() -> None:
+    part = {"prompts": 2, "samples_per_prompt": 1, "tokens_mean": 3.0, "truncated_fraction": 0.0, "failed": 2}
+    one = {"mean": 1.0, "low": 1.0, "high": 1.0}
+    scored = part | {"failed": 0, "avg": one, "pass@1": one, "maj": one}
+    assert evaluating.report({"sets": {"a": part, "b": scored}})[-1] == "note: no completion of a was scored"
+    assert "note" not in "".join(evaluating.report({"sets": {"b": scored}}))
