@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,10 +205,12 @@ def check_model(config: Config) -> None:
 
 def read_config(config: Config, option: str, path: str) -> Any:
     """The model's config.json. Raises UserError where there is none, or it is not that of a model."""
+    remark = ""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+        with data.hub_or_cache() if not Path(path).is_dir() else nullcontext("") as remark:
+            return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{option}={path}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{option}={path}{remark}: {' '.join(str(error).split())[:300]}") from error
     except (TypeError, StrictDataclassError) as error:
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{option}={path}: its config.json is not that of a model: {why}") from error

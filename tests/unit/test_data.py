@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documented import RECIPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import grpo.data.hub
-from grpo.config import DataConfig
+from grpo.check import check_model
+from grpo.config import DataConfig, load
 from grpo.data import (
     Cursor,
     PromptSet,
@@ -284,6 +286,9 @@ def test_a_dead_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert datasets.config.HF_HUB_OFFLINE is False
     with refused("model.path", "no-such/model", "does not answer"):
         load_tokenizer("no-such/model", trust_remote_code=False)
+    config = load(RECIPES["gsm8k_qwen2.5_0.5b"], ["model.path=no-such/model"])
+    with refused("model.path=no-such/model", "does not answer, so only the local cache was searched"):
+        check_model(config)
 
 
 def test_the_hub_answers_when_anything_answers(monkeypatch: pytest.MonkeyPatch) -> None:
