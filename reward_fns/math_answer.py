@@ -37,6 +37,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ti
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
 BARE_BOX = re.compile(r"(\\boxed|\\fbox)\s*(-?\.?\d[^\s$\\]*)")  # \boxed 7, which some of MATH's solutions have
 JOINED = re.compile(r"(?:\\q?quad|\\text\s*\{|(?:[a-z]+\s+)?\b(?:and|or)\b|[^\w.:=?!])*")
+HEDGED = re.compile(r"answer(?:\s+is)?\W*?\s*([^\s*]+(?:\s+or\s+\S+)+?)[.*\s]*$", re.I | re.M)
 COMMAND = re.compile(r"\\(?:begin|end|text\w*|mbox|math\w+|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+")
 WORD = re.compile(r"[^\W\d_]{3}|\b(?:is|it|so|we)\b", re.I)
 GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!|\\[,;: ]|[ ~])\d{3})+(?![\d.]*\d)")
@@ -105,10 +106,10 @@ def content(text: str, *, whole: bool) -> str:
     if whole and (inside := WRAPPED.fullmatch(text.strip())) and re.search(r"\d", inside[1]):
         text = inside[1]
     has_words = WORD.search(COMMAND.sub(" ", text[:MAX_LENGTH])) or len(text) > MAX_LENGTH
+    if has_words and not whole:
+        return said(text[-MAX_TAIL:])
     if has_words and (
-        not whole
-        or re.search(r"\$|\\[(\[]", text)
-        or (len(text) <= MAX_LENGTH and re.search(r"\d", text) and spelt(text))
+        re.search(r"\$|\\[(\[]", text) or (len(text) <= MAX_LENGTH and re.search(r"\d", text) and spelt(text))
     ):
         return "\0" + unified(text[-MAX_TAIL:])
     if not whole:
@@ -116,6 +117,14 @@ def content(text: str, *, whole: bool) -> str:
     if len(text) > MAX_LENGTH:
         return text  # which can only be the very text of the row
     return unified(re.sub(r"\$|\\[\[\]()]", "", text))
+
+
+def said(text: str) -> str:
+    """`text` for the library to search; of alternatives, "answer: 3 or 4", which it would take one of, all."""
+    hedged = list(HEDGED.finditer(text))
+    if hedged and not re.search("answer", text[hedged[-1].end() :], re.I):
+        return content(hedged[-1][1], whole=True)
+    return "\0" + unified(text)
 
 
 def last_line(text: str) -> str:
