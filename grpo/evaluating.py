@@ -317,6 +317,8 @@ def model_of(name: str) -> tuple[str, Path | None]:
 
     Raises UserError for a run without one, and for a name beside runs that none of them has.
     """
+    if not name.strip():
+        raise UserError("the model is empty: a folder, a hub id or a run's folder")
     path = Path(name).expanduser()
     recipe = path / "config.yaml"
     if not path.exists() and any(path.parent.glob("*/config.yaml")):

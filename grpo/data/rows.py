@@ -47,6 +47,8 @@ def read_rows(path: str, *, split: str, option: str) -> list[Row]:
     `split` chooses within folders and hub data sets; a file has none, nor has a folder that holds a single saved
     `Dataset`. `option` is the config option at fault, named in every error. Raises UserError; never returns no rows.
     """
+    if not path.strip():
+        raise UserError(f"{option}: the path is empty")
     local, configuration = _local(path)
     if local.is_dir():
         rows = _read_folder(local, configuration, split, option)

@@ -272,6 +272,11 @@ def test_a_hub_id_goes_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [("openai/gsm8k", "main", "test"), ("gsm8k", None, "train")]
 
 
+def test_an_empty_path_is_not_the_working_directory() -> None:
+    with refused("data.train: the path is empty"):
+        read_rows("", split="train", option="data.train")
+
+
 def test_a_dead_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the switch to the cache the client retries for half a minute; here it must not even be asked."""
     import datasets

@@ -115,6 +115,8 @@ def test_a_run_s_name_that_is_misspelt_is_no_hub_id(tmp_path: Path) -> None:
     assert evaluating.model_of(str(run)) == (str(run / "model"), run / "config.yaml")
     with pytest.raises(UserError, match=r"runs/adition does not exist; did you mean .*runs/addition\?"):
         evaluating.model_of(str(run.with_name("adition")))
+    with pytest.raises(UserError, match="the model is empty"):
+        evaluating.model_of("")
     assert evaluating.model_of("owner/name") == ("owner/name", None)
 
 

@@ -264,6 +264,13 @@ def test_what_is_written_where_there_is_no_answer_is_no_gold(gold: str | float) 
         math_answer(boxed(str(gold)), {"answer": gold})
 
 
+def test_null_is_no_word() -> None:
+    """str(None) would be what a model can write."""
+    with pytest.raises(ValueError, match="the gold answer is null"):
+        arithmetic("None", {"answer": None})
+    assert arithmetic(" 57\n", {"answer": 57}) == 1.0
+
+
 @pytest.mark.parametrize("grader", [math_answer, gsm8k, multiple_choice])
 def test_a_row_without_a_usable_answer_is_an_error(grader: Grader) -> None:
     for answer in (None, True, ["5"], b"5", float("nan") if grader is gsm8k else {}):
