@@ -321,7 +321,7 @@ def model_of(name: str) -> tuple[str, Path | None]:
         raise UserError("the model is empty: a folder, a hub id or a run's folder")
     path = Path(name).expanduser()
     recipe = path / "config.yaml"
-    if not path.exists() and any(path.parent.glob("*/config.yaml")):
+    if "/" in name and not path.exists() and any(path.parent.glob("*/config.yaml")):
         raise UserError(f"{name} does not exist{data.nearest_path(path)}")
     if not recipe.is_file():
         return name, None

@@ -2,7 +2,7 @@
 
 What is read: the part behind the last `</think>`, and in it the last `<answer>...</answer>`, where there are such.
 There the last `\\boxed{...}` (boxes side by side, or with "and" between, are one list; one that is not closed is no
-answer); without a box the whole text if it is bare mathematics, else what math-verify finds near its end.
+answer); without a box the last line if it is bare mathematics, else what math-verify finds near its end.
 How it is compared: math-verify parses both sides, and they must be equal as exact numbers, expressions, sets, tuples,
 intervals, matrices, relations or words. Decimals agree with what they round to six places; repeating ones are
 exact, `0.\\overline{3}` is 1/3. `50\\%` is 50 and 1/2. An equation of numbers that is false is no answer. Colours do
@@ -148,6 +148,8 @@ def neighbours(letters: str) -> bool:
 
 def words(text: str) -> list[str] | None:
     """The words that an answer is, a list of them in the order of the alphabet; None if it is not made of letters."""
+    if WRAPPED.search(text) and re.search(r"[^\W\d_]", WRAPPED.sub(" ", text)):
+        return None  # an expression with its unit
     inside = re.sub(r"\\[ ,;:!]|[\s~.!?*()'\"]+", " ", WRAPPED.sub(r" \1 ", text)).strip(" ,;")
     parts = sorted(part.strip().casefold() for part in re.split(r"[,;]|\b(?:and|or)\b", inside))
     return parts if all(re.fullmatch(r"[^\W\d_]+(?:[ -]+[^\W\d_]+)*", part) for part in parts) else None

@@ -108,7 +108,7 @@ def test_a_changed_tokenizer_is_another_evaluation(tmp_path: Path, make_model: C
     assert key() != plain
 
 
-def test_a_run_s_name_that_is_misspelt_is_no_hub_id(tmp_path: Path) -> None:
+def test_a_run_s_name_that_is_misspelt_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs" / "addition"
     (run / "model").mkdir(parents=True)
     (run / "config.yaml").touch()
@@ -117,6 +117,8 @@ def test_a_run_s_name_that_is_misspelt_is_no_hub_id(tmp_path: Path) -> None:
         evaluating.model_of(str(run.with_name("adition")))
     with pytest.raises(UserError, match="the model is empty"):
         evaluating.model_of("")
+    monkeypatch.chdir(run.parent)  # beside runs, a hub id without an owner is one
+    assert evaluating.model_of("gpt2") == ("gpt2", None)
     assert evaluating.model_of("owner/name") == ("owner/name", None)
 
 

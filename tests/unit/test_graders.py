@@ -135,6 +135,7 @@ EQUAL = [
     ("\\textcolor{blue}{\\frac{1}{2}}", "0.5"), ("\uff15", "5"), ("5\u3002", "5"), ("\uff11\uff12\uff0e\uff15", "12.5"),
     ("\uff081\uff0c2\uff09", "(1,2)"), ("\uff0d5", "-5"), ("2+3=5", "5"), ("\\frac{22}{7}=3.14", "3.14"),
     ("\\sqrt{4}=2", "2"), ("50\\%=0.5", "0.5"), ("0=0", "0"),
+    ("x", "x\\text{ dollars}"), ("x\\text{ dollar}", "x\\text{ dollars}"),
     ("5", "The answer is 5"), ("5", "Solution: 5"), ("5", "5 (approximately)"), ("5", "\\text{5 apples}"),
     ("The answer is 5", "5"), ("5 apples", "5"), ("\\text{There are 5}", "5"), ("true", "\\text{True}"),
     ("even", "Even"), ("East", "\\text{east}"), ("\\text{Irrational}", "Irrational"), ("\\text{Yes.}", "Yes"),
