@@ -94,9 +94,8 @@ def main(fault: str, phase: str, notes: Path, arguments: list[str]) -> int:
         if reached and seen == (WAITS[phase][1] if phase in WAITS else None):
             strike()
 
-    if fault == "Ctrl-C twice":  # stops at once: of the checkpoints only the finished ones are left
-        plain_poll = saving.Saver.poll
-        saving.Saver.poll = lambda self, *, wait=False: plain_poll(self, wait=True)  # type: ignore[method-assign]
+    plain_poll = saving.Saver.poll  # of the checkpoints only the finished ones are left: the one of step 2 is one by 4
+    saving.Saver.poll = lambda self, *, wait=False: plain_poll(self, wait=True)  # type: ignore[method-assign]
     if phase == "scoring":
         plain_rewards = rollouts.rewards_of
 

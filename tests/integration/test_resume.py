@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_spread
 
+from grpo.checkpoint import found
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 TIMED = ("time", "tokens/per_second", "perf/", "sync/seconds")
@@ -69,8 +71,8 @@ def untimed(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> str:
-    found: str = json.loads((run / "summary.json").read_text())["weights_sha256"]
-    return found
+    digest: str = json.loads((run / "summary.json").read_text())["weights_sha256"]
+    return digest
 
 
 def same(run: Path, straight: Path) -> None:
@@ -91,19 +93,26 @@ def same(run: Path, straight: Path) -> None:
         assert set(drawn.values()) == {1}  # 8 steps of 8 prompts: each of the 64 exactly once
 
 
-def wait_for_step(recipe: Path, name: str, process: subprocess.Popen[bytes], step: int = 1) -> None:
-    metrics = recipe.parent / "runs" / name / "metrics.jsonl"
+def wait_until(reached: Callable[[Path], Any], recipe: Path, name: str, process: subprocess.Popen[bytes]) -> None:
+    """Until `reached` is true of the run's folder."""
     deadline = time.monotonic() + 200
-    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+    while not reached(recipe.parent / "runs" / name):
         assert process.poll() is None, (recipe.parent / f"{name}.txt").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def kill_at(recipe: Path, name: str, instant: float, *overrides: str) -> None:
-    """kill -9 `instant` seconds after the first step's line."""
+def first_step(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and '"step": 1,' in metrics.read_text()
+
+
+def kill_at(
+    recipe: Path, name: str, instant: float, *overrides: str, after: Callable[[Path], Any] = first_step
+) -> None:
+    """kill -9 `instant` seconds after `after` is true of the run's folder."""
     process = start(recipe, name, *overrides)
-    wait_for_step(recipe, name, process)
+    wait_until(after, recipe, name, process)
     time.sleep(instant)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
@@ -128,12 +137,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     seconds = sum(
         json.loads(line).get("time/step_s", 0) for line in (straight / "metrics.jsonl").read_text().splitlines()
     )
-    kill_at(recipe, "killed", random.uniform(0.3, 0.9) * seconds)
+    kill_at(recipe, "killed", random.uniform(0.0, 0.5) * seconds, after=found)  # the checkpoint of the second step
     same(finish(recipe, "killed", "resume=auto"), straight)
     assert "resumed    " in (recipe.parent / "killed.txt").read_text()
     for actor in actors:
         bereft = start(recipe, actor)
-        wait_for_step(recipe, actor, bereft, 3)  # there is a checkpoint of the second step
+        wait_until(found, recipe, actor, bereft)
         time.sleep(random.uniform(0.0, 0.5) * seconds)
         family = psutil.Process(bereft.pid).children(recursive=True)
         [*_, lost] = [p for p in family if actor in " ".join(p.cmdline())]
