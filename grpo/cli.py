@@ -1,7 +1,7 @@
 """The `grpo` command: wiring only.
 
 Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped by a signal or a full disk, and resumable;
-1 anything else.
+130 a run or job that is no longer followed and goes on; 1 anything else.
 """
 
 from __future__ import annotations
