@@ -4,7 +4,7 @@
 
 Both with engines loaded and warm, in turns, in one process tree: the time from the first request to the written result
 for `grpo eval` (sampling, decoding, grading, files), and add_request/step alone for vLLM. Prints every pair and the
-median ratio. The bar is 1.15.
+median ratio, and last one JSON object with the figures. The bar is 1.15.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 
 from benchmarks.overhead import BareSampler
+from benchmarks.result import Figure, print_result
 from grpo import check, cluster, config, engines, evaluating
 from grpo.driver import eval_seed
 from grpo.rewards.pool import RewardPool
@@ -60,7 +62,7 @@ def main() -> None:
                 )
                 for i, prompt in enumerate(plan.eval_prompts)
             ]
-            ratios = []
+            pairs: list[tuple[float, float]] = []
             for pair in range(parsed.pairs + 1):
                 vllm, tokens = ray.get(bare.run.remote(requests, settings))
                 target = folder / f"pair-{pair}"
@@ -74,10 +76,27 @@ def main() -> None:
                 sampled = sum(map(len, tokens.values()))
                 said = f"{len(requests)} prompts, {sampled} tokens: grpo eval {ours:.2f} s, bare vLLM {vllm:.2f} s"
                 if pair:  # the first one warms up
-                    ratios.append(ours / vllm)
-                    print(f"{said}, ratio {ratios[-1]:.3f}", flush=True)
+                    pairs.append((ours, vllm))
+                    print(f"{said}, ratio {ours / vllm:.3f}", flush=True)
             group.close()
+    report(pairs, model=parsed.model, data=parsed.data, prompts=len(requests), tokens=sampled)
+
+
+def report(pairs: Sequence[tuple[float, float]], **about: Figure) -> None:
+    """Print the median ratio of `pairs` (seconds of grpo eval, of bare vLLM), then one JSON object with `about`."""
+    ratios = sorted(ours / vllm for ours, vllm in pairs)
     print(f"median ratio {statistics.median(ratios):.3f} (bar {BAR})")
+    print_result(
+        "evaluation",
+        **about,
+        pairs=len(pairs),
+        grpo_eval_s=statistics.median(ours for ours, _ in pairs),
+        bare_vllm_s=statistics.median(vllm for _, vllm in pairs),
+        ratio=statistics.median(ratios),
+        ratio_low=ratios[0],
+        ratio_high=ratios[-1],
+        bar=BAR,
+    )
 
 
 if __name__ == "__main__":

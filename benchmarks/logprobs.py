@@ -5,7 +5,7 @@
 The plain way is `log_softmax(hidden @ weight.T)` with autograd. Memory is measured in a process of its own for every
 case: the highest resident size minus that before the first forward, less the gradients that both ways must leave
 behind (of the hidden states and of the weight). Above --plain-limit tokens the plain way is extrapolated from the two
-cases below. Times are of both ways in turn in one process.
+cases below. Times are of both ways in turn in one process. The last line is one JSON object with the figures.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
+from benchmarks.result import print_result
 from grpo.objective.logprobs import selected_logprobs
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -92,11 +93,12 @@ def main() -> None:
             found[way][tokens] = json.loads(done.stdout)
             print(f"{tokens:6} tokens, {way}: {found[way][tokens]:8.0f} MiB", flush=True)
     known = sorted(found["plain"])
+    extrapolated: dict[int, float] = {}
     for tokens in a.tokens:
         if tokens > a.plain_limit and len(known) > 1:
             slope = (found["plain"][known[-1]] - found["plain"][known[-2]]) / (known[-1] - known[-2])
-            guess = found["plain"][known[-1]] + slope * (tokens - known[-1])
-            print(f"{tokens:6} tokens, plain: {guess:8.0f} MiB (extrapolated)")
+            extrapolated[tokens] = found["plain"][known[-1]] + slope * (tokens - known[-1])
+            print(f"{tokens:6} tokens, plain: {extrapolated[tokens]:8.0f} MiB (extrapolated)")
     spread = max(found["fused"].values()) / min(found["fused"].values())
     print(f"fused, most over least memory: {spread:.3f}")
     ours, theirs = pairs(min(a.tokens), a.hidden, a.vocabulary, a.pairs)
@@ -104,6 +106,30 @@ def main() -> None:
     mine, its = statistics.median(ours), statistics.median(theirs)
     print(f"time at {min(a.tokens)} tokens: fused {mine:.2f} s, plain {its:.2f} s")
     print(f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+    print_result(
+        "logprobs",
+        vocabulary=a.vocabulary,
+        hidden=a.hidden,
+        dtype="float32",
+        threads=torch.get_num_threads(),
+        memory=[
+            {
+                "tokens": tokens,
+                "fused_mib": found["fused"][tokens],
+                "plain_mib": found["plain"].get(tokens),
+                "plain_extrapolated_mib": extrapolated.get(tokens),
+            }
+            for tokens in a.tokens
+        ],
+        fused_most_over_least=spread,
+        timed_tokens=min(a.tokens),
+        pairs=a.pairs,
+        fused_s=mine,
+        plain_s=its,
+        ratio=statistics.median(ratios),
+        ratio_low=ratios[0],
+        ratio_high=ratios[-1],
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Resumable: a variant whose result, with these options, is in OUT/results.json is not run again. Writes OUT/results.json
 (accuracies, curve, overrides, seed and weights hash of every run) and OUT/README.md (the table). Runs stay in
-runs/objectives/.
+runs/objectives/. The last line of output is one JSON object with the figures of every variant in OUT/results.json.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from benchmarks.result import print_result
 
 LIST = Path("recipes/arithmetic_objectives.yaml")
 BAR = 0.85
@@ -87,6 +89,21 @@ def table(results: dict[str, dict[str, Any]], common: list[str]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def report(results: dict[str, dict[str, Any]], base: str) -> None:
+    """Print one JSON object: recipe, bar, and of each variant its seed, accuracies (shares of 1) and wall time."""
+    kept = ("seed", "before", "after", "clip_fraction", "contributing", "optimizer_steps", "wall_s")
+    variants = {
+        name: {
+            **{key: result[key] for key in kept},
+            "gain_low": result["interval_of_gain"][0],
+            "gain_high": result["interval_of_gain"][1],
+        }
+        for name, result in results.items()
+    }
+    below = [name for name, result in results.items() if result["after"] < BAR]
+    print_result("objectives", recipe=base, bar=BAR, below_bar=below, variants=variants)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[])
@@ -111,6 +128,7 @@ def main() -> None:
             f"{name}: {results[name]['before']:.3f} -> {results[name]['after']:.3f}, {results[name]['wall_s']:.0f} s",
             flush=True,
         )
+    report(results, wanted["base"])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """A whole step against its floor: bare vLLM on the same requests plus bare torch on the same tokens.
 
-    python -m benchmarks.overhead [--steps 15] [--recipe recipes/arithmetic_cpu.yaml] [section.option=value ...]
+    python -m benchmarks.overhead [--steps 15] [--recipe recipes/arithmetic_cpu.yaml] [--microbatch-tokens N ...]
+        [section.option=value ...]
 
 Runs the recipe's own loop at learning rate 0, so that every step samples from the same weights. After each step, with
 everything still loaded, the two floors are timed on what that very step did, in the same process tree:
 
     bare vLLM    add_request/step on the step's prompts, settings and seeds, FINAL_ONLY, detokenize off, logprobs 0
-    bare torch   forward, loss, backward, AdamW on the step's rows, at the best of three microbatch sizes;
-                 with the reference's forward where kl_coef > 0
+    bare torch   forward, loss, backward, AdamW on the step's rows, sorted by length, at the best of three token budgets
+                 per microbatch; the vocabulary projection only at completion tokens, at most 256 MiB of logits at once;
+                 with the reference's forward where kl_coef > 0, with gradient checkpointing where the recipe has it
 
-Both run in processes of their own with the threads of the recipe's engines. Prints medians, the ratio and its parts.
+Each floor runs in a process of its own with the threads of the recipe's engines. Prints the medians and the ratio, and
+last one JSON object with the figures. The budgets are half, once and twice the recipe's learner.tokens_per_microbatch;
+where twice does not fit in memory, name others with --microbatch-tokens.
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import torch
+from torch.nn.functional import pad
 
+from benchmarks.result import Figure, print_result
 from grpo import actors, check, cluster, config, driver
 from grpo import engines as engine_group
 from grpo.config import Config
@@ -36,15 +42,30 @@ from grpo.rewards.pool import RewardPool
 from grpo.run_folder import RunFolder
 from grpo.saving import Saver
 from grpo.timeline import Timeline
-from grpo.types import RankStep, SampleRequest, SamplingSettings
+from grpo.types import Batch, RankStep, SampleRequest, SamplingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+PARTS = ("sample_s", "reward_s", "batch_s", "update_s", "sync_s")
+"""Of a step's time: what the run logs as time/<name>."""
+
+MEASURED = ("step_s", *PARTS, "bare_vllm_s", "bare_torch_s")
 
 
 class BareSampler:
     """vLLM as its documentation shows it, and nothing else."""
 
     def __init__(self, c: Config) -> None:
+        """Load an engine with the recipe's limits and as much memory for the KV cache as the recipe's sampler has."""
         from vllm import EngineArgs, LLMEngine
 
+        memory: dict[str, Any] = {}
+        if not c.on_gpu or c.sampler.kv_cache_gib is not None:
+            memory["kv_cache_memory_bytes"] = int((c.sampler.kv_cache_gib or 0.25) * 2**30)
+        if c.on_gpu:
+            memory["gpu_memory_utilization"] = c.sampler.gpu_memory_utilization
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=c.model.path,
@@ -57,14 +78,15 @@ class BareSampler:
                 enable_prefix_caching=c.sampler.prefix_caching,
                 enable_chunked_prefill=c.on_gpu,
                 distributed_executor_backend="uni",
-                kv_cache_memory_bytes=2**28,
                 disable_log_stats=True,
                 generation_config="vllm",
                 logprobs_mode="processed_logprobs",
+                **memory,
             )
         )
 
     def run(self, requests: Sequence[SampleRequest], s: SamplingSettings) -> tuple[float, dict[str, list[int]]]:
+        """Sample `requests`. Returns the seconds it took, and `<request>/<sample>` -> token ids of each completion."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -97,47 +119,97 @@ class BareSampler:
 class BareLearner:
     """transformers, torch's AdamW and a loop."""
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: Config, budgets: Sequence[int], chunk_bytes: int = 2**28) -> None:
+        """`budgets`: tokens per microbatch to try. `chunk_bytes`: bound on the float32 logits computed at once."""
         from transformers import AutoModelForCausalLM
 
-        self.config = c
-        dtype = getattr(torch, c.model.dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(c.model.path, dtype=dtype)
-        self.reference = AutoModelForCausalLM.from_pretrained(c.model.path, dtype=dtype).eval()
+        def load() -> PreTrainedModel:
+            return AutoModelForCausalLM.from_pretrained(c.model.path, dtype=getattr(torch, c.model.dtype))
+
+        self.config, self.budgets = c, budgets
+        self.model = load()
+        if c.learner.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+            self.model.train()
+        self.reference = load().eval() if c.algorithm.kl_coef > 0 else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        self.chunk = max(1, chunk_bytes // (4 * self.model.get_output_embeddings().weight.shape[0]))
 
     def run(self, step: RankStep) -> dict[int, float]:
-        """Microbatch size (rows) -> seconds for the step's optimizer steps."""
+        """Time the step's optimizer steps at every budget. Returns tokens per microbatch -> seconds."""
         seconds = {}
-        for size in (128, 256, 512):
+        for tokens in self.budgets:
             started = time.perf_counter()
             for minibatch in step.minibatches:
-                rows = [(b, i) for b in minibatch for i in range(len(b.rollout_index)) if b.rollout_index[i] >= 0]
-                self.update(rows, size)
-            seconds[size] = time.perf_counter() - started
+                self.gradient(minibatch, tokens)
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            seconds[tokens] = time.perf_counter() - started
         return seconds
 
-    def update(self, rows: Sequence[tuple[Any, int]], size: int) -> None:
-        def stack(name: str, part: Sequence[tuple[Any, int]]) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence([getattr(b, name)[i] for b, i in part], batch_first=True)
+    def gradient(self, minibatch: Sequence[Batch], tokens: int) -> None:
+        """Add the gradient of a minibatch to the parameters' `.grad`, by microbatches of at most `tokens` tokens.
 
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            ids, targets = stack("input_ids", part), stack("target_ids", part)
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            logprobs = torch.log_softmax(logits / self.config.sampling.temperature, -1)
-            logprobs = logprobs.gather(-1, targets[..., None])[..., 0]
-            loss = -(torch.exp(logprobs - logprobs.detach()) * stack("advantages", part) * stack("token_weights", part))
-            if self.config.algorithm.kl_coef > 0:
-                with torch.no_grad():
-                    ref = torch.log_softmax(self.reference(input_ids=ids, use_cache=False).logits, -1)
-                    ref = ref.gather(-1, targets[..., None])[..., 0]
-                k3 = torch.expm1(ref - logprobs) - (ref - logprobs)
-                loss = loss + self.config.algorithm.kl_coef * k3 * stack("token_weights", part)
-            loss.sum().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        The vocabulary projection is computed only where a token has a weight, a chunk of positions at a time: a chunk
+        is differentiated down to its hidden states before the next one, and the rest of the model once at the end.
+        """
+        for ids, targets, advantages, weights in microbatches(minibatch, tokens):
+            at = weights.flatten().nonzero()[:, 0]
+            hidden = self.hidden(self.model, ids, at)
+            leaves = [part.detach().requires_grad_() for part in hidden.split(self.chunk)]
+            fixed = [x.flatten()[at].split(self.chunk) for x in (targets, advantages, weights)]
+            with torch.no_grad():
+                ref = self.hidden(self.reference, ids, at).split(self.chunk) if self.reference else [None] * len(leaves)
+            for leaf, ref_leaf, *others in zip(leaves, ref, *fixed, strict=True):
+                self.loss(leaf, ref_leaf, *others).backward()
+            hidden.backward(torch.cat([leaf.grad for leaf in leaves]))
+
+    def hidden(self, model: PreTrainedModel, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states [N,H] of `ids` [B,T] at the flat positions `at` [N]."""
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, at)
+
+    def logprobs(self, model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return log softmax(head(hidden [N,H]) / temperature) at `targets` [N], in nats: [N] float32."""
+        logits = model.get_output_embeddings()(hidden).float() / self.config.sampling.temperature
+        return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
+
+    def loss(
+        self,
+        hidden: torch.Tensor,
+        ref_hidden: torch.Tensor | None,
+        targets: torch.Tensor,
+        advantages: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the weighted sum of the policy loss over N positions, with the k3 KL where there is a reference."""
+        logprobs = self.logprobs(self.model, hidden, targets)
+        loss = -torch.exp(logprobs - logprobs.detach()) * advantages
+        if ref_hidden is not None:
+            with torch.no_grad():
+                ref = self.logprobs(self.reference, ref_hidden, targets)
+            loss = loss + self.config.algorithm.kl_coef * (torch.expm1(ref - logprobs) - (ref - logprobs))
+        return (loss * weights).sum()
+
+
+def microbatches(minibatch: Sequence[Batch], tokens: int) -> Iterator[list[torch.Tensor]]:
+    """Yield the rows of a minibatch, longest first, in parts of at most `tokens` tokens with their padding.
+
+    A part is input_ids, target_ids, advantages and token_weights, [B,T] each; rows in which no token has a weight are
+    left out.
+    """
+    width = max(batch.input_ids.shape[1] for batch in minibatch)
+    ids, targets, advantages, weights = (
+        torch.cat([pad(getattr(b, name), (0, width - b.input_ids.shape[1])) for b in minibatch])
+        for name in ("input_ids", "target_ids", "advantages", "token_weights")
+    )
+    lengths, order = ((weights != 0) * torch.arange(1, width + 1)).amax(1).sort(descending=True)
+    start, end = 0, int((lengths > 0).sum())
+    while start < end:
+        longest = int(lengths[start])
+        part = order[start : min(end, start + max(1, tokens // longest))]
+        yield [x[part, :longest] for x in (ids, targets, advantages, weights)]
+        start += len(part)
 
 
 class Recorded:
@@ -178,13 +250,13 @@ class Pairing:
         vllm, tokens = ray.get(self.sampler.run.remote(self.engines.requests, self.settings))
         assert tokens == self.engines.tokens, "bare vLLM sampled other tokens"
         torch_s = ray.get(self.learner.run.remote(self.engines.steps[0]))
-        best = min(torch_s, key=lambda size: torch_s[size])
-        row = {"step": whole, "vllm": vllm, "torch": torch_s[best], "microbatch": float(best)}
-        row |= {k.removeprefix("time/"): v for k, v in metrics.items() if k.startswith("time/")}
+        best = min(torch_s, key=lambda tokens: torch_s[tokens])
+        row = {"step_s": whole, "bare_vllm_s": vllm, "bare_torch_s": torch_s[best], "microbatch_tokens": best}
+        row |= {name: metrics[f"time/{name}"] for name in PARTS}
         self.rows.append(row)
         print(
-            f"step {step}: {whole:.3f} s; bare vLLM {vllm:.3f} + bare torch {torch_s[best]:.3f} (microbatch {best}) "
-            f"-> ratio {whole / (vllm + torch_s[best]):.3f}",
+            f"step {step}: {whole:.3f} s; bare vLLM {vllm:.3f} + bare torch {torch_s[best]:.3f} "
+            f"(microbatches of {best} tokens) -> ratio {whole / (vllm + torch_s[best]):.3f}",
             flush=True,
         )
         self.since = time.perf_counter()
@@ -197,8 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=Path("recipes/arithmetic_cpu.yaml"))
     parser.add_argument("--steps", type=int, default=15, help="counted steps, after three that warm up")
+    parser.add_argument("--microbatch-tokens", type=int, nargs="+", help="budgets that bare torch tries")
     parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     fixed = [f"run.steps={arguments.steps + 3}", "optimizer.lr=0", "cluster.learner_ranks=1", "run.verify_every=0"]
     c = check.resolve_paths(config.load(arguments.recipe, [*arguments.overrides, *fixed]))
     with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
@@ -210,11 +283,13 @@ def main() -> None:
             cluster.session(c, folder),
         ):
             engines = Recorded(engine_group.Engines(c, folder, print, Timeline(None)))
+            own = c.learner.tokens_per_microbatch
+            budgets = arguments.microbatch_tokens or [max(1, own // 2), own, 2 * own]
             bare = [
-                ray.remote(cls).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c)
-                for cls, environment in (
-                    (BareSampler, engine_group.sampler_environment(c)),
-                    (BareLearner, engine_group.learner_environment(c, 0)),
+                ray.remote(cls).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c, *others)
+                for cls, environment, others in (
+                    (BareSampler, engine_group.sampler_environment(c), ()),
+                    (BareLearner, engine_group.learner_environment(c, 0), (budgets,)),
                 )
             ]
             (folder / "run").mkdir()
@@ -231,17 +306,28 @@ def main() -> None:
             driver.train(loop)
             run.close()
             engines.close()
-    report(pairing.rows[3:])
+    report(pairing.rows[3:], recipe=str(arguments.recipe), model=c.model.path, overrides=arguments.overrides)
 
 
-def report(rows: Sequence[Mapping[str, float]]) -> None:
-    """Medians over steps, and the ratio pair by pair."""
-    print(f"\nmedians of {len(rows)} steps, seconds")
-    for name in ("step", "sample_s", "reward_s", "batch_s", "update_s", "sync_s", "vllm", "torch"):
-        print(f"  {name:10} {statistics.median(row[name] for row in rows):.3f}")
-    ratios = sorted(row["step"] / (row["vllm"] + row["torch"]) for row in rows)
+def report(rows: Sequence[Mapping[str, float]], **about: Figure) -> None:
+    """Print medians over the steps and the ratio pair by pair, then one JSON object with them and `about`."""
+    medians = {name: statistics.median(row[name] for row in rows) for name in MEASURED}
+    ratios = sorted(row["step_s"] / (row["bare_vllm_s"] + row["bare_torch_s"]) for row in rows)
     middle = statistics.median(ratios)
+    print(f"\nmedians of {len(rows)} steps, seconds")
+    for name, seconds in medians.items():
+        print(f"  {name:12} {seconds:.3f}")
     print(f"ratio step / (bare vLLM + bare torch): median {middle:.3f}, {ratios[0]:.3f} to {ratios[-1]:.3f}")
+    print_result(
+        "overhead",
+        **about,
+        steps=len(rows),
+        **medians,
+        bare_torch_microbatch_tokens=statistics.mode(row["microbatch_tokens"] for row in rows),
+        ratio=middle,
+        ratio_low=ratios[0],
+        ratio_high=ratios[-1],
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ dtypes) or a sampler (96 prompts of 96 tokens, 32 sampled for each). Measured is
 while it works, above what the process took when everything was imported and nothing loaded; the models' files, which
 are mapped, do not count. glibc is told to give back what is freed (`GIVE_BACK`), so that what is measured is what
 tensors take; without, its heap keeps up to a third more. Nothing is synced: the plan's transfer is left out. Needs
-about 16 GB.
+about 16 GB. The last line is one JSON object with the figures.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.result import print_result
 from grpo import config as config_module
 from grpo.config import Config
 from grpo.plan import learner_memory, sampler_memory
@@ -157,9 +159,9 @@ def run(role: str, recipe: Path, config: Config) -> int:
 
 
 def compare(folder: Path, tokens: int) -> None:
-    """A line for each process: predicted, measured, ratio."""
+    """Print a line for each process: predicted, measured, ratio; then `report`."""
     make_models(folder)
-    worst = 1.0
+    rows: list[dict[str, str | float]] = []
     for size in SIZES:
         cases = [("learner", *case) for case in LEARNERS] + [("sampler", dtype, 0, False) for dtype in
                  ("float32", "bfloat16")]  # fmt: skip
@@ -177,14 +179,23 @@ def compare(folder: Path, tokens: int) -> None:
             parts = sampler_memory(config, shape, 0) if role == "sampler" else learner_memory(config, shape)[0]
             predicted = sum(value for name, value in parts.items() if name != "transfer")
             measured = run(role, recipe, config)
-            ratio = predicted / measured
-            worst = max(worst, ratio, 1 / ratio)
             what = f"{role} {dtype}" + (f" zero {stage}{' checkpointing' * checkpointing}" if role == "learner" else "")
+            row = {"model": size, "process": what, "predicted_gb": predicted / 1e9, "measured_gb": measured / 1e9}
+            rows.append(row | {"ratio": predicted / measured})
             print(
-                f"{size} {what:38} predicted {predicted / 1e9:6.2f} GB  measured {measured / 1e9:6.2f}  {ratio:.3f}",
+                f"{size} {what:38} predicted {predicted / 1e9:6.2f} GB  measured {measured / 1e9:6.2f}  "
+                f"{predicted / measured:.3f}",
                 flush=True,
             )
+    report(rows, tokens)
+
+
+def report(rows: Sequence[Mapping[str, str | float]], tokens: int) -> None:
+    """Print how far off the furthest prediction is, then one JSON object with every row (GB, predicted / measured)."""
+    ratios = [float(row["ratio"]) for row in rows]
+    worst = max(*ratios, *(1 / ratio for ratio in ratios))
     print(f"furthest off: {worst - 1:.1%}")
+    print_result("plan_memory", tokens_per_microbatch=tokens, furthest_off=worst - 1, rows=rows)
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ Makes the runs of benchmarks/reasoning_variants.yaml one after another. Resumabl
 OUT/reasoning/<variant>-<seed>/ is not made again, one that was interrupted goes on from its last checkpoint. After
 every run the tables (OUT/reasoning.md) and the figure (OUT/reasoning.svg) are made anew, from what is kept in
 OUT/reasoning/ alone: config.yaml, summary.json and metrics.jsonl with the metrics of KEPT. Of the page only what stands
-between the marks of a table is replaced. Whole runs stay in runs/reasoning/.
+between the marks of a table is replaced. Whole runs stay in runs/reasoning/. The last line of output is one JSON object
+with the figures of every variant that has runs in OUT/reasoning/.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import yaml
 
 from benchmarks import curves
+from benchmarks.result import Figure, print_result
 from grpo import config as config_module
 from grpo.run_folder import is_done
 
@@ -219,6 +221,27 @@ def figure(runs: Sequence[Run], wanted: Mapping[str, Any]) -> str:
     return curves.svg(series, x="step", y="held-out accuracy")
 
 
+def report(runs: Sequence[Run], wanted: Mapping[str, Any], recipe: str) -> None:
+    """Print one JSON object: the recipe, and of each variant the seeds and held-out accuracies (shares of 1), with the
+    mean difference to the first variant on the same seeds."""
+    first = {run.seed: run for run in runs if run.variant == next(iter(wanted))}
+    variants: dict[str, Figure] = {}
+    for name in wanted:
+        mine = [run for run in runs if run.variant == name]
+        paired = [run.after - first[run.seed].after for run in mine if run.seed in first]
+        if mine:
+            variants[name] = {
+                "seeds": [run.seed for run in mine],
+                "after": [run.after for run in mine],
+                "after_mean": statistics.mean(run.after for run in mine),
+                "gain_mean": statistics.mean(run.gain for run in mine),
+                "after_less_first_mean": statistics.mean(paired) if paired else None,
+                "tokens_sampled_mean": statistics.mean(run.total("tokens/sampled") for run in mine),
+                "step_s_sum_mean": statistics.mean(run.total("time/step_s") for run in mine),
+            }
+    print_result("reasoning", recipe=recipe, runs=len(runs), variants=variants)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     wanted = yaml.safe_load(LIST.read_text())
@@ -244,6 +267,7 @@ def main() -> None:
                 train(f"{name}-{seed}", wanted["base"], options, folder / f"{name}-{seed}")
                 write()
     write()
+    report(kept(folder, variants), variants, wanted["base"])
 
 
 if __name__ == "__main__":

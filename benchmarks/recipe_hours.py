@@ -2,6 +2,8 @@
 
 python -m benchmarks.recipe_hours                # a line for each recipe
 python -m benchmarks.recipe_hours --write        # into the headers and docs/recipes.md, after a change of the plan
+
+The last line is one JSON object with the figures.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.result import Figure, print_result
 from grpo.config import Config, load
 from grpo.plan import Lengths, make_plan
 from grpo.shapes import GPUS, shape_of
@@ -93,14 +96,17 @@ def reckoned(recipe: Path) -> str:
 
 def main() -> None:
     page = ROOT / "docs" / "recipes.md"
+    recipes: dict[str, Figure] = {}
     for name in ASSUMED:
         recipe = RECIPES / f"{name}.yaml"
         (count, gpu), found = gpus_of(recipe), reckoned(recipe)
         print(f"{name:24} {count:4} x {gpu:6} {found:>5} h")
+        recipes[name] = {"gpus": count, "gpu": gpu, "hours": float(found)}
         if "--write" in sys.argv:
             recipe.write_text(re.sub(r"^# Hours: [\d.]+,", f"# Hours: {found},", recipe.read_text(), flags=re.M))
             row = re.compile(rf"^(\| `{re.escape(name)}` \|.*\|) [\d.]+ \|$", re.M)
             page.write_text(row.sub(rf"\g<1> {found} |", page.read_text()))
+    print_result("recipe_hours", recipes=recipes)
 
 
 if __name__ == "__main__":
