@@ -1,0 +1,267 @@
+"""Every benchmark ends with one JSON object; the bare torch floor has the gradient of the plain way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import evaluation, graders, logprobs, objectives, overhead, plan_memory, reasoning, recipe_hours
+from benchmarks.result import print_result
+from grpo.batching import TrainingRow, rank_steps
+from grpo.config import Config, load
+from grpo.types import Batch
+
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = {"__init__", "curves", "result"}
+TESTED = {
+    "overhead", "logprobs", "objectives", "reasoning", "graders", "evaluation", "recipe_hours", "plan_memory",
+}  # fmt: skip
+
+
+def last_line(output: str) -> dict[str, Any]:
+    """The JSON object that ends `output`."""
+    assert output.endswith("\n")
+    found = json.loads(output.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def figures(name: str, *arguments: str) -> dict[str, Any]:
+    """The last line of `python -m benchmarks.<name>`, from the repository's root."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return last_line(done.stdout)
+
+
+def test_every_benchmark_is_tested_here() -> None:
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - HELPERS == TESTED
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_json_does_not_have_is_refused(value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError):
+        print_result("some", rows=[{"ratio": value}])
+    assert not capsys.readouterr().out
+
+
+def test_recipe_hours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe_hours"])
+    recipe_hours.main()
+    found = last_line(capsys.readouterr().out)
+    assert found["benchmark"] == "recipe_hours"
+    assert set(found["recipes"]) == set(recipe_hours.ASSUMED)
+    assert all(recipe["gpus"] >= 1 and recipe["hours"] > 0 for recipe in found["recipes"].values())
+
+
+def run_logprobs(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int], plain_limit: int) -> None:
+    sizes = ["--vocabulary", "50", "--hidden", "4", "--pairs", "2", "--plain-limit", str(plain_limit)]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["logprobs", *sizes, "--tokens", *map(str, tokens)])
+    logprobs.main()
+
+
+def test_logprobs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run_logprobs(monkeypatch, [8], 4)
+    found = last_line(capsys.readouterr().out)
+    assert (found["benchmark"], found["vocabulary"], found["pairs"]) == ("logprobs", 50, 2)
+    assert [row["tokens"] for row in found["memory"]] == [found["timed_tokens"]] == [8]
+    assert found["memory"][0]["plain_mib"] is None
+    assert 0 < found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+
+
+def test_logprobs_marks_what_is_extrapolated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, stdout=command[-1])  # a MiB a token
+
+    monkeypatch.setattr(logprobs.subprocess, "run", measured)
+    run_logprobs(monkeypatch, [8, 16, 64], 16)
+    found = last_line(capsys.readouterr().out)
+    assert [row["fused_mib"] for row in found["memory"]] == [8, 16, 64]
+    assert [row["plain_mib"] for row in found["memory"]] == [8, 16, None]
+    assert [row["plain_extrapolated_mib"] for row in found["memory"]] == [None, None, 64]
+
+
+def test_graders(tmp_path: Path) -> None:
+    row = {"question": "1 + 1", "answer": "2", "solution": "So it is \\boxed{2}.\n#### 2"}
+    for name in (name for names in graders.SETS.values() for name in names):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    case = {"mode": "math", "core": True, "prediction": "\\boxed{3}", "gold": "3"}
+    cases = [case | {"expected": expected} for expected in (1, 1, 0)]
+    (tmp_path / "grader_cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cases))
+    found = figures("graders", str(tmp_path))
+    assert (found["benchmark"], found["cases"], found["cases_as_expected"]) == ("graders", 3, 2)
+    assert len(found["answers"]) == 6
+    for answers in found["answers"].values():
+        assert (answers["rows"], answers["right"], answers["changed_wrong"]) == (2, 2, 2)
+        assert 0 < answers["median_ms"] <= answers["p99_ms"]
+
+
+def test_reasoning(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "docs" / "results" / "reasoning", tmp_path / "reasoning")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["reasoning", "--table-only", "--out", str(tmp_path)])
+    reasoning.main()
+    found = last_line(capsys.readouterr().out)
+    assert (found["benchmark"], found["recipe"]) == ("reasoning", "recipes/reasoning_cpu.yaml")
+    assert found["runs"] == sum(len(variant["seeds"]) for variant in found["variants"].values()) > 0
+    assert found["variants"]["grpo"]["after_less_first_mean"] == 0
+    assert 0 < found["variants"]["grpo"]["after_mean"] <= 1
+
+
+def test_objectives(capsys: pytest.CaptureFixture[str]) -> None:
+    results = json.loads((ROOT / "docs" / "results" / "objectives" / "results.json").read_text())
+    objectives.report(results, "recipes/arithmetic_cpu.yaml")
+    found = last_line(capsys.readouterr().out)
+    assert (found["benchmark"], found["recipe"]) == ("objectives", "recipes/arithmetic_cpu.yaml")
+    assert list(found["variants"]) == list(results)
+    for name, variant in found["variants"].items():
+        assert (variant["after"] < found["bar"]) == (name in found["below_bar"])
+        assert variant["gain_low"] <= variant["after"] - variant["before"] <= variant["gain_high"]
+        assert variant["wall_s"] > 0
+
+
+def test_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation.report([(3.0, 2.0), (2.0, 2.0), (5.0, 4.0)], model="a/model", data="rows.jsonl", prompts=7, tokens=70)
+    assert last_line(capsys.readouterr().out) == {
+        "benchmark": "evaluation", "model": "a/model", "data": "rows.jsonl", "prompts": 7, "tokens": 70, "pairs": 3,
+        "grpo_eval_s": 3.0, "bare_vllm_s": 2.0, "ratio": 1.25, "ratio_low": 1.0, "ratio_high": 1.5, "bar": 1.15,
+    }  # fmt: skip
+
+
+def test_plan_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"model": "134M", "process": "learner", "predicted_gb": 1.0, "measured_gb": 1.25, "ratio": 0.8},
+        {"model": "134M", "process": "sampler", "predicted_gb": 1.1, "measured_gb": 1.0, "ratio": 1.1},
+    ]
+    plan_memory.report(rows, 2048)
+    assert last_line(capsys.readouterr().out) == {
+        "benchmark": "plan_memory", "tokens_per_microbatch": 2048, "furthest_off": 0.25, "rows": rows,
+    }  # fmt: skip
+
+
+def test_overhead(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(step: float, tokens: int) -> dict[str, float]:
+        parts = dict.fromkeys(overhead.PARTS, 0.5)
+        return {"step_s": step, **parts, "bare_vllm_s": 1.0, "bare_torch_s": 1.0, "microbatch_tokens": tokens}
+
+    overhead.report([row(2.0, 64), row(3.0, 128), row(2.5, 64)], recipe="some.yaml", model="a/model", overrides=[])
+    assert last_line(capsys.readouterr().out) == {
+        "benchmark": "overhead", "recipe": "some.yaml", "model": "a/model", "overrides": [], "steps": 3, "step_s": 2.5,
+        "sample_s": 0.5, "reward_s": 0.5, "batch_s": 0.5, "update_s": 0.5, "sync_s": 0.5, "bare_vllm_s": 1.0,
+        "bare_torch_s": 1.0, "bare_torch_microbatch_tokens": 64, "ratio": 1.25, "ratio_low": 1.0, "ratio_high": 1.5,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors on one thread: several would wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def minibatch() -> tuple[Batch, ...]:
+    """Microbatches of 13 rows of different lengths, one of them with tokens that were not sampled, and a filler."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(13):
+        length = int(random.integers(1, 9))
+        sampled = np.ones(length, dtype=np.bool_)
+        sampled[1 : 3 if i == 4 else 1] = False
+        rows.append(
+            TrainingRow(
+                rollout_index=i, prompt_ids=random.integers(1, 12, int(random.integers(2, 7))).tolist(), prompt=i // 4,
+                completion_ids=random.integers(1, 12, length, dtype=np.int32), advantage=float(random.normal()),
+                sampler_logprobs=np.full(length, -2.0, dtype=np.float32), sampled_mask=sampled, reward=0.0,
+                has_spread=True, truncated=False,
+            )
+        )  # fmt: skip
+    layout = {"ranks": 2, "tokens_per_microbatch": 40, "aggregation": "token_mean", "constant_length": 8, "epochs": 1}
+    return tuple(batch for step in rank_steps([rows], **layout, kl_coef=0.0) for batch in step.minibatches[0])  # type: ignore[arg-type]
+
+
+def plain_gradient(c: Config, model: Any, reference: Any, minibatch: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
+    """parameter -> gradient of the loss through all logits [B,T,V], batch by batch as they come."""
+
+    def logprobs(of: Any, batch: Batch) -> torch.Tensor:
+        logits = of(input_ids=batch.input_ids, use_cache=False).logits / c.sampling.temperature
+        return torch.log_softmax(logits, -1).gather(-1, batch.target_ids[..., None])[..., 0]
+
+    model.zero_grad()
+    for batch in minibatch:
+        now = logprobs(model, batch)
+        loss = -torch.exp(now - now.detach()) * batch.advantages
+        with torch.no_grad():
+            ref = logprobs(reference, batch)
+        k3 = torch.exp(ref - now) - 1 - (ref - now)
+        ((loss + c.algorithm.kl_coef * k3) * batch.token_weights).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_the_bare_torch_floor_has_the_gradient_of_the_plain_way(
+    family: str, kl_coef: float, minibatch: tuple[Batch, ...], make_model: Callable[..., Path]
+) -> None:
+    options = [f"model.path={make_model(family)}", f"algorithm.kl_coef={kl_coef}", "sampling.temperature=0.7"]
+    c = load(ROOT / "recipes" / "arithmetic_cpu.yaml", options)
+    vocabulary = 4 * 5 * 15
+    learner = overhead.BareLearner(c, [24], chunk_bytes=vocabulary)
+    assert 1 < learner.chunk < 10
+    reference = learner.reference if kl_coef else learner.model
+    if kl_coef:
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    expected = plain_gradient(c, learner.model, reference, minibatch)
+    learner.model.zero_grad()
+    learner.gradient(minibatch, 24)
+    for name, parameter in learner.model.named_parameters():
+        least = 1e-5 * expected[name].abs().max().item()
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=least)
+
+
+def test_microbatches_of_the_floor_keep_to_the_budget_and_hold_every_weighted_token(
+    minibatch: tuple[Batch, ...],
+) -> None:
+    parts = list(overhead.microbatches(minibatch, 24))
+    assert all(weights.numel() <= 24 or len(weights) == 1 for _, _, _, weights in parts)
+    widths = [weights.shape[1] for _, _, _, weights in parts]
+    assert widths == sorted(widths, reverse=True)
+    assert sum(len(weights) for _, _, _, weights in parts) == 13
+    ours = sorted(float(w) for _, _, _, weights in parts for w in weights[weights != 0])
+    assert ours == sorted(float(w) for b in minibatch for w in b.token_weights[b.token_weights != 0])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_floor_steps_once_a_minibatch_at_every_budget(
+    minibatch: tuple[Batch, ...], make_model: Callable[..., Path]
+) -> None:
+    from grpo.types import RankStep
+
+    c = load(ROOT / "recipes" / "arithmetic_cpu.yaml", [f"model.path={make_model('qwen2')}"])
+    learner = overhead.BareLearner(c, [16, 64])
+    before = [parameter.clone() for parameter in learner.model.parameters()]
+    seconds = learner.run(RankStep(minibatches=(minibatch, minibatch), kl_coef=0.0, multiple_updates=True))
+    assert set(seconds) == {16, 64}
+    assert all(value > 0 for value in seconds.values())
+    assert {int(state["step"]) for state in learner.optimizer.state.values()} == {4}
+    assert all(map(torch.equal, before, learner.model.parameters()))  # weight decay, too, is times the rate of 0
