@@ -12,8 +12,8 @@ everything still loaded, the two floors are timed on what that very step did, in
                  with the reference's forward where kl_coef > 0, with gradient checkpointing where the recipe has it
 
 Each floor runs in a process of its own with the threads of the recipe's engines. Prints the medians and the ratio, and
-last one JSON object with the figures. The budgets are half, once and twice the recipe's learner.tokens_per_microbatch;
-where twice does not fit in memory, name others with --microbatch-tokens.
+last one JSON object with the figures. The budgets are a quarter, half and the whole of the recipe's
+learner.tokens_per_microbatch; `--microbatch-tokens` names others.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class BareLearner:
         self.config, self.budgets = c, budgets
         self.model = load()
         if c.learner.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.model.train()
         self.reference = load().eval() if c.algorithm.kl_coef > 0 else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
@@ -273,7 +273,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     fixed = [f"run.steps={arguments.steps + 3}", "optimizer.lr=0", "cluster.learner_ranks=1", "run.verify_every=0"]
-    c = check.resolve_paths(config.load(arguments.recipe, [*arguments.overrides, *fixed]))
+    loaded = config.load(arguments.recipe, [*arguments.overrides, *fixed])
+    c = check.resolve_paths(loaded)
     with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
         folder = Path(scratch)
         plan = check.check(c, arguments.recipe, folder)
@@ -284,7 +285,7 @@ def main() -> None:
         ):
             engines = Recorded(engine_group.Engines(c, folder, print, Timeline(None)))
             own = c.learner.tokens_per_microbatch
-            budgets = arguments.microbatch_tokens or [max(1, own // 2), own, 2 * own]
+            budgets = arguments.microbatch_tokens or [max(1, own // 4), max(1, own // 2), own]
             bare = [
                 ray.remote(cls).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c, *others)
                 for cls, environment, others in (
@@ -306,7 +307,7 @@ def main() -> None:
             driver.train(loop)
             run.close()
             engines.close()
-    report(pairing.rows[3:], recipe=str(arguments.recipe), model=c.model.path, overrides=arguments.overrides)
+    report(pairing.rows[3:], recipe=str(arguments.recipe), model=loaded.model.path, overrides=arguments.overrides)
 
 
 def report(rows: Sequence[Mapping[str, float]], **about: Figure) -> None:

@@ -216,12 +216,14 @@ def plain_gradient(c: Config, model: Any, reference: Any, minibatch: Sequence[Ba
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("family", "kl_coef", "checkpointing"), [("qwen2", 0.0, False), ("llama", 0.3, False), ("qwen2", 0.3, True)]
+)
 def test_the_bare_torch_floor_has_the_gradient_of_the_plain_way(
-    family: str, kl_coef: float, minibatch: tuple[Batch, ...], make_model: Callable[..., Path]
+    family: str, kl_coef: float, checkpointing: bool, minibatch: tuple[Batch, ...], make_model: Callable[..., Path]
 ) -> None:
     options = [f"model.path={make_model(family)}", f"algorithm.kl_coef={kl_coef}", "sampling.temperature=0.7"]
+    options.append(f"learner.gradient_checkpointing={str(checkpointing).lower()}")
     c = load(ROOT / "recipes" / "arithmetic_cpu.yaml", options)
     vocabulary = 4 * 5 * 15
     learner = overhead.BareLearner(c, [24], chunk_bytes=vocabulary)
