@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import ray
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
+from grpo.probing import PERTURBED_GROUPS, Probe, Reading, Spread
 from grpo.transport import (
     GlooSender,
     IpcSender,
@@ -33,17 +34,7 @@ from grpo.transport import (
     senders,
 )
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult
-from grpo.weight_sync import (
-    PROBE_TOLERANCE,
-    Bucket,
-    Probe,
-    SyncReport,
-    WeightSyncError,
-    buckets_of,
-    probe_difference,
-    refuse_not_finite,
-    verify,
-)
+from grpo.weight_sync import Bucket, SyncReport, buckets_of, prove, refuse_not_finite, verify
 
 FLUSH_S = 0.25
 """A sampler hands finished completions over this often, so that scoring starts while others still generate."""
@@ -56,8 +47,13 @@ class SyncResult:
     policy_version: int
     seconds: float
     nbytes: int
-    probe_difference: float
-    """Largest |learner - sampler| logprob on the probe, over all samplers."""
+    probe: Spread
+    """Learner against sampler on the probe; the sampler that is furthest away."""
+    noise: Spread
+    """The learner's own rounding noise on it."""
+    movement_errors: tuple[float, ...] = ()
+    """After a full check, of each group of parameters: how far a sampler ended from where the learner's logprobs moved
+    to, as a share of that movement (90 % quantiles)."""
 
 
 STACK_SIGNAL = signal.SIGUSR2
@@ -230,29 +226,35 @@ class LearnerActor:
 
         Raises WeightSyncError.
         """
-        tolerance = PROBE_TOLERANCE[self._config.model.dtype]
         self._lost = None
+        errors: tuple[float, ...] = ()
         if full_check:
-            before = self._learner.probe_logprobs(probe)
-            with self._learner.perturbed():
-                moved = probe_difference(before, self._learner.probe_logprobs(probe))
-                if moved < 3 * tolerance:
-                    raise WeightSyncError(f"the full check moved the probe by {moved:.3g} only: it would prove nothing")
-                self._transfer(policy_version, probe, tolerance, timeout_s)
-        result = self._transfer(policy_version, probe, tolerance, timeout_s)
+            errors = prove(
+                learner=self._learner,
+                before=self._reading(probe, timeout_s),
+                probe=probe,
+                groups=PERTURBED_GROUPS[self._config.model.dtype],
+                transfer=lambda reading: self._transfer(policy_version, probe, reading, timeout_s).probe,
+            )
+        result = self._transfer(policy_version, probe, self._reading(probe, timeout_s), timeout_s)
         if self._lost is not None:
             raise self._lost
-        return result
+        return replace(result, movement_errors=errors)
 
-    def _transfer(self, policy_version: int, probe: Probe, tolerance: float, timeout_s: float) -> SyncResult:
-        """One sync. A sampler that dies in it is remembered, and the rest goes on without any: at ZeRO 3 the other
-        ranks are in the same collectives."""
+    def _reading(self, probe: Probe, timeout_s: float) -> Reading:
+        """The learner's probe, once it has the memory. The samplers have nothing to do yet: two engines computing at
+        once on the same cores cost each other 0.1 s."""
+        self._take_turns("sleep", False, timeout_s=timeout_s)
+        self._learner.reload()
+        return self._learner.read_probe(probe)
+
+    def _transfer(self, policy_version: int, probe: Probe, reading: Reading, timeout_s: float) -> SyncResult:
+        """One sync of the weights that gave the `reading`. A sampler that dies in it is remembered, and the rest goes
+        on without any: at ZeRO 3 the other ranks are in the same collectives."""
         started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
         self._take_turns("sleep", False, timeout_s=timeout_s)
         self._learner.reload()
         self._take_turns("wake", "weights", timeout_s=timeout_s)
-        # before the samplers have anything to do: two engines computing at once on the same cores cost each other 0.1 s
-        logprobs = self._learner.probe_logprobs(probe)
         pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
         for tensors in buckets_of(self._learner.weights()):
             refuse_not_finite(tensors)
@@ -271,22 +273,16 @@ class LearnerActor:
         reports: list[SyncReport] = []
         if self._lost is None:
             reports = self._all_of([s.finish_sync.remote(probe) for s in self._samplers], timeout_s)
-        worst = [
-            verify(
-                report=report,
-                policy_version=policy_version,
-                sent=sent,
-                learner_logprobs=logprobs,
-                tolerance=tolerance,
-                sampler=f"sampler {i}",
-            )
+        apart = [
+            verify(report=report, policy_version=policy_version, sent=sent, learner=reading, sampler=f"sampler {i}")
             for i, report in enumerate(reports)
         ]
         return SyncResult(
             policy_version=policy_version,
             seconds=time.monotonic() - started,
             nbytes=nbytes,
-            probe_difference=max(worst, default=0.0),
+            probe=max(apart, key=lambda each: each.q90, default=Spread(q90=0.0, rms=0.0)),
+            noise=reading.noise,
         )
 
     def _take_turns(self, verb: str, argument: Any, *, timeout_s: float) -> None:

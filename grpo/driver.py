@@ -31,6 +31,7 @@ from grpo.data import sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
+from grpo.probing import RESOLUTION, Probe, make_probe
 from grpo.progress import Progress
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
 from grpo.run_folder import RunFolder
@@ -46,7 +47,6 @@ from grpo.step_metrics import (
 )
 from grpo.timeline import Timeline
 from grpo.types import Group, Prompt, RankStep, StepResult
-from grpo.weight_sync import Probe
 
 
 class MismatchError(RuntimeError):
@@ -58,6 +58,9 @@ class NonFiniteError(RuntimeError):
 
 
 MAX_SKIPPED = 3
+
+MISMATCH_LIMIT = 5.0
+"""Largest root mean square of the mismatch, in units of the rounding noise on the probe."""
 
 
 class EngineGroup(SamplerGroup, Protocol):
@@ -119,14 +122,14 @@ def train(loop: Loop) -> Outcome:
     Raises whatever stopped it; everything up to the last whole step is in the run folder.
     """
     config, engines, at = loop.config, loop.engines, loop.progress
-    probe = make_probe(loop.prompts, tokens=min(32, config.max_row_tokens - 1))
+    probe = make_probe(loop.prompts, longest=config.max_row_tokens - 1)
     save_s = 0.0
     loop.reporter.say("proving that the samplers use what the learner sends")
-    engines.publish(at.step, probe, full_check=True)()
+    noise = engines.publish(at.step, probe, full_check=True)().noise.rms
     if loop.eval_prompts and at.step == 0:
         at.before = at.after = evaluate(loop, 0)
     while at.step < config.run.steps:
-        metrics = turn(loop, at.step + 1, probe)
+        metrics = turn(loop, at.step + 1, probe, noise)
         if metrics is None:
             loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
             if loop.eval_prompts and not eval_is_due(config, at.step):
@@ -138,6 +141,7 @@ def train(loop: Loop) -> Outcome:
             with loop.timeline.span("driver", "evaluate"):
                 at.after = evaluate(loop, at.step)
             metrics |= eval_metrics(at.after) | {"time/eval_s": time.monotonic() - evaluating}
+        noise = metrics["sync/noise_rms"]
         metrics |= {"time/save_s": save_s}
         record(loop, at.step, metrics)
         saving = time.monotonic()
@@ -156,9 +160,9 @@ def train(loop: Loop) -> Outcome:
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
 
 
-def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
-    """Steps 1 to 7: the samplers end with the weights of policy version `step`. Gives the metrics, or None where no
-    prompt is left to sample."""
+def turn(loop: Loop, step: int, probe: Probe, noise: float) -> dict[str, float] | None:
+    """Steps 1 to 7: the samplers end with the weights of policy version `step`. Return the metrics, or None where no
+    prompt is left to sample. `noise`: the learner's rounding noise at the sync before, root mean square in nats."""
     config, at = loop.config, loop.progress
     started = time.monotonic()
     with loop.timeline.span("driver", "sample and score"):
@@ -167,7 +171,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
         return None
     learned = learn(loop, sampled, step)
     at.skipped = count_skipped(loop, learned.result, step, at.skipped)
-    guard_mismatch(learned.result, config)
+    guard_mismatch(learned.result, config, noise)
     synced = time.monotonic()
     every = config.run.verify_every
     sync_ended = loop.timeline.begin("learner", "weight sync")
@@ -283,16 +287,24 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int, attempt: int) 
     )
 
 
-def guard_mismatch(result: StepResult, config: Config) -> None:
-    """Stop when sampler and learner disagree by more than numerics explain; the weights are not published then."""
-    limit = config.algorithm.max_mismatch
-    if limit is None and config.model.dtype == "float32":
-        limit = 1e-3
-    largest = result.extremes.get("mismatch/max", 0.0)
-    if limit is not None and not largest <= limit:
+def guard_mismatch(result: StepResult, config: Config, noise: float) -> None:
+    """Stop when sampler and learner disagree by more than numerics explain; the weights are not published then.
+
+    The bar is algorithm.max_mismatch, or MISMATCH_LIMIT times the `noise` of the weight sync before, which a
+    temperature below 1 enlarges. Raises MismatchError.
+    """
+    bar = config.algorithm.max_mismatch
+    source = "algorithm.max_mismatch"
+    if bar is None:
+        bar, source = (
+            MISMATCH_LIMIT * max(noise, RESOLUTION) / min(1.0, config.sampling.temperature),
+            "by the learner's rounding noise",
+        )
+    found = m.learner_metrics(result).get("mismatch/rms", 0.0)
+    if not found <= bar:
         raise MismatchError(
-            f"a sampled token's logprob differs by {largest:.3g} between sampler and learner (algorithm.max_mismatch "
-            f"{limit:g}): weights, tokens or sampling settings differ between the two"
+            f"the logprobs of the sampled tokens differ by {found:.3g} between sampler and learner (root mean square; "
+            f"allowed {bar:.3g}, {source}): weights, tokens or sampling settings differ between the two"
         )
 
 
@@ -355,15 +367,3 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
 def eval_seed(config: Config, prompt: Prompt, index: int) -> int | None:
     """Seed of one completion of an evaluation, the same in every one of them."""
     return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling_is_seeded else None
-
-
-def make_probe(prompts: Sequence[Prompt], *, tokens: int) -> Probe:
-    """Fixed token sequences that the sync is probed with: the starts of a few prompts, and the ids that they use in
-    another order, so that positions and tokens are mixed."""
-    vocabulary = sorted({i for prompt in prompts[:64] for i in prompt.token_ids})
-    mixed = [
-        tuple(vocabulary[(7 * i * (row + 1) + row) % len(vocabulary)] for i in range(min(tokens, 16)))
-        for row in range(4)
-    ]
-    real = [prompt.token_ids[:tokens] for prompt in prompts[:4] if len(prompt.token_ids) >= 2]
-    return Probe(token_ids=tuple(real + mixed))

@@ -21,11 +21,12 @@ from grpo.actors import STACK_SIGNAL, LearnerActor, SamplerActor, SyncResult
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
 from grpo.placement import ENGINES, Reservation
+from grpo.probing import Probe
 from grpo.run_folder import is_disk_full
 from grpo.timeline import Timeline
 from grpo.transport import transport_of
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
-from grpo.weight_sync import Probe, WeightSyncError
+from grpo.weight_sync import WeightSyncError
 
 LOOK_S = 2.0
 """How often a wait looks whether the nodes are still there."""

@@ -5,11 +5,13 @@ A quantity without observations (no failed group, nothing clipped because nothin
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grpo.objective.advantages import has_spread
 from grpo.types import Failed, Group, Rollout, Scored, StepResult
@@ -18,7 +20,7 @@ T = TypeVar("T")
 
 HEADLINE = (
     "reward/mean", "group/no_spread_fraction", "completion/tokens_mean", "completion/truncated_fraction",
-    "policy/entropy", "policy/kl_ref", "policy/clip_fraction", "mismatch/max", "optim/grad_norm", "time/step_s",
+    "policy/entropy", "policy/kl_ref", "policy/clip_fraction", "mismatch/rms", "optim/grad_norm", "time/step_s",
 )  # fmt: skip
 """The ten numbers of the console."""
 
@@ -115,13 +117,45 @@ def staleness_metrics(rollouts: Sequence[Rollout], policy_version: int) -> dict[
     return {"staleness/mean": float(ages.mean()), "staleness/max": float(ages.max())}
 
 
+MISMATCH_EDGES = np.logspace(-9, 3, 481)
+"""Bounds, in nats, between which tokens are counted by the size of their mismatch: 40 a decade, 6 % apart."""
+
+
+def mismatch_counts(differences: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return how many of the absolute `differences` lie below the first of MISMATCH_EDGES, between each two, and above
+    the last, where NaN is, too."""
+    return np.bincount(np.digitize(differences, MISMATCH_EDGES), minlength=len(MISMATCH_EDGES) + 1)
+
+
+def counted_quantile(counts: NDArray[np.int64], q: float) -> float:
+    """Return the upper bound of the bin that holds the `q`-quantile of what `mismatch_counts` has counted: 0 for the
+    first bin, infinity for the last."""
+    bounds = np.concatenate([[0.0], MISMATCH_EDGES[1:], [math.inf]])
+    return float(bounds[np.searchsorted(np.cumsum(counts), q * counts.sum())])
+
+
+def value_metrics(pairs: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Take the critic's sums out of `pairs` and return the share of the returns' variance that its values explain."""
+    error, error_square, return_square = (
+        pairs.pop(f"value/{name}", None) for name in ("error", "error_square", "return_square")
+    )
+    if error is None or error_square is None or return_square is None:
+        return {}
+    total, count = error
+    return_sum, return_count = pairs["value/return_mean"]
+    variance = return_square[0] / count - (return_sum / return_count) ** 2
+    if variance <= 0:
+        return {}
+    return {"value/explained_variance": 1 - (error_square[0] / count - (total / count) ** 2) / variance}
+
+
 def learner_metrics(result: StepResult) -> dict[str, float]:
     """The learner's sums as means, with what follows from them."""
     pairs = dict(result.metrics)
     square = pairs.pop("mismatch/importance_weight_square", None)
-    value = {name: pairs.pop(f"value/{name}", None) for name in ("error", "error_square", "return_square")}
+    mismatch = pairs.pop("mismatch/square", None)
+    out = value_metrics(pairs)
     updates = result.extremes.get("policy/updates", 0.0)
-    out: dict[str, float] = {}
     for name, (total, count) in pairs.items():
         if name.startswith("gradient/"):
             out[name] = total
@@ -130,15 +164,12 @@ def learner_metrics(result: StepResult) -> dict[str, float]:
                 out[name] = total / updates
         elif count:
             out[name] = total / count
+    if mismatch is not None and mismatch[1]:
+        out["mismatch/rms"] = math.sqrt(mismatch[0] / mismatch[1])
+        out["mismatch/q99"] = counted_quantile(result.mismatch_counts, 0.99)
     if square is not None and square[0] > 0:
         weight_sum, count = pairs["mismatch/importance_weight_mean"]
         out["mismatch/effective_sample_fraction"] = weight_sum**2 / (count * square[0])
-    if value["error"] is not None and value["error_square"] is not None and value["return_square"] is not None:
-        count = value["error"][1]
-        spread = value["return_square"][0] / count - out["value/return_mean"] ** 2
-        if spread > 0:
-            left = value["error_square"][0] / count - (value["error"][0] / count) ** 2
-            out["value/explained_variance"] = 1 - left / spread
     for name, number in result.extremes.items():
         if name.endswith("_negated"):
             out[name.removesuffix("_negated")] = -number

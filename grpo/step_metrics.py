@@ -131,7 +131,11 @@ def timings(
     return {
         "sync/seconds": sync.seconds,
         "sync/bytes": float(sync.nbytes),
-        "sync/probe_difference": sync.probe_difference,
+        "sync/probe_rms": sync.probe.rms,
+        "sync/probe_q90": sync.probe.q90,
+        "sync/noise_rms": sync.noise.rms,
+        "sync/noise_q90": sync.noise.q90,
+        **({"sync/movement_error": max(sync.movement_errors)} if sync.movement_errors else {}),
         **{f"time/{name}_s": seconds for name, seconds in parts.items()},
         "time/idle_s": whole - sum(parts.values()),
         "time/step_s": whole,

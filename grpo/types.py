@@ -228,3 +228,5 @@ class StepResult:
     """name -> maximum over tokens."""
     learner_logprob_sums: Mapping[int, float]
     """rollout index -> sum of learner logprobs over its completion, at the start of the step."""
+    mismatch_counts: NDArray[np.int64]
+    """Tokens by |learner - sampler| logprob, between `grpo.metrics.MISMATCH_EDGES`."""

@@ -9,25 +9,27 @@ One sync is one transaction on every sampler, commanded by learner rank 0:
     finish() -> report     reload ended, every cache dropped, logprobs of the probe under the weights now in use
 
 The sync holds only if every tensor of the manifest was consumed once with the checksum it was sent with, every engine
-slot was filled, the version came back, and the probe agrees with the learner's own logprobs (design invariant 3).
+slot was filled, the version came back, and the probe agrees with the learner's own logprobs within rounding
+(`grpo.probing`; design invariant 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
 
+from grpo.probing import POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, spread
+
 BUCKET_BYTES = 256 << 20
 """Logical size of one bucket. Peak extra memory of a sync is two of them on either side."""
-
-PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-"""Largest |learner - sampler| logprob on the probe. bfloat16 kernels of two engines differ by some 1e-2 per token."""
 
 
 class WeightSyncError(RuntimeError):
@@ -58,14 +60,6 @@ class Bucket:
     checksums: tuple[int, ...]
     transport: Mapping[str, Any]
     """Where the bytes are, as the transport's receiving end takes it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
-    """Fixed tokens whose logprobs are compared after every sync."""
-
-    token_ids: tuple[tuple[int, ...], ...]
-    """[N][L_n], L_n >= 2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +148,11 @@ def verify(
     report: SyncReport,
     policy_version: int,
     sent: Mapping[str, int],
-    learner_logprobs: Sequence[NDArray[np.float32]],
-    tolerance: float,
+    learner: Reading,
     sampler: str,
-) -> float:
-    """Hold a sampler's report against what was sent. Returns the largest |learner - sampler| probe logprob.
+) -> Spread:
+    """Compare a sampler's report with what was sent and with the learner's probe under the weights that were sent.
+    Return how far sampler and learner are apart on the probe.
 
     Raises WeightSyncError naming the sampler, the first tensors at fault and the numbers.
     """
@@ -175,22 +169,90 @@ def verify(
         raise WeightSyncError(f"{sampler} received other data than was sent for {_some(wrong)} (checksum)")
     if report.unfilled_slots:
         raise WeightSyncError(f"{sampler} was left with unfilled weights: {_some(report.unfilled_slots)}")
-    worst = probe_difference(report.probe_logprobs, learner_logprobs)
-    if not worst <= tolerance:
+    apart, allowed = spread(report.probe_logprobs, learner.logprobs), learner.noise.allowed()
+    if not apart.within(allowed):
         raise WeightSyncError(
-            f"{sampler} received every tensor but does not use them: its logprobs on the probe differ from the "
-            f"learner's by up to {worst:.3g} (allowed {tolerance:g}); a stale packed or cached copy is the usual cause"
+            f"{sampler} received every tensor but does not use them: on the probe its logprobs differ from the "
+            f"learner's by {apart.q90:.3g} (90 % quantile; rounding explains {allowed.q90:.3g}) and {apart.rms:.3g} "
+            f"(root mean square; {allowed.rms:.3g}); a stale packed or cached copy is the usual cause"
         )
-    return worst
+    return apart
 
 
-def probe_difference(a: Sequence[NDArray[np.float32]], b: Sequence[NDArray[np.float32]]) -> float:
-    """Largest absolute difference; NaN counts as infinitely different."""
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        difference = float(np.abs(x - y).max())
-        worst = max(worst, difference if difference == difference else float("inf"))
-    return worst
+class ProbedLearner(Protocol):
+    """What the full check needs of a learner: `grpo.learner.engine.Learner`. Every verb is a collective."""
+
+    def parameter_count(self) -> int:
+        """Return how many parameter tensors there are."""
+        ...
+
+    def read_probe(self, probe: Probe) -> Reading:
+        """Return the probe under the weights of now."""
+        ...
+
+    def perturbation(self, group: int, groups: int) -> AbstractContextManager[Callable[[float], None]]:
+        """Give a function that perturbs a group of the parameters by a strength, until the block ends."""
+        ...
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Return means over the ranks, the same on each."""
+        ...
+
+
+def prove(
+    *, learner: ProbedLearner, before: Reading, probe: Probe, groups: int, transfer: Callable[[Reading], Spread]
+) -> tuple[float, ...]:
+    """Prove that what is sent is what is used: perturb one group of parameters after the other and send all weights.
+
+    Args:
+        before: the probe under the weights as they are.
+        groups: into how many groups the parameters are dealt, at most one for each.
+        transfer: sends the weights that gave a reading, verifies the samplers against it, and returns how far they are
+            apart.
+
+    Returns:
+        Of each group, how far a sampler ended from where the learner's logprobs moved to, as a share of that movement
+        (90 % quantiles).
+
+    Raises:
+        WeightSyncError: a sampler does not follow (from `transfer`), or the learner itself hardly moves.
+    """
+    groups = min(groups, learner.parameter_count())
+    errors: list[float] = []
+    strength: float | None = None
+    for group in range(groups):
+        with learner.perturbation(group, groups) as perturb:
+            if strength is None:  # the groups are alike
+                strength = _strongest(learner, before, probe, perturb)
+            perturb(strength)
+            reading = learner.read_probe(probe)
+            moved, ratio = _movement(learner, before, reading)
+            if not ratio >= POWER:
+                raise WeightSyncError(
+                    f"the full check would prove nothing: perturbing group {group} of the parameters by {strength:g} "
+                    f"of their size moves the learner's probe by {moved:.3g}, which is {ratio:.1f} times its rounding "
+                    f"noise (needed {POWER:g})"
+                )
+            errors.append(transfer(reading).q90 / moved)
+    return tuple(errors)
+
+
+def _strongest(learner: ProbedLearner, before: Reading, probe: Probe, perturb: Callable[[float], None]) -> float:
+    """Return the one of STRENGTHS that moves the learner by most times its noise."""
+    ratios: dict[float, float] = {}
+    for strength in STRENGTHS:
+        perturb(strength)
+        ratios[strength] = _movement(learner, before, learner.read_probe(probe))[1]
+    return max(ratios, key=lambda strength: ratios[strength])
+
+
+def _movement(learner: ProbedLearner, before: Reading, after: Reading) -> tuple[float, float]:
+    """Return how far the learner's probe has moved, and that in units of its noise; 0 where it is not finite. Both are
+    means over the ranks, so that all come to one verdict."""
+    moved, noise = spread(after.logprobs, before.logprobs).q90, max(after.noise.q90, RESOLUTION)
+    finite = math.isfinite(moved) and math.isfinite(noise)
+    mean, ratio = learner.mean([moved, moved / noise] if finite else [0.0, 0.0])
+    return mean, ratio
 
 
 def _some(names: Sequence[str]) -> str:

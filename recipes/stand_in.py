@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from grpo import cli
 from grpo.config import load
@@ -156,6 +156,39 @@ def make() -> Path:
     shutil.rmtree(TINY, ignore_errors=True)
     staging.rename(TINY)
     return TINY
+
+
+def make_wide() -> Path:
+    """Return the folder of a random model as wide as a real one; make it where it is not there, in seconds.
+
+    115M parameters in bfloat16: 640 wide, 12 layers, 10 heads that share 2 key-value heads, a vocabulary of 49,153, not
+    tied. What fails only beyond toy size fails on it. Heads and vocabulary can be split in two, the vocabulary padded.
+    """
+    folder = TINY.with_name("wide")
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    stamp = folder / "made_by.txt"
+    if stamp.exists() and stamp.read_text() == version:
+        return folder
+    staging = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49_153, hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10,
+            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False, initializer_range=0.05,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    ).to(torch.bfloat16)  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms begin at 1; those of trained models do not stay there
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    (staging / "made_by.txt").write_text(version)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    return folder
 
 
 def make_tokenizer() -> Qwen2Tokenizer:

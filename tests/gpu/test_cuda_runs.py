@@ -28,14 +28,12 @@ def test_checksum_on_the_device_sees_swaps() -> None:
     assert checksum(tensor) != checksum(swapped)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-2), ("bfloat16", 0.5)])
-def test_a_run_on_one_shared_gpu(
-    dtype: str, limit: float, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
-) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_on_one_shared_gpu(dtype: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]) -> None:
     recipe = make_recipe(
         make_model("qwen2"), model={"dtype": dtype}, learner={"zero_stage": 2},
         cluster={"device": "gpu", "sampler_cpus": 0.5, "learner_cpus": 0.5},
-        algorithm={"kl_coef": 0.01, "max_mismatch": limit},
+        algorithm={"kl_coef": 0.01},
     )  # fmt: skip
     subprocess.run([sys.executable, "-m", "grpo", "train", str(recipe)], check=True, cwd=ROOT, timeout=900)
     run = recipe.parent / "runs" / "run"

@@ -18,11 +18,14 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     from transformers import AutoModelForCausalLM
 
     from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig, SamplerConfig, SamplingConfig
+    from grpo.learner.heads import LogprobHead
+    from grpo.learner.probe import read_probe
+    from grpo.probing import Probe, Reading, spread
     from grpo.sampler import cpu_transfer
     from grpo.sampler.engine import Sampler
     from grpo.transport import SharedMemorySender
     from grpo.types import SampleRequest, SamplingSettings
-    from grpo.weight_sync import Probe, WeightSyncError, buckets_of, verify
+    from grpo.weight_sync import WeightSyncError, buckets_of, verify
 
     if fixed == "0":
         cpu_transfer.repack_lm_head = lambda model: None
@@ -42,18 +45,13 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     probe = Probe(token_ids=((1, 2, 3, 4, 5), tuple(range(1, 13))))
     sender = SharedMemorySender("here")
 
-    @torch.no_grad()
-    def learner_logprobs():
-        out = []
-        for ids in probe.token_ids:
-            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float(), -1)
-            out.append(logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy())
-        return out
+    head = LogprobHead(model.get_output_embeddings(), float32_head=fixed == "head")
+
+    def reading() -> Reading:
+        return read_probe(model, model, head, probe, model.device)
 
     def distance() -> float:
-        return float(
-            max(abs(a - b).max() for a, b in zip(sampler.probe_logprobs(probe), learner_logprobs(), strict=True))
-        )
+        return spread(sampler.probe_logprobs(probe), reading().logprobs).q90
 
     if fixed == "head":
         weight = model.get_output_embeddings().weight
@@ -80,9 +78,9 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
         if corrupt:
             sent["model.norm.weight"] += 1
         return verify(
-            report=sampler.finish_sync(probe), policy_version=version, sent=sent, learner_logprobs=learner_logprobs(),
-            tolerance=1e-3, sampler="sampler 0",
-        )  # fmt: skip
+            report=sampler.finish_sync(probe), policy_version=version, sent=sent, learner=reading(),
+            sampler="sampler 0",
+        ).q90  # fmt: skip
 
     def move(factor: float) -> None:
         with torch.no_grad():

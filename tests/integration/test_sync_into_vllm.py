@@ -33,7 +33,7 @@ def test_a_sync_is_complete_and_verified(family: str, make_model: Callable[..., 
     assert "unfilled weights: model.norm.weight" in result["skipped"]
     assert "other data than was sent for model.norm.weight" in result["corrupt"]
     assert result["recovered"].startswith("ok")
-    assert result["perturbed"] > 1e-3  # a probe would see one percent on the norms
+    assert result["perturbed"] > 1e-3  # one percent on the norms, a hundred times what rounding explains
     assert result["crowd"] == [800, 800]  # 9,600 tokens of prompts at once, of which vLLM takes 8,192 in a step
 
 

@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import evaluation, graders, logprobs, objectives, overhead, plan_memory, reasoning, recipe_hours
+from benchmarks import (
+    evaluation,
+    graders,
+    logprobs,
+    objectives,
+    overhead,
+    plan_memory,
+    reasoning,
+    recipe_hours,
+    weight_check,
+)
 from benchmarks.result import print_result
 from grpo.batching import TrainingRow, rank_steps
 from grpo.config import Config, load
@@ -25,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HELPERS = {"__init__", "curves", "result"}
 TESTED = {
     "overhead", "logprobs", "objectives", "reasoning", "graders", "evaluation", "recipe_hours", "plan_memory",
+    "weight_check",
 }  # fmt: skip
 
 
@@ -251,6 +262,33 @@ def test_microbatches_of_the_floor_keep_to_the_budget_and_hold_every_weighted_to
     assert sum(len(weights) for _, _, _, weights in parts) == 13
     ours = sorted(float(w) for _, _, _, weights in parts for w in weights[weights != 0])
     assert ours == sorted(float(w) for b in minibatch for w in b.token_weights[b.token_weights != 0])
+
+
+def test_weight_check(capsys: pytest.CaptureFixture[str]) -> None:
+    """A fault is caught by either check, at whatever group."""
+    common = {"plain_q90": 1.0, "plain_rms": 2.0, "full_q90": 3.0}
+    rows = [
+        weight_check.Row(fault="none", plain=False, full="", **common),
+        weight_check.Row(fault="stale:a", plain=False, full="0", **common),
+        weight_check.Row(fault="roll:b", plain=True, full="", **common),
+    ]
+    weight_check.report("folder", "bfloat16", 372, rows)
+    found = last_line(capsys.readouterr().out)
+    assert (found["benchmark"], found["model"], found["probe_tokens"]) == ("weight_check", "folder", 372)
+    assert [row["caught"] for row in found["rows"]] == [False, True, True]
+
+
+def test_faults_of_a_tied_and_an_untied_model() -> None:
+    names = [f"model.layers.{i}.mlp.{part}.weight" for i in range(12) for part in ("gate_proj", "up_proj")]
+    tied, untied = weight_check.usual_faults(names), weight_check.usual_faults([*names, "lm_head.weight"])
+    assert "packed-head" in tied
+    assert "packed-head" not in untied
+    assert "stale:lm_head" in untied
+    for fault in (
+        "stale:model.layers.6.",
+        "swap:model.layers.11.mlp.gate_proj.weight,model.layers.11.mlp.up_proj.weight",
+    ):
+        assert fault in tied
 
 
 @pytest.mark.usefixtures("one_thread")

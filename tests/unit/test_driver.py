@@ -25,6 +25,8 @@ from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import training_rows
 from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
+from grpo.metrics import mismatch_counts
+from grpo.probing import Spread
 from grpo.progress import Progress
 from grpo.run_folder import RunFolder, reopen
 from grpo.saving import Saver
@@ -117,13 +119,16 @@ class TablePolicy:
         metrics = {name: (pair[0], pair[1]) for name, pair in tally.sums.items()}
         return StepResult(
             optimizer_steps=1, metrics=metrics, extremes=tally.extremes,
-            learner_logprob_sums=tally.learner_logprob_sums,
+            learner_logprob_sums=tally.learner_logprob_sums, mismatch_counts=tally.mismatch_counts,
         )  # fmt: skip
 
     def publish(self, policy_version: int, probe: Any, *, full_check: bool) -> Any:
         self.calls.append("publish")
         self.sampler, self.version = self.learner.weight.detach().clone(), policy_version
-        return lambda: SimpleNamespace(seconds=0.0, nbytes=0, probe_difference=0.0)
+        apart = Spread(rms=0.0, q90=0.0)
+        return lambda: SimpleNamespace(
+            seconds=0.0, nbytes=0, probe=apart, noise=Spread(rms=1e-6, q90=1e-6), movement_errors=()
+        )
 
     def save(self, folder: Path) -> None:
         self.calls.append("save")
@@ -780,13 +785,17 @@ def test_timings_by_hand() -> None:
     result: Any = None
     sampled = Sampled(groups=(), unused=(), attempts=1, sample_s=8.0, reward_s=2.0)
     learned = Learned(credit=credit, result=result, batch_s=1.0, update_s=4.0)
-    sync = SimpleNamespace(seconds=3.0, nbytes=5, probe_difference=0.5)
+    sync = SimpleNamespace(
+        seconds=3.0, nbytes=5, probe=Spread(rms=0.5, q90=0.25), noise=Spread(rms=0.75, q90=0.125),
+        movement_errors=(0.25, 0.5, 0.125),
+    )  # fmt: skip
     numbers = timings(sampled, learned, sync, 10.0, 26.0, 30.0)
     assert numbers == {
         "time/sample_s": 8, "time/reward_s": 2, "time/batch_s": 1, "time/update_s": 4, "time/sync_s": 4,
         "time/idle_s": 1, "time/step_s": 20, "time/samplers_busy_fraction": 12 / 20,
         "time/learner_busy_fraction": 8 / 20, "sync/seconds": 3,
-        "sync/bytes": 5, "sync/probe_difference": 0.5,
+        "sync/bytes": 5, "sync/probe_rms": 0.5, "sync/probe_q90": 0.25, "sync/noise_rms": 0.75,
+        "sync/noise_q90": 0.125, "sync/movement_error": 0.5,
     }  # fmt: skip
 
 
@@ -812,17 +821,27 @@ def test_a_trace_has_every_step(tmp_path: Path) -> None:
 
 
 def test_the_mismatch_gate(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
+    """The root mean square over two tokens, against five times the noise or the option."""
 
-    def result(value: float) -> StepResult:
-        return StepResult(optimizer_steps=1, metrics={}, extremes={"mismatch/max": value}, learner_logprob_sums={})
+    def result(*differences: float) -> StepResult:
+        squares = sum(d * d for d in differences)
+        return StepResult(
+            optimizer_steps=1, metrics={"mismatch/square": (squares, float(len(differences)))}, extremes={},
+            learner_logprob_sums={}, mismatch_counts=mismatch_counts(np.abs(differences)),
+        )  # fmt: skip
 
-    guard_mismatch(result(9e-4), config)
-    for value in (2e-3, float("nan"), float("inf")):
-        with pytest.raises(MismatchError):
-            guard_mismatch(result(value), config)
-    guard_mismatch(result(5.0), module.load(tmp_path / "r.yaml", ["model.dtype=bfloat16"]))
+    def config(*overrides: str) -> Config:
+        return module.load(tmp_path / "r.yaml", overrides)
+
+    make_config(tmp_path)
+    noise = 0.1
+    guard_mismatch(result(0.0, 0.70), config(), noise)  # 0.70 / sqrt(2) = 0.495
+    for wrong in ((0.0, 0.72), (0.0, float("nan")), (float("inf"), 0.0)):  # 0.72 / sqrt(2) = 0.509
+        with pytest.raises(MismatchError, match="by the learner's rounding noise"):
+            guard_mismatch(result(*wrong), config(), noise)
+    guard_mismatch(result(0.0, 0.72), config("sampling.temperature=0.5"), noise)  # logprobs are twice as far apart
     with pytest.raises(MismatchError):
-        guard_mismatch(
-            result(5.0), module.load(tmp_path / "r.yaml", ["model.dtype=bfloat16", "algorithm.max_mismatch=1"])
-        )
+        guard_mismatch(result(0.0, 0.70), config("sampling.temperature=2"), noise * 0.98)
+    guard_mismatch(result(0.0, 5.0), config("algorithm.max_mismatch=4"), noise)
+    with pytest.raises(MismatchError, match=r"algorithm\.max_mismatch"):
+        guard_mismatch(result(5.0, 5.0), config("algorithm.max_mismatch=4"), noise)

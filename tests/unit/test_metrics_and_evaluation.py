@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from grpo.evaluation import Judged, SetEvaluation, evaluate_groups, judge, judged
-from grpo.metrics import learner_metrics, metrics_by_set, rollout_metrics, staleness_metrics
+from grpo.metrics import (
+    counted_quantile,
+    learner_metrics,
+    metrics_by_set,
+    mismatch_counts,
+    rollout_metrics,
+    staleness_metrics,
+)
 from grpo.step_metrics import eval_metrics
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, StepResult
 
@@ -105,10 +112,12 @@ def test_learner_sums_become_means_and_shares() -> None:
             "policy/clip_fraction_high": (2.0, 10.0),
             "mismatch/importance_weight_mean": (8.0, 4.0),
             "mismatch/importance_weight_square": (20.0, 4.0),
+            "mismatch/square": (0.08, 2.0),
             "policy/kl_ref": (0.0, 0.0),
         },
         extremes={"policy/updates": 2.0, "mismatch/max": 0.1, "mismatch/importance_weight_min_negated": -0.5},
         learner_logprob_sums={},
+        mismatch_counts=mismatch_counts(np.asarray([0.0] + 97 * [1e-4] + [0.02, 0.5])),
     )
     numbers = learner_metrics(result)
     assert numbers["policy/loss"] == pytest.approx(0.3)
@@ -116,7 +125,21 @@ def test_learner_sums_become_means_and_shares() -> None:
     assert numbers["policy/clip_fraction"] == pytest.approx(0.3)
     assert numbers["mismatch/effective_sample_fraction"] == pytest.approx(64 / (4 * 20))
     assert numbers["mismatch/importance_weight_min"] == 0.5
+    assert numbers["mismatch/rms"] == pytest.approx(0.2)
+    assert 0.02 <= numbers["mismatch/q99"] < 0.02 * 1.06  # of a hundred tokens the second largest
     assert "policy/kl_ref" not in numbers  # nothing was observed
+
+
+def test_counted_quantiles_hold_what_they_count() -> None:
+    """0 and what is smaller than every bound is in the first bin; NaN and infinity are in the last."""
+    assert counted_quantile(mismatch_counts(np.asarray([0.0, 1e-12, 0.0])), 0.99) == 0.0
+    assert counted_quantile(mismatch_counts(np.asarray([1.0, np.nan])), 0.99) == np.inf
+    values = np.random.default_rng(0).lognormal(-5, 2, 10_001)
+    counts = mismatch_counts(values)
+    assert counts.sum() == len(values)
+    for q in (0.1, 0.5, 0.99):
+        exact = float(np.quantile(values, q))
+        assert exact / 1.06 < counted_quantile(counts, q) < exact * 1.06
 
 
 def test_accuracy_is_the_mean_over_prompts_of_scored_samples() -> None:

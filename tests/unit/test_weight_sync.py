@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from grpo.probing import Reading, Spread
 from grpo.weight_sync import (
     SyncReport,
     WeightSyncError,
@@ -55,23 +56,30 @@ REPORT = SyncReport(
     consumed={"a": 1, "b": 2},
     unfilled_slots=(),
     unmapped_tensors=(),
-    probe_logprobs=(np.asarray([-1.0, -2.0], dtype=np.float32),),
+    probe_logprobs=(np.asarray([-1.0, -2.0], dtype=np.float32), np.asarray([-3.0, -4.0], dtype=np.float32)),
 )
 
 
-def verdict(**changes: object) -> float:
+def verdict(**changes: object) -> Spread:
+    """The learner is 0.01 lower on each token, its noise 0.006: 1.7 of the 2 times that are allowed."""
+    learner = tuple(row - np.float32(0.01) for row in REPORT.probe_logprobs)
     return verify(
         report=dataclasses.replace(REPORT, **changes),
         policy_version=3,
         sent={"a": 1, "b": 2},
-        learner_logprobs=(np.asarray([-1.0, -2.0005], dtype=np.float32),),
-        tolerance=1e-3,
+        learner=Reading(logprobs=learner, noise=Spread(rms=0.006, q90=0.006)),
         sampler="sampler 0",
     )
 
 
-def test_a_good_sync_returns_the_probe_difference() -> None:
-    assert verdict() == pytest.approx(0.0005, abs=1e-6)
+def test_a_good_sync_returns_how_far_sampler_and_learner_are_apart() -> None:
+    apart = verdict()
+    assert apart.rms == pytest.approx(0.01, rel=1e-4)
+    assert apart.q90 == pytest.approx(0.01, rel=1e-4)
+
+
+ONE_OFF = (np.asarray([-1.0, -2.0], dtype=np.float32), np.asarray([-3.0, -4.1], dtype=np.float32))
+NOT_A_NUMBER = (np.asarray([-1.0, -2.0], dtype=np.float32), np.asarray([-3.0, np.nan], dtype=np.float32))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +91,8 @@ def test_a_good_sync_returns_the_probe_difference() -> None:
         ({"consumed": {"a": 1, "b": 2, "c": 3}}, "consumed unannounced c"),
         ({"consumed": {"a": 1, "b": 5}}, "other data than was sent for b"),
         ({"unfilled_slots": ("qkv",)}, "unfilled weights: qkv"),
-        ({"probe_logprobs": (np.asarray([-1.0, -2.1], dtype=np.float32),)}, "does not use them"),
-        ({"probe_logprobs": (np.asarray([-1.0, np.nan], dtype=np.float32),)}, "differ from the learner's by up to inf"),
+        ({"probe_logprobs": ONE_OFF}, "does not use them"),
+        ({"probe_logprobs": NOT_A_NUMBER}, "differ from the learner's by inf"),
     ],
 )
 def test_every_defect_is_named(changes: dict[str, object], words: str) -> None:

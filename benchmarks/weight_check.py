@@ -1,0 +1,328 @@
+"""Which wrong weights does the check of a weight sync catch? A real vLLM sampler, a model, and syncs broken on purpose.
+
+    python -m benchmarks.weight_check recipes/tiny/smollm2/base --dtype bfloat16
+    python -m benchmarks.weight_check MODEL --fault stale:layers.7. --fault swap:A.weight,B.weight
+    python -m benchmarks.weight_check MODEL --single 20        # also 20 tensors that are stale alone, drawn by --seed
+
+The learner is the model in transformers, the sampler vLLM in the same process; what is sent passes through the sync's
+own buckets, checksums and verdicts. A fault sits between the checksum and the engine, where nothing but the probe can
+see it. Between the two syncs that the plain check compares lies one AdamW step at a learning rate of 1e-6.
+
+    stale:TEXT     tensors with TEXT in their names keep their first values for ever
+    late:TEXT      they always hold the values of the sync before
+    swap:A,B       two tensors of one shape are exchanged
+    roll:NAME      the rows of a tensor are shifted by one, as where padding is counted wrongly
+    packed-head    the copy that a tied vocabulary projection computes with is not made again after a reload
+
+For each fault: the plain check that every sync has, and the full check of the start and every `run.verify_every` steps
+(`grpo.weight_sync.prove`). Figures are differences between sampler and learner, in units of the learner's rounding
+noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.result import print_result
+
+if TYPE_CHECKING:
+    import torch
+
+    from grpo.probing import Probe, Reading, Spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What the checks say of one fault."""
+
+    fault: str
+    plain_q90: float
+    """Of the plain check: difference over noise, limit 2."""
+    plain_rms: float
+    """Limit 5."""
+    plain: bool
+    """Whether the plain check refuses the sync."""
+    full: str
+    """The group of parameters at which the full check refuses it, or "" where it does not."""
+    full_q90: float
+    """Largest difference over noise in the full check, up to the group that refuses."""
+
+    @property
+    def caught(self) -> bool:
+        return self.plain or bool(self.full)
+
+
+class PlainLearner:
+    """A model of transformers as the full check sees a learner: `grpo.weight_sync.ProbedLearner`."""
+
+    def __init__(self, path: str, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from grpo.learner.heads import LogprobHead
+
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self.head = LogprobHead(self.model.get_output_embeddings(), float32_head=False)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def parameter_count(self) -> int:
+        return len(self.weights())
+
+    def read_probe(self, probe: Probe) -> Reading:
+        from grpo.learner.probe import read_probe
+
+        return read_probe(self.model, self.model, self.head, probe, self.model.device)
+
+    @contextmanager
+    def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
+        from grpo.learner.probe import Perturbation
+
+        parameters = list(self.model.parameters())
+        chosen = range(group, len(parameters), groups)
+        perturbation = Perturbation(parameters, chosen, self.model.config.vocab_size, rank=0)
+        yield perturbation.apply
+        perturbation.undo()
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def optimizer_step(self, probe: Probe) -> None:
+        """One AdamW step at a learning rate of 1e-6 on the probe's own tokens, with float32 master weights."""
+        import torch
+
+        from grpo.learner.heads import unpack
+
+        masters = [parameter.detach().float().clone().requires_grad_() for parameter in self.model.parameters()]
+        optimizer = torch.optim.AdamW(masters, lr=1e-6, weight_decay=0.0)
+        for ids in probe.token_ids:
+            tokens = torch.tensor([ids])
+            with self.head.targets(tokens[:, 1:], 1.0):
+                logprobs, _ = unpack(self.model(input_ids=tokens[:, :-1], use_cache=False).logits)
+            (-logprobs.sum()).backward()
+        for master, parameter in zip(masters, self.model.parameters(), strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(masters, self.model.parameters(), strict=True):
+                parameter.copy_(master)
+
+
+class OneGroup(PlainLearner):
+    """A learner of which the full check perturbs one group alone."""
+
+    def __init__(self, learner: PlainLearner, group: int, groups: int) -> None:
+        self.model, self.head = learner.model, learner.head
+        self._group, self._groups = group, groups
+
+    def parameter_count(self) -> int:
+        return 1
+
+    def perturbation(self, group: int, groups: int):  # type: ignore[no-untyped-def]
+        return super().perturbation(self._group, self._groups)
+
+
+class Bench:
+    """A sampler that can be given wrong weights, and the learner whose weights it should have."""
+
+    def __init__(self, path: str, dtype: str, rows: Sequence[Sequence[int]]) -> None:
+        from grpo.config import (
+            AlgorithmConfig,
+            Config,
+            DataConfig,
+            ModelConfig,
+            RunConfig,
+            SamplerConfig,
+            SamplingConfig,
+        )
+        from grpo.probing import PERTURBED_GROUPS, TOKENS, make_probe
+        from grpo.sampler.engine import Sampler
+        from grpo.transport import SharedMemorySender
+        from grpo.types import Prompt
+
+        prompts = [
+            Prompt(prompt_id="", token_ids=tuple(ids), text="", row={}, messages=None, dataset="", where="")
+            for ids in rows
+        ]
+        config = Config(
+            model=ModelConfig(path=path, dtype="float32" if dtype == "float32" else "bfloat16"),
+            sampling=SamplingConfig(max_tokens=8),
+            data=DataConfig(train=[], max_prompt_tokens=TOKENS),
+            algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
+            run=RunConfig(steps=1),
+            sampler=SamplerConfig(max_num_seqs=64),
+        )
+        self.probe = make_probe(prompts, longest=config.max_row_tokens - 1)
+        self.groups = PERTURBED_GROUPS[config.model.dtype]
+        self.learner = PlainLearner(path, dtype)
+        self._sampler = Sampler(config, "shared_memory", 0)
+        self._sampler.init_transfer({"node": "here"})
+        self._sender = SharedMemorySender("here")
+        self._version = 0
+        [recorder] = self._sampler._engine.collective_rpc(lambda worker: worker._recorder)
+        load = recorder._load
+        recorder._load = lambda pairs: load([(name, self._given(name, tensor)) for name, tensor in pairs])
+        self._fault = ("", "")
+        self.first = {name: tensor.clone() for name, tensor in self.learner.weights().items()}
+        self._before = self.first
+        self.readings: list[tuple[float, float]] = []
+        """(q90, rms) of each transfer's difference, in units of the noise."""
+
+    def _given(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What the engine gets in the place of a tensor that has passed its checksum."""
+        kind, what = self._fault
+        if kind in ("stale", "late") and what in name:
+            return (self.first if kind == "stale" else self._before)[name]
+        if kind == "swap" and name in what.split(","):
+            one, other = what.split(",")
+            return self.learner.weights()[other if name == one else one]
+        if kind == "roll" and name == what:
+            return tensor.roll(1, 0)
+        return tensor
+
+    def transfer(self, reading: Reading) -> Spread:
+        """One sync of the learner's weights. Raises WeightSyncError where the plain check refuses it."""
+        from grpo.probing import spread
+        from grpo.weight_sync import buckets_of, verify
+
+        self._version += 1
+        sent: dict[str, int] = {}
+        self._sampler.begin_sync(self._version)
+        for bucket in buckets_of(self.learner.weights().items()):
+            packed = self._sender.pack(bucket)
+            sent |= {spec.name: value for spec, value in zip(packed.tensors, packed.checksums, strict=True)}
+            self._sampler.load_bucket(packed)
+        report = self._sampler.finish_sync(self.probe)
+        self._before = {name: tensor.clone() for name, tensor in self.learner.weights().items()}
+        apart = spread(report.probe_logprobs, reading.logprobs)
+        self.readings.append((apart.q90 / reading.noise.q90, apart.rms / reading.noise.rms))
+        return verify(report=report, policy_version=self._version, sent=sent, learner=reading, sampler="sampler 0")
+
+    def examine(self, fault: str, learner: PlainLearner | None = None) -> Row:
+        """Let a healthy sync of the first weights go before, then the plain and the full check with `fault`."""
+        import torch
+
+        from grpo.sampler import cpu_transfer
+        from grpo.weight_sync import WeightSyncError, prove
+
+        learner = learner or self.learner
+        with torch.no_grad():
+            for name, tensor in self.learner.weights().items():
+                tensor.copy_(self.first[name])
+        self._fault = ("", "")
+        self.transfer(self.learner.read_probe(self.probe))
+        self.learner.optimizer_step(self.probe)
+        kind, _, what = fault.partition(":")
+        self._fault = (kind, what)
+        repack = cpu_transfer.repack_lm_head
+        if kind == "packed-head":
+            cpu_transfer.repack_lm_head = lambda model: None
+        before, plain, refused = self.learner.read_probe(self.probe), False, ""
+        try:
+            self.transfer(before)
+        except WeightSyncError:
+            plain = True
+        (plain_q90, plain_rms), self.readings = self.readings[-1], []
+        try:
+            prove(learner=learner, before=before, probe=self.probe, groups=self.groups, transfer=self.transfer)
+        except WeightSyncError as error:
+            if "does not use them" not in str(error):
+                raise
+            refused = str(len(self.readings) - 1)
+        finally:
+            cpu_transfer.repack_lm_head = repack
+        return Row(
+            fault=fault, plain_q90=plain_q90, plain_rms=plain_rms, plain=plain, full=refused,
+            full_q90=max(q90 for q90, _ in self.readings),
+        )  # fmt: skip
+
+
+def usual_faults(names: Sequence[str]) -> list[str]:
+    """Return a fault of each kind for a model of the Llama family with these parameters."""
+    layers = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("model.layers."))
+    low, middle, high = (f"model.layers.{i}" for i in (1, layers // 2, layers - 1))
+    tied = "lm_head.weight" not in names
+    return [
+        "none", f"stale:{low}.", f"stale:{middle}.", f"stale:{high}.",
+        "packed-head" if tied else "stale:lm_head", *([] if tied else ["roll:lm_head.weight"]),
+        f"swap:{middle}.self_attn.k_proj.weight,{middle}.self_attn.v_proj.weight",
+        f"swap:{middle}.self_attn.q_proj.weight,{high}.self_attn.q_proj.weight",
+        f"swap:{low}.mlp.gate_proj.weight,{low}.mlp.up_proj.weight",
+        f"swap:{high}.mlp.gate_proj.weight,{high}.mlp.up_proj.weight",
+        "roll:model.embed_tokens.weight", f"late:{middle}.mlp.down_proj.weight",
+        f"late:{middle}.self_attn.q_proj.weight", "late:model.norm.weight",
+    ]  # fmt: skip
+
+
+def token_rows(path: str) -> list[list[int]]:
+    """Return rows of tokens for the probe: the training prompts beside the model, or ids drawn at random."""
+    import json
+
+    from transformers import AutoConfig, AutoTokenizer
+
+    data = Path(path).parent / "one_step_train.jsonl"
+    if data.exists():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        with data.open() as file:
+            chats = [json.loads(next(file))["messages"] for _ in range(64)]
+        return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    draw, size = random.Random(0), AutoConfig.from_pretrained(path).vocab_size
+    return [[draw.randrange(size) for _ in range(40)] for _ in range(64)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(__doc__ or "").split("\n\n", 1)[1],
+    )  # fmt: skip
+    parser.add_argument("model", help="a folder in Hugging Face layout")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--fault", action="append", help="KIND:WHAT as above, once for each; default: one of each kind")
+    parser.add_argument("--single", type=int, default=0, help="tensors that are stale alone, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    a = parser.parse_args()
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    bench = Bench(a.model, a.dtype, token_rows(a.model))
+    names = list(bench.learner.weights())
+    rows = []
+    print(f"{'fault':74} {'plain q90':>9} {'rms':>6} {'full q90':>8}  caught by", flush=True)
+
+    def examine(fault: str, learner: PlainLearner | None = None) -> None:
+        started = time.monotonic()
+        row = bench.examine(fault, learner)
+        by = "plain" if row.plain else f"full, group {row.full}" if row.full else "-"
+        print(
+            f"{fault:74} {row.plain_q90:9.2f} {row.plain_rms:6.2f} {row.full_q90:8.2f}  {by}"
+            f"  ({time.monotonic() - started:.0f} s)",
+            flush=True,
+        )
+        rows.append(row)
+
+    for fault in a.fault or usual_faults(names):
+        examine(fault)
+    groups = min(bench.groups, len(names))
+    for i in sorted(random.Random(a.seed).sample(range(len(names)), min(a.single, len(names)))):
+        examine(f"stale:{names[i]}", OneGroup(bench.learner, i % groups, groups))
+    report(a.model, a.dtype, sum(len(ids) - 1 for ids in bench.probe.token_ids), rows)
+
+
+def report(model: str, dtype: str, tokens: int, rows: Sequence[Row]) -> None:
+    """Print the figures as the last line."""
+    figures = [{**dataclasses.asdict(row), "caught": row.caught} for row in rows]
+    print_result("weight_check", model=model, dtype=dtype, probe_tokens=tokens, rows=figures)
+
+
+if __name__ == "__main__":
+    main()

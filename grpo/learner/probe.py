@@ -1,0 +1,120 @@
+"""What the weight check needs of the learner's model: rounding at random, and parameters perturbed for a while.
+
+Both work on a plain model as on one whose parameters DeepSpeed has sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grpo.learner.heads import LogprobHead, unpack
+from grpo.probing import Probe, Reading, spread
+
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-49}
+"""Largest relative change by rounding. A layer in 16 bits adds in float32 and rounds its result once, to half a unit in
+the last place. One in float32 rounds each addition, which over the thousands of terms of a matrix product makes about
+sixteen times as much."""
+
+TF32_ROUNDOFF = 2.0**-11
+"""Of float32 matrix products on GPUs: some kernels of the engines round their operands to TF32."""
+
+GENTLE = 1 / 3
+"""Share of the perturbation that vectors (norms, biases) and vocabulary matrices get: each moves logprobs more than a
+projection does, and would cover what the others do."""
+
+ZERO_SCALE = 0.02
+"""What stands in for the root mean square of a parameter that is all zeros: the usual scale of initial weights."""
+
+
+@contextmanager
+def rounded_at_random(model: torch.nn.Module, without: torch.nn.Module, seed: int = 0) -> Iterator[None]:
+    """Within this, each layer of `model` but the module `without` gives its output times 1 + u, u uniform within the
+    unit roundoff of its dtype: the same model as another engine might compute it (Monte Carlo arithmetic; D. S. Parker,
+    UCLA CSD-970002, 1997)."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def round_output(module: torch.nn.Module, given: Any, out: Any) -> Any:
+        if not isinstance(out, torch.Tensor) or out.dtype not in UNIT_ROUNDOFF:
+            return None
+        if out.device not in generators:
+            generators[out.device] = torch.Generator(out.device).manual_seed(seed)
+        unit = TF32_ROUNDOFF if out.is_cuda and out.dtype == torch.float32 else UNIT_ROUNDOFF[out.dtype]
+        wide = torch.promote_types(out.dtype, torch.float32)
+        u = torch.rand(out.shape, generator=generators[out.device], device=out.device, dtype=wide)
+        return (out.to(wide) * (1 + (2 * u - 1) * unit)).to(out.dtype)
+
+    layers = [module for module in model.modules() if module is not without and not list(module.children())]
+    hooks = [layer.register_forward_hook(round_output) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def read_probe(forward: Any, model: torch.nn.Module, head: LogprobHead, probe: Probe, device: torch.device) -> Reading:
+    """Return the logprobs of the probe under the weights of now and their rounding noise.
+
+    `forward`: what is called with `input_ids`, the model itself or DeepSpeed's engine around it; `head`: the model's.
+    """
+    logprobs = _logprobs(forward, head, probe, device)
+    with rounded_at_random(model, without=head.module), head.in_float32():
+        otherwise = _logprobs(forward, head, probe, device)
+    return Reading(logprobs=logprobs, noise=spread(otherwise, logprobs))
+
+
+@torch.no_grad()
+def _logprobs(forward: Any, head: LogprobHead, probe: Probe, device: torch.device) -> tuple[NDArray[np.float32], ...]:
+    """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1. One forward: padding on the right
+    needs no mask."""
+    rows = [torch.tensor(ids, device=device) for ids in probe.token_ids]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    with head.targets(tokens[:, 1:], 1.0):
+        logprobs, _ = unpack(forward(input_ids=tokens[:, :-1], use_cache=False).logits)
+    return tuple(row[: len(ids) - 1].float().cpu().numpy() for row, ids in zip(logprobs, probe.token_ids, strict=True))
+
+
+class Perturbation:
+    """Some parameters of a model changed in place, and what they were.
+
+    Nothing of a parameter's storage is kept: it is looked up anew each time, since an offload gives parameters new
+    storage.
+    """
+
+    def __init__(self, parameters: Sequence[Any], chosen: Sequence[int], vocabulary: int, rank: int) -> None:
+        """`parameters`: all of the model's; `chosen`: which of them to change. `vocabulary`: rows of a vocabulary
+        matrix. `rank`: this rank's number where each holds other shards of the parameters, else 0."""
+        self._parameters = {i: parameters[i] for i in chosen}
+        self._vocabulary, self._rank = vocabulary, rank
+        self._saved = {i: _data(p).clone() for i, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def apply(self, strength: float) -> None:
+        """Set each parameter to what it was plus or minus `strength` times its root mean square, signs at random."""
+        for i, p in self._parameters.items():
+            saved = self._saved[i]
+            generator = torch.Generator(saved.device).manual_seed(1000 * i + self._rank)
+            signs = torch.randint(0, 2, saved.shape, generator=generator, device=saved.device, dtype=torch.int8)
+            scale = float(saved.float().square().mean().sqrt()) if saved.numel() else 0.0
+            shape = getattr(p, "ds_shape", p.shape)
+            gentle = GENTLE if len(shape) < 2 or shape[0] >= self._vocabulary else 1.0
+            change = strength * gentle * (scale or ZERO_SCALE)
+            _data(p).copy_(saved + (signs * (2 * change) - change).to(saved.dtype))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put back what the parameters were, bit for bit."""
+        for i, p in self._parameters.items():
+            _data(p).copy_(self._saved[i])
+
+
+def _data(parameter: Any) -> torch.Tensor:
+    """Return the storage of a parameter that this rank holds now; at ZeRO 3 its shard."""
+    data: torch.Tensor = getattr(parameter, "ds_tensor", parameter).data
+    return data

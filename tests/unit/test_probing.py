@@ -1,0 +1,115 @@
+"""The probe of a weight sync: its tokens, how differences are measured, random rounding and perturbed parameters."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from grpo.learner.probe import GENTLE, UNIT_ROUNDOFF, ZERO_SCALE, Perturbation, rounded_at_random
+from grpo.probing import TOKENS, Spread, make_probe, spread
+from grpo.types import Prompt
+
+
+def prompt(*token_ids: int) -> Prompt:
+    return Prompt(prompt_id="d:0:x", token_ids=token_ids, text="", row={}, messages=None, dataset="d", where="d[0]")
+
+
+def test_a_probe_is_the_ends_of_prompts_and_mixed_tokens() -> None:
+    """Prompts that begin alike differ in the probe; every id is one of theirs."""
+    prompts = [prompt(*range(40), 50 + i) for i in range(20)]
+    rows = make_probe(prompts, longest=100).token_ids
+    assert rows[:8] == tuple((*range(9, 40), 50 + i) for i in range(8))
+    assert len(rows) == 12
+    assert all(len(row) == TOKENS for row in rows)
+    assert {i for row in rows for i in row} <= {*range(40), *range(50, 70)}
+    assert [len(row) for row in make_probe(prompts, longest=5).token_ids] == 12 * [5]
+    assert len(make_probe([prompt(1), prompt(2)], longest=5).token_ids) == 4  # a token alone has no logprob
+
+
+def test_spread_by_hand() -> None:
+    """Differences 0.3, 0.4 and eight of 0: squares 0.25 of 10; the 90 % quantile lies 0.1 of the way to 0.4."""
+    a = (np.zeros(5, dtype=np.float32), np.zeros(5, dtype=np.float32))
+    b = (np.asarray([0.3, 0, 0, 0, 0], dtype=np.float32), np.asarray([0, 0, 0, 0, -0.4], dtype=np.float32))
+    found = spread(a, b)
+    assert found.rms == pytest.approx(math.sqrt(0.025), rel=1e-6)
+    assert found.q90 == pytest.approx(0.3 + 0.1 * 0.1, rel=1e-6)
+    for value in (np.nan, np.inf, -np.inf):
+        broken = (np.asarray([value, 0, 0, 0, 0], dtype=np.float32), b[1])
+        assert spread(a, broken) == Spread(rms=math.inf, q90=math.inf)
+        assert spread(broken, broken) == Spread(rms=math.inf, q90=math.inf)
+
+
+def test_both_figures_must_be_within() -> None:
+    limit = Spread(rms=0.1, q90=0.2).allowed()
+    assert Spread(rms=0.5, q90=0.4).within(limit)
+    assert not Spread(rms=0.51, q90=0.1).within(limit)
+    assert not Spread(rms=0.1, q90=0.41).within(limit)
+    assert not Spread(rms=math.inf, q90=math.inf).within(limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_random_rounding_changes_layers_by_their_unit_roundoff(dtype: torch.dtype) -> None:
+    """The first layer copies its input: what comes out has changed by at most u, and by half of it on average."""
+    layer, last = torch.nn.Linear(4096, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(last.weight)
+    model = torch.nn.Sequential(torch.nn.Identity(), last).to(dtype)
+    tokens = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(1)).to(dtype) + 1
+    with rounded_at_random(model, without=last), torch.no_grad():
+        relative = (model(tokens).double() / tokens.double() - 1).abs()
+    u = UNIT_ROUNDOFF[dtype]
+    assert float(relative.max()) <= u * 2.1  # its own rounding is added
+    assert 0.3 * u < float(relative.mean()) < 0.7 * u
+    with torch.no_grad():
+        assert torch.equal(model(tokens), tokens)  # nothing is left behind
+    with rounded_at_random(layer, without=layer), torch.no_grad():
+        given = torch.rand(3, 4096, generator=torch.Generator().manual_seed(2))
+        assert torch.equal(layer(given), torch.nn.functional.linear(given, layer.weight))
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((50, 4), (4, 4), (4,), (6, 4), (4,))
+    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    torch.nn.init.zeros_(made[4])
+    return made
+
+
+def test_perturbations_by_hand_and_undone() -> None:
+    """Each element of the chosen moves by the strength times the root mean square of its parameter, some up and some
+    down; a second strength replaces the first; afterwards every bit is as before."""
+    found = parameters()
+    before = [p.detach().clone() for p in found]
+    perturbation = Perturbation(found, chosen=(0, 3, 4), vocabulary=50, rank=0)
+    for strength in (0.5, 0.1):
+        perturbation.apply(strength)
+        moved = [p.detach() - b for p, b in zip(found, before, strict=True)]
+        expected = (GENTLE * before[0].square().mean().sqrt(), before[3].square().mean().sqrt(), GENTLE * ZERO_SCALE)
+        for i, size in zip((0, 3, 4), expected, strict=True):
+            assert torch.allclose(moved[i].abs(), torch.full_like(moved[i], strength * float(size)), rtol=1e-4)
+        assert moved[3].min() < 0 < moved[3].max()
+        assert not moved[1].any()
+        assert not moved[2].any()
+    perturbation.undo()
+    assert all(torch.equal(p.detach(), b) for p, b in zip(found, before, strict=True))
+
+
+def test_a_perturbation_follows_parameters_to_new_storage() -> None:
+    """An offload in between gives parameters new storage: it is there that they are restored."""
+    found = parameters()
+    before = [p.detach().clone() for p in found]
+    perturbation = Perturbation(found, chosen=range(5), vocabulary=50, rank=0)
+    perturbation.apply(0.3)
+    for p in found:
+        p.data = p.data.clone()
+    perturbation.undo()
+    assert all(torch.equal(p.detach(), b) for p, b in zip(found, before, strict=True))
+
+
+def test_ranks_with_other_shards_perturb_otherwise() -> None:
+    ours, theirs = parameters(), parameters()
+    Perturbation(ours, chosen=(1,), vocabulary=50, rank=0).apply(0.1)
+    Perturbation(theirs, chosen=(1,), vocabulary=50, rank=1).apply(0.1)
+    assert not torch.equal(ours[1], theirs[1])
