@@ -10,15 +10,19 @@ refuse() { echo "$*" >&2; exit 2; }
 
 runs() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; } # some shims are there and do not run
 supported() { case "$1" in 3.11 | 3.12 | 3.13) ;; *) return 1 ;; esac; }
-has_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; } # Debian's python3 has it in a package of its own
+lacks() { # INTERPRETER VERSION: parts that Debian has in packages of their own, and without which a run fails
+  local packages=""
+  "$1" -c 'import ensurepip, venv' 2>/dev/null || packages+=" python$2-venv"
+  "$1" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || packages+=" python$2-dev"
+  [ -n "$packages" ] && echo "lacks its venv module or Python.h (on Debian and Ubuntu: apt install$packages)"
+}
 check() { # WHAT INTERPRETER [AND WHAT TO DO]
+  local parts
   version=$(runs "$2") || refuse "$1 does not run${3:-}"
   supported "$version" || refuse "$1 is Python $version, and Python 3.11, 3.12 or 3.13 is needed${3:-}"
+  if parts=$(lacks "$2" "$version"); then refuse "$1 $parts"; fi
 }
-if [ -n "${PYTHON:-}" ]; then
-  check "PYTHON=$PYTHON" "$PYTHON"
-  has_venv "$PYTHON" || refuse "PYTHON=$PYTHON has no venv module (on Debian and Ubuntu: apt install python$version-venv)"
-fi
+[ -z "${PYTHON:-}" ] || check "PYTHON=$PYTHON" "$PYTHON"
 
 fingerprint() { cat "locks/$1.txt" pyproject.toml | sha256sum | cut -c1-16; }
 installed() { [ "$(cat ".venv/.installed-$1" 2>/dev/null)" = "$(fingerprint "$1")" ]; }
@@ -33,6 +37,7 @@ for other in $others; do
   [ ! -f ".venv/.installed-$other" ] || refuse ".venv has locks/$other.txt, and vLLM for CPUs and for GPUs do not fit into one environment: remove .venv first"
 done
 if installed "$lock"; then exit 0; fi
+command -v "${CXX:-g++}" >/dev/null || refuse "${CXX:-g++} is needed, torch compiles with it at run time, and was not found (on Debian and Ubuntu: apt install g++)"
 
 pythons=() # lines of version and interpreter, to be tried in this order
 if [ -x .venv/bin/python ]; then
@@ -43,11 +48,14 @@ elif [ -n "${PYTHON:-}" ]; then
 else
   for name in python3.13 python3.12 python3.11 python3 python; do
     if version=$(runs "$name") && supported "$version"; then
-      if has_venv "$name"; then pythons+=("$version $name"); else echo "$name is passed over: it has no venv module (on Debian and Ubuntu: apt install python$version-venv)" >&2; fi
+      if parts=$(lacks "$name" "$version"); then echo "$name is passed over: it $parts" >&2; else pythons+=("$version $name"); fi
     fi
   done
-  [ ${#pythons[@]} -gt 0 ] || refuse "Python 3.11, 3.12 or 3.13 is needed and was not found; set PYTHON=/path/to/python"
+  [ ${#pythons[@]} -gt 0 ] || refuse "Python 3.11, 3.12 or 3.13 is needed and none was found that can be used; set PYTHON=/path/to/python"
   mapfile -t pythons < <(printf '%s\n' "${pythons[@]}" | sort --stable -k1,1Vr | awk '!seen[$1]++')
+fi
+if [ "$larger" = dev ] && ! "${pythons[0]#* }" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+  refuse "vLLM for CPUs needs libnuma.so.1, which was not found (on Debian and Ubuntu: apt install libnuma1)"
 fi
 
 log=$(mktemp "${TMPDIR:-/tmp}/grpo-setup-XXXXXX.log")

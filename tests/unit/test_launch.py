@@ -171,6 +171,8 @@ FAKE_PYTHON = """#!/bin/sh
 case "$*" in
   "-c import sys;"*) echo {version} ;;
   "-c import ensurepip"*) {venv} ;;
+  "-c import os"*) {headers} ;;
+  "-c import ctypes"*) {numa} ;;
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
   "-m pip install"*torch==*) echo "{version} $*" >>asked; {torch} ;;
   "-m pip install"*" -r "*) for last; do :; done; cat "$last" >got ;;
@@ -178,6 +180,7 @@ case "$*" in
   *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
 """
+PARTS = ("torch", "venv", "headers", "numa")
 
 
 class Clone:
@@ -197,10 +200,12 @@ class Clone:
             there = shutil.which(tool)
             assert there, tool
             (self.bin / tool).symlink_to(there)
+        self.script("g++", "#!/bin/sh\n")
 
-    def python(self, name: str, version: str, torch: bool = True, venv: bool = True) -> None:
-        states = {True: "exit 0", False: "echo there is none >&2; exit 1"}
-        self.script(name, FAKE_PYTHON.format(version=version, torch=states[torch], venv=states[venv]))
+    def python(self, name: str, version: str, **has: bool) -> None:
+        """Puts an interpreter there; `has` says which of PARTS it finds."""
+        states = {part: "exit 0" if has.get(part, True) else "exit 1" for part in PARTS}
+        self.script(name, FAKE_PYTHON.format(version=version, **states))
 
     def script(self, name: str, text: str) -> None:
         (self.bin / name).write_text(text)
@@ -237,7 +242,8 @@ def test_setup_takes_the_newest_python_that_runs(clone: Clone) -> None:
         "Python 3.12 (python3): installing locks/dev.txt into .venv (a few minutes the first time)"
     ]
     assert ended.stderr.splitlines() == [
-        "python3.12 is passed over: it has no venv module (on Debian and Ubuntu: apt install python3.12-venv)"
+        "python3.12 is passed over: it lacks its venv module or Python.h "
+        "(on Debian and Ubuntu: apt install python3.12-venv)"
     ]
     lock = (clone.folder / "locks" / "dev.txt").read_text().splitlines()
     assert (clone.folder / "got").read_text().splitlines() == [line for line in lock if not line.startswith("torch==")]
@@ -289,22 +295,41 @@ def test_setup_takes_the_cuda_build_of_torch_where_it_is_asked_for(clone: Clone)
     assert (ended.returncode, ended.stderr) == (2, "TORCH=cuda is not known; TORCH=index is\n")
 
 
+def test_setup_wants_what_a_run_would_end_without(clone: Clone) -> None:
+    """A compiler, by which torch makes parts of a step at run time, and a library that vLLM for CPUs is linked with."""
+    clone.python("python3.13", "3.13", numa=False)
+    ended = clone.setup("cpu")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "(on Debian and Ubuntu: apt install libnuma1)" in ended.stderr
+    clone.python("python3.13", "3.13")
+    (clone.bin / "g++").unlink()
+    ended = clone.setup("cpu")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "(on Debian and Ubuntu: apt install g++)" in ended.stderr
+    clone.script("c++-14", "#!/bin/sh\n")
+    assert clone.setup("cpu", CXX="c++-14").returncode == 0
+
+
 def test_setup_refuses_a_python_that_it_cannot_use(clone: Clone) -> None:
     clone.python("python3.10", "3.10")
     clone.python("python3.14", "3.14")
-    clone.python("python3.12", "3.12", venv=False)
+    clone.python("python3.12", "3.12", venv=False, headers=False)
     clone.script("python3.11", "#!/bin/sh\nexit 127\n")
     for name, said in {
         "python3.10": "PYTHON=python3.10 is Python 3.10, and Python 3.11, 3.12 or 3.13 is needed\n",
         "python3.14": "PYTHON=python3.14 is Python 3.14, and Python 3.11, 3.12 or 3.13 is needed\n",
         "python3.11": "PYTHON=python3.11 does not run\n",
-        "python3.12": "PYTHON=python3.12 has no venv module (on Debian and Ubuntu: apt install python3.12-venv)\n",
+        "python3.12": "PYTHON=python3.12 lacks its venv module or Python.h (on Debian and Ubuntu: apt install "
+        "python3.12-venv python3.12-dev)\n",
     }.items():
         ended = clone.setup("cpu", PYTHON=name)
         assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", said)
     ended = clone.setup("cpu")
     assert ended.returncode == 2
-    assert "Python 3.11, 3.12 or 3.13 is needed and was not found; set PYTHON=/path/to/python\n" in ended.stderr
+    assert (
+        "Python 3.11, 3.12 or 3.13 is needed and none was found that can be used; set PYTHON=/path/to/python\n"
+        in ended.stderr
+    )
     clone.python("python3.13", "3.13")
     clone.python("python3.11", "3.11")
     assert "Python 3.11 (python3.11): " in clone.setup("cpu", PYTHON="python3.11").stdout
