@@ -61,19 +61,24 @@ fi
 log=$(mktemp "${TMPDIR:-/tmp}/grpo-setup-XXXXXX.log")
 made="" # this call has made .venv, and torch is not in it yet
 trap '[ -z "$made" ] || rm -rf .venv' EXIT
+trap 'exit 130' INT # pip ends as if it had failed
 fail() { tail -n 5 "$log" >&2; echo "$*; see $log" >&2; exit 1; }
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" >>"$log" 2>&1; }
 pin=$(grep '^torch==' "locks/$lock.txt")
+hint=" (docs/installation.md has another way, TORCH=index)"
+if [ "$larger" = gpu-dev ] || [ -n "${TORCH:-}" ]; then
+  # pip holds the CPU build, where it knows one, for the one with CUDA, unless that is asked for letter by letter
+  pin=${pin#torch==} hint=""
+  pin="torch===${pin%+cpu}"
+  pythons=("${pythons[0]}") # an index has it for each
+fi
 install_torch() {
-  # The CPU build of torch is on no general index. Where pip's own configuration does not know it, take PyTorch's. Where
-  # it does, pip holds it for the one with CUDA, unless that is asked for letter by letter.
-  local soon=(--no-deps --retries 2 --timeout 15) cuda=${pin#torch==}
-  cuda="torch===${cuda%+cpu}"
   if [ "$larger" = gpu-dev ]; then
-    install --no-deps "$cuda"
+    install --no-deps "$pin"
   elif [ -n "${TORCH:-}" ]; then
-    install --constraint locks/gpu.txt "$cuda" # it cannot be imported without the CUDA libraries
-  else
+    install --constraint locks/gpu.txt "$pin" # it cannot be imported without the CUDA libraries
+  else # is on no general index: where pip's own configuration does not know it, take PyTorch's
+    local soon=(--no-deps --retries 2 --timeout 15)
     install "${soon[@]}" "$pin" ||
       install "${soon[@]}" --index-url "${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}" "$pin"
   fi
@@ -87,7 +92,7 @@ for i in "${!pythons[@]}"; do
   fi
   if install_torch; then made=""; break; fi
   next=${pythons[i + 1]:-}
-  [ -n "$next" ] || fail "$pin could not be installed (docs/installation.md has another way, TORCH=index)"
+  [ -n "$next" ] || fail "$pin could not be installed$hint"
   rm -rf .venv
   echo "$pin is not to be had here for Python $version: trying ${next#* }"
 done

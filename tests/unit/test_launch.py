@@ -280,6 +280,33 @@ def test_setup_leaves_no_environment_without_torch(clone: Clone) -> None:
     assert not (clone.folder / ".venv").exists()
 
 
+def test_setup_that_is_interrupted_leaves_no_environment(clone: Clone) -> None:
+    """pip ends with 1 where Ctrl-C ends it, as where it finds nothing; no other Python is tried then."""
+    clone.python("python3.13", "3.13", torch=False)
+    slow = (clone.bin / "python3.13").read_text().replace("exit 1", 'trap "exit 1" INT; while :; do sleep 0.1; done')
+    clone.script("python3.13", slow)
+    clone.python("python3.12", "3.12")
+    (clone.bin / "sleep").symlink_to(str(shutil.which("sleep")))
+    setup = subprocess.Popen(
+        ["bash", "launch/setup.sh", "cpu"], cwd=clone.folder, env={"PATH": str(clone.bin), "TMPDIR": str(clone.bin)},
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(300):
+            if (clone.folder / "asked").exists():
+                break
+            time.sleep(0.1)
+        assert (clone.folder / ".venv").exists()
+        time.sleep(0.5)
+        os.killpg(setup.pid, signal.SIGINT)
+        said = setup.communicate(timeout=30)[0]
+        assert (setup.returncode, "trying" in said) == (130, False)
+        assert not (clone.folder / ".venv").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(setup.pid, signal.SIGKILL)
+
+
 def test_setup_takes_the_cuda_build_of_torch_where_it_is_asked_for(clone: Clone) -> None:
     """With its libraries for CPUs; without, because they are in the lock, for GPUs."""
     clone.python("python3.13", "3.13")
@@ -291,6 +318,12 @@ def test_setup_takes_the_cuda_build_of_torch_where_it_is_asked_for(clone: Clone)
     assert clone.setup("gpu").returncode == 0
     (asked,) = clone.asked()
     assert asked.endswith(" --no-deps torch===2.13.0")
+    clone.python("python3.13", "3.13", torch=False)
+    clone.python("python3.12", "3.12")
+    shutil.rmtree(clone.folder / ".venv")
+    ended = clone.setup("cpu", TORCH="index")
+    assert (ended.returncode, len(clone.asked())) == (1, 1)
+    assert "torch===2.13.0 could not be installed; see " in ended.stderr
     ended = clone.setup("cpu", TORCH="cuda")
     assert (ended.returncode, ended.stderr) == (2, "TORCH=cuda is not known; TORCH=index is\n")
 
