@@ -24,6 +24,7 @@ from grpo.submitting import TAKING_DOWN_S
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 KUBERNETES = "1.31"
+PYTHONS = ["3.11", "3.12", "3.13"]
 RAYJOB = {
     "entrypoint": str, "runtimeEnvYAML": str, "submissionMode": str, "backoffLimit": int,
     "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int, "rayClusterSpec": dict,
@@ -104,14 +105,37 @@ def test_kubernetes_objects_by_their_schemas(kuberay: tuple[dict[str, Any], dict
         validator.validate(pod, KUBERNETES, strict=True)
 
 
-def pins(lock: str) -> dict[str, str]:
-    lines = (ROOT / "locks" / f"{lock}.txt").read_text().splitlines()
-    return {name: version for name, _, version in (line.partition("==") for line in lines)}
+def pins(lock: str, python: str = "3.11") -> dict[str, str]:
+    """Reads what a lock has for one Python; each package once."""
+    at = {
+        "python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
+        "platform_machine": "x86_64", "implementation_name": "cpython",
+    }  # fmt: skip
+    found: dict[str, str] = {}
+    for line in (ROOT / "locks" / f"{lock}.txt").read_text().splitlines():
+        wanted = Requirement(line)
+        (pin,) = wanted.specifier
+        assert (pin.operator, wanted.extras, wanted.url) == ("==", set(), None), line
+        if wanted.marker is None or wanted.marker.evaluate(at):
+            assert wanted.name not in found, (lock, python, line)
+            found[wanted.name] = pin.version
+    return found
 
 
-def test_gpus_get_the_versions_that_the_tests_run_with() -> None:
+@pytest.mark.parametrize("lock", ["cpu", "dev", "gpu", "gpu-dev"])
+def test_a_lock_has_each_package_for_every_python(lock: str) -> None:
+    """In one version for each Python; only what vLLM's CUDA wheels want is another one for some."""
+    eldest = pins(lock, "3.11")
+    for python in PYTHONS[1:]:
+        have = pins(lock, python)
+        assert have.keys() == eldest.keys()
+        assert {name for name in have if have[name] != eldest[name]} <= {"cuda-bindings", "cuda-python"}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_gpus_get_the_versions_that_the_tests_run_with(python: str) -> None:
     """Except that torch is another build of the same, and what vLLM's own pins want."""
-    gpu, cpu, dev, gpu_dev = pins("gpu"), pins("cpu"), pins("dev"), pins("gpu-dev")
+    gpu, cpu, dev, gpu_dev = (pins(lock, python) for lock in ("gpu", "cpu", "dev", "gpu-dev"))
     assert {name: (gpu[name], cpu[name]) for name in {*gpu} & {*cpu} if gpu[name] != cpu[name]} == {
         "torch": (cpu["torch"].partition("+")[0], cpu["torch"]),
         "apache-tvm-ffi": ("0.1.11", "0.1.15.post2"),
@@ -125,10 +149,228 @@ def test_gpus_get_the_versions_that_the_tests_run_with() -> None:
 
 def test_every_dependency_is_in_every_lock() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for extra in ("cpu", "gpu"):
-        for line in (*project["dependencies"], *project["optional-dependencies"][extra]):
+    extras = project["optional-dependencies"]
+    for lock, of in {"cpu": ["cpu"], "gpu": ["gpu"], "dev": ["cpu", "dev"], "gpu-dev": ["gpu", "dev"]}.items():
+        for line in (*project["dependencies"], *extras["real"], *(line for extra in of for line in extras[extra])):
             wanted = Requirement(line)
-            assert wanted.specifier.contains(pins(extra)[wanted.name.lower()], prereleases=True), (extra, line)
+            for python in PYTHONS:
+                version = pins(lock, python)[wanted.name.lower()]
+                assert wanted.specifier.contains(version, prereleases=True), (lock, python, line)
+
+
+def test_the_pythons_that_are_supported_are_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = Requirement(f"grpo{project['requires-python']}").specifier
+    assert [f"3.{minor}" for minor in range(20) if wanted.contains(f"3.{minor}.1")] == PYTHONS
+    assert f'\npythons="{" ".join(PYTHONS)}"\n' in (LAUNCH / "lock.sh").read_text()
+    assert f"in {' | '.join(PYTHONS)})" in (LAUNCH / "setup.sh").read_text()
+
+
+# Stands for an interpreter: answers what setup.sh asks, and notes what it asks of pip.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  "-c import sys;"*) echo {version} ;;
+  "-c import ensurepip"*) {venv} ;;
+  "-c import os"*) {headers} ;;
+  "-c import ctypes"*) {numa} ;;
+  "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "-m pip install"*torch==*) echo "{version} $*" >>asked; {torch} ;;
+  "-m pip install"*" -r "*) for last; do :; done; cat "$last" >got ;;
+  "-m pip install"*) ;;
+  *) echo "unexpected: $*" >&2; exit 99 ;;
+esac
+"""
+PARTS = ("torch", "venv", "headers", "numa")
+
+
+class Clone:
+    """A copy of launch/setup.sh and locks/, and a PATH with no interpreters but those that a test puts there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin = folder / "clone", folder / "bin"
+        shutil.copytree(ROOT / "locks", self.folder / "locks")
+        shutil.copy(ROOT / "pyproject.toml", self.folder)
+        (self.folder / "launch").mkdir()
+        shutil.copy(LAUNCH / "setup.sh", self.folder / "launch")
+        self.bin.mkdir()
+        for tool in (
+            "awk", "bash", "cat", "cp", "cut", "dirname", "grep", "mkdir", "mktemp", "mv", "rm", "sh", "sha256sum",
+            "sort", "tail",
+        ):  # fmt: skip
+            there = shutil.which(tool)
+            assert there, tool
+            (self.bin / tool).symlink_to(there)
+        self.script("g++", "#!/bin/sh\n")
+
+    def python(self, name: str, version: str, **has: bool) -> None:
+        """Puts an interpreter there; `has` says which of PARTS it finds."""
+        states = {part: "exit 0" if has.get(part, True) else "exit 1" for part in PARTS}
+        self.script(name, FAKE_PYTHON.format(version=version, **states))
+
+    def script(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def setup(self, lock: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "launch/setup.sh", lock], cwd=self.folder, capture_output=True, text=True, timeout=60,
+            env={"PATH": str(self.bin), "TMPDIR": str(self.folder.parent)} | environment,
+        )  # fmt: skip
+
+    def asked(self) -> list[str]:
+        """Lists the requests for torch since the last call."""
+        file = self.folder / "asked"
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    return Clone(tmp_path)
+
+
+def test_setup_takes_the_newest_python_that_runs(clone: Clone) -> None:
+    clone.script("python3.13", "#!/bin/sh\necho 3.13\nexit 127\n")
+    clone.python("python3.12", "3.12", venv=False)
+    clone.python("python3.11", "3.11")
+    clone.python("python3", "3.12")
+    clone.python("python", "3.14")
+    ended = clone.setup("dev")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [
+        "Python 3.12 (python3): installing locks/dev.txt into .venv (a few minutes the first time)"
+    ]
+    assert ended.stderr.splitlines() == [
+        "python3.12 is passed over: it lacks its venv module or Python.h "
+        "(on Debian and Ubuntu: apt install python3.12-venv)"
+    ]
+    lock = (clone.folder / "locks" / "dev.txt").read_text().splitlines()
+    assert (clone.folder / "got").read_text().splitlines() == [line for line in lock if not line.startswith("torch==")]
+    assert len(clone.asked()) == 1
+    clone.python("python3.13", "3.13")
+    assert clone.setup("dev").stdout == ""  # all of it is there
+    (clone.folder / ".venv" / ".installed-dev").write_text("an older lock")
+    assert "Python 3.12 (.venv/bin/python): " in clone.setup("dev").stdout
+    assert [line[:4] for line in clone.asked()] == ["3.12"]
+
+
+def test_setup_takes_an_older_python_where_torch_is_to_be_had_for_that_one(clone: Clone) -> None:
+    clone.python("python3.13", "3.13", torch=False)
+    clone.python("python3.12", "3.12", torch=False)
+    clone.python("python3.11", "3.11")
+    ended = clone.setup("cpu", TORCH_INDEX_URL="https://torch.example/cpu")
+    assert ended.returncode == 0, ended.stderr
+    assert [line for line in ended.stdout.splitlines() if "trying" in line] == [
+        "torch==2.13.0+cpu is not to be had here for Python 3.13: trying python3.12",
+        "torch==2.13.0+cpu is not to be had here for Python 3.12: trying python3.11",
+    ]
+    asked = clone.asked()
+    assert [line[:4] for line in asked] == ["3.13", "3.13", "3.12", "3.12", "3.11"]
+    assert all(line.endswith(" torch==2.13.0+cpu") and " --no-deps " in line for line in asked)
+    assert ["https://torch.example/cpu" in line for line in asked] == [False, True, False, True, False]
+
+
+def test_setup_leaves_no_environment_without_torch(clone: Clone) -> None:
+    clone.python("python3.13", "3.13", torch=False)
+    ended = clone.setup("cpu")
+    assert ended.returncode == 1
+    assert "torch==2.13.0+cpu could not be installed" in ended.stderr
+    assert "TORCH=index" in ended.stderr
+    assert not (clone.folder / ".venv").exists()
+
+
+def test_setup_that_is_interrupted_leaves_no_environment(clone: Clone) -> None:
+    """pip ends with 1 where Ctrl-C ends it, as where it finds nothing; no other Python is tried then."""
+    clone.python("python3.13", "3.13", torch=False)
+    slow = (clone.bin / "python3.13").read_text().replace("exit 1", 'trap "exit 1" INT; while :; do sleep 0.1; done')
+    clone.script("python3.13", slow)
+    clone.python("python3.12", "3.12")
+    (clone.bin / "sleep").symlink_to(str(shutil.which("sleep")))
+    setup = subprocess.Popen(
+        ["bash", "launch/setup.sh", "cpu"], cwd=clone.folder, env={"PATH": str(clone.bin), "TMPDIR": str(clone.bin)},
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(300):
+            if (clone.folder / "asked").exists():
+                break
+            time.sleep(0.1)
+        assert (clone.folder / ".venv").exists()
+        time.sleep(0.5)
+        os.killpg(setup.pid, signal.SIGINT)
+        said = setup.communicate(timeout=30)[0]
+        assert (setup.returncode, "trying" in said) == (130, False)
+        assert not (clone.folder / ".venv").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(setup.pid, signal.SIGKILL)
+
+
+def test_setup_takes_the_cuda_build_of_torch_where_it_is_asked_for(clone: Clone) -> None:
+    """With its libraries for CPUs; without, because they are in the lock, for GPUs."""
+    clone.python("python3.13", "3.13")
+    assert clone.setup("cpu", TORCH="index").returncode == 0
+    (asked,) = clone.asked()
+    assert asked.endswith(" --constraint locks/gpu.txt torch===2.13.0")
+    assert "--no-deps" not in asked
+    shutil.rmtree(clone.folder / ".venv")
+    assert clone.setup("gpu").returncode == 0
+    (asked,) = clone.asked()
+    assert asked.endswith(" --no-deps torch===2.13.0")
+    clone.python("python3.13", "3.13", torch=False)
+    clone.python("python3.12", "3.12")
+    shutil.rmtree(clone.folder / ".venv")
+    ended = clone.setup("cpu", TORCH="index")
+    assert (ended.returncode, len(clone.asked())) == (1, 1)
+    assert "torch===2.13.0 could not be installed; see " in ended.stderr
+    ended = clone.setup("cpu", TORCH="cuda")
+    assert (ended.returncode, ended.stderr) == (2, "TORCH=cuda is not known; TORCH=index is\n")
+
+
+def test_setup_wants_what_a_run_would_end_without(clone: Clone) -> None:
+    """A compiler, by which torch makes parts of a step at run time, and a library that vLLM for CPUs is linked with."""
+    clone.python("python3.13", "3.13", numa=False)
+    ended = clone.setup("cpu")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "(on Debian and Ubuntu: apt install libnuma1)" in ended.stderr
+    clone.python("python3.13", "3.13")
+    (clone.bin / "g++").unlink()
+    ended = clone.setup("cpu")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "(on Debian and Ubuntu: apt install g++)" in ended.stderr
+    clone.script("c++-14", "#!/bin/sh\n")
+    assert clone.setup("cpu", CXX="c++-14").returncode == 0
+
+
+def test_setup_refuses_a_python_that_it_cannot_use(clone: Clone) -> None:
+    clone.python("python3.10", "3.10")
+    clone.python("python3.14", "3.14")
+    clone.python("python3.12", "3.12", venv=False, headers=False)
+    clone.script("python3.11", "#!/bin/sh\nexit 127\n")
+    for name, said in {
+        "python3.10": "PYTHON=python3.10 is Python 3.10, and Python 3.11, 3.12 or 3.13 is needed\n",
+        "python3.14": "PYTHON=python3.14 is Python 3.14, and Python 3.11, 3.12 or 3.13 is needed\n",
+        "python3.11": "PYTHON=python3.11 does not run\n",
+        "python3.12": "PYTHON=python3.12 lacks its venv module or Python.h (on Debian and Ubuntu: apt install "
+        "python3.12-venv python3.12-dev)\n",
+    }.items():
+        ended = clone.setup("cpu", PYTHON=name)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", said)
+    ended = clone.setup("cpu")
+    assert ended.returncode == 2
+    assert (
+        "Python 3.11, 3.12 or 3.13 is needed and none was found that can be used; set PYTHON=/path/to/python\n"
+        in ended.stderr
+    )
+    clone.python("python3.13", "3.13")
+    clone.python("python3.11", "3.11")
+    assert "Python 3.11 (python3.11): " in clone.setup("cpu", PYTHON="python3.11").stdout
+    clone.python("../clone/.venv/bin/python", "3.10")
+    ended = clone.setup("dev")
+    assert (ended.returncode, ended.stderr) == (
+        2, ".venv is Python 3.10, and Python 3.11, 3.12 or 3.13 is needed: remove .venv first\n"
+    )  # fmt: skip
 
 
 def test_an_environment_holds_one_build_of_vllm(tmp_path: Path) -> None:
