@@ -149,6 +149,8 @@ class LearnerActor:
         self._sending: list[int] = [0]
         """The ranks that send."""
         self._samplers: Sequence[Any] = ()
+        self._noise: Spread | None = None
+        """The learner's rounding noise on the probe, as the last full check has measured it."""
         self._lost: Exception | None = None
         """A sampler died in the sync under way."""
 
@@ -228,25 +230,30 @@ class LearnerActor:
         """
         self._lost = None
         errors: tuple[float, ...] = ()
+        if full_check or self._noise is None:
+            before = self._reading(probe, timeout_s)
+            self._noise = before.noise
         if full_check:
             errors = prove(
                 learner=self._learner,
-                before=self._reading(probe, timeout_s),
+                before=before,
                 probe=probe,
                 groups=PERTURBED_GROUPS[self._config.model.dtype],
                 transfer=lambda reading: self._transfer(policy_version, probe, reading, timeout_s).probe,
             )
-        result = self._transfer(policy_version, probe, self._reading(probe, timeout_s), timeout_s)
+        result = self._transfer(policy_version, probe, self._reading(probe, timeout_s, self._noise), timeout_s)
         if self._lost is not None:
             raise self._lost
         return replace(result, movement_errors=errors)
 
-    def _reading(self, probe: Probe, timeout_s: float) -> Reading:
-        """The learner's probe, once it has the memory. The samplers have nothing to do yet: two engines computing at
-        once on the same cores cost each other 0.1 s."""
+    def _reading(self, probe: Probe, timeout_s: float, noise: Spread | None = None) -> Reading:
+        """Return the learner's probe, once it has the memory; its rounding noise is measured unless it is given.
+
+        The samplers have nothing to do yet: two engines computing at once on the same cores cost each other 0.1 s.
+        """
         self._take_turns("sleep", False, timeout_s=timeout_s)
         self._learner.reload()
-        return self._learner.read_probe(probe)
+        return self._learner.read_probe(probe, noise)
 
     def _transfer(self, policy_version: int, probe: Probe, reading: Reading, timeout_s: float) -> SyncResult:
         """One sync of the weights that gave the `reading`. A sampler that dies in it is remembered, and the rest goes

@@ -1,10 +1,10 @@
 """The probe of a weight sync: fixed tokens whose logprobs show whether a sampler computes with the learner's weights.
 
 Two engines never agree to the last bit: they add in another order and round in other places. How far that alone can
-move the probe depends on the model, its weights and its dtype, so it is measured on the very model at every sync: the
-learner computes the probe a second time with the output of each layer rounded at random (`grpo.learner.probe`). A
-sampler may differ from the learner by a few times that noise. Differences are judged by a quantile and the root mean
-square over tokens; the maximum of a healthy bfloat16 model is a matter of luck.
+move the probe depends on the model, its weights and its dtype, so it is measured on the very model at every full
+check: the learner computes the probe a second time with the output of each layer rounded at random
+(`grpo.learner.probe`). A sampler may differ from the learner by a few times that noise. Differences are judged by a
+quantile and the root mean square over tokens; the maximum of a healthy bfloat16 model is a matter of luck.
 """
 
 from __future__ import annotations

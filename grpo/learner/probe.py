@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from grpo.learner.heads import LogprobHead, unpack
-from grpo.probing import Probe, Reading, spread
+from grpo.probing import Probe, Reading, Spread, spread
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-49}
 """Largest relative change by rounding. A layer in 16 bits adds in float32 and rounds its result once, to half a unit in
@@ -58,12 +58,22 @@ def rounded_at_random(model: torch.nn.Module, without: torch.nn.Module, seed: in
             hook.remove()
 
 
-def read_probe(forward: Any, model: torch.nn.Module, head: LogprobHead, probe: Probe, device: torch.device) -> Reading:
-    """Return the logprobs of the probe under the weights of now and their rounding noise.
+def read_probe(
+    forward: Any,
+    model: torch.nn.Module,
+    head: LogprobHead,
+    probe: Probe,
+    device: torch.device,
+    noise: Spread | None = None,
+) -> Reading:
+    """Return the logprobs of the probe under the weights of now, and their rounding noise.
 
     `forward`: what is called with `input_ids`, the model itself or DeepSpeed's engine around it; `head`: the model's.
+    `noise`: what was measured before, where it need not be measured anew.
     """
     logprobs = _logprobs(forward, head, probe, device)
+    if noise is not None:
+        return Reading(logprobs=logprobs, noise=noise)
     with rounded_at_random(model, without=head.module), head.in_float32():
         otherwise = _logprobs(forward, head, probe, device)
     return Reading(logprobs=logprobs, noise=spread(otherwise, logprobs))
