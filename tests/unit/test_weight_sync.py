@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from grpo.probing import Reading, Spread
+from grpo.learner.probe import Perturbation
+from grpo.probing import Probe, Reading, Spread, spread
 from grpo.weight_sync import (
     SyncReport,
     WeightSyncError,
     buckets_of,
     checksum,
+    prove,
     refuse_not_finite,
     verify,
 )
@@ -108,3 +112,86 @@ def test_weights_that_are_not_finite_are_named_and_refused(value: float) -> None
     refuse_not_finite([("fine", fine)])
     with pytest.raises(WeightSyncError, match=r"not finite, and are not published: b$"):
         refuse_not_finite([("a", fine), ("b", broken)])
+
+
+class Mlp:
+    """A learner that really computes: logprobs of 64 tokens from four matrices, and their noise."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weights = [torch.nn.Parameter(torch.randn(8, 8, generator=generator)) for _ in range(4)]
+        self.given = torch.randn(64, 8, generator=generator)
+        self.deaf = False
+
+    def logprobs(self, weights: list[torch.Tensor], rounding: float) -> np.ndarray:
+        generator = torch.Generator().manual_seed(1)
+        hidden = self.given
+        with torch.no_grad():
+            for weight in weights:
+                hidden = torch.tanh(hidden @ weight / 3) * (1 + rounding * torch.randn(64, 8, generator=generator))
+        return torch.log_softmax(hidden, -1)[:, 0].numpy()
+
+    def parameter_count(self) -> int:
+        return len(self.weights)
+
+    def read_probe(self, probe: Probe, noise: Spread | None = None) -> Reading:
+        exact = (self.logprobs([self.given.new_ones(8, 8)] if self.deaf else self.weights, 0.0),)
+        rounded = (self.logprobs([self.given.new_ones(8, 8)] if self.deaf else self.weights, 1e-3),)
+        return Reading(logprobs=exact, noise=spread(exact, rounded))
+
+    @contextmanager
+    def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
+        perturbation = Perturbation(self.weights, range(group, 4, groups), vocabulary=100, rank=0)
+        yield perturbation.apply
+        perturbation.undo()
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+
+class Follower:
+    """A sampler that copies the learner's matrices, but for those that it keeps."""
+
+    def __init__(self, learner: Mlp, keeps: Sequence[int] = ()) -> None:
+        self.learner, self.keeps = learner, keeps
+        self.first = [weight.detach().clone() for weight in learner.weights]
+
+    def transfer(self, learner: Reading) -> Spread:
+        weights = [self.first[i] if i in self.keeps else w.detach() for i, w in enumerate(self.learner.weights)]
+        report = dataclasses.replace(REPORT, probe_logprobs=(self.learner.logprobs(weights, 5e-4),))
+        return verify(report=report, policy_version=3, sent={"a": 1, "b": 2}, learner=learner, sampler="sampler 0")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_a_sampler_that_follows_is_proven(groups: int) -> None:
+    """One movement for each group, at most one group for each parameter; the learner ends as it began."""
+    learner = Mlp()
+    follower = Follower(learner)
+    probe = Probe(token_ids=((1, 2),))
+    before = learner.read_probe(probe)
+    errors = prove(learner=learner, before=before, probe=probe, groups=groups, transfer=follower.transfer)
+    assert len(errors) == min(groups, 4)
+    assert all(0 < error < 0.2 for error in errors)
+    assert all(torch.equal(now, first) for now, first in zip(learner.weights, follower.first, strict=True))
+
+
+@pytest.mark.parametrize("stale", range(4))
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_sampler_that_keeps_any_one_matrix_is_refused(stale: int, groups: int) -> None:
+    """Unperturbed, it holds the learner's weights, and nothing is wrong with it."""
+    learner = Mlp()
+    follower = Follower(learner, keeps=[stale])
+    probe = Probe(token_ids=((1, 2),))
+    before = learner.read_probe(probe)
+    follower.transfer(before)
+    with pytest.raises(WeightSyncError, match="does not use them"):
+        prove(learner=learner, before=before, probe=probe, groups=groups, transfer=follower.transfer)
+
+
+def test_a_learner_that_does_not_move_proves_nothing() -> None:
+    learner = Mlp()
+    learner.deaf = True
+    probe = Probe(token_ids=((1, 2),))
+    before = learner.read_probe(probe)
+    with pytest.raises(WeightSyncError, match="would prove nothing: perturbing group 0"):
+        prove(learner=learner, before=before, probe=probe, groups=2, transfer=Follower(learner).transfer)
