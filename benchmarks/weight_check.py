@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import random
 import time
@@ -91,8 +92,10 @@ class PlainLearner:
         parameters = list(self.model.parameters())
         chosen = range(group, len(parameters), groups)
         perturbation = Perturbation(parameters, chosen, self.model.config.vocab_size, rank=0)
-        yield perturbation.apply
-        perturbation.undo()
+        try:
+            yield perturbation.apply
+        finally:
+            perturbation.undo()
 
     def mean(self, values: Sequence[float]) -> list[float]:
         return list(values)
@@ -193,7 +196,7 @@ class Bench:
 
     def transfer(self, reading: Reading) -> Spread:
         """One sync of the learner's weights. Raises WeightSyncError where the plain check refuses it."""
-        from grpo.probing import spread
+        from grpo.probing import LIMIT_Q90, LIMIT_RMS, spread
         from grpo.weight_sync import buckets_of, verify
 
         self._version += 1
@@ -206,7 +209,8 @@ class Bench:
         report = self._sampler.finish_sync(self.probe)
         self._before = {name: tensor.clone() for name, tensor in self.learner.weights().items()}
         apart = spread(report.probe_logprobs, reading.logprobs)
-        self.readings.append((apart.q90 / reading.noise.q90, apart.rms / reading.noise.rms))
+        limit = reading.noise.allowed()
+        self.readings.append((LIMIT_Q90 * apart.q90 / limit.q90, LIMIT_RMS * apart.rms / limit.rms))
         return verify(report=report, policy_version=self._version, sent=sent, learner=reading, sampler="sampler 0")
 
     def examine(self, fault: str, learner: PlainLearner | None = None) -> Row:
@@ -239,7 +243,7 @@ class Bench:
         except WeightSyncError as error:
             if "does not use them" not in str(error):
                 raise
-            refused = str(len(self.readings) - 1)
+            refused = f"{len(self.readings) - 1}"
         finally:
             cpu_transfer.repack_lm_head = repack
         return Row(
@@ -320,7 +324,11 @@ def main() -> None:
 
 def report(model: str, dtype: str, tokens: int, rows: Sequence[Row]) -> None:
     """Print the figures as the last line."""
-    figures = [{**dataclasses.asdict(row), "caught": row.caught} for row in rows]
+    figures = [
+        {name: None if value == math.inf else value for name, value in dataclasses.asdict(row).items()}
+        | {"caught": row.caught}
+        for row in rows
+    ]
     print_result("weight_check", model=model, dtype=dtype, probe_tokens=tokens, rows=figures)
 
 

@@ -20,7 +20,7 @@ import ray
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
-from grpo.probing import PERTURBED_GROUPS, Probe, Reading, Spread
+from grpo.probing import NOISE_EVERY, PERTURBED_GROUPS, Probe, Reading, Spread
 from grpo.transport import (
     GlooSender,
     IpcSender,
@@ -150,7 +150,7 @@ class LearnerActor:
         """The ranks that send."""
         self._samplers: Sequence[Any] = ()
         self._noise: Spread | None = None
-        """The learner's rounding noise on the probe, as the last full check has measured it."""
+        """The learner's rounding noise on the probe, as it was measured last."""
         self._lost: Exception | None = None
         """A sampler died in the sync under way."""
 
@@ -229,19 +229,21 @@ class LearnerActor:
         Raises WeightSyncError.
         """
         self._lost = None
+        again = full_check or self._noise is None or policy_version % NOISE_EVERY == 0
+        reading = self._reading(probe, timeout_s, None if again else self._noise)
+        self._noise = reading.noise
         errors: tuple[float, ...] = ()
-        if full_check or self._noise is None:
-            before = self._reading(probe, timeout_s)
-            self._noise = before.noise
         if full_check:
-            errors = prove(
-                learner=self._learner,
-                before=before,
-                probe=probe,
-                groups=PERTURBED_GROUPS[self._config.model.dtype],
-                transfer=lambda reading: self._transfer(policy_version, probe, reading, timeout_s).probe,
-            )
-        result = self._transfer(policy_version, probe, self._reading(probe, timeout_s, self._noise), timeout_s)
+
+            def transfer(perturbed: Reading) -> Spread:
+                result = self._transfer(policy_version, probe, perturbed, timeout_s)
+                self._take_memory(timeout_s)
+                return result.probe
+
+            groups = PERTURBED_GROUPS[self._config.model.dtype]
+            errors = prove(learner=self._learner, before=reading, probe=probe, groups=groups, transfer=transfer)
+        # the reading from before the perturbations: weights that were not restored are refused
+        result = self._transfer(policy_version, probe, reading, timeout_s)
         if self._lost is not None:
             raise self._lost
         return replace(result, movement_errors=errors)
@@ -251,16 +253,19 @@ class LearnerActor:
 
         The samplers have nothing to do yet: two engines computing at once on the same cores cost each other 0.1 s.
         """
+        self._take_memory(timeout_s)
+        return self._learner.read_probe(probe, noise)
+
+    def _take_memory(self, timeout_s: float) -> None:
+        """Have the samplers leave the memory to the learner, and the learner take it."""
         self._take_turns("sleep", False, timeout_s=timeout_s)
         self._learner.reload()
-        return self._learner.read_probe(probe, noise)
 
     def _transfer(self, policy_version: int, probe: Probe, reading: Reading, timeout_s: float) -> SyncResult:
         """One sync of the weights that gave the `reading`. A sampler that dies in it is remembered, and the rest goes
         on without any: at ZeRO 3 the other ranks are in the same collectives."""
         started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
-        self._take_turns("sleep", False, timeout_s=timeout_s)
-        self._learner.reload()
+        self._take_memory(timeout_s)
         self._take_turns("wake", "weights", timeout_s=timeout_s)
         pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
         for tensors in buckets_of(self._learner.weights()):

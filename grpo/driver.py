@@ -31,7 +31,7 @@ from grpo.data import sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
-from grpo.probing import RESOLUTION, Probe, make_probe
+from grpo.probing import Probe, Spread, make_probe
 from grpo.progress import Progress
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
 from grpo.run_folder import RunFolder
@@ -58,9 +58,6 @@ class NonFiniteError(RuntimeError):
 
 
 MAX_SKIPPED = 3
-
-MISMATCH_LIMIT = 5.0
-"""Largest root mean square of the mismatch, in units of the rounding noise on the probe."""
 
 
 class EngineGroup(SamplerGroup, Protocol):
@@ -125,11 +122,11 @@ def train(loop: Loop) -> Outcome:
     probe = make_probe(loop.prompts, longest=config.max_row_tokens - 1)
     save_s = 0.0
     loop.reporter.say("proving that the samplers use what the learner sends")
-    noise = engines.publish(at.step, probe, full_check=True)().noise.rms
+    at.noise = engines.publish(at.step, probe, full_check=True)().noise
     if loop.eval_prompts and at.step == 0:
         at.before = at.after = evaluate(loop, 0)
     while at.step < config.run.steps:
-        metrics = turn(loop, at.step + 1, probe, noise)
+        metrics = turn(loop, at.step + 1, probe)
         if metrics is None:
             loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
             if loop.eval_prompts and not eval_is_due(config, at.step):
@@ -141,7 +138,6 @@ def train(loop: Loop) -> Outcome:
             with loop.timeline.span("driver", "evaluate"):
                 at.after = evaluate(loop, at.step)
             metrics |= eval_metrics(at.after) | {"time/eval_s": time.monotonic() - evaluating}
-        noise = metrics["sync/noise_rms"]
         metrics |= {"time/save_s": save_s}
         record(loop, at.step, metrics)
         saving = time.monotonic()
@@ -160,9 +156,9 @@ def train(loop: Loop) -> Outcome:
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
 
 
-def turn(loop: Loop, step: int, probe: Probe, noise: float) -> dict[str, float] | None:
+def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     """Steps 1 to 7: the samplers end with the weights of policy version `step`. Return the metrics, or None where no
-    prompt is left to sample. `noise`: the learner's rounding noise at the sync before, root mean square in nats."""
+    prompt is left to sample."""
     config, at = loop.config, loop.progress
     started = time.monotonic()
     with loop.timeline.span("driver", "sample and score"):
@@ -171,7 +167,7 @@ def turn(loop: Loop, step: int, probe: Probe, noise: float) -> dict[str, float] 
         return None
     learned = learn(loop, sampled, step)
     at.skipped = count_skipped(loop, learned.result, step, at.skipped)
-    guard_mismatch(learned.result, config, noise)
+    guard_mismatch(learned.result, config, at.noise)
     synced = time.monotonic()
     every = config.run.verify_every
     sync_ended = loop.timeline.begin("learner", "weight sync")
@@ -185,6 +181,7 @@ def turn(loop: Loop, step: int, probe: Probe, noise: float) -> dict[str, float] 
         metrics["progress/retired_prompts"] = float(len(at.retired))
     sync = syncing()
     sync_ended()
+    at.noise = sync.noise
     metrics |= timings(sampled, learned, sync, started, synced, time.monotonic())
     metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
     at.step = step
@@ -287,24 +284,21 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int, attempt: int) 
     )
 
 
-def guard_mismatch(result: StepResult, config: Config, noise: float) -> None:
-    """Stop when sampler and learner disagree by more than numerics explain; the weights are not published then.
+def guard_mismatch(result: StepResult, config: Config, noise: Spread) -> None:
+    """Stop when sampler and learner disagree by more than rounding explains; the weights are not published then.
 
-    The bar is algorithm.max_mismatch, or MISMATCH_LIMIT times the `noise` of the weight sync before, which a
-    temperature below 1 enlarges. Raises MismatchError.
+    The bar is algorithm.max_mismatch, or what the `noise` of the last weight sync allows, divided by a temperature
+    below 1, which enlarges the mismatch. Raises MismatchError.
     """
     bar = config.algorithm.max_mismatch
-    source = "algorithm.max_mismatch"
     if bar is None:
-        bar, source = (
-            MISMATCH_LIMIT * max(noise, RESOLUTION) / min(1.0, config.sampling.temperature),
-            "by the learner's rounding noise",
-        )
-    found = m.learner_metrics(result).get("mismatch/rms", 0.0)
-    if not found <= bar:
+        bar = noise.allowed().rms / min(1.0, config.sampling.temperature)
+    rms = m.learner_metrics(result).get("mismatch/rms", 0.0)
+    if not rms <= bar:
         raise MismatchError(
-            f"the logprobs of the sampled tokens differ by {found:.3g} between sampler and learner (root mean square; "
-            f"allowed {bar:.3g}, {source}): weights, tokens or sampling settings differ between the two"
+            f"the logprobs of the sampled tokens differ by {rms:.3g} between sampler and learner (root mean square; "
+            f"allowed {bar:.3g}): weights, tokens or sampling settings differ between the two. algorithm.max_mismatch "
+            "sets the bar; without it the learner's rounding noise does (docs/weight-check.md)"
         )
 
 

@@ -9,6 +9,7 @@ quantile and the root mean square over tokens; the maximum of a healthy bfloat16
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +28,14 @@ RESOLUTION = 1e-5
 """Differences of this size are always allowed: logprobs are float32 numbers of two digits before the point."""
 
 PERTURBED_GROUPS = {"float32": 1, "bfloat16": 16}
-"""The full check perturbs the parameters in so many turns, by dtype. In 16 bits the effect of one stale tensor would
-drown in the noise if all the others moved the logprobs, too."""
+"""The full check perturbs the parameters in at most so many turns, by dtype. In 16 bits the effect of one stale tensor
+would drown in the noise if all the others moved the logprobs, too."""
+
+GROUP_SIZE = 16
+"""Parameters that a group has at least: fewer may not move the logprobs at all."""
+
+NOISE_EVERY = 10
+"""The noise is measured anew at every so many policy versions, and at each full check."""
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.6)
 """Perturbations that are tried, relative to each parameter's root mean square; the one that moves the learner by most
@@ -63,8 +70,8 @@ class Spread:
         return Spread(q90=LIMIT_Q90 * max(self.q90, RESOLUTION), rms=LIMIT_RMS * max(self.rms, RESOLUTION))
 
     def within(self, limit: Spread) -> bool:
-        """Return whether neither figure exceeds that of `limit`."""
-        return self.q90 <= limit.q90 and self.rms <= limit.rms
+        """Return whether both figures are finite and neither exceeds that of `limit`."""
+        return math.isfinite(self.rms) and self.q90 <= limit.q90 and self.rms <= limit.rms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,16 +85,20 @@ class Reading:
 
 
 def make_probe(prompts: Sequence[Prompt], *, longest: int) -> Probe:
-    """Return the probe of a run: the ends of some prompts, where they differ most, and the ids that the prompts use in
-    another order, so that positions and tokens are mixed. No row has more than `longest` tokens, or TOKENS."""
+    """Return the probe of a run: the last tokens of some prompts before what all of them end with, and the ids that the
+    prompts use in another order, so that positions and tokens are mixed. No row has more than `longest` tokens, or
+    TOKENS."""
     tokens = min(TOKENS, longest)
     vocabulary = sorted({i for prompt in prompts[:64] for i in prompt.token_ids})
     mixed = [
         tuple(vocabulary[(7 * i * (row + 1) + row) % len(vocabulary)] for i in range(tokens))
         for row in range(PROMPTS // 2)
     ]
-    real = [prompt.token_ids[-tokens:] for prompt in prompts[:PROMPTS] if len(prompt.token_ids) >= 2]
-    return Probe(token_ids=tuple(real + mixed))
+    chosen = [prompt.token_ids for prompt in prompts[:PROMPTS] if len(prompt.token_ids) >= 2]
+    from_the_end = zip(*(reversed(ids) for ids in chosen), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, from_the_end))
+    ends = [ids[: len(ids) - common] if len(ids) >= common + 2 else ids for ids in chosen]
+    return Probe(token_ids=tuple([ids[-tokens:] for ids in ends] + mixed))
 
 
 def spread(a: Sequence[NDArray[np.float32]], b: Sequence[NDArray[np.float32]]) -> Spread:

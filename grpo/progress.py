@@ -10,6 +10,7 @@ from typing import Any
 from grpo.config import Config
 from grpo.data import Cursor, MixedCursor, restore_cursor, start_cursor
 from grpo.evaluation import Evaluation, SetEvaluation
+from grpo.probing import Spread
 from grpo.types import Prompt, UserError
 
 
@@ -27,6 +28,9 @@ class Progress:
     rollouts: int = 0
     skipped: int = 0
     """Steps in a row, up to the last one, with an update that was not finite."""
+    noise: Spread = field(default_factory=lambda: Spread(q90=0.0, rms=0.0))
+    """The learner's rounding noise on the probe at the last weight sync. A restart measures it again; no checkpoint has
+    it."""
     before: Evaluation | None = None
     after: Evaluation | None = None
     """The first evaluation and the latest."""

@@ -26,7 +26,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from grpo.probing import POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, spread
+from grpo.probing import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, spread
 
 BUCKET_BYTES = 256 << 20
 """Logical size of one bucket. Peak extra memory of a sync is two of them on either side."""
@@ -206,9 +206,9 @@ def prove(
 
     Args:
         before: the probe under the weights as they are.
-        groups: into how many groups the parameters are dealt, at most one for each.
+        groups: into how many groups the parameters are dealt, at most; each has GROUP_SIZE of them or more.
         transfer: sends the weights that gave a reading, verifies the samplers against it, and returns how far they are
-            apart.
+            apart. The learner has its memory again when it returns.
 
     Returns:
         Of each group, how far a sampler ended from where the learner's logprobs moved to, as a share of that movement
@@ -217,13 +217,12 @@ def prove(
     Raises:
         WeightSyncError: a sampler does not follow (from `transfer`), or the learner itself hardly moves.
     """
-    groups = min(groups, learner.parameter_count())
+    groups = max(1, min(groups, learner.parameter_count() // GROUP_SIZE))
     errors: list[float] = []
-    strength: float | None = None
+    with learner.perturbation(groups // 2, groups) as perturb:  # the groups are alike, but the first has the embedding
+        strength = _strongest(learner, before, probe, perturb)
     for group in range(groups):
         with learner.perturbation(group, groups) as perturb:
-            if strength is None:  # the groups are alike
-                strength = _strongest(learner, before, probe, perturb)
             perturb(strength)
             reading = learner.read_probe(probe)
             moved, ratio = _movement(learner, before, reading)
@@ -233,7 +232,11 @@ def prove(
                     f"of their size moves the learner's probe by {moved:.3g}, which is {ratio:.1f} times its rounding "
                     f"noise (needed {POWER:g})"
                 )
-            errors.append(transfer(reading).q90 / moved)
+            try:
+                errors.append(transfer(reading).q90 / moved)
+            except WeightSyncError as error:
+                where = f"parameters {group}, {group + groups}, {group + 2 * groups}, ... perturbed"
+                raise WeightSyncError(f"in the full check, with {where}: {error}") from error
     return tuple(errors)
 
 

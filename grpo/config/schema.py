@@ -251,7 +251,7 @@ class AlgorithmConfig:
     max_failed_of: FailureBudget = FailureBudget()
     max_mismatch: float | None = None
     """The run stops when the root mean square over a step's tokens of sampler minus learner logprob exceeds this. None:
-    five times the rounding noise that the learner has on the probe of the weight sync."""
+    five times the learner's rounding noise on the probe of the weight sync, divided by a temperature below 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

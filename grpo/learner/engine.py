@@ -275,6 +275,7 @@ class Learner:
 
     def read_probe(self, probe: Probe, noise: Spread | None = None) -> Reading:
         """Return the logprobs of the probe under the weights of now, and their rounding noise or the `noise` given."""
+        assert not self._offloaded, "the learner's weights are in host memory"
         return read_probe(self._engine, self._engine.module, self._head, probe, self.device, noise)
 
     def save(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from grpo.learner.heads import LogprobHead, unpack
 from grpo.probing import Probe, Reading, Spread, spread
 
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20, torch.float64: 2.0**-49}
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20, torch.float64: 2.0**-49}
 """Largest relative change by rounding. A layer in 16 bits adds in float32 and rounds its result once, to half a unit in
 the last place. One in float32 rounds each addition, which over the thousands of terms of a matrix product makes about
 sixteen times as much."""
@@ -106,12 +106,14 @@ class Perturbation:
 
     @torch.no_grad()
     def apply(self, strength: float) -> None:
-        """Set each parameter to what it was plus or minus `strength` times its root mean square, signs at random."""
+        """Set each parameter to what it was plus or minus `strength` times its root mean square, signs at random.
+        Vectors and vocabulary matrices change by GENTLE of that."""
         for i, p in self._parameters.items():
             saved = self._saved[i]
             generator = torch.Generator(saved.device).manual_seed(1000 * i + self._rank)
             signs = torch.randint(0, 2, saved.shape, generator=generator, device=saved.device, dtype=torch.int8)
-            scale = float(saved.float().square().mean().sqrt()) if saved.numel() else 0.0
+            real = saved.flatten()[: _real_elements(p, saved, self._rank)]
+            scale = float(real.float().square().mean().sqrt()) if real.numel() else 0.0
             shape = getattr(p, "ds_shape", p.shape)
             gentle = GENTLE if len(shape) < 2 or shape[0] >= self._vocabulary else 1.0
             change = strength * gentle * (scale or ZERO_SCALE)
@@ -122,6 +124,13 @@ class Perturbation:
         """Put back what the parameters were, bit for bit."""
         for i, p in self._parameters.items():
             _data(p).copy_(self._saved[i])
+
+
+def _real_elements(parameter: Any, shard: torch.Tensor, rank: int) -> int:
+    """Return how many elements of the rank's `shard` belong to the parameter: at ZeRO 3 the last shards are padded with
+    whatever the memory held."""
+    whole = getattr(parameter, "ds_numel", shard.numel())
+    return max(0, min(shard.numel(), whole - rank * shard.numel()))
 
 
 def _data(parameter: Any) -> torch.Tensor:

@@ -50,4 +50,4 @@ def test_the_gate_stops_a_run_in_the_step_that_goes_wrong(how: str, runs: dict[s
     """Two prompts' completions swapped, or one tensor of the sampler changed behind the protocol's back."""
     assert runs[how]["sampled"] == 3
     assert len(runs[how]["metrics"]) == 2
-    assert "differs by" in runs[how]["error"]
+    assert "differ by" in runs[how]["error"]

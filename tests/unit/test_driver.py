@@ -834,14 +834,17 @@ def test_the_mismatch_gate(tmp_path: Path) -> None:
         return module.load(tmp_path / "r.yaml", overrides)
 
     make_config(tmp_path)
-    noise = 0.1
+    noise = Spread(rms=0.1, q90=0.0)
     guard_mismatch(result(0.0, 0.70), config(), noise)  # 0.70 / sqrt(2) = 0.495
     for wrong in ((0.0, 0.72), (0.0, float("nan")), (float("inf"), 0.0)):  # 0.72 / sqrt(2) = 0.509
-        with pytest.raises(MismatchError, match="by the learner's rounding noise"):
+        with pytest.raises(MismatchError, match="sets the bar"):
             guard_mismatch(result(*wrong), config(), noise)
     guard_mismatch(result(0.0, 0.72), config("sampling.temperature=0.5"), noise)  # logprobs are twice as far apart
     with pytest.raises(MismatchError):
-        guard_mismatch(result(0.0, 0.70), config("sampling.temperature=2"), noise * 0.98)
+        guard_mismatch(result(0.0, 0.72), config("sampling.temperature=2"), noise)
     guard_mismatch(result(0.0, 5.0), config("algorithm.max_mismatch=4"), noise)
-    with pytest.raises(MismatchError, match=r"algorithm\.max_mismatch"):
+    with pytest.raises(MismatchError, match="allowed 4"):
         guard_mismatch(result(5.0, 5.0), config("algorithm.max_mismatch=4"), noise)
+    guard_mismatch(result(4e-5), config(), Spread(rms=0.0, q90=0.0))  # five times what float32 logprobs resolve
+    with pytest.raises(MismatchError):
+        guard_mismatch(result(6e-5), config(), Spread(rms=0.0, q90=0.0))

@@ -19,13 +19,17 @@ def prompt(*token_ids: int) -> Prompt:
 
 def test_a_probe_is_the_ends_of_prompts_and_mixed_tokens() -> None:
     """Prompts that begin alike differ in the probe; every id is one of theirs."""
-    prompts = [prompt(*range(40), 50 + i) for i in range(20)]
+    prompts = [prompt(*range(40), 50 + i, 90, 91, 92) for i in range(20)]
     rows = make_probe(prompts, longest=100).token_ids
-    assert rows[:8] == tuple((*range(9, 40), 50 + i) for i in range(8))
+    assert rows[:8] == tuple((*range(9, 40), 50 + i) for i in range(8))  # not the end that all have
     assert len(rows) == 12
     assert all(len(row) == TOKENS for row in rows)
-    assert {i for row in rows for i in row} <= {*range(40), *range(50, 70)}
+    assert {i for row in rows for i in row} <= {*range(40), *range(50, 70), 90, 91, 92}
     assert [len(row) for row in make_probe(prompts, longest=5).token_ids] == 12 * [5]
+    same = make_probe([prompt(1, 2, 3, 4)] * 3, longest=5).token_ids
+    assert same[:3] == 3 * ((1, 2, 3, 4),)
+    inside = make_probe([prompt(7, 5, 5), prompt(5, 5)], longest=5).token_ids  # one ends with all of the other
+    assert inside[:2] == ((7, 5, 5), (5, 5))  # too short without it
     assert len(make_probe([prompt(1), prompt(2)], longest=5).token_ids) == 4  # a token alone has no logprob
 
 
@@ -48,9 +52,10 @@ def test_both_figures_must_be_within() -> None:
     assert not Spread(rms=0.51, q90=0.1).within(limit)
     assert not Spread(rms=0.1, q90=0.41).within(limit)
     assert not Spread(rms=math.inf, q90=math.inf).within(limit)
+    assert not Spread(rms=math.inf, q90=math.inf).within(Spread(rms=math.inf, q90=math.inf).allowed())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_random_rounding_changes_layers_by_their_unit_roundoff(dtype: torch.dtype) -> None:
     """The first layer copies its input: what comes out has changed by at most u, and by half of it on average."""
     layer, last = torch.nn.Linear(4096, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
@@ -106,6 +111,25 @@ def test_a_perturbation_follows_parameters_to_new_storage() -> None:
         p.data = p.data.clone()
     perturbation.undo()
     assert all(torch.equal(p.detach(), b) for p, b in zip(found, before, strict=True))
+
+
+def test_padding_of_a_shard_is_not_measured() -> None:
+    """Ten elements on ranks of four: the last rank's shard has two of them, and memory that held NaN."""
+
+    class Sharded:
+        shape, ds_shape, ds_numel = torch.Size([0]), torch.Size([2, 5]), 10
+
+        def __init__(self, *values: float) -> None:
+            self.ds_tensor = torch.tensor(values)
+
+    shard = Sharded(3.0, -3.0, float("nan"), float("nan"))
+    Perturbation([shard], chosen=(0,), vocabulary=50, rank=2).apply(0.1)
+    assert torch.allclose(
+        shard.ds_tensor[:2].abs() - 3.0, torch.full((2,), 0.3).copysign(shard.ds_tensor[:2].abs() - 3.0)
+    )
+    whole = Sharded(1.0, 1.0, 7.0, 7.0)
+    Perturbation([whole], chosen=(0,), vocabulary=50, rank=1).apply(0.1)
+    assert torch.allclose((whole.ds_tensor - torch.tensor([1.0, 1.0, 7.0, 7.0])).abs(), torch.full((4,), 0.5))
 
 
 def test_ranks_with_other_shards_perturb_otherwise() -> None:

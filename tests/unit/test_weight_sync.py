@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from grpo import weight_sync
 from grpo.learner.probe import Perturbation
 from grpo.probing import Probe, Reading, Spread, spread
 from grpo.weight_sync import (
@@ -162,29 +163,34 @@ class Follower:
         return verify(report=report, policy_version=3, sent={"a": 1, "b": 2}, learner=learner, sampler="sampler 0")
 
 
-@pytest.mark.parametrize("groups", [1, 2, 16])
-def test_a_sampler_that_follows_is_proven(groups: int) -> None:
-    """One movement for each group, at most one group for each parameter; the learner ends as it began."""
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (2, 1), (16, 1), (16, 2), (16, 9)])
+def test_a_sampler_that_follows_is_proven(groups: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One movement for each group of `size` parameters or more; the learner ends as it began."""
+    monkeypatch.setattr(weight_sync, "GROUP_SIZE", size)
     learner = Mlp()
     follower = Follower(learner)
     probe = Probe(token_ids=((1, 2),))
     before = learner.read_probe(probe)
     errors = prove(learner=learner, before=before, probe=probe, groups=groups, transfer=follower.transfer)
-    assert len(errors) == min(groups, 4)
+    assert len(errors) == max(1, min(groups, 4 // size))
     assert all(0 < error < 0.2 for error in errors)
     assert all(torch.equal(now, first) for now, first in zip(learner.weights, follower.first, strict=True))
 
 
 @pytest.mark.parametrize("stale", range(4))
 @pytest.mark.parametrize("groups", [1, 4])
-def test_a_sampler_that_keeps_any_one_matrix_is_refused(stale: int, groups: int) -> None:
-    """Unperturbed, it holds the learner's weights, and nothing is wrong with it."""
+def test_a_sampler_that_keeps_any_one_matrix_is_refused(
+    stale: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unperturbed, it holds the learner's weights, and nothing is wrong with it. The message names the parameters that
+    were perturbed."""
+    monkeypatch.setattr(weight_sync, "GROUP_SIZE", 1)
     learner = Mlp()
     follower = Follower(learner, keeps=[stale])
     probe = Probe(token_ids=((1, 2),))
     before = learner.read_probe(probe)
     follower.transfer(before)
-    with pytest.raises(WeightSyncError, match="does not use them"):
+    with pytest.raises(WeightSyncError, match=rf"in the full check, with parameters {stale % groups}, .*does not use"):
         prove(learner=learner, before=before, probe=probe, groups=groups, transfer=follower.transfer)
 
 
