@@ -41,25 +41,35 @@ def held(metrics: list[dict[str, Any]]) -> None:
         assert line["optim/grad_norm"] > 0
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["one worker", "tensor parallel"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        pytest.param(["cluster.tensor_parallel=2"], marks=pytest.mark.slow),
+        pytest.param(["learner.zero_stage=2", "cluster.sleep=true"], marks=pytest.mark.slow),
+        pytest.param(["learner.zero_stage=3", "cluster.learner_ranks=2", "cluster.learner_cpus=0.5"],
+                     marks=pytest.mark.slow),
+    ],
+    ids=lambda overrides: " ".join(overrides) or "plain",
+)  # fmt: skip
 def test_two_steps_of_a_random_model_of_real_width(
-    workers: int, make_recipe: Callable[..., Path], tmp_path: Path
+    overrides: list[str], make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """With a full check after the second step, too: in turns, the learner leaves its memory between its groups."""
     recipe = make_recipe(
         stand_in.make_wide(),
-        model={"dtype": "bfloat16"},
         data={"max_prompt_tokens": 16},
         sampling={"max_tokens": 8},
         algorithm={"prompts_per_step": 4, "group_size": 4},
         rewards=[write_spread(tmp_path)],
-        cluster={"tensor_parallel": workers},
         optimizer={"lr": 1e-5},
         run={"verify_every": 2},
     )
-    metrics = train(recipe)
+    metrics = train(recipe, "model.dtype=bfloat16", *overrides)
     assert len(metrics) == 2
     held(metrics)
-    assert 0 < metrics[1]["sync/movement_error"] < 0.4  # at POWER times the noise the limit of 2 is 0.4
+    assert "sync/movement_error" not in metrics[0]
+    assert 0 < metrics[1]["sync/movement_error"] < 0.3
 
 
 @pytest.mark.slow
