@@ -2,7 +2,7 @@
 
     python -m benchmarks.weight_check recipes/tiny/smollm2/base --dtype bfloat16
     python -m benchmarks.weight_check MODEL --fault stale:layers.7. --fault swap:A.weight,B.weight
-    python -m benchmarks.weight_check MODEL --single 20        # also 20 tensors that are stale alone, drawn by --seed
+    python -m benchmarks.weight_check MODEL --power       # how much each tensor does alone, if it is stale
 
 The learner is the model in transformers, the sampler vLLM in the same process; what is sent passes through the sync's
 own buckets, checksums and verdicts. A fault sits between the checksum and the engine, where nothing but the probe can
@@ -27,7 +27,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +80,10 @@ class PlainLearner:
     def parameter_count(self) -> int:
         return len(self.weights())
 
-    def read_probe(self, probe: Probe) -> Reading:
+    def read_probe(self, probe: Probe, noise: Spread | None = None) -> Reading:
         from grpo.learner.probe import read_probe
 
-        return read_probe(self.model, self.model, self.head, probe, self.model.device)
+        return read_probe(self.model, self.model, self.head, probe, self.model.device, noise)
 
     @contextmanager
     def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
@@ -120,20 +120,6 @@ class PlainLearner:
         with torch.no_grad():
             for master, parameter in zip(masters, self.model.parameters(), strict=True):
                 parameter.copy_(master)
-
-
-class OneGroup(PlainLearner):
-    """A learner of which the full check perturbs one group alone."""
-
-    def __init__(self, learner: PlainLearner, group: int, groups: int) -> None:
-        self.model, self.head = learner.model, learner.head
-        self._group, self._groups = group, groups
-
-    def parameter_count(self) -> int:
-        return 1
-
-    def perturbation(self, group: int, groups: int):  # type: ignore[no-untyped-def]
-        return super().perturbation(self._group, self._groups)
 
 
 class Bench:
@@ -213,14 +199,40 @@ class Bench:
         self.readings.append((LIMIT_Q90 * apart.q90 / limit.q90, LIMIT_RMS * apart.rms / limit.rms))
         return verify(report=report, policy_version=self._version, sent=sent, learner=reading, sampler="sampler 0")
 
-    def examine(self, fault: str, learner: PlainLearner | None = None) -> Row:
+    def power(self) -> dict[str, float]:
+        """Return what each tensor would do in the full check if it alone kept its values: by how many times the noise the
+        learner's own logprobs differ (90 % quantile)."""
+        import torch
+
+        from grpo.probing import GROUP_SIZE, spread
+        from grpo.weight_sync import strongest
+
+        parameters = dict(self.learner.model.named_parameters())
+        groups = max(1, min(self.groups, len(parameters) // GROUP_SIZE))
+        before = self.learner.read_probe(self.probe)
+        with self.learner.perturbation(groups // 2, groups) as perturb:
+            strength = strongest(self.learner, before, self.probe, perturb)
+        found = {}
+        for group in range(groups):
+            kept = {name: p.detach().clone() for name, p in list(parameters.items())[group::groups]}
+            with self.learner.perturbation(group, groups) as perturb, torch.no_grad():
+                perturb(strength)
+                moved = self.learner.read_probe(self.probe)
+                for name, first in kept.items():
+                    perturbed = parameters[name].detach().clone()
+                    parameters[name].copy_(first)
+                    stale = self.learner.read_probe(self.probe, moved.noise)
+                    parameters[name].copy_(perturbed)
+                    found[name] = spread(stale.logprobs, moved.logprobs).q90 / moved.noise.q90
+        return found
+
+    def examine(self, fault: str) -> Row:
         """Let a healthy sync of the first weights go before, then the plain and the full check with `fault`."""
         import torch
 
         from grpo.sampler import cpu_transfer
         from grpo.weight_sync import WeightSyncError, prove
 
-        learner = learner or self.learner
         with torch.no_grad():
             for name, tensor in self.learner.weights().items():
                 tensor.copy_(self.first[name])
@@ -239,7 +251,7 @@ class Bench:
             plain = True
         (plain_q90, plain_rms), self.readings = self.readings[-1], []
         try:
-            prove(learner=learner, before=before, probe=self.probe, groups=self.groups, transfer=self.transfer)
+            prove(learner=self.learner, before=before, probe=self.probe, groups=self.groups, transfer=self.transfer)
         except WeightSyncError as error:
             if "does not use them" not in str(error):
                 raise
@@ -293,8 +305,7 @@ def main() -> None:
     parser.add_argument("model", help="a folder in Hugging Face layout")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--fault", action="append", help="KIND:WHAT as above, once for each; default: one of each kind")
-    parser.add_argument("--single", type=int, default=0, help="tensors that are stale alone, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("--power", action="store_true", help="of each tensor, by the learner alone: a minute or two")
     a = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
@@ -303,9 +314,9 @@ def main() -> None:
     rows = []
     print(f"{'fault':74} {'plain q90':>9} {'rms':>6} {'full q90':>8}  caught by", flush=True)
 
-    def examine(fault: str, learner: PlainLearner | None = None) -> None:
+    def examine(fault: str) -> None:
         started = time.monotonic()
-        row = bench.examine(fault, learner)
+        row = bench.examine(fault)
         by = "plain" if row.plain else f"full, group {row.full}" if row.full else "-"
         print(
             f"{fault:74} {row.plain_q90:9.2f} {row.plain_rms:6.2f} {row.full_q90:8.2f}  {by}"
@@ -316,20 +327,23 @@ def main() -> None:
 
     for fault in a.fault or usual_faults(names):
         examine(fault)
-    groups = min(bench.groups, len(names))
-    for i in sorted(random.Random(a.seed).sample(range(len(names)), min(a.single, len(names)))):
-        examine(f"stale:{names[i]}", OneGroup(bench.learner, i % groups, groups))
-    report(a.model, a.dtype, sum(len(ids) - 1 for ids in bench.probe.token_ids), rows)
+    power = bench.power() if a.power else {}
+    for name, times in sorted(power.items(), key=lambda item: item[1])[:10]:
+        print(f"stale alone: {name:60} {times:6.2f} times the noise")
+    report(a.model, a.dtype, sum(len(ids) - 1 for ids in bench.probe.token_ids), rows, power)
 
 
-def report(model: str, dtype: str, tokens: int, rows: Sequence[Row]) -> None:
+def report(model: str, dtype: str, tokens: int, rows: Sequence[Row], power: Mapping[str, float]) -> None:
     """Print the figures as the last line."""
     figures = [
         {name: None if value == math.inf else value for name, value in dataclasses.asdict(row).items()}
         | {"caught": row.caught}
         for row in rows
     ]
-    print_result("weight_check", model=model, dtype=dtype, probe_tokens=tokens, rows=figures)
+    print_result(
+        "weight_check", model=model, dtype=dtype, probe_tokens=tokens, rows=figures,
+        stale_alone={name: round(times, 3) for name, times in power.items()},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

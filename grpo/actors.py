@@ -51,6 +51,7 @@ class SyncResult:
     """Learner against sampler on the probe; the sampler that is furthest away."""
     noise: Spread
     """The learner's own rounding noise on it."""
+    full_check_s: float = 0.0
     movement_errors: tuple[float, ...] = ()
     """After a full check, of each group of parameters: how far a sampler ended from where the learner's logprobs moved
     to, as a share of that movement (90 % quantiles)."""
@@ -233,6 +234,7 @@ class LearnerActor:
         reading = self._reading(probe, timeout_s, None if again else self._noise)
         self._noise = reading.noise
         errors: tuple[float, ...] = ()
+        full_check_s = 0.0
         if full_check:
 
             def transfer(perturbed: Reading) -> Spread:
@@ -240,13 +242,15 @@ class LearnerActor:
                 self._take_memory(timeout_s)
                 return result.probe
 
+            started = time.monotonic()
             groups = PERTURBED_GROUPS[self._config.model.dtype]
             errors = prove(learner=self._learner, before=reading, probe=probe, groups=groups, transfer=transfer)
+            full_check_s = time.monotonic() - started
         # the reading from before the perturbations: weights that were not restored are refused
         result = self._transfer(policy_version, probe, reading, timeout_s)
         if self._lost is not None:
             raise self._lost
-        return replace(result, movement_errors=errors)
+        return replace(result, movement_errors=errors, full_check_s=full_check_s)
 
     def _reading(self, probe: Probe, timeout_s: float, noise: Spread | None = None) -> Reading:
         """Return the learner's probe, once it has the memory; its rounding noise is measured unless it is given.

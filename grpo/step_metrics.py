@@ -128,6 +128,9 @@ def timings(
         "sync": ended - synced,
     }
     whole = ended - started
+    full_check = {}
+    if sync.movement_errors:
+        full_check = {"sync/movement_error": max(sync.movement_errors), "sync/full_check_s": sync.full_check_s}
     return {
         "sync/seconds": sync.seconds,
         "sync/bytes": float(sync.nbytes),
@@ -135,7 +138,7 @@ def timings(
         "sync/probe_q90": sync.probe.q90,
         "sync/noise_rms": sync.noise.rms,
         "sync/noise_q90": sync.noise.q90,
-        **({"sync/movement_error": max(sync.movement_errors)} if sync.movement_errors else {}),
+        **full_check,
         **{f"time/{name}_s": seconds for name, seconds in parts.items()},
         "time/idle_s": whole - sum(parts.values()),
         "time/step_s": whole,

@@ -220,7 +220,7 @@ def prove(
     groups = max(1, min(groups, learner.parameter_count() // GROUP_SIZE))
     errors: list[float] = []
     with learner.perturbation(groups // 2, groups) as perturb:  # the groups are alike, but the first has the embedding
-        strength = _strongest(learner, before, probe, perturb)
+        strength = strongest(learner, before, probe, perturb)
     for group in range(groups):
         with learner.perturbation(group, groups) as perturb:
             perturb(strength)
@@ -240,7 +240,7 @@ def prove(
     return tuple(errors)
 
 
-def _strongest(learner: ProbedLearner, before: Reading, probe: Probe, perturb: Callable[[float], None]) -> float:
+def strongest(learner: ProbedLearner, before: Reading, probe: Probe, perturb: Callable[[float], None]) -> float:
     """Return the one of STRENGTHS that moves the learner by most times its noise."""
     ratios: dict[float, float] = {}
     for strength in STRENGTHS:

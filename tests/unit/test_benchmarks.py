@@ -272,7 +272,7 @@ def test_weight_check(capsys: pytest.CaptureFixture[str]) -> None:
         weight_check.Row(fault="stale:a", plain=False, full="0", **common),
         weight_check.Row(fault="roll:b", plain=True, full="", **common),
     ]
-    weight_check.report("folder", "bfloat16", 372, rows)
+    weight_check.report("folder", "bfloat16", 372, rows, {"a": 1.5})
     found = last_line(capsys.readouterr().out)
     assert (found["benchmark"], found["model"], found["probe_tokens"]) == ("weight_check", "folder", 372)
     assert [row["caught"] for row in found["rows"]] == [False, True, True]

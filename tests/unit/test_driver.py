@@ -787,7 +787,7 @@ def test_timings_by_hand() -> None:
     learned = Learned(credit=credit, result=result, batch_s=1.0, update_s=4.0)
     sync = SimpleNamespace(
         seconds=3.0, nbytes=5, probe=Spread(rms=0.5, q90=0.25), noise=Spread(rms=0.75, q90=0.125),
-        movement_errors=(0.25, 0.5, 0.125),
+        movement_errors=(0.25, 0.5, 0.125), full_check_s=1.5,
     )  # fmt: skip
     numbers = timings(sampled, learned, sync, 10.0, 26.0, 30.0)
     assert numbers == {
@@ -795,7 +795,7 @@ def test_timings_by_hand() -> None:
         "time/idle_s": 1, "time/step_s": 20, "time/samplers_busy_fraction": 12 / 20,
         "time/learner_busy_fraction": 8 / 20, "sync/seconds": 3,
         "sync/bytes": 5, "sync/probe_rms": 0.5, "sync/probe_q90": 0.25, "sync/noise_rms": 0.75,
-        "sync/noise_q90": 0.125, "sync/movement_error": 0.5,
+        "sync/noise_q90": 0.125, "sync/movement_error": 0.5, "sync/full_check_s": 1.5,
     }  # fmt: skip
 
 
