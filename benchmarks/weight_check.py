@@ -200,8 +200,8 @@ class Bench:
         return verify(report=report, policy_version=self._version, sent=sent, learner=reading, sampler="sampler 0")
 
     def power(self) -> dict[str, float]:
-        """Return what each tensor would do in the full check if it alone kept its values: by how many times the noise the
-        learner's own logprobs differ (90 % quantile)."""
+        """Return what each tensor would do in the full check if it alone kept its values: the difference of the
+        learner's own logprobs (90 % quantile), in units of the noise."""
         import torch
 
         from grpo.probing import GROUP_SIZE, spread
