@@ -20,7 +20,7 @@ import ray
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
-from grpo.probing import NOISE_EVERY, PERTURBED_GROUPS, Probe, Reading, Spread
+from grpo.probing import PERTURBED_GROUPS, Probe, Reading, Spread
 from grpo.transport import (
     GlooSender,
     IpcSender,
@@ -150,8 +150,6 @@ class LearnerActor:
         self._sending: list[int] = [0]
         """The ranks that send."""
         self._samplers: Sequence[Any] = ()
-        self._noise: Spread | None = None
-        """The learner's rounding noise on the probe, as it was measured last."""
         self._lost: Exception | None = None
         """A sampler died in the sync under way."""
 
@@ -230,9 +228,7 @@ class LearnerActor:
         Raises WeightSyncError.
         """
         self._lost = None
-        again = full_check or self._noise is None or policy_version % NOISE_EVERY == 0
-        reading = self._reading(probe, timeout_s, None if again else self._noise)
-        self._noise = reading.noise
+        reading = self._reading(probe, timeout_s)
         errors: tuple[float, ...] = ()
         full_check_s = 0.0
         if full_check:
@@ -252,13 +248,13 @@ class LearnerActor:
             raise self._lost
         return replace(result, movement_errors=errors, full_check_s=full_check_s)
 
-    def _reading(self, probe: Probe, timeout_s: float, noise: Spread | None = None) -> Reading:
-        """Return the learner's probe, once it has the memory; its rounding noise is measured unless it is given.
+    def _reading(self, probe: Probe, timeout_s: float) -> Reading:
+        """Return the learner's probe and its rounding noise, once it has the memory.
 
         The samplers have nothing to do yet: two engines computing at once on the same cores cost each other 0.1 s.
         """
         self._take_memory(timeout_s)
-        return self._learner.read_probe(probe, noise)
+        return self._learner.read_probe(probe)
 
     def _take_memory(self, timeout_s: float) -> None:
         """Have the samplers leave the memory to the learner, and the learner take it."""

@@ -1,8 +1,8 @@
 """The probe of a weight sync: fixed tokens whose logprobs show whether a sampler computes with the learner's weights.
 
 Two engines never agree to the last bit: they add in another order and round in other places. How far that alone can
-move the probe depends on the model, its weights and its dtype, so it is measured on the very model at every full
-check: the learner computes the probe a second time with the output of each layer rounded at random
+move the probe depends on the model, its weights and its dtype, so it is measured on the very model at every
+sync: the learner computes the probe a second time with the output of each layer rounded at random
 (`grpo.learner.probe`). A sampler may differ from the learner by a few times that noise. Differences are judged by a
 quantile and the root mean square over tokens; the maximum of a healthy bfloat16 model is a matter of luck.
 """
@@ -33,9 +33,6 @@ would drown in the noise if all the others moved the logprobs, too."""
 
 GROUP_SIZE = 16
 """Parameters that a group has at least: fewer may not move the logprobs at all."""
-
-NOISE_EVERY = 10
-"""The noise is measured anew at every so many policy versions, and at each full check."""
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.6)
 """Perturbations that are tried, relative to each parameter's root mean square; the one that moves the learner by most

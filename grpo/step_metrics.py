@@ -130,7 +130,7 @@ def timings(
     whole = ended - started
     full_check = {}
     if sync.movement_errors:
-        full_check = {"sync/movement_error": max(sync.movement_errors), "sync/full_check_s": sync.full_check_s}
+        full_check = {"sync/movement_error": max(sync.movement_errors), "time/full_check_s": sync.full_check_s}
     return {
         "sync/seconds": sync.seconds,
         "sync/bytes": float(sync.nbytes),

@@ -29,7 +29,7 @@ from grpo.checkpoint import FileRecord
 from grpo.config import Config, dump
 from grpo.learner import heads, setup, state
 from grpo.learner.probe import Perturbation, read_probe
-from grpo.probing import Probe, Reading, Spread
+from grpo.probing import Probe, Reading
 from grpo.types import Batch, RankStep, StepResult
 from grpo.update import Model, Prepared, Tally, run_step
 from grpo.weight_sync import buckets_of
@@ -273,10 +273,10 @@ class Learner:
                 if p.ds_status == ZeroParamStatus.AVAILABLE:
                     p.partition()
 
-    def read_probe(self, probe: Probe, noise: Spread | None = None) -> Reading:
-        """Return the logprobs of the probe under the weights of now, and their rounding noise or the `noise` given."""
+    def read_probe(self, probe: Probe) -> Reading:
+        """Return the logprobs of the probe under the weights of now, and their rounding noise."""
         assert not self._offloaded, "the learner's weights are in host memory"
-        return read_probe(self._engine, self._engine.module, self._head, probe, self.device, noise)
+        return read_probe(self._engine, self._engine.module, self._head, probe, self.device)
 
     def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder (model, config, tokenizer files), the critic in a folder of its own

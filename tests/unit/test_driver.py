@@ -795,7 +795,7 @@ def test_timings_by_hand() -> None:
         "time/idle_s": 1, "time/step_s": 20, "time/samplers_busy_fraction": 12 / 20,
         "time/learner_busy_fraction": 8 / 20, "sync/seconds": 3,
         "sync/bytes": 5, "sync/probe_rms": 0.5, "sync/probe_q90": 0.25, "sync/noise_rms": 0.75,
-        "sync/noise_q90": 0.125, "sync/movement_error": 0.5, "sync/full_check_s": 1.5,
+        "sync/noise_q90": 0.125, "sync/movement_error": 0.5, "time/full_check_s": 1.5,
     }  # fmt: skip
 
 
