@@ -303,7 +303,7 @@ class Engines:
                 self._settle(pending)
                 # the others are in the middle of a sync that does not end: they are replaced, too
                 self._replace(range(len(self.samplers)), error)
-                result = self._publish(policy_version, probe, full_check=False)
+                result = self._publish(policy_version, probe, full_check=full_check)  # the same metrics as without
             return result
 
         return finish
