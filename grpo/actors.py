@@ -52,6 +52,7 @@ class SyncResult:
     noise: Spread
     """The learner's own rounding noise on it."""
     full_check_s: float = 0.0
+    """Seconds of the full check before it, 0 without one."""
     movement_errors: tuple[float, ...] = ()
     """After a full check, of each group of parameters: how far a sampler ended from where the learner's logprobs moved
     to, as a share of that movement (90 % quantiles)."""

@@ -67,8 +67,8 @@ class Spread:
         return Spread(q90=LIMIT_Q90 * max(self.q90, RESOLUTION), rms=LIMIT_RMS * max(self.rms, RESOLUTION))
 
     def within(self, limit: Spread) -> bool:
-        """Return whether both figures are finite and neither exceeds that of `limit`."""
-        return math.isfinite(self.rms) and self.q90 <= limit.q90 and self.rms <= limit.rms
+        """Return whether neither figure exceeds that of `limit`; nothing is within a limit that is not finite."""
+        return math.isfinite(limit.rms) and self.q90 <= limit.q90 and self.rms <= limit.rms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from grpo.learner.heads import LogprobHead, unpack
 from grpo.probing import Probe, Reading, Spread, spread
 
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20, torch.float64: 2.0**-49}
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
 """Largest relative change by rounding. A layer in 16 bits adds in float32 and rounds its result once, to half a unit in
 the last place. One in float32 rounds each addition, which over the thousands of terms of a matrix product makes about
 sixteen times as much."""

@@ -53,6 +53,7 @@ def test_both_figures_must_be_within() -> None:
     assert not Spread(rms=0.1, q90=0.41).within(limit)
     assert not Spread(rms=math.inf, q90=math.inf).within(limit)
     assert not Spread(rms=math.inf, q90=math.inf).within(Spread(rms=math.inf, q90=math.inf).allowed())
+    assert not Spread(rms=0.0, q90=0.0).within(Spread(rms=math.inf, q90=math.inf).allowed())  # noise that overflowed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
