@@ -88,9 +88,10 @@ class PlainLearner:
     @contextmanager
     def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
         from grpo.learner.probe import Perturbation
+        from grpo.probing import group_members
 
         parameters = list(self.model.parameters())
-        chosen = range(group, len(parameters), groups)
+        chosen = group_members(group, groups, len(parameters))
         perturbation = Perturbation(parameters, chosen, self.model.config.vocab_size, rank=0)
         try:
             yield perturbation.apply
@@ -204,7 +205,7 @@ class Bench:
         learner's own logprobs (90 % quantile), in units of the noise."""
         import torch
 
-        from grpo.probing import GROUP_SIZE, spread
+        from grpo.probing import GROUP_SIZE, group_members, spread
         from grpo.weight_sync import strongest
 
         parameters = dict(self.learner.model.named_parameters())
@@ -214,7 +215,8 @@ class Bench:
             strength = strongest(self.learner, before, self.probe, perturb)
         found = {}
         for group in range(groups):
-            kept = {name: p.detach().clone() for name, p in list(parameters.items())[group::groups]}
+            members = [list(parameters)[i] for i in group_members(group, groups, len(parameters))]
+            kept = {name: parameters[name].detach().clone() for name in members}
             with self.learner.perturbation(group, groups) as perturb, torch.no_grad():
                 perturb(strength)
                 moved = self.learner.read_probe(self.probe)

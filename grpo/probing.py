@@ -29,12 +29,14 @@ RESOLUTION = 1e-5
 
 PERTURBED_GROUPS = {"float32": 1, "bfloat16": 16}
 """The full check perturbs the parameters in at most so many turns, by dtype. In 16 bits the effect of one stale tensor
-would drown in the noise if all the others moved the logprobs, too."""
+would drown in the noise if all the others moved the logprobs, too. A group has neighbouring parameters: where one of
+each depth is perturbed, all layers amplify the noise, and four of ten single tensors go unseen that are seen so
+(docs/weight-check.md)."""
 
 GROUP_SIZE = 16
 """Parameters that a group has at least: fewer may not move the logprobs at all."""
 
-STRENGTHS = (0.1, 0.2, 0.4, 0.6)
+STRENGTHS = (0.1, 0.2, 0.4, 0.8)
 """Perturbations that are tried, relative to each parameter's root mean square; the one that moves the learner by most
 times the noise is taken."""
 
@@ -79,6 +81,11 @@ class Reading:
     """[N][L_n - 1] logprob of each probe token given those before it, temperature 1."""
     noise: Spread
     """Of the same tokens and weights with every layer's output rounded at random."""
+
+
+def group_members(group: int, groups: int, count: int) -> range:
+    """Return which of `count` parameters, in the model's order, are in the `group`-th of `groups` groups."""
+    return range(count * group // groups, count * (group + 1) // groups)
 
 
 def make_probe(prompts: Sequence[Prompt], *, longest: int) -> Probe:

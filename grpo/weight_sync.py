@@ -26,7 +26,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from grpo.probing import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, spread
+from grpo.probing import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, group_members, spread
 
 BUCKET_BYTES = 256 << 20
 """Logical size of one bucket. Peak extra memory of a sync is two of them on either side."""
@@ -219,7 +219,7 @@ def prove(
     """
     groups = max(1, min(groups, learner.parameter_count() // GROUP_SIZE))
     errors: list[float] = []
-    with learner.perturbation(groups // 2, groups) as perturb:  # the groups are alike, but the first has the embedding
+    with learner.perturbation(groups // 2, groups) as perturb:  # the first and the last have vocabulary matrices
         strength = strongest(learner, before, probe, perturb)
     for group in range(groups):
         with learner.perturbation(group, groups) as perturb:
@@ -235,7 +235,8 @@ def prove(
             try:
                 errors.append(transfer(reading).q90 / moved)
             except WeightSyncError as error:
-                where = f"parameters {group}, {group + groups}, {group + 2 * groups}, ... perturbed"
+                members = group_members(group, groups, learner.parameter_count())
+                where = f"parameters {members[0]} to {members[-1]} of {learner.parameter_count()} perturbed"
                 raise WeightSyncError(f"in the full check, with {where}: {error}") from error
     return tuple(errors)
 

@@ -29,7 +29,7 @@ from grpo.checkpoint import FileRecord
 from grpo.config import Config, dump
 from grpo.learner import heads, setup, state
 from grpo.learner.probe import Perturbation, read_probe
-from grpo.probing import Probe, Reading
+from grpo.probing import Probe, Reading, group_members
 from grpo.types import Batch, RankStep, StepResult
 from grpo.update import Model, Prepared, Tally, run_step
 from grpo.weight_sync import buckets_of
@@ -248,12 +248,12 @@ class Learner:
 
     @contextmanager
     def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
-        """Give a function that perturbs every `groups`-th parameter from the `group`-th on by a strength, in the place
-        of the strength before; they are restored bit for bit at the end. At ZeRO 3 on this rank's shards."""
+        """Give a function that perturbs a group of the parameters by a strength, in the place of the strength before;
+        they are restored bit for bit at the end. At ZeRO 3 on this rank's shards."""
         parameters = list(self._engine.module.parameters())
         sharded = self._config.learner.zero_stage == 3
         vocabulary = self._engine.module.config.get_text_config().vocab_size
-        chosen = range(group, len(parameters), groups)
+        chosen = group_members(group, groups, len(parameters))
         perturbation = Perturbation(parameters, chosen, vocabulary, self.rank if sharded else 0)
 
         def perturb(strength: float) -> None:

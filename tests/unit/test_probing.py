@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo.learner.probe import GENTLE, UNIT_ROUNDOFF, ZERO_SCALE, Perturbation, rounded_at_random
-from grpo.probing import TOKENS, Spread, make_probe, spread
+from grpo.probing import TOKENS, Spread, group_members, make_probe, spread
 from grpo.types import Prompt
 
 
@@ -31,6 +31,14 @@ def test_a_probe_is_the_ends_of_prompts_and_mixed_tokens() -> None:
     inside = make_probe([prompt(7, 5, 5), prompt(5, 5)], longest=5).token_ids  # one ends with all of the other
     assert inside[:2] == ((7, 5, 5), (5, 5))  # too short without it
     assert len(make_probe([prompt(1), prompt(2)], longest=5).token_ids) == 4  # a token alone has no logprob
+
+
+@pytest.mark.parametrize(("groups", "count"), [(1, 1), (1, 7), (3, 7), (16, 272), (16, 17), (5, 5)])
+def test_groups_are_neighbours_and_hold_each_parameter_once(groups: int, count: int) -> None:
+    members = [list(group_members(group, groups, count)) for group in range(groups)]
+    assert [i for group in members for i in group] == list(range(count))
+    assert max(map(len, members)) - min(map(len, members)) <= 1
+    assert list(group_members(1, 3, 7)) == [2, 3]
 
 
 def test_spread_by_hand() -> None:

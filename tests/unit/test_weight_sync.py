@@ -12,7 +12,7 @@ import torch
 
 from grpo import weight_sync
 from grpo.learner.probe import Perturbation
-from grpo.probing import Probe, Reading, Spread, spread
+from grpo.probing import Probe, Reading, Spread, group_members, spread
 from grpo.weight_sync import (
     SyncReport,
     WeightSyncError,
@@ -142,7 +142,7 @@ class Mlp:
 
     @contextmanager
     def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
-        perturbation = Perturbation(self.weights, range(group, 4, groups), vocabulary=100, rank=0)
+        perturbation = Perturbation(self.weights, group_members(group, groups, 4), vocabulary=100, rank=0)
         yield perturbation.apply
         perturbation.undo()
 
@@ -190,7 +190,9 @@ def test_a_sampler_that_keeps_any_one_matrix_is_refused(
     probe = Probe(token_ids=((1, 2),))
     before = learner.read_probe(probe)
     follower.transfer(before)
-    with pytest.raises(WeightSyncError, match=rf"in the full check, with parameters {stale % groups}, .*does not use"):
+    first, last = (stale, stale) if groups == 4 else (0, 3)
+    where = rf"with parameters {first} to {last} of 4 perturbed.*does not use"
+    with pytest.raises(WeightSyncError, match=rf"in the full check, {where}"):
         prove(learner=learner, before=before, probe=probe, groups=groups, transfer=follower.transfer)
 
 
