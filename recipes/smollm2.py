@@ -58,8 +58,8 @@ class Template:
 
 ONE_STEP = (
     Template("{name} has {a} {things}. {name} buys {b} more. How many {things} does {name} have now?", int.__add__),
-    Template("There are {a} {things} in a box and {b} on the table. How many {things} are there?", int.__add__),
-    Template("{name} found {a} {things} today and {b} yesterday. How many {things} is that?", int.__add__),
+    Template("{name} had {a} {things} and found {b} more. How many {things} does {name} have now?", int.__add__),
+    Template("{name} has {a} {things}. A friend gives {name} {b} more. How many {things} is that?", int.__add__),
     Template(
         "{name} has {a} {things} and gives {b} away. How many {things} are left?", int.__sub__, lambda a, b: a > b
     ),
