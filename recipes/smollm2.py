@@ -11,7 +11,7 @@ Data: word problems from the templates below, in the chat format of the model, w
 (`messages`). Operands are drawn by hash from the seed, so the same files are made everywhere. Three levels, each with
 a training and a held-out file:
 
-    one_step    one operation, operands 2 to 9
+    one_step    one operation, operands 2 to 6
     larger      one operation, operands 2 to 20
     two_steps   two operations, operands 2 to 9
 
@@ -87,7 +87,7 @@ TWO_STEPS = (
     ),
 )  # fmt: skip
 LEVELS: dict[str, tuple[Sequence[Template], int, int]] = {
-    "one_step": (ONE_STEP, 2, 9), "larger": (ONE_STEP, 2, 20), "two_steps": (TWO_STEPS, 3, 9),
+    "one_step": (ONE_STEP, 2, 6), "larger": (ONE_STEP, 2, 20), "two_steps": (TWO_STEPS, 3, 9),
 }  # fmt: skip
 """Level -> templates, how many numbers a problem has, the largest number."""
 
