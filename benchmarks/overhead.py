@@ -74,7 +74,7 @@ class BareSampler:
                 max_model_len=c.max_row_tokens,
                 max_num_seqs=c.sampler.max_num_seqs,
                 max_num_batched_tokens=max(8192, c.max_row_tokens),
-                enforce_eager=c.sampler.enforce_eager,
+                enforce_eager=c.enforce_eager,
                 enable_prefix_caching=c.sampler.prefix_caching,
                 enable_chunked_prefill=c.on_gpu,
                 distributed_executor_backend="uni",

@@ -232,7 +232,7 @@ class Bench:
         """Let a healthy sync of the first weights go before, then the plain and the full check with `fault`."""
         import torch
 
-        from grpo.sampler import cpu_transfer
+        from grpo.sampler import transfer
         from grpo.weight_sync import WeightSyncError, prove
 
         with torch.no_grad():
@@ -243,9 +243,9 @@ class Bench:
         self.learner.optimizer_step(self.probe)
         kind, _, what = fault.partition(":")
         self._fault = (kind, what)
-        repack = cpu_transfer.repack_lm_head
+        repack = transfer.repack_lm_head
         if kind == "packed-head":
-            cpu_transfer.repack_lm_head = lambda model: None
+            transfer.repack_lm_head = lambda model: None
         before, plain, refused = self.learner.read_probe(self.probe), False, ""
         try:
             self.transfer(before)
@@ -259,7 +259,7 @@ class Bench:
                 raise
             refused = f"{len(self.readings) - 1}"
         finally:
-            cpu_transfer.repack_lm_head = repack
+            transfer.repack_lm_head = repack
         return Row(
             fault=fault, plain_q90=plain_q90, plain_rms=plain_rms, plain=plain, full=refused,
             full_q90=max(q90 for q90, _ in self.readings),

@@ -10,8 +10,10 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from grpo.checkpoint import FileRecord
 from grpo.config import Config
 from grpo.probing import PERTURBED_GROUPS, Probe, Reading, Spread
 from grpo.transport import (
-    GlooSender,
+    BroadcastSender,
     IpcSender,
     Place,
     Sender,
@@ -35,6 +37,9 @@ from grpo.transport import (
 )
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult
 from grpo.weight_sync import Bucket, SyncReport, buckets_of, prove, refuse_not_finite, verify
+
+ENDING_S = 10.0
+"""How long calls to samplers may take to end when one of them has failed."""
 
 FLUSH_S = 0.25
 """A sampler hands finished completions over this often, so that scoring starts while others still generate."""
@@ -200,20 +205,19 @@ class LearnerActor:
             self._samplers = samplers
             infos = [self._sender.init_info(i, place) for i, place in enumerate(at)]
             pending = [s.init_transfer.remote(info) for s, info in zip(samplers, infos, strict=True)]
-            self._sender.connect()
-            ray.get(pending, timeout=timeout_s)
+            connected = in_background(self._sender.connect)  # a rendezvous waits for a sampler that has failed, too
+            self._all_of(pending, timeout_s)
+            if self._lost is not None:
+                raise self._lost
+            connected.result()
 
     def _make_sender(self, transport: str, samplers: int, timeout_s: float) -> Sender:
         if transport == "ipc":
-            return IpcSender()
+            return IpcSender(self._learner.gpus()[0], self._learner.device)
         if transport == "shared_memory":
             return SharedMemorySender(ray.get_runtime_context().get_node_id())
         host, workers = ray.util.get_node_ip_address(), self._config.sampler_workers
-        if transport == "gloo":
-            return GlooSender(host, workers, samplers, timeout_s)
-        from grpo.sampler.nccl_sender import NcclSender  # noqa: PLC0415 - it needs vllm
-
-        return NcclSender(host, workers, samplers)
+        return BroadcastSender(host, workers, samplers, timeout_s, self._learner.device)
 
     def step(self, step: RankStep) -> StepResult:
         self._learner.reload()
@@ -267,6 +271,8 @@ class LearnerActor:
         on without any: at ZeRO 3 the other ranks are in the same collectives."""
         started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
         self._take_memory(timeout_s)
+        if self._config.takes_turns:
+            self._learner.drop_cache()
         self._take_turns("wake", "weights", timeout_s=timeout_s)
         pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
         for tensors in buckets_of(self._learner.weights()):
@@ -280,6 +286,7 @@ class LearnerActor:
                 nbytes += sum(spec.nbytes for spec in bucket.tensors)
             if len(self._sending) > 1:
                 self._learner.barrier()  # what the others have packed has been read
+        tensors = []  # views of what is about to leave the GPU
         if self._config.takes_turns:
             self._learner.offload()
         self._take_turns("wake", "kv_cache", timeout_s=timeout_s)
@@ -323,25 +330,38 @@ class LearnerActor:
         assert self._sender is not None
         try:
             self._sender.transmit(tensors)
-        except RuntimeError:  # the other end of a collective may have gone: whether it has is asked of Ray
             self._all_of(pending, timeout_s)
             if self._lost is None:
+                self._sender.transmitted()
+        except RuntimeError:  # the other end of a collective may have gone: whether it has is asked of Ray
+            self._lost = self._lost or first_death(pending)
+            if self._lost is None:
                 raise
-        else:
-            self._all_of(pending, timeout_s)
 
     def _all_of(self, references: Sequence[Any], timeout_s: float) -> list[Any]:
-        """Results from the samplers; none where one of them has died."""
+        """Results from the samplers; none where one of them has died.
+
+        The first failure is enough: the others may wait for the one that failed in a collective, where they get an
+        error at once only if that is ended here.
+        """
+        waiting, deadline = list(references), time.monotonic() + timeout_s
         try:
-            found: list[Any] = ray.get(list(references), timeout=timeout_s)
+            while waiting:
+                ready, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise TimeoutError(f"the samplers have not answered in {timeout_s:.0f} s")
+                ray.get(ready)
         except ray.exceptions.RayActorError as error:
             self._lost = error
-            return []
         except ray.exceptions.RayTaskError:  # one that lost its peers in a collective fails, too; who died is the cause
-            self._lost = next(filter(None, map(died, references)), None)
+            if self._sender is not None:
+                self._sender.abort()
+            self._lost = first_death(references)
             if self._lost is None:
                 raise
+        if self._lost is not None:
             return []
+        found: list[Any] = ray.get(list(references))
         return found
 
     def save(self, folder: str) -> None:
@@ -362,13 +382,30 @@ class LearnerActor:
         self._learner.restore(files, counters)
 
 
-def died(reference: Any) -> Exception | None:
-    """The error of a call whose actor has died; None for any other end. Waits for it."""
-    try:
-        ray.get(reference)
-    except ray.exceptions.RayActorError as error:
-        lost: Exception = error
-        return lost
-    except ray.exceptions.RayTaskError:
-        return None
+def in_background(call: Callable[[], None]) -> Future[None]:
+    """Run `call` in a thread that nothing waits for at the process's end, and return its outcome to come."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            outcome.set_result(None)
+        except Exception as error:  # noqa: BLE001 - whoever asks for the outcome gets it
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
+
+
+def first_death(references: Sequence[Any]) -> Exception | None:
+    """Return the error of the first of these calls whose actor has died, within ENDING_S; None where none has."""
+    ended, _ = ray.wait(list(references), num_returns=len(references), timeout=ENDING_S)
+    for reference in ended:
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            lost: Exception = error
+            return lost
+        except ray.exceptions.RayTaskError:
+            continue
     return None

@@ -174,8 +174,13 @@ def check_model(config: Config) -> None:
     model = read_config(config, "model.path", config.model.path)
     if path.is_dir():
         check_weights(path)
-    if config.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UserError("model.attention=flash_attention_2 needs the flash-attn package; nearest: model.attention=sdpa")
+    packages = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+    package = packages.get(config.model.attention)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"model.attention={config.model.attention} needs the package {package}, which is not installed; nearest: "
+            "model.attention=auto, which takes what is"
+        )
     limit = getattr(model, "max_position_embeddings", None)
     if limit is not None and config.max_row_tokens > limit:
         raise UserError(

@@ -267,7 +267,7 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int, attempt: int) 
     config = loop.config
 
     def seed_of(prompt: Prompt, index: int) -> int | None:
-        if not config.sampling_is_seeded:
+        if not config.sampling.seeded:
             return None
         return sample_seed(config.run.seed, step, prompt.prompt_id, index, attempt)
 
@@ -360,4 +360,4 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
 
 def eval_seed(config: Config, prompt: Prompt, index: int) -> int | None:
     """Seed of one completion of an evaluation, the same in every one of them."""
-    return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling_is_seeded else None
+    return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling.seeded else None

@@ -125,8 +125,8 @@ class Engines:
     """All actors of a run, with the verbs that the driver's loop calls. A sampler that dies is replaced."""
 
     def __init__(self, config: Config, log_dir: Path, say: Callable[[str], None], timeline: Timeline) -> None:
-        """Place the actors and load the engines, samplers and learner at the same time. Without learner ranks the
-        samplers keep the weights of the model's folder.
+        """Place the actors and load the engines: all at once, but where they share GPUs the samplers first. Without
+        learner ranks the samplers keep the weights of the model's folder.
 
         `say`: where a replaced sampler is told.
 
@@ -157,10 +157,12 @@ class Engines:
         ]
         self.samplers = [self._make_sampler(i) for i in range(config.cluster.samplers)]
         loading = [s.start.remote(self._transport, self._devices_of(i)) for i, s in enumerate(self.samplers)]
-        if config.takes_turns and self.learners:  # vLLM measures how much memory is free
-            self._wait(loading, "the samplers to load", start)
-            loading = [sampler.sleep.remote(False) for sampler in self.samplers]
-            self._wait(loading, "the samplers to leave the memory to the learner", start)
+        if self.learners and (config.takes_turns or self._transport == "ipc"):
+            self._wait(loading, "the samplers to load", start)  # vLLM measures how much memory is free
+            loading = []
+        if config.takes_turns and self.learners:
+            leaving = [sampler.sleep.remote(False) for sampler in self.samplers]
+            self._wait(leaving, "the samplers to leave the memory to the learner", start)
         if self.learners:
             host, port = self._wait([self.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
             loading += [learner.start.remote(host, port) for learner in self.learners]

@@ -53,7 +53,7 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
         "settings": dataclasses.asdict(engines.eval_settings(config, plan.end_token_ids)),
         "dtype": config.model.dtype,
         "float32_head": config.model.float32_head,
-        "seeded": config.sampling_is_seeded,
+        "seeded": config.sampling.seeded,
         "seed": config.run.seed,
         "sampler.engine": config.sampler.engine,
         "rewards": [[r.function, r.weight, r.style, list(r.sets), r.timeout_s, r.memory_gib] for r in config.rewards],

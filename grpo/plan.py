@@ -234,7 +234,7 @@ def make_plan(
     def sample(completions: float, prompts: float) -> float:
         return sampling_seconds(
             shared, together, lengths, completions=completions / samplers, prompts=prompts / samplers, kv=cache,
-            max_num_seqs=s.max_num_seqs, width=width, eager=s.enforce_eager,
+            max_num_seqs=s.max_num_seqs, width=width, eager=config.enforce_eager,
         )  # fmt: skip
 
     rows, updates = a.prompts_per_step * a.group_size, config.optimizer_steps_per_step

@@ -1,9 +1,11 @@
 """How the bytes of a weight sync travel, and who sends them. Four ways, by layout and device:
 
 - colocated, CPU: a memory file per node, which the samplers there map; the first learner rank of each node sends
-- colocated, GPU: CUDA IPC, a sampler's worker reads the tensors on its own GPU; every learner rank sends
+- colocated, GPU: a buffer per GPU, which a sampler's worker there maps through CUDA IPC; every learner rank sends
 - disaggregated, CPU: gloo broadcast; learner rank 0 sends
-- disaggregated, GPU: NCCL broadcast (`grpo.sampler.nccl_sender`); learner rank 0 sends
+- disaggregated, GPU: NCCL broadcast; learner rank 0 sends
+
+The receiving ends are in `grpo.sampler.transfer`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +30,14 @@ from torch.distributed import (  # type: ignore[attr-defined]
     Store,
     TCPStore,
 )
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from grpo.config import Config
 from grpo.types import UserError
-from grpo.weight_sync import Bucket, TensorSpec, WeightSyncError, describe, specs_of, torch_dtype
+from grpo.weight_sync import BUCKET_BYTES, Bucket, TensorSpec, WeightSyncError, describe, specs_of, torch_dtype
+
+POLL_S = 0.001
+"""How often the end of a broadcast is looked for."""
 
 
 def transport_of(config: Config) -> str:
@@ -112,7 +118,7 @@ class Sender(Protocol):
     """A learner rank's end of a transport."""
 
     def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
-        """What sampler number `sampler` must be told before the first sync."""
+        """Return what sampler number `sampler` must be told before the first sync."""
         ...
 
     def connect(self) -> None:
@@ -124,7 +130,15 @@ class Sender(Protocol):
         ...
 
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Send the bytes while the samplers receive, where the transport is a collective."""
+        """Begin to send the bytes while the samplers receive, where the transport is a collective."""
+        ...
+
+    def transmitted(self) -> None:
+        """Wait for the end of `transmit`. Raises RuntimeError where it failed."""
+        ...
+
+    def abort(self) -> None:
+        """End a `transmit` that not all samplers take part in. Nothing can be sent afterwards."""
         ...
 
 
@@ -141,34 +155,73 @@ def joined(buckets: Sequence[Bucket]) -> Bucket:
     transport = dict(first.transport)
     if "files" in transport:
         transport["files"] = {node: file for b in buckets for node, file in b.transport["files"].items()}
-    if "ipc_handles" in transport:
-        each = zip(*(b.transport["ipc_handles"] for b in buckets), strict=True)
-        transport["ipc_handles"] = [{gpu: args for part in parts for gpu, args in part.items()} for parts in each]
+    if "handles" in transport:
+        transport["handles"] = {gpu: handle for b in buckets for gpu, handle in b.transport["handles"].items()}
     return replace(first, transport=transport)
 
 
 class IpcSender:
-    """CUDA IPC handles for vLLM's `ipc` engine: the sampler's worker shares this GPU and reads the tensors in place."""
+    """A buffer on this rank's GPU that the sampler's worker there maps through CUDA IPC, and copies each bucket from.
 
-    def __init__(self) -> None:
-        self._alive: list[torch.Tensor] = []
+    There is one for the whole run, and it is exported once: torch counts one mapping for each export, and memory that
+    was exported more often than mapped is never freed. Nothing of the learner's own memory is shared, so all of that
+    can leave the GPU when the last bucket has been consumed.
+    """
+
+    def __init__(self, gpu: str, device: torch.device) -> None:
+        """`gpu`: UUID of the GPU `device`."""
+        self._gpu, self._device = gpu, device
+        self._flat: torch.Tensor | None = None
+        self._handle: tuple[Any, ...] = ()
 
     def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
         return {}
 
     def connect(self) -> None:
-        """Handles need no rendezvous."""
+        """CUDA IPC needs no rendezvous."""
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
-        """The handles stay valid until the next call."""
-        self._alive = [tensor.detach().contiguous() for _, tensor in tensors]
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handles = [{uuid: reduce_tensor(tensor)[1]} for tensor in self._alive]  # type: ignore[no-untyped-call]
-        torch.cuda.current_stream().synchronize()
-        return describe(tensors, vllm_fields(tensors) | {"ipc_handles": handles})
+        """Copy `tensors` in and describe them. The receiver must have copied the ones before."""
+        specs = specs_of(tensors)
+        nbytes = size_of(specs)
+        if self._flat is None or self._flat.numel() < nbytes:
+            self._flat = None  # the old one goes first: there may be no room for both
+            self._flat = torch.empty(max(nbytes, BUCKET_BYTES), dtype=torch.uint8, device=self._device)
+            self._handle = reduce_tensor(self._flat)[1]  # type: ignore[no-untyped-call]
+        lay_out(self._flat, specs, tensors)
+        settle(self._flat)
+        return describe(tensors, {"handles": {self._gpu: self._handle}, "tensors": specs})
 
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """The receiver reads; nothing is sent."""
+
+    def transmitted(self) -> None:
+        """Nothing was sent."""
+
+    def abort(self) -> None:
+        """Nobody waits."""
+
+
+class IpcReceiver:
+    """A worker's view of the `IpcSender`'s buffer on its GPU."""
+
+    def __init__(self, device_index: int) -> None:
+        self._index = device_index
+        self._handle: tuple[Any, ...] = ()
+        self._flat: torch.Tensor | None = None
+
+    def read(self, handle: tuple[Any, ...], tensors: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
+        """Return the tensors of a bucket as copies: the sender reuses the buffer, and vLLM keeps tensors of layers that
+        it has not received whole (of those with a padded vocabulary until the end of the sync)."""
+        if self._flat is None or handle != self._handle:
+            self._flat = None  # the mapping of the buffer before goes, once
+            # the number of the device is the sender's; argument 6 is where `rebuild_cuda_tensor` takes the receiver's
+            self._flat = rebuild_cuda_tensor(*handle[:6], self._index, *handle[7:])  # type: ignore[call-arg, no-untyped-call]
+            self._handle = handle
+        assert self._flat is not None
+        copies = [(spec.name, cut(self._flat, spec).clone()) for spec in tensors]
+        settle(self._flat)
+        return copies
 
 
 class SharedMemorySender:
@@ -208,15 +261,23 @@ class SharedMemorySender:
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """The receiver reads; nothing is sent."""
 
+    def transmitted(self) -> None:
+        """Nothing was sent."""
 
-class GlooSender:
-    """Broadcasts buckets from CPU to CPU over the network, to every worker of every sampler."""
+    def abort(self) -> None:
+        """Nobody waits."""
 
-    def __init__(self, host: str, workers: int, samplers: int, timeout_s: float) -> None:
-        """`workers`: processes of one sampler."""
+
+class BroadcastSender:
+    """Broadcasts buckets over the network to every worker of every sampler: gloo from CPU to CPU, NCCL between GPUs."""
+
+    def __init__(self, host: str, workers: int, samplers: int, timeout_s: float, device: torch.device) -> None:
+        """`workers`: processes of one sampler. `device`: where the tensors are, here and there."""
         self._workers, self._size, self._timeout = workers, 1 + workers * samplers, timeout_s
         self._host, self._store = host, open_store(host, self._size, timeout_s)
+        self._device = device
         self._group: Any = None
+        self._sending: Any = None
 
     def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
         return {
@@ -228,8 +289,8 @@ class GlooSender:
         }
 
     def connect(self) -> None:
-        """Returns when every worker has joined."""
-        self._group = gloo_group(self._store, 0, self._size, self._timeout)
+        """Returns when every worker has joined; with NCCL they do so at the first broadcast."""
+        self._group = broadcast_group(self._device, self._store, 0, self._size, self._timeout)
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Announce the tensors; the bytes follow in `transmit`."""
@@ -238,30 +299,55 @@ class GlooSender:
 
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         specs = specs_of(tensors)
-        flat = torch.empty(size_of(specs), dtype=torch.uint8)
+        flat = torch.empty(size_of(specs), dtype=torch.uint8, device=self._device)
         lay_out(flat, specs, tensors)
-        broadcast(self._group, flat)
+        self._sending = broadcast(self._group, flat)
+
+    def transmitted(self) -> None:
+        finish(self._sending, self._timeout)
+
+    def abort(self) -> None:
+        if self._group is not None:
+            self._group.abort()
 
 
-def gloo_group(store: Store, rank: int, size: int, timeout_s: float) -> Any:
-    """A process group of its own, beside whatever group the process is already in."""
-    return ProcessGroupGloo(PrefixStore("weights", store), rank, size, timedelta(seconds=timeout_s))
+def broadcast_group(device: torch.device, store: Store, rank: int, size: int, timeout_s: float) -> Any:
+    """Return a process group of its own, beside whatever group the process is already in."""
+    prefix, timeout = PrefixStore("weights", store), timedelta(seconds=timeout_s)
+    if device.type == "cpu":
+        return ProcessGroupGloo(prefix, rank, size, timeout)
+    from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415 - torch's CPU build has none
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return ProcessGroupNCCL(prefix, rank, size, options)
 
 
-def broadcast(group: Any, flat: torch.Tensor) -> None:
-    """From rank 0 to all of `group`."""
+def broadcast(group: Any, flat: torch.Tensor) -> Any:
+    """Begin to send `flat` from rank 0 to all of `group`; returns torch's Work, which keeps the memory."""
     options = BroadcastOptions()
     options.rootRank = 0
-    group.broadcast([flat], options).wait()
+    return group.broadcast([flat], options)
 
 
-def vllm_fields(tensors: Sequence[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """What vLLM's own CUDA engines are told of a bucket."""
-    return {
-        "names": [name for name, _ in tensors],
-        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-        "shapes": [list(tensor.shape) for _, tensor in tensors],
-    }
+def finish(work: Any, timeout_s: float) -> None:
+    """Wait for a collective. With NCCL its end is polled for: to wait would block the stream, and with it whoever asks
+    for a result, for as long as another end does not come.
+
+    Raises RuntimeError when it failed, or has not ended in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"a broadcast of weights has not ended in {timeout_s:.0f} s")
+        time.sleep(POLL_S)
+    work.wait()
+
+
+def settle(tensor: torch.Tensor) -> None:
+    """Wait until what was written to or read from `tensor` on its device has been."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def size_of(specs: Sequence[TensorSpec]) -> int:

@@ -102,12 +102,12 @@ def overrides(recipe: Path) -> list[str]:
     minibatches = min(4, c.algorithm.minibatches_per_step)
     ranks = min(2, c.cluster.learner_ranks)
     out = [
-        f"model.path={TINY / 'model'}", "model.dtype=float32", "model.float32_head=false", "model.attention=sdpa",
+        f"model.path={TINY / 'model'}", "model.dtype=float32", "model.float32_head=false",
         f"data.max_prompt_tokens={PROMPT_TOKENS}", f"sampling.max_tokens={TOKENS}",
         f"learner.tokens_per_microbatch={2 * (PROMPT_TOKENS + TOKENS)}", f"cluster.learner_ranks={ranks}",
         "cluster.device=cpu", "cluster.sleep=null", "cluster.learner_cpus=0.5", "cluster.sampler_cpus=0.5",
         "cluster.samplers=1", "cluster.tensor_parallel=1", "cluster.reward_nodes=0",
-        "sampler.max_num_seqs=64", "sampler.kv_cache_gib=null", "sampler.enforce_eager=true",
+        "sampler.max_num_seqs=64", "sampler.kv_cache_gib=null",
         f"sampler.gpu_memory_utilization={SamplerConfig().gpu_memory_utilization}",
         f"algorithm.minibatches_per_step={minibatches}", f"algorithm.prompts_per_step={max(4, minibatches)}",
         f"algorithm.group_size={min(4, c.algorithm.group_size)}",

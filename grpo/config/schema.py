@@ -19,8 +19,9 @@ class ModelConfig:
     """Compute dtype of sampler and learner. With bfloat16 the optimizer keeps float32 master weights."""
     float32_head: bool = False
     """Compute the vocabulary projection in float32, in sampler and learner."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention of the learner's forward."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention of the learner's forward. `auto`: FlashAttention 3 or 2 in bfloat16 on a GPU where it is installed,
+    else PyTorch's own (`sdpa`)."""
     trust_remote_code: bool = False
 
 
@@ -121,9 +122,9 @@ class SamplingConfig:
     """Strings that end a completion; slower, since text must then be produced while sampling."""
     stop_token_ids: tuple[int, ...] = ()
     """End tokens besides the model's own."""
-    seeded: bool | None = None
-    """One generator per completion: the same completions whatever the batch or the number of samplers.
-    None: on for CPU, off for GPU, where it costs a Python loop per token."""
+    seeded: bool = True
+    """One seed per completion: the same completions whatever the batch or the number of samplers. Without seeds the
+    engine draws from a generator that no checkpoint keeps, and a resumed run goes on otherwise than a straight one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +136,8 @@ class SamplerConfig:
     """Space for the KV cache. None: 0.25 on CPU; on GPU what `gpu_memory_utilization` leaves."""
     max_num_seqs: int = 256
     """Completions in flight at once in one sampler."""
-    enforce_eager: bool = True
+    enforce_eager: bool | None = None
+    """Do without CUDA graphs. None: only on CPU, where there are none."""
     prefix_caching: bool = True
     engine: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's EngineArgs, by its own names; what other options set is refused."""
@@ -145,7 +147,7 @@ class SamplerConfig:
 class LearnerConfig:
     threads: int | None = None
     """Compute threads on CPU. None: the machine's, divided by the learner's ranks."""
-    zero_stage: int = 1
+    zero_stage: int = 2
     """0 keeps everything on every rank (float32 only), 1 shards optimizer states, 2 gradients too, 3 weights too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """`optimizer` keeps optimizer states in host memory (ZeRO 1-3), `parameters` the weights as well (ZeRO 3)."""
@@ -435,8 +437,9 @@ class Config:
         return self.cluster.sleep
 
     @property
-    def sampling_is_seeded(self) -> bool:
-        return not self.on_gpu if self.sampling.seeded is None else self.sampling.seeded
+    def enforce_eager(self) -> bool:
+        """Whether vLLM runs without CUDA graphs."""
+        return not self.on_gpu if self.sampler.enforce_eager is None else self.sampler.enforce_eager
 
     @property
     def optimizer_steps_per_step(self) -> int:

@@ -25,7 +25,7 @@ ENGINE_ARGUMENTS_TAKEN = frozenset(
     (
         "model", "tokenizer", "skip_tokenizer_init", "trust_remote_code", "dtype", "seed", "max_model_len",
         "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill",
-        "kv_cache_memory_bytes",
+        "async_scheduling", "kv_cache_memory_bytes",
         "gpu_memory_utilization", "distributed_executor_backend", "disable_log_stats", "generation_config",
         "override_generation_config", "hf_overrides", "load_format", "logprobs_mode", "logits_processors",
         "weight_transfer_config", "tensor_parallel_size", "pipeline_parallel_size", "worker_extension_cls",
@@ -318,17 +318,26 @@ def _validate_engines(c: Config) -> None:
         "only (at 3 those of its own FusedAdam); nearest: cluster.sleep=false, which keeps both in memory",
     )
     need(
+        not c.takes_turns or stage != 1 or c.model.dtype == "float32" or offload == "optimizer",
+        "learner.zero_stage=1 with bfloat16: DeepSpeed's optimizer for it cannot move its states out of the way of a "
+        "colocated sampler; nearest: learner.zero_stage=2",
+    )
+    need(
         c.cluster.sleep is None or c.cluster.layout == "colocated",
         "cluster.sleep has no effect with cluster.layout=disaggregated; leave it out",
     )
     if c.on_gpu:
         _validate_gpus(c)
+        need(
+            not c.model.attention.startswith("flash") or c.model.dtype == "bfloat16",
+            f"model.attention={c.model.attention} computes in bfloat16 only; nearest: model.attention=sdpa",
+        )
         inert(c.sampler, SamplerConfig(), ("threads",), "sampler.", "on a GPU")
         need(c.learner.threads is None, f"learner.threads={c.learner.threads} has no effect on a GPU; leave it out")
     else:
         need(
-            c.model.attention != "flash_attention_2",
-            "model.attention=flash_attention_2 runs on GPUs only; nearest on CPU: model.attention=sdpa",
+            not c.model.attention.startswith("flash"),
+            f"model.attention={c.model.attention} runs on GPUs only; nearest on CPU: model.attention=sdpa",
         )
         inert(c.sampler, SamplerConfig(), ("gpu_memory_utilization",), "sampler.", "on CPU")
 

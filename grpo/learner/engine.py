@@ -49,6 +49,7 @@ class Learner:
         self.rank = rank
         self.world_size = config.cluster.learner_ranks
         self.device = device
+        self._control = dist.new_group(backend="gloo") if config.on_gpu else dist.group.WORLD
         torch.manual_seed(config.run.seed)
         setup.prove_gradient_scale(config)
         model = heads.load_policy(config)
@@ -133,21 +134,30 @@ class Learner:
         return [value / self.world_size for value in self.all_sum(values)]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
-        dist.barrier()
+        """Wait until every rank is here. On the CPU: a GPU that waits in a kernel is taken from the sampler on it."""
+        dist.barrier(group=self._control)
 
     def gathered(self, ours: Any) -> list[Any]:
-        """What each rank gives, on every rank. A collective."""
+        """Return what each rank gives, on every rank. A collective on the CPU."""
         found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, ours)
+        dist.all_gather_object(found, ours, group=self._control)
         return found
 
+    def drop_cache(self) -> None:
+        """Give back the GPU memory that torch keeps for the next step's activations."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def offload(self) -> None:
-        """Leave the GPU's memory to the sampler: states and weights go to host memory. A sharded reference stays."""
+        """Leave the GPU's memory to the sampler: states and weights go to host memory. A sharded reference stays.
+
+        Pinned host memory on CPU, too, where it gains nothing: there, as on GPUs, parameters then get new storage, and
+        whatever holds on to the old one is found by the tests.
+        """
         if self._offloaded:
             return
         for engine in self._engines().values():
-            engine.offload_states(pin_memory=self._config.on_gpu)
+            engine.offload_states(pin_memory=True)
         if isinstance(self._reference, PreTrainedModel):
             self._reference.to("cpu")
         self._offloaded = True
@@ -198,8 +208,7 @@ class Learner:
         tally.add("optim/lr", learning_rate, 1)
         tallies: list[Tally | None] = [tally]
         if self.world_size > 1:
-            tallies = [None] * self.world_size
-            dist.all_gather_object(tallies, tally)
+            tallies = self.gathered(tally)
         self._steps += 1
         self._move_reference()
         return merge(tallies, self._optimizer_steps)
@@ -296,7 +305,7 @@ class Learner:
                 self._critic.module.save_pretrained(aside / "critic", state_dict=critic)
             os.replace(aside, folder)
         if self.world_size > 1:
-            dist.barrier()
+            self.barrier()
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from grpo.config import Config
 from grpo.objective.logprobs import selected_logprobs
@@ -92,6 +93,18 @@ def refuse_missing(where: str, names: Sequence[str]) -> None:
         )
 
 
+def attention_of(config: Config) -> str:
+    """Return transformers' name of the attention that `model.attention` stands for in this process."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    if config.on_gpu and config.model.dtype == "bfloat16":
+        if is_flash_attn_3_available():
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa"
+
+
 def load_policy(config: Config) -> Any:
     """The model of `model.path`, as a causal language model of transformers.
 
@@ -100,7 +113,7 @@ def load_policy(config: Config) -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(
         config.model.path,
         dtype=torch_dtype(config.model.dtype),
-        attn_implementation=config.model.attention,
+        attn_implementation=attention_of(config),
         trust_remote_code=config.model.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
@@ -123,7 +136,7 @@ def load_critic(config: Config) -> Any:
         path,
         config=settings,
         dtype=torch_dtype(config.model.dtype),
-        attn_implementation=config.model.attention,
+        attn_implementation=attention_of(config),
         trust_remote_code=config.model.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,

@@ -126,10 +126,13 @@ def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) ->
 
 
 def prove_gradient_scale(config: Config) -> None:
-    """See, on a throwaway parameter, that `backward` of shares of a loss adds up to the gradient of their sum.
+    """See, on a throwaway parameter, that `backward` of shares of a loss adds up to the gradient of their sum, and that
+    the sum is kept in float32.
 
-    Each rank gives two microbatches of w/(2*ranks), whose sum over ranks and microbatches is w: one SGD step at lr 1
-    must move w by exactly -1 under this very config. Raises RuntimeError with what it moved by instead.
+    Each rank gives a microbatch of w/ranks and four of w/(512 ranks): one SGD step at lr 1 must move w by exactly
+    -(1 + 1/128) under this very config. A sum in bfloat16, whose numbers above 1 are 1/128 apart, would stay at 1.
+
+    Raises RuntimeError with what w moved by instead.
     """
     world = config.cluster.learner_ranks
 
@@ -149,14 +152,15 @@ def prove_gradient_scale(config: Config) -> None:
         config=settings,
         dist_init_required=False,
     )
-    for last in (False, True):
-        backward(engine, engine() / (2 * world), last=last, world_size=world)
+    for share in (1.0, 1 / 512, 1 / 512, 1 / 512):
+        backward(engine, engine() * share / world, last=False, world_size=world)
+    backward(engine, engine() / (512 * world), last=True, world_size=world)
     engine.step()
     with deepspeed.zero.GatheredParameters([engine.module.w], enabled=config.learner.zero_stage == 3):
         moved = engine.module.w.detach().float().cpu()
     engine.destroy()
-    if not torch.equal(moved, torch.full((8,), -1.0)):
+    if not torch.equal(moved, torch.full((8,), -1 - 1 / 128)):
         raise RuntimeError(
-            f"DeepSpeed scaled a unit gradient by {-float(moved[0]):g} at ZeRO {config.learner.zero_stage} with "
-            f"{world} ranks; the learner's losses would be wrong by that factor"
+            f"DeepSpeed made {-float(moved[0]):g} of gradients that add up to {1 + 1 / 128:g} at ZeRO "
+            f"{config.learner.zero_stage} with {world} ranks; the learner's steps would be wrong by that factor"
         )

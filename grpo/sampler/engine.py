@@ -24,7 +24,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from grpo.config import Config
 from grpo.probing import Probe
-from grpo.sampler import cpu_transfer
+from grpo.sampler import transfer
 from grpo.sampler.worker import together
 from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
 from grpo.weight_sync import Bucket, SyncReport
@@ -62,7 +62,8 @@ class Sampler:
             max_model_len=config.max_row_tokens,
             max_num_seqs=config.sampler.max_num_seqs,
             max_num_batched_tokens=max(8192, config.max_row_tokens),
-            enforce_eager=config.sampler.enforce_eager,
+            enforce_eager=config.enforce_eager,
+            async_scheduling=config.on_gpu,  # the next step is prepared while the GPU computes; none on CPU
             enable_prefix_caching=config.sampler.prefix_caching,
             # where a prompt is cut vLLM 0.32 takes its seed's draw back, which a generator on CPU cannot do
             enable_chunked_prefill=config.on_gpu,
@@ -72,7 +73,7 @@ class Sampler:
             disable_log_stats=True,
             generation_config="vllm",  # never the model's own sampling settings
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-            weight_transfer_config=WeightTransferConfig(backend=cpu_transfer.BACKENDS.get(transport, transport)),
+            weight_transfer_config=WeightTransferConfig(backend=transfer.BACKENDS[transport]),
             worker_extension_cls="grpo.sampler.worker.WorkerExtension",
             enable_sleep_mode=config.on_gpu and config.takes_turns,
             **options,

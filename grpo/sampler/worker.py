@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
-from grpo.sampler import cpu_transfer
+from grpo.sampler import transfer
 from grpo.weight_sync import WeightSyncError, checksum
 
-cpu_transfer.register()
+transfer.register()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,14 +21,14 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     from grpo.learner.heads import LogprobHead
     from grpo.learner.probe import read_probe
     from grpo.probing import Probe, Reading, spread
-    from grpo.sampler import cpu_transfer
+    from grpo.sampler import transfer
     from grpo.sampler.engine import Sampler
     from grpo.transport import SharedMemorySender
     from grpo.types import SampleRequest, SamplingSettings
     from grpo.weight_sync import WeightSyncError, buckets_of, verify
 
     if fixed == "0":
-        cpu_transfer.repack_lm_head = lambda model: None
+        transfer.repack_lm_head = lambda model: None
     config = Config(
         model=ModelConfig(
             path=model_path, dtype="bfloat16" if fixed == "head" else "float32", float32_head=fixed == "head"

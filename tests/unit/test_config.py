@@ -265,6 +265,11 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         ),
         (["cluster.device=gpu", "learner.zero_stage=0"], "nearest: cluster.sleep=false"),
         (["cluster.sleep=true", "learner.zero_stage=3"], "nearest: cluster.sleep=false"),
+        (["cluster.device=gpu", "model.attention=flash_attention_3"], "bfloat16 only; nearest: model.attention=sdpa"),
+        (
+            ["cluster.sleep=true", "model.dtype=bfloat16", "learner.zero_stage=1"],
+            "nearest: learner.zero_stage=2",
+        ),
         (["cluster.reward_nodes=3", "cluster.reward_workers=2"], "nearest: cluster.reward_nodes=2"),
         (["cluster.layout=disaggregated", "cluster.sleep=false"], "cluster.sleep has no effect"),
         (["cluster.device=gpu", "learner.threads=2"], "learner.threads=2 has no effect on a GPU"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,13 +11,17 @@ import psutil
 import pytest
 import torch
 
+from grpo import transport
 from grpo.transport import (
-    GlooSender,
+    BroadcastSender,
+    IpcReceiver,
+    IpcSender,
     Place,
     SharedMemorySender,
     broadcast,
+    broadcast_group,
     cut,
-    gloo_group,
+    finish,
     interface_of,
     join_store,
     joined,
@@ -25,6 +30,8 @@ from grpo.transport import (
 )
 from grpo.types import UserError
 from grpo.weight_sync import WeightSyncError, checksum
+
+CPU = torch.device("cpu")
 
 
 def tensors(scale: float = 1.0) -> list[tuple[str, torch.Tensor]]:
@@ -64,16 +71,16 @@ def test_a_sender_that_is_gone_holds_no_memory() -> None:
 
 def test_gloo_carries_every_bit_to_every_worker() -> None:
     """Two samplers of two workers each, as threads."""
-    sender = GlooSender("127.0.0.1", 2, 2, 60.0)
+    sender = BroadcastSender("127.0.0.1", 2, 2, 60.0, CPU)
 
     def worker(sampler: int, worker: int) -> list[list[tuple[str, torch.Tensor]]]:
         info = sender.init_info(sampler, Place(node="n", host="127.0.0.1", gpus=()))
         store = join_store(info["host"], info["port"], info["world_size"], 60.0)
-        group = gloo_group(store, info["rank_offset"] + worker, info["world_size"], 60.0)
+        group = broadcast_group(CPU, store, info["rank_offset"] + worker, info["world_size"], 60.0)
         out = []
         for _ in range(2):
             flat = torch.empty(bucket.transport["nbytes"], dtype=torch.uint8)
-            broadcast(group, flat)
+            finish(broadcast(group, flat), 60.0)
             out.append([(spec.name, cut(flat, spec)) for spec in bucket.transport["tensors"]])
         return out
 
@@ -81,12 +88,71 @@ def test_gloo_carries_every_bit_to_every_worker() -> None:
     with ThreadPoolExecutor(4) as pool:
         workers = [pool.submit(worker, i, j) for i in range(2) for j in range(2)]
         sender.connect()
-        sender.transmit(tensors())
-        sender.transmit(tensors(-3.0))
+        for scale in (1.0, -3.0):
+            sender.transmit(tensors(scale))
+            sender.transmitted()
         found = [done.result(timeout=60) for done in workers]
     for first, second in found:
         assert same(tensors(), first)
         assert same(tensors(-3.0), second)
+
+
+class Driver:
+    """What torch's CUDA IPC does, on CPU: an export is a tuple of which argument 6 is the device, a mapping a view of
+    the exporter's memory. It counts both, since memory is freed only when each export was mapped and unmapped once."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.mapped: list[int] = []
+        self.unmapped: list[int] = []
+
+    def reduce_tensor(self, tensor: torch.Tensor) -> tuple[None, tuple[object, ...]]:
+        number = len(self.memory)
+        self.memory[number] = weakref.ref(tensor)
+        return None, ("tensor", (tensor.numel(),), (1,), 0, "storage", tensor.dtype, 5, number, False)
+
+    def rebuild_cuda_tensor(self, *handle: object) -> torch.Tensor:
+        assert handle[6] == 3  # the receiver's own number of the device
+        number = handle[7]
+        assert isinstance(number, int)
+        exported = self.memory[number]()
+        assert exported is not None
+        view = exported[:]
+        self.mapped.append(number)
+        weakref.finalize(view, self.unmapped.append, number)
+        return view
+
+
+def test_cuda_ipc_exports_one_buffer_and_shares_nothing_of_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets of several syncs, a larger one after them. What was read survives the next bucket: vLLM holds tensors of
+    a padded vocabulary until the end of the sync."""
+    driver = Driver()
+    monkeypatch.setattr(transport, "reduce_tensor", driver.reduce_tensor)
+    monkeypatch.setattr(transport, "rebuild_cuda_tensor", driver.rebuild_cuda_tensor)
+    monkeypatch.setattr(transport, "BUCKET_BYTES", 256)
+    sender, receiver = IpcSender("gpu-a", CPU), IpcReceiver(3)
+    read: list[tuple[float, list[tuple[str, torch.Tensor]]]] = []
+
+    def send(scale: float, extra: int = 0) -> None:
+        given = tensors(scale) + ([("embedding", torch.full((extra,), scale))] if extra else [])
+        bucket = sender.pack(given)
+        sender.transmit(given)
+        read.append((scale, receiver.read(bucket.transport["handles"]["gpu-a"], bucket.transport["tensors"])))
+        assert [checksum(tensor) for _, tensor in read[-1][1]] == list(bucket.checksums)
+        sender.transmitted()
+        held = [weakref.ref(tensor) for _, tensor in given]
+        del given
+        assert [reference() for reference in held] == [None] * len(held)  # the learner's memory can go
+
+    for scale in (1.0, 2.0, 3.0):
+        send(scale)
+    assert (len(driver.memory), driver.mapped, driver.unmapped) == (1, [0], [])
+    send(4.0, extra=1000)
+    send(5.0, extra=1000)
+    assert (len(driver.memory), driver.mapped, driver.unmapped) == (2, [0, 1], [0])
+    assert driver.memory[0]() is None  # freed: it was mapped once and unmapped once
+    for scale, got in read:
+        assert same(tensors(scale), got[:3])
 
 
 def place(node: str, *gpus: str) -> Place:
@@ -121,10 +187,8 @@ def test_what_ranks_pack_is_joined() -> None:
     other = SharedMemorySender("n2").pack([*tensors()[:2], ("c", torch.zeros(2, 2, 2))])
     with pytest.raises(WeightSyncError, match=r"rank 1 of the learner holds another c than rank 0"):
         joined([one, other])
-    handles = [
-        dataclasses.replace(one, transport={"ipc_handles": [{gpu: (gpu, i)} for i in range(3)]}) for gpu in ("A", "B")
-    ]
-    assert joined(handles).transport["ipc_handles"] == [{"A": ("A", i), "B": ("B", i)} for i in range(3)]
+    handles = [dataclasses.replace(one, transport={"handles": {gpu: (gpu, 1)}}) for gpu in ("A", "B")]
+    assert joined(handles).transport["handles"] == {"A": ("A", 1), "B": ("B", 1)}
 
 
 def test_the_interface_is_the_one_with_the_address() -> None:

@@ -1,8 +1,11 @@
-"""vLLM's weight-transfer engines for its CPU build, which ships none: over shared memory and over gloo.
+"""The receiving ends of a weight sync, as engines of vLLM's weight transfer; the sending ends are in `grpo.transport`.
 
-The CPU build packs linear weights at load, so they can only be replaced through vLLM's layerwise reload, which its
-weight-transfer interface runs. One thing the reload misses: with tied embeddings the packed copy that `lm_head`
-computes with is made from the embedding's weight once and stays as it was. `repack_lm_head` makes it anew.
+They are our own on GPUs, too. vLLM 0.32's `ipc` engine rebuilds one mapping for each tensor and keeps views of the
+sender's memory in layers that it has not received whole, and its `nccl` engine cannot be interrupted.
+
+vLLM's layerwise reload, which each engine runs, misses one thing on CPU, where linear weights are packed at load: with
+tied embeddings the packed copy that `lm_head` computes with is made from the embedding's weight once and stays as it
+was. `repack_lm_head` makes it anew.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from grpo.transport import broadcast, cut, gloo_group, join_store, read_shared_memory
+from grpo.transport import IpcReceiver, broadcast, broadcast_group, cut, finish, join_store, read_shared_memory
 from grpo.weight_sync import TensorSpec
 
-BACKENDS = {"shared_memory": "grpo_shared_memory", "gloo": "grpo_gloo"}
+BACKENDS = {
+    "shared_memory": "grpo_shared_memory", "ipc": "grpo_ipc", "gloo": "grpo_broadcast", "nccl": "grpo_broadcast",
+}  # fmt: skip
 """Transport -> what vLLM knows its receiving end by."""
 
 
@@ -67,7 +72,44 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
 
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
+class IpcInitInfo(WeightTransferInitInfo):
+    """Nothing: handles come with the buckets."""
+
+
+@dataclass
+class IpcUpdateInfo(WeightTransferUpdateInfo):
+    """One bucket: how to map the buffers that it is in, and what is in it."""
+
+    handles: Mapping[str, tuple[Any, ...]]
+    """UUID of a GPU -> arguments of torch's `rebuild_cuda_tensor`."""
+    tensors: Sequence[TensorSpec]
+
+
+class IpcEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
+    """Receiving side; vLLM's worker makes it and calls it."""
+
+    init_info_cls = IpcInitInfo
+    update_info_cls = IpcUpdateInfo
+
+    def init_transfer_engine(self, init_info: IpcInitInfo) -> None:
+        self._receiver = IpcReceiver(self.device.index)
+        self._gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: IpcUpdateInfo) -> None:
+        self.model.load_weights(self._receiver.read(update_info.handles[self._gpu], update_info.tensors))
+
+    def finish_weight_update(self) -> None:
+        finish_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """The mapping ends with the process."""
+
+
+@dataclass
+class BroadcastInitInfo(WeightTransferInitInfo):
     """The group of learner rank 0 and every worker of every sampler."""
 
     host: str
@@ -79,30 +121,31 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
+class BroadcastUpdateInfo(WeightTransferUpdateInfo):
     """What the next broadcast holds."""
 
     nbytes: int
     tensors: Sequence[TensorSpec]
 
 
-class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receiving side; vLLM's worker makes it and calls it."""
+class BroadcastEngine(WeightTransferEngine[BroadcastInitInfo, BroadcastUpdateInfo]):
+    """Receiving side, over gloo or NCCL by the device; vLLM's worker makes it and calls it."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    init_info_cls = BroadcastInitInfo
+    update_info_cls = BroadcastUpdateInfo
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+    def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
         rank = init_info.rank_offset + self.parallel_config.rank
         store = join_store(init_info.host, init_info.port, init_info.world_size, init_info.timeout_s)
-        self._group = gloo_group(store, rank, init_info.world_size, init_info.timeout_s)
+        self._group = broadcast_group(self.device, store, rank, init_info.world_size, init_info.timeout_s)
+        self._timeout = init_info.timeout_s
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        flat = torch.empty(update_info.nbytes, dtype=torch.uint8)
-        broadcast(self._group, flat)
+    def receive_weights(self, update_info: BroadcastUpdateInfo) -> None:
+        flat = torch.empty(update_info.nbytes, dtype=torch.uint8, device=self.device)
+        finish(broadcast(self._group, flat), self._timeout)
         self.model.load_weights([(spec.name, cut(flat, spec)) for spec in update_info.tensors])
 
     def finish_weight_update(self) -> None:
@@ -113,7 +156,7 @@ class GlooEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
 
 def finish_reload(model: Any, model_config: Any) -> None:
-    """What both engines end a sync with."""
+    """End a sync, in every engine alike."""
     finalize_layerwise_reload(model, model_config)
     repack_lm_head(model)
 
@@ -128,6 +171,7 @@ def repack_lm_head(model: Any) -> None:
 
 def register() -> None:
     """Make the backends known to vLLM; once per process."""
-    for backend, engine in ((BACKENDS["shared_memory"], SharedMemoryEngine), (BACKENDS["gloo"], GlooEngine)):
+    engines = {"shared_memory": SharedMemoryEngine, "ipc": IpcEngine, "gloo": BroadcastEngine}
+    for backend, engine in ((BACKENDS[transport], engine) for transport, engine in engines.items()):
         if backend not in WeightTransferEngineFactory._registry:
             WeightTransferEngineFactory.register_engine(backend, engine)
