@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
@@ -88,6 +89,25 @@ def _process() -> tuple[str, int]:
 def _place(gpus: Sequence[str]) -> Place:
     """Where this process is; `gpus`: the UUIDs of those that it uses."""
     return Place(node=ray.get_runtime_context().get_node_id(), host=ray.util.get_node_ip_address(), gpus=tuple(gpus))
+
+
+def _resources() -> Mapping[str, float]:
+    """What Ray counts of this node: "CPU", "GPU" and others."""
+    here = ray.get_runtime_context().get_node_id()
+    [found] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+    resources: Mapping[str, float] = found
+    return resources
+
+
+def cpus_per_gpu(resources: Mapping[str, float]) -> int:
+    """Return how many of a node's CPUs come to each of its GPUs, at least 1."""
+    return max(1, int(resources.get("CPU", 1) // max(1, resources.get("GPU", 1))))
+
+
+def set_threads(count: int) -> None:
+    """Compute with `count` threads from now on: in torch, and in what is loaded with an OpenMP of its own."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)
 
 
 def freeze_garbage() -> None:
@@ -176,6 +196,8 @@ class LearnerActor:
     def start(self, host: str, port: int) -> None:
         """Join the group and build the engine; a collective."""
         os.environ.update(network_environment(ray.util.get_node_ip_address()))
+        if self._config.on_gpu:  # Ray allows one
+            set_threads(self._config.learner.threads or cpus_per_gpu(_resources()))
         from grpo.learner import setup  # noqa: PLC0415 - keeps deepspeed out of the driver
         from grpo.learner.engine import Learner  # noqa: PLC0415
 

@@ -146,7 +146,8 @@ class SamplerConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     threads: int | None = None
-    """Compute threads on CPU. None: the machine's, divided by the learner's ranks."""
+    """Compute threads of a rank on CPU, and of an optimizer in host memory. None: the machine's, divided by the
+    learner's ranks; on a GPU the node's, divided by its GPUs."""
     zero_stage: int = 2
     """0 keeps everything on every rank (float32 only), 1 shards optimizer states, 2 gradients too, 3 weights too."""
     offload: Literal["none", "optimizer", "parameters"] = "none"

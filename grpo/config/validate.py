@@ -333,7 +333,11 @@ def _validate_engines(c: Config) -> None:
             f"model.attention={c.model.attention} computes in bfloat16 only; nearest: model.attention=sdpa",
         )
         inert(c.sampler, SamplerConfig(), ("threads",), "sampler.", "on a GPU")
-        need(c.learner.threads is None, f"learner.threads={c.learner.threads} has no effect on a GPU; leave it out")
+        need(
+            c.learner.threads is None or offload != "none",
+            f"learner.threads={c.learner.threads} has no effect on a GPU but with learner.offload=optimizer or "
+            "parameters; leave it out",
+        )
     else:
         need(
             not c.model.attention.startswith("flash"),

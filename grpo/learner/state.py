@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -114,7 +115,7 @@ def restore(
     if kinds != {PARAMETER}:
         for flat in _flats(engine, zero_stage):
             engine.basic_optimizer.state[flat] = {
-                "step": torch.tensor(float(counters["optimizer_steps"])),
+                "step": _step(engine.basic_optimizer, counters["optimizer_steps"]),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
     ranges = {fragment.name: fragment for fragment in fragments(engine, zero_stage=zero_stage, rank=rank)}
@@ -144,6 +145,11 @@ def restore(
     schedule._last_lr = rates
     for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def _step(optimizer: torch.optim.Optimizer, steps: int) -> torch.Tensor | int:
+    """Return a number of steps as the optimizer keeps it."""
+    return steps if isinstance(optimizer, DeepSpeedCPUAdam) else torch.tensor(float(steps))
 
 
 def capture_frozen(module: Any, section: str, *, zero_stage: int, rank: int) -> dict[str, torch.Tensor]:

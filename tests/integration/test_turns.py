@@ -78,6 +78,8 @@ def test_every_way_of_holding_the_learner_that_is_allowed(recipe: Path, tmp_path
     results = run(recipe, tmp_path, cases)
     for result in results:
         name = " ".join(result["overrides"])
+        in_host_memory = "learner.offload=none" not in result["overrides"]
+        assert result["optimizer"] == ("DeepSpeedCPUAdam" if in_host_memory else "AdamW"), name
         assert result["perturbed"], name
         assert result["restored"], name
         assert result["resumed"], name

@@ -43,7 +43,7 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     def run(config: Any, folder: Path, *, turns: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         learner = Learner(config, 0, device, folder)
-        said: dict[str, Any] = {"optimizer": type(learner._engine.optimizer).__name__}
+        said: dict[str, Any] = {"optimizer": type(learner._engine.basic_optimizer).__name__}
         learner.step(steps_of(config))
         before = weights(learner)
         places = [p.data_ptr() for p in learner._engine.module.parameters()]

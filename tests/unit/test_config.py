@@ -272,7 +272,10 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         ),
         (["cluster.reward_nodes=3", "cluster.reward_workers=2"], "nearest: cluster.reward_nodes=2"),
         (["cluster.layout=disaggregated", "cluster.sleep=false"], "cluster.sleep has no effect"),
-        (["cluster.device=gpu", "learner.threads=2"], "learner.threads=2 has no effect on a GPU"),
+        (
+            ["cluster.device=gpu", "learner.threads=2"],
+            "learner.threads=2 has no effect on a GPU but with learner.offload",
+        ),
     ],
 )
 def test_pairs_that_do_not_go_together(recipe: Path, overrides: list[str], words: str) -> None:

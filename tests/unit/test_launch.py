@@ -4,6 +4,7 @@ whose schema is in no package, field by field against its reference (ray.io/v1 o
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -124,12 +125,30 @@ def pins(lock: str, python: str = "3.11") -> dict[str, str]:
 
 @pytest.mark.parametrize("lock", ["cpu", "dev", "gpu", "gpu-dev"])
 def test_a_lock_has_each_package_for_every_python(lock: str) -> None:
-    """In one version for each Python; only what vLLM's CUDA wheels want is another one for some."""
+    """In one version for each Python."""
     eldest = pins(lock, "3.11")
     for python in PYTHONS[1:]:
         have = pins(lock, python)
-        assert have.keys() == eldest.keys()
-        assert {name for name in have if have[name] != eldest[name]} <= {"cuda-bindings", "cuda-python"}
+        assert have == eldest
+
+
+@pytest.mark.parametrize("lock", ["gpu", "gpu-dev"])
+def test_the_cuda_packages_of_a_lock_are_of_one_version(lock: str) -> None:
+    """cuda-python 12 holds the files of cuda-bindings, and whichever is installed last wins."""
+    have = pins(lock)
+    assert have["cuda-python"] == have["cuda-bindings"]
+
+
+def test_no_two_installed_packages_own_one_file() -> None:
+    """Of the environment that the tests run in, by the checksums of their records: two may hold one file alike."""
+    contents: dict[str, dict[str, str]] = {}
+    for distribution in importlib.metadata.distributions():
+        for file in distribution.files or ():
+            if file.hash is not None:
+                path = str(distribution.locate_file(file))
+                contents.setdefault(path, {})[distribution.metadata["Name"]] = file.hash.value
+    assert len(contents) > 10_000
+    assert {path: list(each) for path, each in contents.items() if len(set(each.values())) > 1} == {}
 
 
 @pytest.mark.parametrize("python", PYTHONS)
