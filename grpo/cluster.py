@@ -27,6 +27,7 @@ from ray.util.metrics import Gauge
 
 from grpo import sweeper
 from grpo.config import Config, refuse_own_ray
+from grpo.cuda import check_machine
 from grpo.placement import Node, check_fit, nodes_of_cluster
 from grpo.types import UserError
 
@@ -82,6 +83,8 @@ def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) ->
     """
     address = cluster_address(config)
     if address is None:
+        if config.on_gpu and config.cluster.gpus is None:
+            check_machine()
         node = local_node(config)
         check_fit(config, [node], "this machine")
         check_memory(config)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 from grpo.config import Config
 from grpo.objective.logprobs import CHUNK_ELEMENTS
+from grpo.probing import PERTURBED_GROUPS
 from grpo.shapes import Gpu, Shape, gpu_of, shape_of, split_problems
 from grpo.types import UserError
-from grpo.weight_sync import BUCKET_BYTES
+from grpo.weight_sync import BUCKET_BYTES, CHECKSUM_BYTES
 
 LEARNER_SHARE = 0.3
 """Of the bfloat16 peak that forward and backward reach; prefill, too."""
@@ -135,14 +136,30 @@ def learner_memory(config: Config, shape: Shape) -> tuple[Parts, Parts]:
     share = shape.parameters if c.zero_stage == 0 else min(shape.parameters / ranks, ZERO_LIVE)
     # flattened gradients and the root of the second moment, in float32; a sync. Neither while there are activations
     step = 0.0 if c.offload != "none" else 4 * (1 if c.zero_stage < 2 else 2) * share
-    later = max(step, transfer_bytes(shape, width))
+    later = max(step, transfer_bytes(shape, width) + perturbed_bytes(config, shape))
     device |= {"activations": activations, "logits": head, "step and sync": max(0.0, later - activations - head)}
     return device, host
 
 
 def transfer_bytes(shape: Shape, width: int) -> float:
-    """Two buckets of a weight sync; the largest tensor goes alone."""
-    return 2 * max(BUCKET_BYTES, shape.embedding * width)
+    """Two buckets of a weight sync, of which the largest tensor is one alone, and what its checksums are made in."""
+    return 2 * max(BUCKET_BYTES, shape.embedding * width) + CHECKSUM_BYTES
+
+
+def perturbed_bytes(config: Config, shape: Shape) -> float:
+    """What the full check of a sync keeps of a rank: the group of parameters that is perturbed, as it was. The first
+    group has the embedding."""
+    groups = PERTURBED_GROUPS[config.model.dtype]
+    kept = shape.embedding + (shape.parameters - shape.embedding) / groups
+    return itemsize(config) * kept / (config.cluster.learner_ranks if config.learner.zero_stage == 3 else 1)
+
+
+def sync_memory(config: Config, shape: Shape, learner: Parts, sampler: Parts) -> Parts:
+    """Bytes of a GPU in a weight sync of engines that take turns: both have their weights there."""
+    return {
+        "learner": states(learner), "perturbed": perturbed_bytes(config, shape), "sampler": sampler["weights"],
+        "transfer": 2 * transfer_bytes(shape, itemsize(config)),
+    }  # fmt: skip
 
 
 def sampler_memory(config: Config, shape: Shape, memory: float) -> Parts:
@@ -205,6 +222,8 @@ class Plan:
     host: Parts
     """Host memory for each rank."""
     sampler: Parts
+    sync: Parts
+    """What a GPU holds during a weight sync, where samplers and learner take turns on it; else empty."""
     seconds: Parts
     """Of a step by part; they add up to it."""
     gpus: int
@@ -225,6 +244,7 @@ def make_plan(
     sampler = sampler_memory(config, shape, gpu.memory)
     if config.takes_turns:  # before a save both are away for a moment, the sampler with its weights
         host = host | {"set aside": states(learner) + sampler["weights"]}
+    sync = sync_memory(config, shape, learner, sampler) if config.takes_turns else {}
     gpus, ranks, samplers = config.gpus_used, config.cluster.learner_ranks, config.cluster.samplers
     cache = sampler["KV cache"] * config.sampler_workers
     shared = shape.over(config.cluster.tensor_parallel)
@@ -265,17 +285,17 @@ def make_plan(
     evaluation = REST * evaluations * sample(evaluated, evaluated) if evaluated else 0.0
     at_once = cache / ((lengths.prompt + lengths.completion) * shared.kv_bytes(width))
     return Plan(
-        learner=learner, host=host, sampler=sampler, seconds=seconds, gpus=gpus, at_once=at_once,
+        learner=learner, host=host, sampler=sampler, sync=sync, seconds=seconds, gpus=gpus, at_once=at_once,
         hours=(config.run.steps * sum(seconds.values()) + evaluation) / 3600,
-        problems=tuple(find_problems(config, shape, gpu, learner, sampler, gpus, nodes, gpus_per_node)),
+        problems=tuple(find_problems(config, shape, gpu, learner, sampler, sync, nodes, gpus_per_node)),
     )  # fmt: skip
 
 
 def find_problems(
-    config: Config, shape: Shape, gpu: Gpu, learner: Parts, sampler: Parts, gpus: int, nodes: int, gpus_per_node: int
+    config: Config, shape: Shape, gpu: Gpu, learner: Parts, sampler: Parts, sync: Parts, nodes: int, gpus_per_node: int
 ) -> list[str]:
     """One sentence for each reason that it does not fit, with the options to change."""
-    s, ranks = config.sampler, config.cluster.learner_ranks
+    s, ranks, gpus = config.sampler, config.cluster.learner_ranks, config.gpus_used
     both = config.cluster.layout == "colocated" and not config.takes_turns
     given = s.kv_cache_gib is not None  # then vLLM does not look at the other
     share, held = ("kv_cache_gib", s.kv_cache_gib) if given else ("gpu_memory_utilization", s.gpu_memory_utilization)
@@ -304,6 +324,12 @@ def find_problems(
         out.append(
             f"a learner rank takes {taken / 1e9:.1f} GB of {gpu.memory / 1e9:g}"
             f"{' with its sampler' if both else ''}: change, in this order, {', '.join(options)}"
+        )
+    elif sum(sync.values()) > gpu.memory:
+        out.append(
+            f"a weight sync takes {sum(sync.values()) / 1e9:.1f} GB of {gpu.memory / 1e9:g}, since learner and sampler "
+            "both have their weights on the GPU: change learner.offload=optimizer, cluster.layout=disaggregated, or "
+            "more cluster.learner_ranks and as many more GPUs of samplers"
         )
     room = config.max_row_tokens * shape.over(config.cluster.tensor_parallel).kv_bytes(itemsize(config))
     cache = sampler["KV cache"] * config.sampler_workers
@@ -385,6 +411,7 @@ def report(plan: Plan, config: Config, shape: Shape, lengths: Lengths, *, gpu: s
         f"{lengths.longest:.0f}; no evaluation, no refills",
         line("learner", plan.learner, 1e9, f"{sum(plan.learner.values()) / 1e9:.1f} {of} a rank"),
         line("sampler", plan.sampler, 1e9, f"{sum(plan.sampler.values()) / 1e9:.1f} {of}"),
+        *([line("sync", plan.sync, 1e9, f"{sum(plan.sync.values()) / 1e9:.1f} {of}")] if plan.sync else []),
         f"           {plan.at_once:.0f} completions of that length at once in a KV cache; at most "
         f"{config.sampler.max_num_seqs} by sampler.max_num_seqs",
         line("step", plan.seconds, 1, f"{step:.1f} s"),

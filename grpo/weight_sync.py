@@ -32,6 +32,11 @@ BUCKET_BYTES = 256 << 20
 """Logical size of one bucket. Peak extra memory of a sync is two of them on either side."""
 
 
+CHECKSUM_WORDS = 1 << 23
+CHECKSUM_BYTES = 4 * 8 * CHECKSUM_WORDS
+"""A checksum on a GPU widens so many integers at a time, and has four 64-bit vectors of them."""
+
+
 class WeightSyncError(RuntimeError):
     """The samplers do not verifiably hold the learner's weights."""
 
@@ -91,10 +96,15 @@ def checksum(tensor: torch.Tensor) -> int:
     data = tensor.detach().contiguous().view(-1)
     if data.device.type == "cpu":
         return xxhash.xxh3_64_intdigest(data.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    words = data.view(torch.int32 if data.numel() * data.element_size() % 4 == 0 else torch.int16)
+    return weighted_sum(data.view(torch.int32 if data.numel() * data.element_size() % 4 == 0 else torch.int16))
+
+
+def weighted_sum(words: torch.Tensor, chunk: int = CHECKSUM_WORDS) -> int:
+    """Return the sum of integers [N], each times a number that depends on its place, modulo 2^64. No more than `chunk`
+    of them are widened at a time."""
     total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, words.numel(), 1 << 26):
-        part = words[start : start + (1 << 26)].to(torch.int64)
+    for start in range(0, words.numel(), chunk):
+        part = words[start : start + chunk].to(torch.int64)
         position = torch.arange(start + 1, start + 1 + part.numel(), device=words.device)
         total += (part * (position * 2654435761 % 4294967291)).sum()
     return int(total.item()) & 0xFFFFFFFFFFFFFFFF

@@ -21,6 +21,7 @@ from grpo.weight_sync import (
     prove,
     refuse_not_finite,
     verify,
+    weighted_sum,
 )
 
 
@@ -54,6 +55,17 @@ def test_checksum_sees_a_flipped_bit_a_swap_and_a_shift() -> None:
     values = {checksum(t) for t in (original, flipped, swapped, original.roll(1), torch.zeros(32))}
     assert len(values) == 5
     assert checksum(original.view(4, 8).t().contiguous().t()) == checksum(original)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_the_checksum_on_gpus_by_hand_however_it_is_cut(chunk: int) -> None:
+    """Python's integers, which do not overflow, against int64's that do."""
+    words = torch.tensor([2**31 - 1, -(2**31), 0, 5, -7] * 13, dtype=torch.int32)
+    expected = sum(word * ((i + 1) * 2654435761 % 4294967291) for i, word in enumerate(words.tolist())) % 2**64
+    assert weighted_sum(words, chunk) == expected
+    swapped = words.clone()
+    swapped[[3, 4]] = words[[4, 3]]
+    assert weighted_sum(swapped, chunk) != expected
 
 
 REPORT = SyncReport(

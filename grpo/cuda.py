@@ -1,0 +1,52 @@
+"""Whether this machine can run the CUDA builds that the locks pin: its driver, and what Triton compiles with."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+from grpo.types import UserError
+
+DRIVER = 580
+"""Oldest driver that CUDA 13 runs on (NVIDIA's table of minor-version compatibility)."""
+LOADED_DRIVER = Path("/proc/driver/nvidia/version")
+"""What the kernel's module says of itself."""
+
+
+def driver_of(text: str) -> int | None:
+    """Return the major version in the text of LOADED_DRIVER; None where it names none."""
+    found = re.search(r"\b(\d{3,4})\.\d+(?:\.\d+)?\b", text)
+    return int(found[1]) if found else None
+
+
+def check_machine(driver: Path = LOADED_DRIVER, headers: Path | None = None) -> None:
+    """See that engines on this machine's GPUs will start. `headers`: Python's folder of C headers.
+
+    Raises UserError saying what is missing, and how to get it.
+    """
+    if not driver.exists():
+        raise UserError(
+            f"cluster.device=gpu: no NVIDIA driver is loaded on this machine ({driver} is not there); "
+            "cluster.address names a Ray cluster that has GPUs, cluster.device=cpu computes without"
+        )
+    version = driver_of(driver.read_text(errors="replace"))
+    if version is None or version < DRIVER:
+        raise UserError(
+            f"cluster.device=gpu: the NVIDIA driver is version {version or 'unknown'}, and the CUDA 13 builds of torch "
+            f"and vLLM need {DRIVER} or newer"
+        )
+    compiler = os.environ.get("CC") or "gcc"
+    if not any(shutil.which(name) for name in (compiler, "clang", "cc")):
+        raise UserError(
+            f"cluster.device=gpu: Triton compiles its kernels with a C compiler, and there is no {compiler} "
+            "(on Debian and Ubuntu: apt install gcc)"
+        )
+    headers = headers or Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise UserError(
+            f"cluster.device=gpu: Triton compiles its kernels with Python's headers, and {headers / 'Python.h'} is not "
+            f"there (on Debian and Ubuntu: apt install python{sysconfig.get_python_version()}-dev)"
+        )
