@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import (
     evaluation,
+    gpu_day,
     graders,
     logprobs,
     objectives,
@@ -29,13 +30,14 @@ from benchmarks import (
 from benchmarks.result import print_result
 from grpo.batching import TrainingRow, rank_steps
 from grpo.config import Config, load
+from grpo.cuda import LOADED_DRIVER
 from grpo.types import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = {"__init__", "curves", "result"}
 TESTED = {
     "overhead", "logprobs", "objectives", "reasoning", "graders", "evaluation", "recipe_hours", "plan_memory",
-    "weight_check",
+    "weight_check", "gpu_day",
 }  # fmt: skip
 
 
@@ -74,6 +76,54 @@ def test_recipe_hours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert found["benchmark"] == "recipe_hours"
     assert set(found["recipes"]) == set(recipe_hours.ASSUMED)
     assert all(recipe["gpus"] >= 1 and recipe["hours"] > 0 for recipe in found["recipes"].values())
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["kernels", "rows_16k"],
+        pytest.param([], marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+    ids=["two pieces", "the whole day"],
+)
+def test_gpu_day_at_toy_sizes(pieces: list[str], tmp_path: Path) -> None:
+    found = figures("gpu_day", "--toy", "--out", str(tmp_path), *pieces)
+    assert found["failed"] == {}
+    assert set(found["pieces"]) == set(pieces or gpu_day.PIECES)
+    assert found["pieces"]["rows_16k"]["tokens_per_s"] > 0
+    assert 0 < found["pieces"]["kernels"]["attention_error"] < 0.05
+    page = (tmp_path / "README.md").read_text()
+    assert all(f"## {piece}" in page for piece in found["pieces"])
+    if not pieces:
+        assert found["pieces"]["arithmetic"]["steps"] == found["pieces"]["smollm2"]["steps"] == 2
+        (tmp_path / "kernels.json").unlink()
+        before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+        assert figures("gpu_day", "--toy", "--out", str(tmp_path))["failed"] == {}  # makes what is missing
+        assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
+        assert (tmp_path / "kernels.json").exists()
+
+
+def test_gpu_day_reports_a_piece_that_fails_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"kernels": "it ended with 1", "rows_16k": ""}
+
+    def run_piece(name: str, arguments: Sequence[str], out: Path) -> str:
+        if not said[name]:
+            (out / f"{name}.json").write_text(json.dumps({"machine": gpu_day.machine("cpu"), "figures": {"mfu": 0.5}}))
+        return said[name]
+
+    monkeypatch.setattr(gpu_day, "run_piece", run_piece)
+    monkeypatch.setattr(sys, "argv", ["gpu_day", "--toy", "--out", str(tmp_path), "kernels", "rows_16k"])
+    assert gpu_day.main() == 1
+    assert "| mfu | 0.5 |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.skipif(LOADED_DRIVER.exists(), reason="a machine with an NVIDIA driver: nothing is refused")
+def test_gpu_day_without_a_gpu_says_what_is_missing() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_day"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "no NVIDIA driver is loaded on this machine" in done.stderr
+    assert "--toy runs everything on CPU" in done.stderr
 
 
 def run_logprobs(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int], plain_limit: int) -> None:
