@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,20 @@ from typing import Any
 import pytest
 import stand_in
 from conftest import write_spread
+
+from grpo.config import (
+    AlgorithmConfig,
+    ClusterConfig,
+    Config,
+    DataConfig,
+    LearnerConfig,
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+)
+from grpo.config.schema import TrainSetConfig
+from grpo.config.validate import validate
+from grpo.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SVAMP = ROOT.parent / "shared" / "data" / "svamp_test.jsonl"
@@ -41,19 +57,93 @@ def held(metrics: list[dict[str, Any]]) -> None:
         assert line["optim/grad_norm"] > 0
 
 
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("bfloat16", "float32"),
+    "learner.zero_stage": ("0", "1", "2", "3"),
+    "learner.offload": ("none", "optimizer", "parameters"),
+    "cluster.learner_ranks": ("1", "2"),
+    "cluster.tensor_parallel": ("1", "2"),
+    "cluster.sleep": ("false", "true"),
+    "algorithm.kl_coef": ("0", "0.01"),
+    "learner.gradient_checkpointing": ("false", "true"),
+}
+"""What a user chooses of how the engines hold a model."""
+
+Choice = dict[str, str]
+
+
+def allowed(choice: Choice) -> bool:
+    """Whether `validate` lets the choice through."""
+    fixed = AlgorithmConfig(prompts_per_step=4, group_size=4, kl_coef=float(choice["algorithm.kl_coef"]))
+    cluster = ClusterConfig(
+        sleep=choice["cluster.sleep"] == "true", learner_ranks=int(choice["cluster.learner_ranks"]),
+        tensor_parallel=int(choice["cluster.tensor_parallel"]),
+    )  # fmt: skip
+    learner = LearnerConfig(
+        zero_stage=int(choice["learner.zero_stage"]), offload=choice["learner.offload"],  # type: ignore[arg-type]
+        gradient_checkpointing=choice["learner.gradient_checkpointing"] == "true",
+    )  # fmt: skip
+    config = Config(
+        model=ModelConfig(path="x", dtype=choice["model.dtype"]),  # type: ignore[arg-type]
+        data=DataConfig(train=[TrainSetConfig(path="x.jsonl")]), algorithm=fixed, run=RunConfig(steps=2),
+        rewards=[RewardConfig(file="x.py")], cluster=cluster, learner=learner,
+    )  # fmt: skip
+    try:
+        validate(config)
+    except UserError:
+        return False
+    return True
+
+
+def covering(seed: int) -> list[Choice]:
+    """Return allowed choices that together hold every pair of values that some allowed choice holds (greedy, of a
+    shuffled product)."""
+    product = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+    possible = [choice for choice in product if allowed(choice)]
+    random.Random(seed).shuffle(possible)
+
+    def pairs(choice: Choice) -> set[tuple[tuple[str, str], tuple[str, str]]]:
+        return set(itertools.combinations(sorted(choice.items()), 2))
+
+    missing = set().union(*map(pairs, possible))
+    chosen = []
+    while missing:
+        best = max(possible, key=lambda choice: len(pairs(choice) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def test_the_covering_holds_every_allowed_pair() -> None:
+    """Those that cannot be: bfloat16, a sampler's turn, an offload or sharded weights without the stage they need."""
+    held = {pair for choice in covering(0) for pair in itertools.combinations(sorted(choice.items()), 2)}
+    all_pairs = {
+        tuple(sorted(((a, x), (b, y))))
+        for a, b in itertools.combinations(CHOICES, 2)
+        for x in CHOICES[a]
+        for y in CHOICES[b]
+    }
+    stage, offload, sleep = "learner.zero_stage", "learner.offload", "cluster.sleep"
+    assert all_pairs - held == {
+        tuple(sorted(pair))
+        for pair in (
+            ((stage, "0"), ("model.dtype", "bfloat16")), ((stage, "0"), (sleep, "true")),
+            ((stage, "3"), (sleep, "true")), ((stage, "0"), (offload, "optimizer")),
+            *(((stage, value), (offload, "parameters")) for value in "012"), ((offload, "parameters"), (sleep, "true")),
+        )
+    }  # fmt: skip
+
+
+PLAIN = {name: values[0] for name, values in CHOICES.items()} | {"learner.zero_stage": "2"}
+
+
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        pytest.param(["cluster.tensor_parallel=2"], marks=pytest.mark.slow),
-        pytest.param(["learner.zero_stage=2", "cluster.sleep=true"], marks=pytest.mark.slow),
-        pytest.param(["learner.zero_stage=3", "cluster.learner_ranks=2", "cluster.learner_cpus=0.5"],
-                     marks=pytest.mark.slow),
-    ],
-    ids=lambda overrides: " ".join(overrides) or "plain",
-)  # fmt: skip
+    "choice",
+    [PLAIN, *(pytest.param(choice, marks=pytest.mark.slow) for choice in covering(0))],
+    ids=lambda choice: " ".join(value for value in choice.values()),
+)
 def test_two_steps_of_a_random_model_of_real_width(
-    overrides: list[str], make_recipe: Callable[..., Path], tmp_path: Path
+    choice: Choice, make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """With a full check after the second step, too: in turns, the learner leaves its memory between its groups."""
     recipe = make_recipe(
@@ -64,8 +154,9 @@ def test_two_steps_of_a_random_model_of_real_width(
         rewards=[write_spread(tmp_path)],
         optimizer={"lr": 1e-5},
         run={"verify_every": 2},
+        cluster={"learner_cpus": 0.5, "sampler_cpus": 0.5},
     )
-    metrics = train(recipe, "model.dtype=bfloat16", *overrides)
+    metrics = train(recipe, *(f"{name}={value}" for name, value in choice.items()))
     assert len(metrics) == 2
     held(metrics)
     assert "sync/movement_error" not in metrics[0]
