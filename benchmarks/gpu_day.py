@@ -151,7 +151,7 @@ def smollm2(day: Day) -> Figures:
             ["model.dtype=bfloat16", "learner.zero_stage=2", "run.steps=2", "algorithm.prompts_per_step=4",
              "optimizer.warmup_steps=1"],
         )  # fmt: skip
-    return train(day, "smollm2.py", "smollm2_word_problems.yaml", ["run.steps=30"])
+    return train(day, "smollm2.py", "smollm2_word_problems.yaml", ["run.steps=30", "learner.zero_stage=2"])
 
 
 def train(day: Day, maker: str, recipe: str, overrides: Sequence[str]) -> Figures:
