@@ -2,6 +2,7 @@
 
 FIXED "head" compares a bfloat16 sampler's float32 head with both ways of computing the projection.
 FIXED "load" only compares what vLLM loaded from the folder by itself.
+FIXED "ipc" sends through the GPUs' buffer, with CUDA's driver replaced by one that hands the memory over.
 FIXED 0 takes out the re-packing of `lm_head` after a reload, to see that the sync's verification notices.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 
 def main(model_path: str, fixed: str) -> dict[str, object]:
@@ -17,13 +19,14 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from grpo import transport
     from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig, SamplerConfig, SamplingConfig
     from grpo.learner.heads import LogprobHead
     from grpo.learner.probe import read_probe
     from grpo.probing import Probe, Reading, spread
     from grpo.sampler import transfer
     from grpo.sampler.engine import Sampler
-    from grpo.transport import SharedMemorySender
+    from grpo.transport import IpcSender, SharedMemorySender
     from grpo.types import SampleRequest, SamplingSettings
     from grpo.weight_sync import WeightSyncError, buckets_of, verify
 
@@ -39,11 +42,21 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
         run=RunConfig(steps=1),
         sampler=SamplerConfig(max_num_seqs=400),
     )
-    sampler = Sampler(config, "shared_memory", 0)
-    sampler.init_transfer({"node": "here"})
+    if fixed == "ipc":
+        memory: list[torch.Tensor] = []
+
+        def export(flat: torch.Tensor) -> tuple[None, tuple[int, ...]]:
+            memory.append(flat)
+            return None, (len(memory) - 1, *[0] * 14)
+
+        transport.reduce_tensor = export
+        transport.rebuild_cuda_tensor = lambda number, *_: memory[number]
+        torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid="GPU-0")
+    sampler = Sampler(config, "ipc" if fixed == "ipc" else "shared_memory", 0)
+    sampler.init_transfer({} if fixed == "ipc" else {"node": "here"})
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=config.model.dtype)
     probe = Probe(token_ids=((1, 2, 3, 4, 5), tuple(range(1, 13))))
-    sender = SharedMemorySender("here")
+    sender = IpcSender("GPU-0", torch.device("cpu")) if fixed == "ipc" else SharedMemorySender("here")
 
     head = LogprobHead(model.get_output_embeddings(), float32_head=fixed == "head")
 
@@ -104,6 +117,9 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     greedy()  # fills the prefix cache under the first weights
     move(1.1)
     result["moved"] = outcome(version=1)
+    if fixed == "ipc":
+        sender.pack([("other", torch.randn(1 << 14))])  # what comes next into the buffer must not reach the sampler
+        result["exports"], result["used"] = len(memory), distance()
     if fixed == "1":
         after = greedy()
         sampler._engine.reset_prefix_cache()
