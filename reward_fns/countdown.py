@@ -1,8 +1,9 @@
 """Countdown: does the completion make the target from the row's numbers?
 
-What is read: the last `<answer>...</answer>`; in it an expression of whole numbers, `+ - * /` (or `× ÷`) and
-parentheses, with or without ` = target` behind it. How it is judged: each of the row's numbers is used exactly once,
-and the exact value is the target. Nothing is evaluated by Python.
+What is read: the last `<answer>...</answer>` behind the last `</think>`; behind a `<think>` that is not closed there is
+no answer. In it an expression of whole numbers, `+ - * /` (or `× ÷`) and parentheses, with or without ` = target`
+behind it. How it is judged: each of the row's numbers is used exactly once, and the exact value is the target. Nothing
+is evaluated by Python.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ SIGNS = str.maketrans("\u00d7\u00b7\u00f7\u2212", "**/-")
 TOKEN = re.compile(r"\s*(?:(\d{1,20})(?![\d.])|([-+*/()=]))", re.ASCII)
 
 
-def countdown(completion: str, row: Mapping[str, Any]) -> float:
+def countdown(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
     """1.0 if the answer is an expression of each of `row["nums"]` (or `numbers`) that gives `row["target"]`, else 0.0.
 
     Raises KeyError without these columns, ValueError when they are not whole numbers.
     """
     numbers, target = given(row)
-    _, tag, after = completion.rpartition("<answer>")
+    _, tag, after = behind_reasoning(completion, info).rpartition("<answer>")
     expression, end, _ = after.partition("</answer>")
     if not tag or not end or len(expression) > MAX_LENGTH:
         return 0.0
@@ -43,6 +44,16 @@ def countdown(completion: str, row: Mapping[str, Any]) -> float:
     except (SyntaxError, ZeroDivisionError):
         return 0.0
     return 1.0 if not rest and result == target else 0.0
+
+
+def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
+    """The part of `completion` behind its reasoning; empty where that is not finished.
+
+    `info`: the trainer's; a prompt that ends with `<think>` has begun the reasoning.
+    """
+    begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
+    text = completion.rpartition("</think>")[2]
+    return "" if begun or "<think>" in text else text
 
 
 def given(row: Mapping[str, Any]) -> tuple[list[int], int]:

@@ -1,9 +1,10 @@
 """The number that a completion ends with, compared exactly with the row's.
 
-What is read: the last line part `#### x`, as the data set writes its answers; else the last `\\boxed{...}`; else the
-last number. Public graders of GSM8K read either the first of these ("strict") or the last ("flexible"); a completion
-that follows the format is judged by it alone. `####` before anything but a number is a heading, and a choice of numbers
-behind it, `#### 5 or 6`, is no answer.
+What is read: the part behind the last `</think>`; behind a `<think>` that is not closed there is no answer. There the
+last line part `#### x`, as the data set writes its answers; else the last `\\boxed{...}`; else the last number. Public
+graders of GSM8K read either the first of these ("strict") or the last ("flexible"); a completion that follows the
+format is judged by it alone. `####` before anything but a number is a heading, and a choice of numbers behind it,
+`#### 5 or 6`, is no answer.
 
 How it is compared: as rational numbers, `1,234.50` = `1234.5`, `3/4` = `0.75`, `2e3` = `2000`. Currency and per
 cent signs, commas between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5.
@@ -33,7 +34,7 @@ BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 
 
-def gsm8k(completion: str, row: Mapping[str, Any]) -> float:
+def gsm8k(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
     """1.0 if the completion's last number is `row["answer"]`, else 0.0 (see the top of this file).
 
     The gold answer is a number, or a solution that ends with `#### x`. Raises KeyError without `answer`, ValueError
@@ -47,7 +48,18 @@ def gsm8k(completion: str, row: Mapping[str, Any]) -> float:
     gold = value(str(answer).rpartition("####")[2].strip().rstrip(" \t\r\n%."))
     if gold is None:
         raise ValueError(f"the gold answer {answer!r} is no number")
-    return 1.0 if final_number(completion.replace("\u2212", "-")) == gold else 0.0
+    text = behind_reasoning(completion, info)
+    return 1.0 if final_number(text.replace("\u2212", "-")) == gold else 0.0
+
+
+def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
+    """The part of `completion` behind its reasoning; empty where that is not finished.
+
+    `info`: the trainer's; a prompt that ends with `<think>` has begun the reasoning.
+    """
+    begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
+    text = completion.rpartition("</think>")[2]
+    return "" if begun or "<think>" in text else text
 
 
 def final_number(text: str) -> Fraction | None:

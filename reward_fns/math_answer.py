@@ -1,6 +1,7 @@
 """Mathematical equality of a completion's final answer and the row's, by the library math-verify.
 
 What is read: the part behind the last `</think>`, and in it the last `<answer>...</answer>`, where there are such.
+Behind a `<think>` that is not closed there is no answer.
 There the last `\\boxed{...}` (boxes side by side, or with "and" between, are one list; one that is not closed is no
 answer); without a box the last line if it is bare mathematics, else what math-verify finds near its end.
 How it is compared: math-verify parses both sides, and they must be equal as exact numbers, expressions, sets, tuples,
@@ -62,10 +63,12 @@ SIGNS = {
     "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}", "\u2153": "\\frac{1}{3}", "\u2154": "\\frac{2}{3}",
     "\\varnothing": "\\emptyset",
 }  # fmt: skip
+CAPITALS = re.compile(r"[A-Z]{2,}")
+"""Labels in an order: CABD. As variables their product would be that of any other order."""
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 
 
-def math_answer(completion: str, row: Mapping[str, Any]) -> float:
+def math_answer(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
     """1.0 if the completion's final answer is mathematically `row["answer"]`, else 0.0 (see the top of this file).
 
     Raises KeyError without `answer`, ValueError when it is no text or number or cannot be parsed.
@@ -80,10 +83,16 @@ def math_answer(completion: str, row: Mapping[str, Any]) -> float:
     golds, gold_words = readings(gold_text), words(gold_text)
     if not (golds or gold_words) or (golds and ":" not in gold_text and all(map(is_nothing, golds))):
         raise ValueError(f"the gold answer {row['answer']!r} cannot be parsed as mathematics")
-    scope = completion.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0]
-    text = content(scope, whole=False)
+    scope = behind_reasoning(completion, info)
+    text = content(scope.rpartition("<answer>")[2].partition("</answer>")[0], whole=False)
     if squeezed(text) == squeezed(gold_text):
         return 1.0
+    if CAPITALS.fullmatch(plain(gold_text)) and CAPITALS.fullmatch(plain(text)):
+        return float(plain(text) == plain(gold_text))
+    if is_text(gold_text):
+        return float(gold_words is not None and words(re.sub(r"[\0$]", "", text)) == gold_words)
+    if {bracketed(text), bracketed(gold_text)} == {"set", "tuple"}:
+        return 0.0  # {1, 2} has no order
     answer_words = words(text)
     if answer_words and gold_words and (spelt(text) or spelt(gold_text) or answer_words == gold_words):
         return float(answer_words == gold_words)
@@ -91,6 +100,36 @@ def math_answer(completion: str, row: Mapping[str, Any]) -> float:
     if based and gold_based and based[2] != gold_based[2]:
         return 0.0  # the library drops the base; without one it is taken from the question
     return 1.0 if any(same(gold, answer) for gold, answer in itertools.product(golds, readings(text))) else 0.0
+
+
+def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
+    """The part of `completion` behind its reasoning; empty where that is not finished.
+
+    `info`: the trainer's; a prompt that ends with `<think>` has begun the reasoning.
+    """
+    begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
+    text = completion.rpartition("</think>")[2]
+    return "" if begun or "<think>" in text else text
+
+
+def plain(text: str) -> str:
+    """`text` without white space and without what marks it as text."""
+    return re.sub(r"\s|\\[,;:! ]", "", WRAPPED.sub(r"\1", text))
+
+
+def is_text(gold: str) -> bool:
+    """Whether all of it is marked as text, and it holds no digit and is no run of capitals."""
+    inside = WRAPPED.fullmatch(gold.strip())
+    marked = inside is not None and gold.lstrip().startswith(("\\text", "\\mbox"))
+    return marked and not re.search(r"\d", plain(gold)) and not CAPITALS.fullmatch(plain(gold))
+
+
+def bracketed(text: str) -> str:
+    """ "set" for {a, b}, "tuple" for (a, b), else "": brackets around all of it, and a comma."""
+    inside = re.sub(r"\\(?:left|right)(?![a-z])|\s", "", text)
+    if "," in inside and re.fullmatch(r"\\\{[^{}]*\\\}", inside):
+        return "set"
+    return "tuple" if re.fullmatch(r"\([^()]*,[^()]*\)", inside) else ""
 
 
 def content(text: str, *, whole: bool) -> str:

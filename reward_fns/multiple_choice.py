@@ -1,10 +1,11 @@
 """The letter that a completion chooses, compared with the row's.
 
 What is read: the part behind the last `</think>`, and in it the last `<answer>...</answer>`, where there are such.
-There, the first of these that is found: the last `\\boxed{B}`; the last "answer is (B)" or "Answer: B"; a text that is
-or begins with a lone letter, "B", "(B)", "**B**", "B. because ..."; a last line that is a lone letter. A choice
-between letters ("A or B", also of boxes) is no answer, nor are letters in a row ("A. B. C. D.", the options line by
-line). How it is compared: the letters A to Z must be the same.
+Behind a `<think>` that is not closed there is no answer. There, the first of these that is found: the last
+`\\boxed{B}`; the last "answer is (B)" or "Answer: B"; a text that is or begins with a lone letter, "B", "(B)",
+"**B**", "B. because ..."; a last line that is a lone letter. A choice between letters ("A or B", also of boxes) is no
+answer, nor are letters in a row ("A. B. C. D.", the options line by line). How it is compared: the letters A to Z must
+be the same.
 In a box and in the row they may be small; elsewhere a small letter is a word ("a") and no choice.
 """
 
@@ -32,7 +33,7 @@ OPENING = re.compile(rf"{LETTER}\s*(?:[.:。](?=\s|$)|(?<=\))|$){HEDGE}")
 OPTION = re.compile(r"^ *\(?([A-Z])[.:)](?!\S)", re.M)
 
 
-def multiple_choice(completion: str, row: Mapping[str, Any]) -> float:
+def multiple_choice(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
     """1.0 if the completion chooses the letter `row["answer"]`, else 0.0 (see the top of this file).
 
     Raises KeyError without `answer`, ValueError when it is not a letter ("C", "(C)" or "C. its text").
@@ -40,7 +41,17 @@ def multiple_choice(completion: str, row: Mapping[str, Any]) -> float:
     if "answer" not in row:
         raise KeyError(f"the row has no column 'answer', only {sorted(row)}")
     gold = gold_letter(row["answer"])
-    return 1.0 if chosen(completion) == gold else 0.0
+    return 1.0 if chosen(behind_reasoning(completion, info)) == gold else 0.0
+
+
+def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
+    """The part of `completion` behind its reasoning; empty where that is not finished.
+
+    `info`: the trainer's; a prompt that ends with `<think>` has begun the reasoning.
+    """
+    begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
+    text = completion.rpartition("</think>")[2]
+    return "" if begun or "<think>" in text else text
 
 
 def gold_letter(answer: Any) -> str:
@@ -55,9 +66,8 @@ def plain(text: str) -> str:
     return MARKUP.sub("", text.translate(FULL_WIDTH)).strip()
 
 
-def chosen(completion: str) -> str | None:
-    """The letter that the completion chooses, if any."""
-    text = completion.rpartition("</think>")[2]
+def chosen(text: str) -> str | None:
+    """The letter that the text behind a completion's reasoning chooses, if any."""
     _, tag, after = text.rpartition("<answer>")
     text = after.partition("</answer>")[0] if tag else text
     start = text.rfind("\\boxed")

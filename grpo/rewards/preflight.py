@@ -286,7 +286,7 @@ def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: st
     try:
         # a number stays one, for templates like {answer:d}
         other = {**prompt.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
-        return gold, gold_template.format(**other)
+        return gold, closing(prompt, gold_template) + gold_template.format(**other)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}") from error
 
@@ -299,6 +299,12 @@ def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str
             f"data.answer_column={answer_column} is no column of {prompt.where}: {dict(prompt.row)!r:.300}"
         )
     try:
-        return gold_template.format(**prompt.row)
+        return closing(prompt, gold_template) + gold_template.format(**prompt.row)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}") from error
+
+
+def closing(prompt: Prompt, gold_template: str) -> str:
+    """Return what ends the reasoning that a prompt has begun, where the template does not: an answer is behind it."""
+    begun = prompt.text.rstrip().endswith("<think>")
+    return "</think>" if begun and "</think>" not in gold_template else ""

@@ -252,6 +252,47 @@ def test_no_completion_takes_longer_than_its_length(grader: Grader) -> None:
 
 
 @pytest.mark.parametrize(
+    ("grader", "answer", "row"),
+    [
+        (math_answer, "\\boxed{5}", {"answer": "5"}), (math_answer, "The answer is 5.", {"answer": "5"}),
+        (gsm8k, "#### 5", {"answer": "5"}), (gsm8k, "so it is 5", {"answer": "5"}),
+        (multiple_choice, "The answer is (B).", {"answer": "B"}),
+        (countdown, "<answer>2+3</answer>", {"nums": [2, 3], "target": 5}),
+    ],
+)  # fmt: skip
+def test_reasoning_that_is_not_finished_holds_no_answer(grader: Grader, answer: str, row: dict[str, Any]) -> None:
+    """Nor does what stands inside of reasoning, where another answer or none is given behind it. A chat template may
+    have begun the reasoning in the prompt."""
+    begun, plain = {"prompt": "Solve it.<think>\n"}, {"prompt": "Solve it."}
+    assert grader(answer, row) == grader(answer, row, plain) == 1.0
+    assert grader(f"<think>hm</think> {answer}", row) == grader(f"hm</think> {answer}", row, begun) == 1.0
+    assert grader(f"<think>a</think>b<think>c</think>{answer}", row) == 1.0
+    for text in (f"<think> {answer}", f"x <think> y </think> <think> {answer}", f"<think> {answer} </think>"):
+        assert grader(text, row) == 0.0, text
+    assert grader(answer, row, begun) == 0.0
+    assert grader(f"{answer} </think> no idea", row, begun) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "reward"),
+    [
+        ("\\boxed{CABD}", "CABD", 1.0), ("\\boxed{CABD}", "ABCD", 0.0), ("\\boxed{BA}", "AB", 0.0),
+        ("\\boxed{\\text{CAB}}", "CAB", 1.0), ("\\boxed{C A B}", "CAB", 1.0), ("\\boxed{\\text{CAB}}", "ABC", 0.0),
+        ("\\boxed{CAB}", "\\text{ABC}", 0.0), ("\\boxed{\\text{cba}}", "\\text{abc}", 0.0),
+        ("\\boxed{Odd}", "\\text{odd}", 1.0), ("$odd$", "\\text{odd}", 1.0), ("\\boxed{even}", "\\text{odd}", 0.0),
+        ("\\boxed{2BA}", "2AB", 1.0), ("\\boxed{cba}", "abc", 1.0),  # products commute
+        ("\\boxed{(2,1)}", "\\{1,2\\}", 0.0), ("\\boxed{\\{2,1\\}}", "\\{1,2\\}", 1.0),
+        ("\\boxed{\\{1,2\\}}", "(1,2)", 0.0), ("\\boxed{\\left(2,1\\right)}", "\\left\\{1,2\\right\\}", 0.0),
+        ("\\boxed{2,1}", "\\{1,2\\}", 1.0), ("\\boxed{(2,1)}", "(1,2)", 0.0),
+        ("\\boxed{(1,2)}", "[1,2]", 0.0), ("\\boxed{[1,2)}", "(1,2)", 0.0), ("\\boxed{[1,2]}", "[1,2]", 1.0),
+    ],
+)  # fmt: skip
+def test_orders_of_letters_and_brackets_count(completion: str, gold: str, reward: float) -> None:
+    """Labels are no variables, a set has no order, and an interval has its ends or not."""
+    assert math_answer(completion, {"answer": gold}) == reward
+
+
+@pytest.mark.parametrize(
     "gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "...", ")(", "A\\cup B", "1/0", "0/0", "3=4"]
 )
 def test_a_gold_that_cannot_be_parsed_is_an_error(gold: str) -> None:
@@ -407,7 +448,7 @@ def test_graders_run_in_the_workers(tmp_path: Path) -> None:
             ]
             return pool.submit(items).result(timeout=120)
 
-    right, late, wrong = outcomes(reward, [boxed("5"), slow, boxed("6")], "5")
+    right, late, wrong = outcomes(reward, ["</think>" + boxed("5"), "</think>" + slow, "</think>" + boxed("6")], "5")
     assert right == Scored(value=1.0, parts={"math_answer": 1.0})
     assert isinstance(late, Scored | Failed)
     assert late == Scored(value=0.0, parts={"math_answer": 0.0}) or (

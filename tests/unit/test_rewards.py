@@ -766,6 +766,16 @@ def test_a_gold_answer_that_does_not_stand_out_is_refused(write: Write, tmp_path
     assert str(caught.value).endswith("not to try it: rewards.0.gold=false)")
 
 
+def test_the_gold_answer_stands_behind_reasoning_that_the_prompt_has_begun() -> None:
+    plain = prompt(ROW, "d", 1)
+    begun = dataclasses.replace(plain, text="1+1<think>\n")
+    for given, template, written in (
+        (plain, "{answer}", "2"), (begun, "{answer}", "</think>2"), (begun, "so</think>{answer}", "so</think>2"),
+    ):  # fmt: skip
+        assert preflight.gold_text(given, "rewards[0]", template, "answer") == written
+        assert preflight.gold_texts(given, "rewards[0]", template, "answer")[0] == written
+
+
 def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path) -> None:
     good = write("def good(completion, row): return 1.0", file="good.py", name=None)
     source = "def bad(completion, row): return 1.0 if row['answer'] == completion else row['missing']"
