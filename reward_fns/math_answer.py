@@ -61,8 +61,14 @@ MISSING = frozenset(("none", "nan", "null", "n/a", "na", "nil"))
 SIGNS = {
     "\u2212": "-", "\u2013": "-", "\u221e": "\\infty ", "\u00b2": "^{2}", "\u00b3": "^{3}", "\u00bd": "\\frac{1}{2}",
     "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}", "\u2153": "\\frac{1}{3}", "\u2154": "\\frac{2}{3}",
-    "\\varnothing": "\\emptyset",
+    "\\varnothing": "\\emptyset", "\\lor": "\\text{ or }", "\\vee": "\\text{ or }",
 }  # fmt: skip
+OR = re.compile(r"\bor\b")
+POINTS = tuple(
+    sympy.Rational(p, q)
+    for p, q in ((3, 7), (-5, 3), (11, 4), (-2, 9), (7, 1), (-13, 5), (1, 6), (29, 10), (-8, 7), (17, 3))
+)
+TINY = 1e-9
 CAPITALS = re.compile(r"[A-Z]{2,}")
 """Labels in an order: CABD. As variables their product would be that of any other order."""
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
@@ -80,7 +86,7 @@ def math_answer(completion: str, row: Mapping[str, Any], info: Mapping[str, Any]
     gold_text = content(str(row["answer"]), whole=True)
     if str(row["answer"]).strip().lower() in MISSING:
         raise ValueError(f"the gold answer is {row['answer']!r}, as where there is none")
-    golds, gold_words = readings(gold_text), words(gold_text)
+    golds, gold_words = regions(gold_text, readings(gold_text)), words(gold_text)
     if not (golds or gold_words) or (golds and ":" not in gold_text and all(map(is_nothing, golds))):
         raise ValueError(f"the gold answer {row['answer']!r} cannot be parsed as mathematics")
     scope = behind_reasoning(completion, info)
@@ -99,7 +105,8 @@ def math_answer(completion: str, row: Mapping[str, Any], info: Mapping[str, Any]
     based, gold_based = BASED.fullmatch(text), BASED.fullmatch(gold_text)
     if based and gold_based and based[2] != gold_based[2]:
         return 0.0  # the library drops the base; without one it is taken from the question
-    return 1.0 if any(same(gold, answer) for gold, answer in itertools.product(golds, readings(text))) else 0.0
+    answers = regions(text, readings(text))
+    return 1.0 if any(same(gold, answer) for gold, answer in itertools.product(golds, answers)) else 0.0
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
@@ -274,6 +281,22 @@ def readings(text: str) -> list[Any]:
     return [reading for found in several for reading in found if digits(reading) <= MAX_DIGITS]
 
 
+def regions(text: str, found: list[Any]) -> list[Any]:
+    """The readings of `text`; inequalities of one variable with "or" between them as the numbers that solve one."""
+    return [region(reading) or reading for reading in found] if OR.search(text) else found
+
+
+def region(term: Any) -> sympy.Set | None:
+    parts = term.args if isinstance(term, sympy.FiniteSet) else ()
+    kinds = (sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, sympy.GreaterThan, sympy.And)
+    if not parts or len(term.free_symbols) != 1 or not all(isinstance(part, kinds) for part in parts):
+        return None
+    try:
+        return sympy.Union(*(part.as_set() for part in parts))
+    except (NotImplementedError, TypeError, ValueError):  # what sympy raises for inequalities that it cannot solve
+        return None
+
+
 def digits(term: Any) -> float:
     """A rough upper bound of the decimal digits of `term`, which is not evaluated; symbols count as 2."""
     try:
@@ -338,4 +361,38 @@ def same(gold: Any, answer: Any) -> bool:
     places = 6
     if isinstance(number, sympy.Rational):  # the library rounds to places: a small number would be 0
         places = max(6, 4 + int(math.log10(number.q) - math.log10(abs(number.p)))) if number else 30
-    return bool(verify(gold, answer, float_rounding=places, allow_set_relation_comp=True, timeout_seconds=None))
+    equal = verify(gold, answer, float_rounding=places, allow_set_relation_comp=True, timeout_seconds=None)
+    return bool(equal) or same_where_real(gold, answer)
+
+
+def same_where_real(gold: Any, answer: Any) -> bool:
+    """Whether expressions with roots are real for the same numbers and have the same values there: sqrt(1/n) and
+    1/sqrt(n), which as complex functions differ. Compared at POINTS, of which three must give real values."""
+    both = [term for term in (gold, answer) if isinstance(term, sympy.Expr)]
+    symbols = sorted(gold.free_symbols, key=str) if len(both) == 2 else []
+    if not 1 <= len(symbols) <= 3 or answer.free_symbols != gold.free_symbols or not any(map(has_root, both)):
+        return False
+    compared = 0
+    for k in range(len(POINTS)):
+        point = {symbol: POINTS[(k + 3 * i * (k + 1)) % len(POINTS)] for i, symbol in enumerate(symbols)}
+        one, other = (real_value(term.subs(point)) for term in both)
+        if one is None or other is None:
+            if one is not other:
+                return False
+        elif abs(one - other) > TINY * max(1.0, abs(one)):
+            return False
+        else:
+            compared += 1
+    return compared >= 3
+
+
+def real_value(term: Any) -> float | None:
+    """The value of a constant, None if it is none or not real."""
+    if not term.is_number or term.has(sympy.zoo, sympy.nan, sympy.oo):
+        return None
+    value = complex(sympy.N(term))
+    return value.real if abs(value.imag) <= TINY else None
+
+
+def has_root(term: Any) -> bool:
+    return any(isinstance(power.exp, sympy.Rational) and power.exp.q > 1 for power in term.atoms(sympy.Pow))

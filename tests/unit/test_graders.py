@@ -293,6 +293,37 @@ def test_orders_of_letters_and_brackets_count(completion: str, gold: str, reward
 
 
 @pytest.mark.parametrize(
+    ("completion", "gold", "reward"),
+    [
+        ("\\boxed{\\frac{1}{\\sqrt{n}}}", "\\sqrt{1/n}", 1.0), ("\\boxed{\\sqrt{1/n}}", "\\frac{1}{\\sqrt n}", 1.0),
+        ("\\boxed{\\sqrt{a/b}}", "\\frac{\\sqrt a}{\\sqrt b}", 1.0), ("\\boxed{\\sqrt{a/b}}", "\\sqrt{b/a}", 0.0),
+        ("\\boxed{\\sqrt{n}}", "\\sqrt{1/n}", 0.0), ("\\boxed{x}", "\\sqrt{x^2}", 0.0),
+        ("\\boxed{|x|}", "\\sqrt{x^2}", 1.0), ("\\boxed{\\sqrt{n+1}}", "\\sqrt{n+2}", 0.0),
+        ("\\boxed{\\sqrt{m}}", "\\sqrt{n}", 0.0), ("\\boxed{x\\sqrt{x}}", "x^{3/2}", 1.0),
+    ],
+)  # fmt: skip
+def test_expressions_with_roots_are_compared_where_they_are_real(completion: str, gold: str, reward: float) -> None:
+    assert math_answer(completion, {"answer": gold}) == reward
+
+
+OUTSIDE = "(-\\infty,1)\\cup(2,\\infty)"
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "reward"),
+    [
+        (f"\\boxed{{{OUTSIDE}}}", "x<1 \\text{ or } x>2", 1.0), ("\\boxed{x<1\\text{ or }x>2}", OUTSIDE, 1.0),
+        ("\\boxed{x > 2 or x < 1}", OUTSIDE, 1.0), ("\\boxed{x<1 \\lor x>2}", OUTSIDE, 1.0),
+        ("\\boxed{x \\le 1\\text{ or }x>2}", OUTSIDE, 0.0), ("\\boxed{(2,\\infty)}", "x<1 \\text{ or } x>2", 0.0),
+        ("\\boxed{x<1\\text{ or }x>3}", OUTSIDE, 0.0), ("\\boxed{x>2}", "(2,\\infty)", 1.0),
+        ("\\boxed{x=1\\text{ or }x=2}", "\\{1,2\\}", 1.0),
+    ],
+)  # fmt: skip
+def test_inequalities_with_or_between_are_the_numbers_that_solve_one(completion: str, gold: str, reward: float) -> None:
+    assert math_answer(completion, {"answer": gold}) == reward
+
+
+@pytest.mark.parametrize(
     "gold", ["", "$$", "\\boxed{}", "\\frac{1}{", "((1", "9^{9^{9^9}}", "...", ")(", "A\\cup B", "1/0", "0/0", "3=4"]
 )
 def test_a_gold_that_cannot_be_parsed_is_an_error(gold: str) -> None:
