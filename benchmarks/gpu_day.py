@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -128,13 +129,13 @@ def tests(day: Day) -> Figures:
     """The tests that need a GPU; at toy sizes they are only collected."""
     only = ["--collect-only"] if day.toy else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", *only],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    print(done.stdout[-3000:], flush=True)
-    return {"exit_code": done.returncode, "last_line": done.stdout.strip().splitlines()[-1]}
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", *only], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    print(done.stdout[-5000:], flush=True)
+    if done.returncode:
+        raise SystemExit(f"the tests ended with {done.returncode}")
+    return {"last_line": done.stdout.strip().splitlines()[-1]}
 
 
 def arithmetic(day: Day) -> Figures:
@@ -323,10 +324,24 @@ def run_piece(name: str, day_arguments: Sequence[str], out: Path) -> str:
     try:
         code = process.wait(LIMIT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 15)
-        process.wait(60)
+        end_group(process.pid)
+        process.wait()
         return f"it took more than {LIMIT_S} s"
     return f"it ended with {code}" if code else ""
+
+
+def end_group(group: int, patience_s: float = 150.0) -> None:
+    """Ask all processes of a group to end, wait until they have, and kill what is left: a run finishes its step first,
+    and the next piece needs the GPU."""
+    deadline = time.monotonic() + patience_s
+    os.killpg(group, signal.SIGTERM)
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.5)
+    os.killpg(group, signal.SIGKILL)
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -362,11 +377,13 @@ def main() -> int:
         (a.out / f"{a.piece}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
         return 0
     if not a.toy:
+        import torch
+
         from grpo.cuda import check_machine
         from grpo.types import UserError
 
         try:
-            check_machine()
+            check_machine(torch.cuda.device_count())
         except UserError as error:
             print(f"gpu_day: {error}; --toy runs everything on CPU at toy sizes", file=sys.stderr)
             return 2

@@ -219,6 +219,7 @@ class LearnerActor:
 
         Raises UserError when the transport cannot reach from the `ranks` to where a sampler was placed.
         """
+        self._lost = None  # whoever was lost has been replaced
         self._sending = senders(transport, ranks, at)
         if self._rank not in self._sending:
             return
@@ -375,6 +376,8 @@ class LearnerActor:
                 ray.get(ready)
         except ray.exceptions.RayActorError as error:
             self._lost = error
+            if self._sender is not None:
+                self._sender.abort()
         except ray.exceptions.RayTaskError:  # one that lost its peers in a collective fails, too; who died is the cause
             if self._sender is not None:
                 self._sender.abort()

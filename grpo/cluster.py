@@ -84,7 +84,7 @@ def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) ->
     address = cluster_address(config)
     if address is None:
         if config.on_gpu and config.cluster.gpus is None:
-            check_machine()
+            check_machine(torch.cuda.device_count())
         node = local_node(config)
         check_fit(config, [node], "this machine")
         check_memory(config)

@@ -22,22 +22,14 @@ def driver_of(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def check_machine(driver: Path = LOADED_DRIVER, headers: Path | None = None) -> None:
-    """See that engines on this machine's GPUs will start. `headers`: Python's folder of C headers.
+def check_machine(gpus: int, driver: Path = LOADED_DRIVER, headers: Path | None = None) -> None:
+    """See that engines on this machine's GPUs will start. `gpus`: how many torch sees; only where there is none does
+    the driver matter. `headers`: Python's folder of C headers.
 
     Raises UserError saying what is missing, and how to get it.
     """
-    if not driver.exists():
-        raise UserError(
-            f"cluster.device=gpu: no NVIDIA driver is loaded on this machine ({driver} is not there); "
-            "cluster.address names a Ray cluster that has GPUs, cluster.device=cpu computes without"
-        )
-    version = driver_of(driver.read_text(errors="replace"))
-    if version is None or version < DRIVER:
-        raise UserError(
-            f"cluster.device=gpu: the NVIDIA driver is version {version or 'unknown'}, and the CUDA 13 builds of torch "
-            f"and vLLM need {DRIVER} or newer"
-        )
+    if gpus == 0:
+        check_driver(driver)
     compiler = os.environ.get("CC") or "gcc"
     if not any(shutil.which(name) for name in (compiler, "clang", "cc")):
         raise UserError(
@@ -49,4 +41,19 @@ def check_machine(driver: Path = LOADED_DRIVER, headers: Path | None = None) -> 
         raise UserError(
             f"cluster.device=gpu: Triton compiles its kernels with Python's headers, and {headers / 'Python.h'} is not "
             f"there (on Debian and Ubuntu: apt install python{sysconfig.get_python_version()}-dev)"
+        )
+
+
+def check_driver(driver: Path) -> None:
+    """Say why torch sees no GPU, where the driver is the cause. Raises UserError."""
+    if not driver.exists():
+        raise UserError(
+            f"cluster.device=gpu: no NVIDIA driver is loaded on this machine ({driver} is not there); "
+            "cluster.address names a Ray cluster that has GPUs, cluster.device=cpu computes without"
+        )
+    version = driver_of(driver.read_text(errors="replace"))
+    if version is None or version < DRIVER:
+        raise UserError(
+            f"cluster.device=gpu: the NVIDIA driver is version {version or 'unknown'}, and the CUDA 13 builds of torch "
+            f"and vLLM need {DRIVER} or newer"
         )

@@ -155,10 +155,12 @@ def perturbed_bytes(config: Config, shape: Shape) -> float:
 
 
 def sync_memory(config: Config, shape: Shape, learner: Parts, sampler: Parts) -> Parts:
-    """Bytes of a GPU in a weight sync of engines that take turns: both have their weights there."""
+    """Bytes of a GPU in a weight sync of engines that take turns: both have their weights there. From ZeRO 2 on there
+    are no gradients between steps."""
+    gradients = learner.get("gradients", 0.0) if config.learner.zero_stage >= 2 else 0.0
     return {
-        "learner": states(learner), "perturbed": perturbed_bytes(config, shape), "sampler": sampler["weights"],
-        "transfer": 2 * transfer_bytes(shape, itemsize(config)),
+        "learner": states(learner) - gradients, "perturbed": perturbed_bytes(config, shape),
+        "sampler": sampler["weights"], "transfer": 2 * transfer_bytes(shape, itemsize(config)),
     }  # fmt: skip
 
 

@@ -185,7 +185,7 @@ class IpcSender:
         specs = specs_of(tensors)
         nbytes = size_of(specs)
         if self._flat is None or self._flat.numel() < nbytes:
-            self._flat = None  # the old one goes first: there may be no room for both
+            self._flat = None  # freed when the receiver maps the next one; the largest tensor comes early as a rule
             self._flat = torch.empty(max(nbytes, BUCKET_BYTES), dtype=torch.uint8, device=self._device)
             self._handle = reduce_tensor(self._flat)[1]  # type: ignore[no-untyped-call]
         lay_out(self._flat, specs, tensors)
@@ -289,7 +289,7 @@ class BroadcastSender:
         }
 
     def connect(self) -> None:
-        """Returns when every worker has joined; with NCCL they do so at the first broadcast."""
+        """Returns when every worker has joined."""
         self._group = broadcast_group(self._device, self._store, 0, self._size, self._timeout)
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
@@ -312,7 +312,8 @@ class BroadcastSender:
 
 
 def broadcast_group(device: torch.device, store: Store, rank: int, size: int, timeout_s: float) -> Any:
-    """Return a process group of its own, beside whatever group the process is already in."""
+    """Return a process group of its own, beside whatever group the process is already in, when all have joined. NCCL
+    lets them join at the first collective, which would wait where nothing looks after it: so there is one here."""
     prefix, timeout = PrefixStore("weights", store), timedelta(seconds=timeout_s)
     if device.type == "cpu":
         return ProcessGroupGloo(prefix, rank, size, timeout)
@@ -320,7 +321,9 @@ def broadcast_group(device: torch.device, store: Store, rank: int, size: int, ti
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return ProcessGroupNCCL(prefix, rank, size, options)
+    group = ProcessGroupNCCL(prefix, rank, size, options)
+    finish(broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device)), timeout_s)
+    return group
 
 
 def broadcast(group: Any, flat: torch.Tensor) -> Any:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Learner:
         self.rank = rank
         self.world_size = config.cluster.learner_ranks
         self.device = device
-        self._control = dist.new_group(backend="gloo") if config.on_gpu else dist.group.WORLD
+        patience = timedelta(seconds=config.cluster.step_timeout_s)
+        self._control = dist.new_group(backend="gloo", timeout=patience) if config.on_gpu else dist.group.WORLD
         torch.manual_seed(config.run.seed)
         setup.prove_gradient_scale(config)
         model = heads.load_policy(config)

@@ -85,19 +85,25 @@ def local_ray() -> Iterator[None]:
 
 def connected(ends: list[str]) -> tuple[LearnerActor, list[Any]]:
     """Rank 0 of a learner, its transfer open to a peer for each of `ends`."""
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
-    make: Any = ray.remote(num_cpus=0, runtime_env=environment)(Peer)
-    peers = [make.remote(end) for end in ends]
     learner: Any = LearnerActor.__new__(LearnerActor)
     learner._config = SimpleNamespace(
         sampler_workers=1, takes_turns=False, cluster=SimpleNamespace(learner_ranks=1),
         model=SimpleNamespace(dtype="float32"),
     )  # fmt: skip
     learner._rank, learner._learner, learner._lost, learner._sender = 0, Weights(), None, None
-    place = SimpleNamespace(node="n", host=ray.util.get_node_ip_address(), gpus=())
-    learner.connect([place], peers, [place] * len(ends), "gloo", PATIENCE_S)
+    peers = connect(learner, ends)
     assert isinstance(learner._sender, BroadcastSender)
     return learner, peers
+
+
+def connect(learner: LearnerActor, ends: list[str]) -> list[Any]:
+    """Open the learner's transfer to new peers."""
+    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    make: Any = ray.remote(num_cpus=0, runtime_env=environment)(Peer)
+    peers = [make.remote(end) for end in ends]
+    place: Any = SimpleNamespace(node="n", host=ray.util.get_node_ip_address(), gpus=())
+    learner.connect([place], peers, [place] * len(ends), "gloo", PATIENCE_S)
+    return peers
 
 
 @pytest.mark.parametrize("ends", [["raises"], ["receives", "raises"], ["raises", "receives"]])
@@ -128,6 +134,19 @@ def test_a_sampler_that_cannot_join_ends_the_rendezvous(local_ray: None, ends: l
     with pytest.raises(ray.exceptions.RayTaskError, match="no way to the learner"):
         connected(ends)
     assert time.monotonic() - started < 30
+
+
+def test_after_a_death_the_samplers_that_replace_them_are_connected(local_ray: None) -> None:
+    learner, peers = connected(["receives", "dies"])
+    with pytest.raises(ray.exceptions.RayActorError):
+        learner.publish(1, Probe(token_ids=((1, 2),)), False, PATIENCE_S)
+    for peer in peers:
+        ray.kill(peer)
+    peers = connect(learner, ["receives", "raises"])
+    with pytest.raises(ray.exceptions.RayTaskError, match="no memory left"):  # of the second sync, which took place
+        learner.publish(2, Probe(token_ids=((1, 2),)), False, PATIENCE_S)
+    for peer in peers:
+        ray.kill(peer)
 
 
 def test_weights_that_are_not_finite_are_refused_before_they_are_sent(local_ray: None) -> None:

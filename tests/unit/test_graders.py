@@ -300,6 +300,15 @@ def test_orders_of_letters_and_brackets_count(completion: str, gold: str, reward
         ("\\boxed{\\sqrt{n}}", "\\sqrt{1/n}", 0.0), ("\\boxed{x}", "\\sqrt{x^2}", 0.0),
         ("\\boxed{|x|}", "\\sqrt{x^2}", 1.0), ("\\boxed{\\sqrt{n+1}}", "\\sqrt{n+2}", 0.0),
         ("\\boxed{\\sqrt{m}}", "\\sqrt{n}", 0.0), ("\\boxed{x\\sqrt{x}}", "x^{3/2}", 1.0),
+        # numbers that are tiny or huge beside others
+        ("\\boxed{\\frac{\\sqrt{n}}{2^{99}}}", "\\frac{\\sqrt{n}}{2^{100}}", 0.0),
+        ("\\boxed{2^{2018}\\sqrt{x}}", "2^{2019}\\sqrt{x}", 0.0),
+        ("\\boxed{3\\cdot 10^{-12}\\sqrt{x}}", "10^{-12}\\sqrt{x}", 0.0),
+        ("\\boxed{\\lfloor\\sqrt{n+0.01}\\rfloor}", "\\lfloor\\sqrt{n}\\rfloor", 0.0),
+        # what takes seconds at a point, or has no value there
+        ("\\boxed{\\sum_{k=1}^{n}\\sqrt{k}}", "\\frac{n(n+1)}{2}", 0.0),
+        ("\\boxed{\\prod_{k=1}^{n}k}", "\\sqrt{n}", 0.0),
+        ("\\boxed{\\int \\frac{1}{\\sqrt{x}}dx}", "\\sqrt{x}", 0.0),
     ],
 )  # fmt: skip
 def test_expressions_with_roots_are_compared_where_they_are_real(completion: str, gold: str, reward: float) -> None:
@@ -317,6 +326,8 @@ OUTSIDE = "(-\\infty,1)\\cup(2,\\infty)"
         ("\\boxed{x \\le 1\\text{ or }x>2}", OUTSIDE, 0.0), ("\\boxed{(2,\\infty)}", "x<1 \\text{ or } x>2", 0.0),
         ("\\boxed{x<1\\text{ or }x>3}", OUTSIDE, 0.0), ("\\boxed{x>2}", "(2,\\infty)", 1.0),
         ("\\boxed{x=1\\text{ or }x=2}", "\\{1,2\\}", 1.0),
+        ("\\boxed{x<1} or \\boxed{x>2}", "x<1 \\text{ or } x>2", 1.0),
+        ("\\boxed{x<1, x>2}", "x<1 \\text{ or } x>2", 1.0), ("\\boxed{x<1 \\text{ or } x>2}", "x<1, x>2", 1.0),
     ],
 )  # fmt: skip
 def test_inequalities_with_or_between_are_the_numbers_that_solve_one(completion: str, gold: str, reward: float) -> None:
