@@ -16,6 +16,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, settings
 
+import grpo  # noqa: F401 - before any test imports ray, which reads its settings once
+
 ROOT = Path(__file__).resolve().parents[1]
 ARITHMETIC = ROOT / "recipes" / "tiny" / "arithmetic"
 sys.path.insert(0, str(ROOT / "recipes"))

@@ -18,6 +18,7 @@ import pytest
 import ray
 import torch
 
+from grpo import cluster
 from grpo.actors import LearnerActor
 from grpo.probing import Probe, Reading, Spread
 from grpo.transport import BroadcastSender, broadcast, broadcast_group, finish, join_store
@@ -74,7 +75,7 @@ class Weights:
 def local_ray() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="grpo-test-")  # short: socket paths below it are limited to 107 bytes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # this process may have imported ray before grpo asked for tokens
+        patch.setenv("RAY_AUTH_TOKEN", cluster._token())  # Ray reads it once in a process, whoever starts it first
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
             object_store_memory=1 << 28, _temp_dir=folder, _node_ip_address="127.0.0.1",
