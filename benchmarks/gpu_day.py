@@ -199,8 +199,8 @@ class PeakMemory:
     """The most memory of the first GPU that was taken between `with` and its end, by nvidia-smi; None on CPU."""
 
     def __init__(self, device: str) -> None:
-        self._on, self.gib, self._end = device == "gpu", None, threading.Event()
-        self.gib: float | None
+        self._on, self._end = device == "gpu", threading.Event()
+        self.gib: float | None = None
 
     def __enter__(self) -> PeakMemory:
         self._thread = threading.Thread(target=self._watch)

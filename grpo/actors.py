@@ -92,7 +92,7 @@ def _place(gpus: Sequence[str]) -> Place:
 
 
 def _resources() -> Mapping[str, float]:
-    """What Ray counts of this node: "CPU", "GPU" and others."""
+    """Return Ray's resources of this node: "CPU", "GPU" and others."""
     here = ray.get_runtime_context().get_node_id()
     [found] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
     resources: Mapping[str, float] = found

@@ -129,7 +129,7 @@ def plain(text: str) -> str:
 
 
 def is_text(gold: str) -> bool:
-    """Whether all of it is marked as text, and it holds no digit and is no run of capitals."""
+    """Return whether all of it is marked as text, and it holds no digit and is no run of capitals."""
     inside = WRAPPED.fullmatch(gold.strip())
     marked = inside is not None and gold.lstrip().startswith(("\\text", "\\mbox"))
     return marked and not re.search(r"\d", plain(gold)) and not CAPITALS.fullmatch(plain(gold))
@@ -371,8 +371,8 @@ def same(gold: Any, answer: Any) -> bool:
 
 
 def same_where_real(gold: Any, answer: Any) -> bool:
-    """Whether expressions with roots are real for the same numbers and have the same values there: sqrt(1/n) and
-    1/sqrt(n), which as complex functions differ. Compared at POINTS, of which three must give real values. Sums,
+    """Return whether expressions with roots are real for the same numbers and have the same values there: sqrt(1/n)
+    and 1/sqrt(n), which as complex functions differ. Compared at POINTS, of which three must give real values. Sums,
     integrals and steps are not compared: the former take seconds, and points do not tell the latter apart."""
     both = [term for term in (gold, answer) if isinstance(term, sympy.Expr) and not term.has(*UNCOMPARED)]
     symbols = sorted(gold.free_symbols, key=str) if len(both) == 2 else []
