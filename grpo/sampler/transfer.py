@@ -32,6 +32,20 @@ BACKENDS = {
 """Transport -> what vLLM knows its receiving end by."""
 
 
+class Reloading(WeightTransferEngine[Any, Any]):
+    """What the engines have in common: a sync is one layerwise reload, and all that they hold ends with the process."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        repack_lm_head(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing is to be closed."""
+
+
 @dataclass
 class SharedMemoryInitInfo(WeightTransferInitInfo):
     """Which of the files of a bucket is on this node."""
@@ -48,7 +62,7 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     tensors: Sequence[TensorSpec]
 
 
-class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+class SharedMemoryEngine(Reloading):
     """Receiving side; vLLM's worker makes it and calls it."""
 
     init_info_cls = SharedMemoryInitInfo
@@ -57,18 +71,9 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemory
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         self._node = init_info.node
 
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         file = update_info.files[self._node]
         self.model.load_weights(read_shared_memory(file, update_info.nbytes, update_info.tensors))
-
-    def finish_weight_update(self) -> None:
-        finish_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        """Every mapping was closed when it had been read."""
 
 
 @dataclass
@@ -85,7 +90,7 @@ class IpcUpdateInfo(WeightTransferUpdateInfo):
     tensors: Sequence[TensorSpec]
 
 
-class IpcEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
+class IpcEngine(Reloading):
     """Receiving side; vLLM's worker makes it and calls it."""
 
     init_info_cls = IpcInitInfo
@@ -95,17 +100,8 @@ class IpcEngine(WeightTransferEngine[IpcInitInfo, IpcUpdateInfo]):
         self._receiver = IpcReceiver(self.device.index)
         self._gpu = str(torch.cuda.get_device_properties(self.device).uuid)
 
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
     def receive_weights(self, update_info: IpcUpdateInfo) -> None:
         self.model.load_weights(self._receiver.read(update_info.handles[self._gpu], update_info.tensors))
-
-    def finish_weight_update(self) -> None:
-        finish_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        """The mapping ends with the process."""
 
 
 @dataclass
@@ -128,7 +124,7 @@ class BroadcastUpdateInfo(WeightTransferUpdateInfo):
     tensors: Sequence[TensorSpec]
 
 
-class BroadcastEngine(WeightTransferEngine[BroadcastInitInfo, BroadcastUpdateInfo]):
+class BroadcastEngine(Reloading):
     """Receiving side, over gloo or NCCL by the device; vLLM's worker makes it and calls it."""
 
     init_info_cls = BroadcastInitInfo
@@ -140,25 +136,10 @@ class BroadcastEngine(WeightTransferEngine[BroadcastInitInfo, BroadcastUpdateInf
         self._group = broadcast_group(self.device, store, rank, init_info.world_size, init_info.timeout_s)
         self._timeout = init_info.timeout_s
 
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
     def receive_weights(self, update_info: BroadcastUpdateInfo) -> None:
         flat = torch.empty(update_info.nbytes, dtype=torch.uint8, device=self.device)
         finish(broadcast(self._group, flat), self._timeout)
         self.model.load_weights([(spec.name, cut(flat, spec)) for spec in update_info.tensors])
-
-    def finish_weight_update(self) -> None:
-        finish_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        """The group ends with the process."""
-
-
-def finish_reload(model: Any, model_config: Any) -> None:
-    """End a sync, in every engine alike."""
-    finalize_layerwise_reload(model, model_config)
-    repack_lm_head(model)
 
 
 def repack_lm_head(model: Any) -> None:
