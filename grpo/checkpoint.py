@@ -210,9 +210,10 @@ def _rating(folder: Path, metric: str) -> float:
 # --- going on with other settings ------------------------------------------------------------------------------------
 
 FREE = (
-    "run.name", "run.dir", "run.steps", "run.save_every", "run.save_model", "run.keep_last", "run.keep_every",
-    "run.keep_best", "run.verify_every", "run.trace", "run.prometheus", "run.tensorboard", "run.wandb",
-    "run.wandb_project", "run.grace_s", "cluster", "data.eval.every", "model.path", "critic.path", "sampler",
+    "run.name", "run.dir", "run.steps", "run.save_every", "run.save_last", "run.save_model", "run.keep_last",
+    "run.keep_every", "run.keep_best", "run.verify_every", "run.trace", "run.prometheus", "run.tensorboard",
+    "run.wandb", "run.wandb_project", "run.grace_s", "cluster", "data.eval.every", "model.path", "critic.path",
+    "sampler",
     *(
         f"{sets}[i].{name}" for sets in ("data.train", "data.eval.sets")
         for name in ("path", "split", "name", "columns", "between", "limit")
@@ -265,9 +266,6 @@ def compare(
         if manifest.fingerprints.get(name) != fingerprints.get(name)
     ]
     options = differences(manifest.config, config)
-    for name in allowed:
-        if not any(_within(option, [name]) for option in (*options, *contents)):
-            raise UserError(f"allow={name}: that does not differ from the checkpoint")
     notes = compare_options(manifest.config, config, allowed)
     for name in contents:
         if not _within(name, allowed):

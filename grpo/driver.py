@@ -34,7 +34,7 @@ from grpo.objective.kl import adapted_coefficient
 from grpo.probing import Probe, Spread, make_probe
 from grpo.progress import Progress
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
-from grpo.run_folder import RunFolder
+from grpo.run_folder import RunFolder, is_disk_full
 from grpo.saving import Saver
 from grpo.step_metrics import (
     Learned,
@@ -46,7 +46,7 @@ from grpo.step_metrics import (
     timings,
 )
 from grpo.timeline import Timeline
-from grpo.types import Group, Prompt, RankStep, StepResult
+from grpo.types import EngineFailure, Group, Prompt, RankStep, StepResult
 
 
 class MismatchError(RuntimeError):
@@ -116,44 +116,85 @@ class Outcome:
 def train(loop: Loop) -> Outcome:
     """Run the recipe from its first step to its last.
 
-    Raises whatever stopped it; everything up to the last whole step is in the run folder.
+    Raises whatever stopped it; everything up to the last whole step is in the run folder, its checkpoint too where
+    `rescue` can write one.
     """
     config, engines, at = loop.config, loop.engines, loop.progress
     probe = make_probe(loop.prompts, longest=config.max_row_tokens - 1)
     save_s = 0.0
     loop.reporter.say("proving that the samplers use what the learner sends")
     at.noise = engines.publish(at.step, probe, full_check=True)().noise
-    if loop.eval_prompts and at.step == 0:
-        at.before = at.after = evaluate(loop, 0)
-    while at.step < config.run.steps:
-        metrics = turn(loop, at.step + 1, probe)
-        if metrics is None:
-            loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
-            if loop.eval_prompts and not eval_is_due(config, at.step):
-                at.after = evaluate(loop, at.step)
-                loop.folder.log_metrics(at.step, eval_metrics(at.after))
-            break
-        if eval_is_due(config, at.step) and loop.eval_prompts:
-            evaluating = time.monotonic()
-            with loop.timeline.span("driver", "evaluate"):
-                at.after = evaluate(loop, at.step)
-            metrics |= eval_metrics(at.after) | {"time/eval_s": time.monotonic() - evaluating}
-        metrics |= {"time/save_s": save_s}
-        record(loop, at.step, metrics)
-        saving = time.monotonic()
-        loop.saver.poll()
-        stopping = loop.stopping() and at.step < config.run.steps
-        if stopping or (config.run.save_every and at.step % config.run.save_every == 0):
-            with loop.timeline.span("driver", "save"):
-                loop.saver.save(at.step, at.state(loop.prompts), metrics)
-        loop.timeline.write(at.step)
-        if stopping:
-            loop.saver.poll(wait=True)
-            return Outcome(finished=False, steps=at.step, before=at.before, after=at.after)
-        save_s = time.monotonic() - saving
+    if at.step == 0 or eval_is_due(config, at.step):
+        evaluate_once(loop)
+    whole = Whole(at.state(loop.prompts), {})
+    try:
+        while at.step < config.run.steps:
+            metrics = turn(loop, at.step + 1, probe)
+            if metrics is None:
+                loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
+                evaluate_once(loop)
+                break
+            whole = Whole(at.state(loop.prompts), metrics)
+            if eval_is_due(config, at.step) and loop.eval_prompts:
+                evaluating = time.monotonic()
+                with loop.timeline.span("driver", "evaluate"):
+                    metrics |= eval_metrics(evaluate(loop, at.step))
+                metrics |= {"time/eval_s": time.monotonic() - evaluating}
+                whole = Whole(at.state(loop.prompts), metrics)
+            metrics |= {"time/save_s": save_s}
+            record(loop, at.step, metrics)
+            saving = time.monotonic()
+            loop.saver.poll()
+            stopping = loop.stopping() and at.step < config.run.steps
+            if stopping or (config.run.save_every and at.step % config.run.save_every == 0):
+                with loop.timeline.span("driver", "save"):
+                    loop.saver.save(at.step, whole.state, metrics)
+            loop.timeline.write(at.step)
+            if stopping:
+                loop.saver.poll(wait=True)
+                return Outcome(finished=False, steps=at.step, before=at.before, after=at.after)
+            save_s = time.monotonic() - saving
+    except Exception as error:
+        rescue(loop, whole, error)
+        raise
+    if config.run.save_last:
+        loop.saver.save(at.step, at.state(loop.prompts), whole.metrics)
     loop.saver.poll(wait=True)
     engines.save(loop.folder.path / "model")
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What a checkpoint holds of the last step that is whole, besides the learner's state."""
+
+    state: Mapping[str, Any]
+    metrics: Mapping[str, float]
+
+
+def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
+    """Write a checkpoint of the last whole step before `error` ends the run, so that no good step is lost.
+
+    There is none to write before the first step, once the learner has begun the step that failed, when engines are lost
+    or the disk is full. A failure to write is reported beside `error`, which stays the reason.
+    """
+    at = loop.progress
+    if at.step == 0 or at.learned != at.step or isinstance(error, EngineFailure) or is_disk_full(error):
+        return
+    try:
+        if loop.folder.facts["steps"] < at.step:  # the evaluation failed, behind the step itself
+            record(loop, at.step, whole.metrics)
+        loop.saver.save(at.step, whole.state, whole.metrics)
+        loop.saver.poll(wait=True)
+    except Exception as second:  # noqa: BLE001 - reported beside the first failure
+        loop.reporter.say(f"besides, the state after step {at.step} could not be saved: {second}")
+
+
+def evaluate_once(loop: Loop) -> None:
+    """Evaluate the weights as they are, unless that has been done or there is nothing to evaluate on."""
+    at = loop.progress
+    if loop.eval_prompts and at.evaluated != at.step:
+        loop.folder.log_metrics(at.step, eval_metrics(evaluate(loop, at.step)))
 
 
 def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
@@ -238,6 +279,7 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
             kl_coef=at.kl_coef,
         )
         batched = time.monotonic()
+        at.learned = step
         with loop.timeline.span("learner", "update"):
             result = loop.engines.step(steps)
     finally:  # the completions of a step that fails are the ones to look at
@@ -346,10 +388,13 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     loop.folder.write_samples(f"eval-{step:06d}", step, every, {})
     enforce_failure_budget(every, config.algorithm)
     evaluation = evaluate_groups(groups, config.data.eval.by)
+    at = loop.progress
+    at.evaluated = step
     if step == 0:
-        loop.folder.log_metrics(0, eval_metrics(evaluation))
-        loop.folder.facts["accuracy_before"] = evaluation.accuracy
-    loop.folder.facts["accuracy_after"] = evaluation.accuracy
+        at.before = evaluation
+    else:
+        at.after = evaluation
+    loop.folder.facts |= at.accuracies()
     said = "; ".join(
         f"{name} {found.accuracy:.3f} (avg@{config.data.eval.samples_of(name)} of {len(found.per_prompt)})"
         for name, found in evaluation.sets.items()

@@ -25,17 +25,22 @@ from grpo.probing import Probe
 from grpo.run_folder import is_disk_full
 from grpo.timeline import Timeline
 from grpo.transport import transport_of
-from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, UserError, only
+from grpo.types import (
+    EngineFailure,
+    RankStep,
+    SampledBlock,
+    SampleRequest,
+    SamplingSettings,
+    StepResult,
+    UserError,
+    only,
+)
 from grpo.weight_sync import WeightSyncError
 
 LOOK_S = 2.0
 """How often a wait looks whether the nodes are still there."""
 STACK_S = 10.0
 """How long a node may take to deliver it."""
-
-
-class EngineFailure(RuntimeError):
-    """An actor failed or did not answer in time: says who, what was awaited, and what it last wrote."""
 
 
 class ActorDied(EngineFailure):

@@ -22,6 +22,8 @@ class Progress:
     kl_coef: float
     """Of the next step."""
     step: int = 0
+    learned: int = 0
+    """The step whose update the learner has begun last: `step`, or one more while that update or its sync goes on."""
     retired: set[int] = field(default_factory=set)
     """Indices of prompts that are not drawn again."""
     tokens: int = 0
@@ -32,8 +34,11 @@ class Progress:
     """The learner's rounding noise on the probe at the last weight sync. A restart measures it again; no checkpoint has
     it."""
     before: Evaluation | None = None
+    """The evaluation before the first step."""
     after: Evaluation | None = None
-    """The first evaluation and the latest."""
+    """The latest evaluation after a step."""
+    evaluated: int | None = None
+    """The step after which the latest evaluation was made."""
 
     @classmethod
     def start(cls, config: Config, prompts: Sequence[Prompt]) -> Progress:
@@ -41,9 +46,12 @@ class Progress:
         return cls(cursor=start_cursor(prompts, config.data), kl_coef=config.algorithm.kl_coef)
 
     def accuracies(self) -> dict[str, float]:
-        """What the summary says of the evaluations made so far."""
+        """Return what the summary says of the evaluations made so far; one that was not made is absent."""
         made = {"accuracy_before": self.before, "accuracy_after": self.after}
-        return {name: evaluation.accuracy for name, evaluation in made.items() if evaluation is not None}
+        out = {name: evaluation.accuracy for name, evaluation in made.items() if evaluation is not None}
+        if self.after is not None and self.evaluated is not None:
+            out["accuracy_after_step"] = float(self.evaluated)
+        return out
 
     def state(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """As plain JSON; prompts by their ids."""
@@ -57,6 +65,7 @@ class Progress:
             "skipped": self.skipped,
             "before": None if self.before is None else dataclasses.asdict(self.before),
             "after": None if self.after is None else dataclasses.asdict(self.after),
+            "evaluated": self.evaluated,
         }
 
     @classmethod
@@ -87,6 +96,7 @@ class Progress:
         )
         return cls(
             step=state["step"],
+            learned=state["step"],
             cursor=anew or restore_cursor(prompts, state["cursor"]),
             kl_coef=state["kl_coef"],
             retired={index[prompt_id] for prompt_id in state["retired"] if prompt_id in index},
@@ -95,4 +105,5 @@ class Progress:
             skipped=state["skipped"],
             before=before,
             after=after,
+            evaluated=state["evaluated"],
         )

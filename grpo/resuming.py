@@ -134,8 +134,6 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
     """
     config = plan.config
     if origin.checkpoint is None:
-        if allowed:
-            raise UserError(f"allow={allowed[0]}: there is no checkpoint to differ from")
         if origin.run is not None:
             if run_folder.is_done(origin.run, 0):
                 raise UserError(
@@ -183,7 +181,7 @@ def progress_of(manifest: Manifest, plan: Plan) -> Progress:
         for name, value in plain(config)["data"]["eval"].items()
         if name not in ("sets", "every", "by")
     ):  # what was measured otherwise is nothing to compare with
-        progress.before = progress.after = None
+        progress.before = progress.after = progress.evaluated = None
     if before["algorithm"]["kl_coef"] != config.algorithm.kl_coef:
         progress.kl_coef = config.algorithm.kl_coef
     return progress

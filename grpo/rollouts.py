@@ -16,7 +16,22 @@ import numpy as np
 
 from grpo.config import AlgorithmConfig
 from grpo.rewards.pool import RewardItem
-from grpo.types import Completion, Failed, Group, Prompt, Rollout, SampledBlock, SampleRequest, Scored, UserError
+from grpo.types import (
+    Completion,
+    Failed,
+    FailureKind,
+    Group,
+    Prompt,
+    RewardOutage,
+    Rollout,
+    SampledBlock,
+    SampleRequest,
+    Scored,
+    UserError,
+)
+
+PASSING: tuple[FailureKind, ...] = ("generation", "exception", "timeout", "worker_died")
+"""Kinds of failure that trying again can help with; the others are what a reward function has returned."""
 
 
 class SamplerGroup(Protocol):
@@ -196,7 +211,7 @@ def enforce_failure_budget(groups: Sequence[Group], algorithm: AlgorithmConfig) 
     """Stop when too many rollouts failed, of all or of one kind, and show the first of each kind with its input: they
     have no number and cannot be trained on.
 
-    Raises UserError.
+    Raises UserError, which is a RewardOutage where the failures that count are of PASSING kinds.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     failed: dict[str, list[str]] = {}
@@ -213,7 +228,8 @@ def enforce_failure_budget(groups: Sequence[Group], algorithm: AlgorithmConfig) 
         if bound is not None and counts.get(kind, 0) > bound * len(rollouts):
             option = f"max_failed_of.{kind}" if kind else "max_failed_fraction"
             shown = [f"{k} ({len(every)}): {every[0]}" for k, every in failed.items() if kind in ("", k)]
-            raise UserError(
+            passing = sum(counts.get(k, 0) for k in ((kind,) if kind else failed) if k in PASSING)
+            raise (RewardOutage if 2 * passing > counts[kind] else UserError)(
                 f"{counts[kind]} of {len(rollouts)} rollouts failed{f' by {kind}' if kind else ''}, more than "
                 f"algorithm.{option}={bound:g} allows; the first of each kind: {'; '.join(shown)}"
             )

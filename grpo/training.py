@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo import config as config_module
 from grpo.config import Config
 from grpo.stopping import Stopper, held, interrupt_early
-from grpo.types import DONE, OURS, RESUMABLE, USERS, UserError
+from grpo.types import DONE, OURS, RESUMABLE, USERS, EngineFailure, RewardOutage, UserError
 
 PATIENCE_S = 30.0
 """How long a cluster may take to give back what the engines of a failed attempt held, or to lose a node."""
@@ -33,6 +34,8 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     started = time.monotonic()
     origin: Any = None
     allowed = [name for name in asked.get("allow", "").split(",") if name]
+    for name in allowed:
+        config_module.refuse_unknown(name, f"allow={name}")
     try:
         with held():  # the imports take seconds, and only behind them is it known whether the run can be resumed
             from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
@@ -86,12 +89,12 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
 def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
     """Run, and say however that ends: the exit code, and the reason for the summary."""
     from grpo import checkpoint, run_folder  # noqa: PLC0415
-    from grpo.engines import EngineFailure  # noqa: PLC0415
 
     # a handler may come in the middle of a console line, where another could not be written
     stopper = Stopper(plan.config.run.grace_s, lambda text: os.write(sys.stderr.fileno(), f"{text}\n".encode()))
     stopper.install()
-    code, reason, stopped = OURS, "failed", ""
+    code, reason, stopped, passing = OURS, "failed", "", False
+    began = resumed.step  # the loop moves it
     try:
         for line in (*plan.lines, *resumed.lines):
             console.say(line)
@@ -101,7 +104,7 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
             return DONE, "done"
         stopped = f"interrupted by {stopper.asked}"
     except UserError as error:
-        code, reason = USERS, f"failed: {error}"
+        code, reason, passing = USERS, f"failed: {error}", isinstance(error, RewardOutage)
         console.say(f"grpo: {error}")
     except KeyboardInterrupt:  # Stopped, or what Ray makes of it
         stopped = f"interrupted by {stopper.asked}"
@@ -114,15 +117,21 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
             stopped = f"stopped by a full disk: {error}"
             run_folder.drop_unfinished(folder.path)
         else:
-            reason = f"failed: {error}"
+            reason, passing = f"failed: {error}", isinstance(error, EngineFailure)
             console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(folder.path)}")
     finally:
         stopper.uninstall()
+    every = checkpoint.found(folder.path)
+    hint = f"go on with resume={folder.path}" if every else "there is no checkpoint to go on from"
     if stopped:
-        every = checkpoint.found(folder.path)
-        hint = f"go on with resume={folder.path}" if every else "there is no checkpoint to go on from"
         code, reason = RESUMABLE if every else OURS, stopped
         console.say(f"grpo: {reason}; {hint}")
+    elif every:
+        newest = run_folder.step_of(every[-1])
+        assert newest is not None
+        if passing and newest > began:  # a try that gets no further than the one before ends with another code
+            code = RESUMABLE
+        console.say(f"grpo: the state after step {newest} is saved; {hint}")
     try:
         folder.close()
     except Exception as error:  # noqa: BLE001 - said beside the first failure, which stays the reason
@@ -142,21 +151,23 @@ def keep_traceback(path: Path) -> str:
 
 def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
     """`run`, and when engines are lost, again from the last checkpoint: `cluster.max_restarts` times."""
-    from grpo import checkpoint, engines, resuming  # noqa: PLC0415
+    from grpo import checkpoint, resuming  # noqa: PLC0415
 
-    lost: engines.EngineFailure | None = None
+    lost: EngineFailure | None = None
+    began = resumed.step
     for left in range(plan.config.cluster.max_restarts, -1, -1):
         try:
             return run(plan, resumed, folder, console, stopper, patience_s=PATIENCE_S if lost else 0.0)
         except UserError as error:  # what was lost has left too little
-            if lost is None:
+            if lost is None or folder.facts["steps"] > began:  # nothing to do with what was lost
                 raise
-            raise engines.EngineFailure(f"{lost}; the engines cannot be started again: {error}") from error
-        except engines.EngineFailure as error:
+            raise EngineFailure(f"{lost}; the engines cannot be started again: {error}") from error
+        except EngineFailure as error:
             lost = error
             if stopper.asked or not left or not checkpoint.found(folder.path):
                 raise
             resumed = resuming.again(plan, folder.path)
+            began = resumed.step
             console.say(f"{error}\n{keep_traceback(folder.path)}; starting the engines again after step {resumed.step}")
             folder.rewind(plan.config, resumed.step)
             folder.facts |= resumed.progress.accuracies()
@@ -269,7 +280,7 @@ def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
 
 def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:
     """The last lines."""
-    if code == DONE and "accuracy_before" in summary:
+    if code == DONE and "accuracy_gain" in summary:
         low, high = summary["accuracy_gain_interval"]
         console.say(
             f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f} "

@@ -41,6 +41,15 @@ class UserError(Exception):
     """The user's mistake (exit code 2): one sentence naming the file, line or option and the nearest right value."""
 
 
+class RewardOutage(UserError):
+    """Rewards failed in a way that may pass, as where a judge's server is away. After good steps the run can be resumed
+    (exit code 75)."""
+
+
+class EngineFailure(RuntimeError):
+    """An actor failed or did not answer in time: says who, what was awaited, and what it last wrote."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One row of the data set, tokenized once."""

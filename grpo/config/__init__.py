@@ -10,7 +10,7 @@ nearest valid one.
 
 from __future__ import annotations
 
-from grpo.config.load import dump, load, load_for_evaluation, options_text
+from grpo.config.load import dump, load, load_for_evaluation, options_text, refuse_unknown
 from grpo.config.schema import (
     AlgorithmConfig,
     ClusterConfig,
@@ -55,4 +55,5 @@ __all__ = [
     "options_text",
     "part_names",
     "refuse_own_ray",
+    "refuse_unknown",
 ]

@@ -279,6 +279,17 @@ def _shared(option: str, prefix: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(option, prefix, strict=False)) if a != b), len(prefix))
 
 
+def refuse_unknown(name: str, source: str) -> None:
+    """Raise UserError unless `name` is an option or a section of them, with or without the number of a list's item."""
+    options = [option for option, _ in _options(Config, "")]
+    parts = {option[:end] for option in options for end in (*(m.start() for m in re.finditer(r"[.\[]", option)), None)}
+    sections = parts | {part + "[i]" for part in parts if any(o.startswith(part + "[i]") for o in options)}
+    general = re.sub(r"\[\d+\]", "[i]", name)
+    if general not in sections:
+        near = difflib.get_close_matches(general, sorted(sections), n=1, cutoff=0.4)
+        raise UserError(f"{source}: unknown option {name}{f'; did you mean {near[0]}?' if near else ''}")
+
+
 def options_text() -> str:
     """Every option with its type and default, a line each."""
     lines = []

@@ -334,8 +334,10 @@ class RunConfig:
     steps: int = MISSING
     seed: int = 0
     save_every: int = 0
-    """Write a checkpoint every N steps, from which the run can be resumed. 0: none. The last step's weights are always
-    written to model/ as a Hugging Face folder."""
+    """Write a checkpoint every N steps, from which the run can be resumed. 0: only at the end, of whatever kind it is.
+    The last step's weights are always written to model/ as a Hugging Face folder."""
+    save_last: bool = True
+    """Write a checkpoint after the last step, too, from which a longer run (`run.steps`) can go on."""
     save_model: bool = False
     """Put a Hugging Face folder into every checkpoint, too."""
     keep_last: int = 2

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from grpo import actors, cluster, config, engines
+from grpo.types import EngineFailure
 
 import ray  # isort: skip - grpo sets what it reads when it is imported
 
@@ -33,7 +34,7 @@ def main(recipe: str, logs: Path) -> None:
         group._processes = {actor: actor.process.remote()}
         try:
             group._wait([actor.hang.remote()], "the hang", 3.0)
-        except engines.EngineFailure as error:
+        except EngineFailure as error:
             print(error)
         ray.kill(actor)
 

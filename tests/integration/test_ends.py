@@ -98,3 +98,31 @@ def test_an_end_in_mid_run(
     if strike != "SIGKILL":
         summary = json.loads((run / "summary.json").read_text())
         assert summary["exit_reason"] != "done"
+
+
+JUDGE = """
+def judge(completion, row, info):
+    if info["step"] >= 3:
+        raise RuntimeError("judge server went away")
+    return float(len(completion) % 3)
+"""
+
+
+def test_an_outage_of_a_reward_saves_the_last_good_step(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    """The first try can be repeated; the second one fails in the same step and cannot."""
+    recipe = make_recipe(make_model("qwen2"), run={"steps": 6})
+    (recipe.parent / "judge.py").write_text(JUDGE)
+    run = recipe.parent / "runs" / "run"
+    command = [sys.executable, "-m", "grpo", "train", str(recipe), f"rewards.0.file={recipe.parent / 'judge.py'}",
+               "rewards.0.name=judge", "rewards.0.gold=false", "resume=auto"]  # fmt: skip
+    for code in (75, 2):
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+        assert ended.returncode == code, ended.stdout[-2000:] + ended.stderr[-2000:]
+        assert "judge server went away" in ended.stdout
+        assert f"the state after step 2 is saved; go on with resume={run}" in ended.stdout
+        assert [read(folder).step for folder in found(run)] == [2]
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["steps"] == 2
+        assert "accuracy_after" not in summary

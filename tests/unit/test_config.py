@@ -409,3 +409,20 @@ def test_what_the_sampler_gives_vllm_itself_cannot_be_given_twice() -> None:
     given = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
     assert len(given) > 15
     assert given <= ENGINE_ARGUMENTS_TAKEN
+
+
+@pytest.mark.parametrize(
+    "name", ["data.train", "data.train[0].path", "rewards[1].file", "rewards", "optimizer", "rewards[2]"]
+)
+def test_options_and_their_sections_may_be_named(name: str) -> None:
+    module.refuse_unknown(name, f"allow={name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("data.trian", "data.train"), ("optimizer.rl", "optimizer.lr"), ("rewards[0].fil", "rewards[i].file")],
+)
+def test_an_option_that_is_none_is_named_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(UserError) as raised:
+        module.refuse_unknown(name, f"allow={name}")
+    assert str(raised.value) == f"allow={name}: unknown option {name}; did you mean {near}?"

@@ -34,9 +34,12 @@ from grpo.step_metrics import Learned, Sampled, refuse_unknown_best, throughput,
 from grpo.timeline import Timeline
 from grpo.types import (
     Completion,
+    EngineFailure,
     Failed,
+    FailureKind,
     Group,
     Prompt,
+    RewardOutage,
     Rollout,
     SampledBlock,
     SampleRequest,
@@ -284,13 +287,13 @@ def test_checkpoints_and_evaluation_fall_due(tmp_path: Path) -> None:
     loop, _ = make_loop(tmp_path, config)
     outcome = train(loop)
     loop.folder.close()
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
     assert [line["step"] for line in lines(tmp_path) if "eval/accuracy" in line] == [0, 2, 4, 5]
     assert outcome.before is not None
     assert outcome.after is not None
-    assert outcome.before is not outcome.after
     assert loop.folder.facts == {
         "steps": 5, "accuracy_before": outcome.before.accuracy, "accuracy_after": outcome.after.accuracy,
+        "accuracy_after_step": 5,
     }  # fmt: skip
 
 
@@ -524,7 +527,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, datasets: dict[str, int])
     straight, policy = make_loop(tmp_path / "straight", config, datasets=datasets)
     train(straight)
     straight.folder.close()
-    assert [path.name for path in found(tmp_path / "straight" / "run")] == ["step-000003", "step-000006"]
+    assert [path.name for path in found(tmp_path / "straight" / "run")] == ["step-000006", "step-000008"]
 
     dying, dying_policy = make_loop(tmp_path / "cut", config, datasets=datasets)
     learn, died_at = dying_policy.step, []
@@ -639,6 +642,168 @@ def test_a_run_that_is_asked_to_end_at_its_last_step_is_done(tmp_path: Path) -> 
     assert train(dataclasses.replace(loop, stopping=lambda: next(asked))).finished
     loop.folder.close()
     assert policy.calls[-1] == "save"
+
+
+class Away(CountTwos):
+    """Fails every rollout from the `since`-th on, by `kind`, until `back` is set."""
+
+    def __init__(self, since: int, kind: FailureKind = "exception") -> None:
+        super().__init__()
+        self.since, self.kind, self.back = since, kind, False
+
+    def submit(self, items: Sequence[Any]) -> Future[list[Scored | Failed]]:
+        scored = super().submit(items)
+        if self.seen <= self.since or self.back:
+            return scored
+        future: Future[list[Scored | Failed]] = Future()
+        future.set_result([Failed(kind=self.kind, detail="judge server went away") for _ in items])
+        return future
+
+
+def resumed_from(tmp_path: Path, config: Config, step: int, scorer: CountTwos | None = None) -> tuple[Loop, Any]:
+    """The loop that goes on in tmp_path/run from its checkpoint of `step`."""
+    folder = tmp_path / "run" / "checkpoints" / f"step-{step:06d}"
+    loop, policy = make_loop(tmp_path, config, scorer, reopened=step)
+    policy.restore(folder)
+    return dataclasses.replace(loop, progress=Progress.restore(read(folder).driver, loop.prompts)), policy
+
+
+def same_run(tmp_path: Path, straight: Path) -> None:
+    """Metrics but times, and samples, are equal."""
+    assert untimed(tmp_path) == untimed(straight)
+    for file in sorted((straight / "run" / "samples").iterdir()):
+        assert pq.read_table(tmp_path / "run" / "samples" / file.name).equals(pq.read_table(file)), file.name
+
+
+@pytest.mark.parametrize(
+    ("options", "since", "good"),
+    [
+        ((), 32 * 3 + 8, 3),  # in the middle of the fourth step's scoring
+        (("run.save_every=2",), 32 * 3 + 8, 3),
+        (("data.eval.sets=x", "data.eval.every=2"), 3 + 32 * 2, 2),  # in the evaluation after the second step
+        (("data.eval.sets=x",), 3 + 32 * 6, 6),  # in the one at the end
+        (("algorithm.max_refills=2", "algorithm.kl_coef=0.1", "algorithm.kl_target=0.01"), 70, None),
+    ],
+)
+def test_an_outage_loses_no_good_step(options: tuple[str, ...], since: int, good: int | None, tmp_path: Path) -> None:
+    """The state after the last good step is saved, and the run that goes on from it is the one without an outage."""
+    config = make_config(tmp_path, "run.steps=6", *options)
+    config = dataclasses.replace(config, rewards=[dataclasses.replace(config.rewards[0], name="twos")])
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "struck").mkdir()
+    straight, policy = make_loop(tmp_path / "straight", config)
+    train(straight)
+    straight.folder.close()
+
+    loop, _ = make_loop(tmp_path / "struck", config, Away(since))
+    with pytest.raises(RewardOutage, match="judge server went away"):
+        train(loop)
+    loop.folder.close()
+    run = tmp_path / "struck" / "run"
+    saved = read(found(run)[-1]).step
+    assert good in (saved, None)
+    assert 0 < saved == lines(tmp_path / "struck")[-1]["step"] == loop.folder.facts["steps"]
+
+    again, resumed_policy = resumed_from(tmp_path / "struck", config, saved)
+    outcome = train(again)
+    again.folder.close()
+    assert outcome.after == straight.progress.after
+    assert torch.equal(resumed_policy.learner.weight, policy.learner.weight)
+    if len({line["step"] for line in lines(tmp_path / "struck")}) == len(lines(tmp_path / "struck")):
+        same_run(tmp_path / "struck", tmp_path / "straight")
+    else:  # the missing evaluation has a line of its own
+        assert [line["eval/accuracy"] for line in untimed(tmp_path / "struck") if "eval/accuracy" in line] == [
+            line["eval/accuracy"] for line in untimed(tmp_path / "straight") if "eval/accuracy" in line
+        ]
+
+
+def test_what_is_not_a_good_state_is_not_saved(tmp_path: Path) -> None:
+    """Before the first step, after the update of a step that failed, and of engines that are lost."""
+
+    def raising(at: int, error: Exception, name: str) -> Callable[[Loop, TablePolicy], None]:
+        def arm(loop: Loop, policy: TablePolicy) -> None:
+            plain = getattr(policy, name)
+
+            def call(*arguments: Any, **named: Any) -> Any:
+                if loop.progress.step == at and not (name == "publish" and loop.progress.learned == at):
+                    raise error
+                return plain(*arguments, **named)
+
+            setattr(policy, name, call)
+
+        return arm
+
+    cases: list[tuple[Callable[[Loop, TablePolicy], None], type[Exception], int | None]] = [
+        (raising(0, RuntimeError("sampler"), "sample"), RuntimeError, None),
+        (raising(2, RuntimeError("sampler"), "sample"), RuntimeError, 2),
+        (raising(2, EngineFailure("sampler"), "sample"), EngineFailure, None),
+        (raising(2, OSError(errno.ENOSPC, "full"), "sample"), OSError, None),
+        (raising(2, RuntimeError("update"), "step"), RuntimeError, None),
+        (raising(2, RuntimeError("sync"), "publish"), RuntimeError, None),
+    ]
+    for number, (arm, kind, saved) in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        loop, policy = make_loop(tmp_path / str(number), make_config(tmp_path))
+        arm(loop, policy)
+        with pytest.raises(kind):
+            train(loop)
+        loop.folder.close()
+        steps = [read(folder).step for folder in found(tmp_path / str(number) / "run")]
+        assert steps == ([] if saved is None else [saved]), number
+
+
+def test_a_state_that_cannot_be_saved_does_not_hide_the_failure(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path), Away(70))
+    policy.needs = 2**60
+    with pytest.raises(RewardOutage):
+        train(loop)
+    loop.folder.close()
+    said = loop.reporter.said[-1]  # type: ignore[attr-defined]
+    assert said.startswith("besides, the state after step 2 could not be saved: ")
+
+
+def test_wrong_values_are_no_outage(tmp_path: Path) -> None:
+    loop, _ = make_loop(tmp_path, make_config(tmp_path), Away(70, "wrong_type"))
+    with pytest.raises(UserError) as raised:
+        train(loop)
+    loop.folder.close()
+    assert not isinstance(raised.value, RewardOutage)
+    assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
+
+
+def test_a_finished_run_goes_on_to_more_steps(tmp_path: Path) -> None:
+    for name in ("straight", "longer", "left out"):
+        (tmp_path / name).mkdir()
+    longer = make_config(tmp_path, "run.steps=6")
+    straight, policy = make_loop(tmp_path / "straight", longer)
+    train(straight)
+    straight.folder.close()
+    first, _ = make_loop(tmp_path / "longer", make_config(tmp_path, "run.steps=4"))
+    train(first)
+    first.folder.close()
+    again, again_policy = resumed_from(tmp_path / "longer", longer, 4)
+    train(again)
+    again.folder.close()
+    assert torch.equal(again_policy.learner.weight, policy.learner.weight)
+    same_run(tmp_path / "longer", tmp_path / "straight")
+    without, _ = make_loop(tmp_path / "left out", make_config(tmp_path, "run.steps=2", "run.save_last=false"))
+    train(without)
+    without.folder.close()
+    assert found(tmp_path / "left out" / "run") == []
+
+
+def test_an_accuracy_that_was_not_measured_is_absent(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "run.steps=6", "data.eval.sets=x")
+    config = dataclasses.replace(config, rewards=[dataclasses.replace(config.rewards[0], name="twos")])
+    loop, _ = make_loop(tmp_path, config)
+    outcome = train(dataclasses.replace(loop, stopping=lambda: True))
+    loop.folder.close()
+    assert outcome.before is not None
+    assert outcome.after is None
+    assert loop.folder.facts == {"steps": 1, "accuracy_before": outcome.before.accuracy}
+    again, _ = resumed_from(tmp_path, config, 1)
+    assert again.progress.accuracies() == {"accuracy_before": outcome.before.accuracy}
+    again.folder.close()
 
 
 def stop_after(loop: Loop, steps: int) -> None:

@@ -175,6 +175,15 @@ def test_damaged_metrics_are_named_but_for_a_last_line_cut_short(damage: bytes, 
         cut(tmp_path, 2)
 
 
+def test_a_permission_does_not_need_a_checkpoint(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    prompt = Prompt(prompt_id="d:0:h", token_ids=(1,), text="", row={}, messages=None, dataset="d", where="d[0]")
+    plan: Any = SimpleNamespace(config=config, prompts=[prompt], fingerprints={})
+    assert resuming.prepare(resuming.find("auto", config, "exp.yaml"), plan, ["data.train"]).step == 0
+    create(config, "exp.yaml").close()
+    assert resuming.prepare(resuming.find("auto", config, "exp.yaml"), plan, ["data.train"]).step == 0
+
+
 def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     """Another seed of the data starts them anew; another coefficient replaces the adapted one."""
     config = config_in(tmp_path)
@@ -187,7 +196,7 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     measured = {"sets": {"d": {"per_prompt": {"p": 0.5}, "pass_at_k": 1.0, "maj_at_k": 1.0, "tokens_mean": 1.0,
                                "truncated_fraction": 0.0, "failed": 0}}, "parts": {}}  # fmt: skip
     driver = {"step": 2, "cursor": cursor.state(), "kl_coef": 0.7, "retired": ["d:1:h"], "tokens": 0, "rollouts": 0,
-              "skipped": 0, "before": measured, "after": measured}  # fmt: skip
+              "skipped": 0, "before": measured, "after": measured, "evaluated": 2}  # fmt: skip
     folder = create(config, "exp.yaml")
     folder.close()
     saved = make(folder.path, 2, driver=driver, config=plain(config))
@@ -206,7 +215,7 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     try:
         same = resumed(config, [])
         assert (same.cursor.position, same.kl_coef, same.retired) == (4, 0.7, {1})
-        assert same.accuracies() == {"accuracy_before": 0.5, "accuracy_after": 0.5}
+        assert same.accuracies() == {"accuracy_before": 0.5, "accuracy_after": 0.5, "accuracy_after_step": 2}
         measuring = dataclasses.replace(config.data, eval=dataclasses.replace(config.data.eval, temperature=0.5))
         anew = resumed(dataclasses.replace(config, data=measuring), ["data.eval.temperature"])
         assert anew.accuracies() == {}  # measured otherwise, they are nothing to compare with
