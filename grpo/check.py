@@ -344,6 +344,12 @@ def check_reward_sets(config: Config, sets: Sequence[data.PromptSet]) -> None:
     for dataset in sets:
         if not any(reward.applies_to(dataset.name) for reward in config.rewards):
             raise UserError(f"{dataset.option}: no reward is for {dataset.name}; name it in rewards[i].sets of one")
+        weighted = any(reward.weight for reward in config.rewards if reward.applies_to(dataset.name))
+        if not weighted and dataset.option.startswith("data.train"):
+            raise UserError(
+                f"{dataset.option}: every reward for {dataset.name} has the weight 0, so nothing is learned from it; "
+                "set rewards[i].weight of one, or leave the data set out"
+            )
 
 
 def check_by(config: Config, held_out: Sequence[Prompt]) -> None:

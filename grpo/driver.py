@@ -29,6 +29,7 @@ from grpo.config import Config
 from grpo.credit import members_needed, training_rows
 from grpo.data import sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
+from grpo.health import Health
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
 from grpo.probing import Probe, Spread, make_probe
@@ -99,6 +100,7 @@ class Loop:
     saver: Saver
     stopping: Callable[[], bool]
     """Whether an end was asked for."""
+    health: Health
     timeline: Timeline
 
 
@@ -237,6 +239,9 @@ def record(loop: Loop, step: int, metrics: Mapping[str, float]) -> None:
     loop.folder.facts["steps"] = step
     refuse_unknown_best(loop.config, metrics)
     loop.reporter.step(step, metrics)
+    for line in loop.health.see(step, metrics):
+        loop.reporter.say(line)
+    loop.folder.facts["warnings"] = loop.health.warnings()
 
 
 def sample_step(loop: Loop, step: int) -> Sampled:

@@ -158,7 +158,7 @@ class RunFolder:
         """`step`: where the run goes on. `unchanged`: whether the folder still is what that was decided by; asked once
         no other process can be working in it."""
         self.path = path
-        self.facts: dict[str, Any] = {"steps": 0}
+        self.facts: dict[str, Any] = {"steps": 0, "warnings": []}
         """What the summary says of a run however it ends."""
         self._lock = (path / ".lock").open("w")
         try:
@@ -200,6 +200,10 @@ class RunFolder:
         self._metrics.flush()
         if self._trackers:
             self._later(self._track, step, dict(metrics))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def _track(self, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in self._trackers:

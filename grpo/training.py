@@ -234,6 +234,7 @@ def loop_of(
 ) -> Any:
     """The loop's parts."""
     from grpo import driver, engines  # noqa: PLC0415
+    from grpo.health import Health  # noqa: PLC0415
     from grpo.timeline import TimedScorer  # noqa: PLC0415
 
     return driver.Loop(
@@ -251,6 +252,7 @@ def loop_of(
         progress=resumed.progress,
         saver=saver_of(plan, folder, group, console),
         stopping=lambda: stopper.asked is not None,
+        health=Health(plan.config, folder.metrics()),
     )
 
 
@@ -280,6 +282,10 @@ def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
 
 def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:
     """The last lines."""
+    from grpo.health import warning_line  # noqa: PLC0415
+
+    for warning in summary["warnings"]:
+        console.say(warning_line(warning, summary["steps"]))
     if code == DONE and "accuracy_gain" in summary:
         low, high = summary["accuracy_gain_interval"]
         console.say(

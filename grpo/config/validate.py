@@ -366,6 +366,10 @@ def _validate_rewards(c: Config) -> None:
             reward.memory_gib >= 0.25,
             f"rewards[{i}].memory_gib={reward.memory_gib:g} is less than Python takes; nearest: 0.25",
         )
+    need(
+        any(reward.weight for reward in c.rewards),
+        "rewards[0].weight: no reward has a weight other than 0, so nothing would be learned; nearest: 1.0",
+    )
     names = part_names(c.rewards)
     for name in names:
         twice = [i for i, other in enumerate(names) if other == name]

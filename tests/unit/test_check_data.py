@@ -94,6 +94,11 @@ def test_rewards_name_data_sets_that_there_are(planned: Callable[..., Plan]) -> 
     with pytest.raises(UserError) as caught:
         planned(*MIX, "rewards.0.sets=[a]", a=sums(10, 40), b=sums(40, 50))
     assert str(caught.value) == "data.train[1]: no reward is for b; name it in rewards[i].sets of one"
+    rewards = "rewards=[{file: reward_fns/arithmetic.py, sets: [a]}, {file: reward_fns/format.py, weight: WEIGHT}]"
+    with pytest.raises(
+        UserError, match=r"data\.train\[1\]: every reward for b has the weight 0, so nothing is learned"
+    ):
+        planned(MIX[0], rewards.replace("WEIGHT", "0"), a=sums(10, 40), b=sums(40, 50))
     with pytest.raises(UserError, match=r"data\.eval\.sets\[0\]: no reward is for b"):
         planned("data.train=DIR/a.jsonl", "data.eval.sets=DIR/b.jsonl", "rewards.0.sets=[a]", a=sums(10, 40),
                 b=sums(40, 50))  # fmt: skip

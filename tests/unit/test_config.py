@@ -113,6 +113,8 @@ def test_data_sets_are_lists_and_a_path_is_the_list_of_one(recipe: Path) -> None
         ("data.train=[7]", "data.train[0] must be a mapping, not 7"),
         ("data.train=[{split: x}]", "data.train[0].path is required and not set"),
         ("data.train=[]", "data.train is empty: give at least one data set"),
+        ("rewards.0.weight=0", "rewards[0].weight: no reward has a weight other than 0"),
+        ("rewards.0.weight=.nan", "rewards[0].weight must be a finite number"),
         ("data.split=x", "unknown option data.split; did you mean data.train[i].split?"),
         ("data.eval.path=x", "unknown option data.eval.path; did you mean data.eval.sets[i].path?"),
         ("data.eval.sets=null", "data.eval.sets must be a path or a list of"),

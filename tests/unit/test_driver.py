@@ -25,6 +25,7 @@ from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import training_rows
 from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
+from grpo.health import Health
 from grpo.metrics import mismatch_counts
 from grpo.probing import Spread
 from grpo.progress import Progress
@@ -242,6 +243,7 @@ def make_loop(
         eval_settings=settings, progress=Progress.start(config, prompts),
         saver=Saver(config, folder.path, engines=policy, fingerprints=dict, flush=lambda: None, say=lambda text: None),
         stopping=lambda: False, timeline=Timeline(tmp_path / "run" / "trace" if config.run.trace else None),
+        health=Health(config, folder.metrics()),
     )  # fmt: skip
     return loop, policy
 
@@ -293,7 +295,7 @@ def test_checkpoints_and_evaluation_fall_due(tmp_path: Path) -> None:
     assert outcome.after is not None
     assert loop.folder.facts == {
         "steps": 5, "accuracy_before": outcome.before.accuracy, "accuracy_after": outcome.after.accuracy,
-        "accuracy_after_step": 5,
+        "accuracy_after_step": 5, "warnings": [],
     }  # fmt: skip
 
 
@@ -800,10 +802,43 @@ def test_an_accuracy_that_was_not_measured_is_absent(tmp_path: Path) -> None:
     loop.folder.close()
     assert outcome.before is not None
     assert outcome.after is None
-    assert loop.folder.facts == {"steps": 1, "accuracy_before": outcome.before.accuracy}
+    assert loop.folder.facts == {"steps": 1, "accuracy_before": outcome.before.accuracy, "warnings": []}
     again, _ = resumed_from(tmp_path, config, 1)
     assert again.progress.accuracies() == {"accuracy_before": outcome.before.accuracy}
     again.folder.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "reward", "signs"),
+    [
+        ((), lambda n: 1.0, {"constant_reward", "zero_gradient"}),
+        (("algorithm.kl_coef=0.1",), lambda n: 0.0, {"constant_reward", "zero_gradient"}),  # it is the reference still
+        ((), lambda n: float(n // 8 % 2), {"no_spread", "zero_gradient"}),  # the same for all eight of a group
+        (("optimizer.lr=0",), lambda n: float(n % 2), {"zero_lr"}),
+        (("algorithm.mask_truncated=true",), lambda n: float(n % 2), {"all_truncated", "zero_gradient"}),
+    ],
+)  # fmt: skip
+def test_a_run_that_learns_nothing_says_so(
+    options: tuple[str, ...], reward: Callable[[int], float], signs: set[str], tmp_path: Path
+) -> None:
+    """At once, and in its summary."""
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=6", *options), Scripted(reward))
+    if "all_truncated" in signs:  # the end token is never written
+        policy.sampler[:, END] = policy.learner.weight.data[:, END] = -1e9
+    train(loop)
+    loop.folder.close()
+    warnings = loop.folder.facts["warnings"]
+    assert {warning["sign"] for warning in warnings} == signs
+    said = [line for line in loop.reporter.said if line.startswith("warning: ")]  # type: ignore[attr-defined]
+    assert len(said) == len(signs)
+    assert all(any(warning["text"] in line for line in said) for warning in warnings)
+
+
+def test_a_run_that_learns_has_no_warning(tmp_path: Path) -> None:
+    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.steps=6"))
+    train(loop)
+    loop.folder.close()
+    assert loop.folder.facts["warnings"] == []
 
 
 def stop_after(loop: Loop, steps: int) -> None:
