@@ -32,6 +32,11 @@ from grpo.placement import Node, check_fit, nodes_of_cluster
 from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"
+SOCKET_PATH = 107
+"""Bytes of a UNIX socket's path on Linux, by unix(7), without the last, which is 0."""
+BELOW_FOLDER = len("/grpo-ray-xxxxxxxx/r/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+"""Bytes that the longest path of Ray's sockets has behind the folder that `socket_folder` gives."""
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 CONNECT_S = 5.0
 """How long a Ray cluster may take to accept a connection."""
 
@@ -57,6 +62,22 @@ def local_node(config: Config) -> Node:
     cpus: float = config.cluster.cpus if config.cluster.cpus is not None else os.cpu_count() or 1
     gpus: float = config.cluster.gpus if config.cluster.gpus is not None else torch.cuda.device_count()
     return Node(name="this machine", cpus=cpus, gpus=gpus, free_cpus=cpus, free_gpus=gpus)
+
+
+def socket_folder() -> str:
+    """A folder whose path leaves room for Ray's sockets: that for temporary files, which TMPDIR names, or where its
+    path is too long another one of the machine.
+
+    Raises UserError when there is none.
+    """
+    room, given = SOCKET_PATH - BELOW_FOLDER, tempfile.gettempdir()
+    for folder in (given, *SHORT_FOLDERS):
+        if len(os.fsencode(folder)) <= room and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise UserError(
+        f"TMPDIR: the path {given} has {len(os.fsencode(given))} bytes, and Ray's sockets need one of at most {room} "
+        f"that can be written to; neither can be used {', '.join(SHORT_FOLDERS)}; give a shorter one: TMPDIR=/short/path"
+    )
 
 
 def refuse_silent(address: str) -> None:
@@ -88,10 +109,11 @@ def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) ->
         node = local_node(config)
         check_fit(config, [node], "this machine")
         check_memory(config)
+        folder = socket_folder()
         if log_dir is None:
             yield ""
             return
-        with _loopback_only(), _out_of_the_process_group(), _private_ray(node):
+        with _loopback_only(), _out_of_the_process_group(), _private_ray(node, folder):
             yield ""
         return
     refuse_own_ray(config)
@@ -166,8 +188,9 @@ def _out_of_the_process_group() -> Iterator[None]:
 
 
 @contextmanager
-def _private_ray(node: Node) -> Iterator[None]:
-    folder = Path(tempfile.mkdtemp(prefix="grpo-ray-"))  # short: socket paths below it are limited to 107 bytes
+def _private_ray(node: Node, above: str) -> Iterator[None]:
+    """`above`: the folder that Ray's own is made in; see `socket_folder`."""
+    folder = Path(tempfile.mkdtemp(prefix="grpo-ray-", dir=above))
     os.environ["RAY_AUTH_TOKEN"] = _token()
     os.environ[sweeper.MARK] = str(folder)  # what Ray starts inherits it
     sweeping = subprocess.Popen(
