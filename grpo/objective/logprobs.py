@@ -6,6 +6,7 @@ grows neither with tokens x vocabulary nor with the graph: one chunk of float32 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,30 @@ from torch.nn.functional import linear
 
 CHUNK_ELEMENTS = 1 << 26
 """Logits held at once: 256 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitChange:
+    """What a model family does to its logits behind the projection: x -> scale * cap * tanh(x / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+    """None: x -> scale * x."""
+
+    def apply_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Change `logits` in place, in their own dtype and in vLLM's order: so both round alike."""
+        if self.cap is not None:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits if self.scale == 1.0 else logits.mul_(self.scale)
+
+    def slope(self, changed: torch.Tensor, temperature: float) -> torch.Tensor | float:
+        """Return the derivative where the change gave `changed` times `temperature`."""
+        if self.cap is None:
+            return self.scale
+        return changed.mul(temperature / (self.scale * self.cap)).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+UNCHANGED = LogitChange()
 
 
 def selected_logprobs(
@@ -23,17 +48,20 @@ def selected_logprobs(
     *,
     temperature: float,
     float32_head: bool,
+    change: LogitChange = UNCHANGED,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(hidden @ weight^T / temperature) at the targets, and the entropy of that distribution.
+    """log softmax(change(hidden @ weight^T) / temperature) at the targets, and the entropy of that distribution.
 
-    The sampler reports its logprobs after the same division (`logprobs_mode=processed_logprobs`). The projection is
-    in the dtype of `hidden`, or in float32 with `float32_head`; all that follows is in float32 at least.
+    The sampler reports its logprobs after the same division (`logprobs_mode=processed_logprobs`). The projection and
+    `change` are computed in the dtype of `hidden`, or in float32 with `float32_head`; all that follows is in float32 at
+    least.
 
     Args:
         hidden: [B,T,H].
         weight: [V,H]; bias: [V].
         target_ids: [B,T] int64.
+        change: what the model family does to its logits behind the projection.
         chunk_elements: bound on tokens x V computed at once, at least one token.
 
     Returns:
@@ -41,14 +69,16 @@ def selected_logprobs(
     """
     size = max(1, chunk_elements // weight.shape[0])
     logprobs, entropy = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), weight, bias, target_ids.flatten(), temperature, float32_head, size
+        hidden.flatten(0, 1), weight, bias, target_ids.flatten(), temperature, float32_head, change, size
     )
     return logprobs.view(target_ids.shape), entropy.view(target_ids.shape)
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, change: LogitChange, temperature: float
+) -> torch.Tensor:
     """[n,H] -> [n,V] in float32 at least, owned by the caller."""
-    logits = linear(hidden, weight, bias)
+    logits = change.apply_(linear(hidden, weight, bias))
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits if temperature == 1.0 else logits.div_(temperature)
 
@@ -65,12 +95,13 @@ class _SelectedLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: float,
         float32_head: bool,
+        change: LogitChange,
         size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         matrix, offset = _in_head_dtype(weight, bias, float32_head)
         logprobs, entropies, norms = [], [], []
         for part, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
-            logits = _logits(part.to(matrix.dtype), matrix, offset, temperature)
+            logits = _logits(part.to(matrix.dtype), matrix, offset, change, temperature)
             norm = torch.logsumexp(logits, dim=-1)
             logprobs.append(logits.gather(-1, ids[:, None])[:, 0] - norm)
             all_logprobs = logits.sub_(norm[:, None])
@@ -78,7 +109,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             norms.append(norm)
         entropy = torch.cat(entropies)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, torch.cat(norms))
-        ctx.settings = (temperature, float32_head, size)
+        ctx.settings = (temperature, float32_head, change, size)
         return torch.cat(logprobs), entropy
 
     @staticmethod
@@ -86,7 +117,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, entropy, norms = ctx.saved_tensors
-        temperature, float32_head, size = ctx.settings
+        temperature, float32_head, change, size = ctx.settings
         matrix, offset = _in_head_dtype(weight, bias, float32_head)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden)
@@ -96,7 +127,9 @@ class _SelectedLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             here = slice(start, start + size)
             part = hidden[here].to(matrix.dtype)
-            all_logprobs = _logits(part, matrix, offset, temperature).sub_(norms[here, None])
+            logits = _logits(part, matrix, offset, change, temperature)
+            slope = change.slope(logits, temperature)
+            all_logprobs = logits.sub_(norms[here, None])
             upstream = grad_logprobs[here].to(wide)
             if with_entropy:
                 probabilities = all_logprobs.exp()
@@ -109,6 +142,8 @@ class _SelectedLogprobs(torch.autograd.Function):
             grad[rows, targets[here]] += upstream
             if temperature != 1.0:
                 grad.div_(temperature)
+            if change != UNCHANGED:
+                grad.mul_(slope)
             narrow = grad.to(matrix.dtype)
             grad_hidden[here] = narrow @ matrix
             if grad_weight is not None:
@@ -122,6 +157,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from grpo.objective import logprobs as module
-from grpo.objective.logprobs import selected_logprobs
+from grpo.objective.logprobs import LogitChange, selected_logprobs
 
 B, T, H, V = 3, 5, 4, 11
 
@@ -221,3 +221,73 @@ def test_a_graph_can_be_used_twice() -> None:
     [once] = torch.autograd.grad(loss, hidden, retain_graph=True)
     [twice] = torch.autograd.grad(loss, hidden)
     assert torch.equal(once, twice)
+
+
+CHANGES = [LogitChange(scale=0.125), LogitChange(cap=1.5), LogitChange(scale=3.0, cap=0.7)]
+
+
+def changed_plain(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    change: LogitChange,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `plain`, the logits changed as model families write it."""
+    logits = linear(hidden, weight, bias)
+    if change.cap is not None:
+        logits = torch.tanh(logits / change.cap) * change.cap
+    every = torch.log_softmax(logits * change.scale / temperature, -1)
+    return every.gather(-1, targets[..., None])[..., 0], -(every.exp() * every).sum(-1)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk_elements", [1, 4 * V + 3, 1 << 26])
+@pytest.mark.parametrize("on", ["logprobs", "entropy"])
+def test_changed_logits_equal_plain_autograd(
+    change: LogitChange, temperature: float, chunk_elements: int, on: str
+) -> None:
+    hidden, weight, bias, targets = inputs()
+    assert bias is not None
+    ours = selected_logprobs(
+        hidden, weight, bias, targets, temperature=temperature, float32_head=False, change=change,
+        chunk_elements=chunk_elements,
+    )  # fmt: skip
+    theirs = changed_plain(hidden, weight, bias, targets, change, temperature)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    without = plain(hidden, weight, bias, targets, temperature)
+    assert (ours[0] - without[0]).abs().max() > 0.1
+    which = 0 if on == "logprobs" else 1
+    grads = [
+        torch.autograd.grad((upstream(4) * result[which]).sum(), [hidden, weight, bias]) for result in (ours, theirs)
+    ]
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-12)
+    assert all(grad.abs().max() > 0.01 for grad in grads[0])
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_gradcheck_of_changed_logits(change: LogitChange) -> None:
+    hidden, weight, bias, targets = inputs()
+
+    def both(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return selected_logprobs(
+            h, w, b, targets, temperature=0.8, float32_head=True, change=change, chunk_elements=3 * V
+        )
+
+    assert torch.autograd.gradcheck(both, (hidden, weight, bias))
+
+
+def test_a_bfloat16_cap_rounds_as_vllm_does() -> None:
+    """Each operation of the cap and the scale in bfloat16, as vLLM's LogitsProcessor computes it; float32 after it."""
+    hidden, weight, bias, targets = inputs(torch.bfloat16)
+    change = LogitChange(scale=0.3, cap=2.0)
+    ours, _ = selected_logprobs(hidden, weight, bias, targets, temperature=1.0, float32_head=False, change=change)
+    logits = linear(hidden, weight, bias)
+    logits = torch.tanh(logits / 2.0) * 2.0
+    logits *= 0.3
+    expected = torch.log_softmax(logits.float(), -1).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+    wide, _ = selected_logprobs(hidden, weight, bias, targets, temperature=1.0, float32_head=True, change=change)
+    assert (wide - ours).abs().max() > 1e-4
