@@ -65,6 +65,7 @@ def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None
     check_trackers(config)
     tokenizer, ends = load_tokenizer(config)
     train, held_out = read_data(config, tokenizer)
+    check_token_ids(config, tokenizer, ends, [*train, *held_out])
     prompts = tuple(prompt for dataset in train for prompt in dataset.prompts)
     eval_prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_batch(config, train)
@@ -99,6 +100,7 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
     check_model(config)
     tokenizer, ends = load_tokenizer(config)
     _, held_out = read_data(config, tokenizer)
+    check_token_ids(config, tokenizer, ends, held_out)
     prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_by(config, prompts)
     names = {dataset.name for dataset in held_out}
@@ -133,6 +135,28 @@ def load_tokenizer(config: Config) -> tuple[Any, tuple[int, ...]]:
     path = config.model.path
     tokenizer = data.load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
     return tokenizer, tuple(data.end_token_ids(tokenizer, path, config.sampling.stop_token_ids))
+
+
+def check_token_ids(config: Config, tokenizer: Any, ends: Sequence[int], sets: Sequence[data.PromptSet]) -> None:
+    """Every token id must have a row in the model's embedding: tokenizers may have more tokens than that.
+
+    Raises UserError naming the row and the token.
+    """
+    rows = read_config(config, "model.path", config.model.path).get_text_config().vocab_size
+    beyond = f"beyond the {rows} rows of the model's embedding (config.json's vocab_size)"
+    for token_id in config.sampling.stop_token_ids:
+        if token_id >= rows:
+            raise UserError(f"sampling.stop_token_ids: {token_id} is {beyond}: it is never sampled")
+    if min(ends) >= rows:
+        raise UserError(f"model.path: every token that ends a completion, {', '.join(map(str, ends))}, is {beyond}")
+    for dataset in sets:
+        for prompt in dataset.prompts:
+            token_id = max(prompt.token_ids)
+            if token_id >= rows:
+                raise UserError(
+                    f"{dataset.option}: {prompt.where}: the prompt has the token "
+                    f"{tokenizer.convert_ids_to_tokens(token_id)!r}, whose id {token_id} is {beyond}"
+                )
 
 
 def refuse_secrets(config: Config) -> None:

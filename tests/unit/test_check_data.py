@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from grpo import config as module
 from grpo.check import Plan, check, check_critic, check_model
@@ -271,3 +272,29 @@ def test_a_config_that_transformers_cannot_read(
     with pytest.raises(UserError) as raised:
         check_critic(module.load(make_recipe(make_model("qwen2", hidden_size=32)), gae))
     assert str(raised.value).startswith(f"critic.path={model}: its config.json is not that of a model: {said}")
+
+
+def test_tokens_beyond_the_embedding_are_refused(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The tokenizer has 13 tokens: the end, ten digits, plus and equals. A model of 12 rows has none for `=`."""
+    tokens = AutoTokenizer.from_pretrained(make_model("llama")).get_vocab()
+    last = max(tokens, key=lambda token: tokens[token])
+    short = make_model("llama", vocab_size=12)
+    recipe = make_recipe(short, data={"template": "{question}"})
+
+    def planned(*overrides: str) -> Plan:
+        return check(module.load(recipe, [*overrides]), recipe, tmp_path / "logs")
+
+    assert len(tokens) == 13
+    assert planned().prompts
+    with pytest.raises(UserError, match=r"sampling\.stop_token_ids: 12 is beyond the 12 rows"):
+        planned("sampling.stop_token_ids=[12]")
+    rows = [{"question": "11+11", "answer": "22"}] * 8
+    rows[5] = {"question": f"11{last}11", "answer": "22"}
+    (tmp_path / "late.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = rf"late\.jsonl:6: the prompt has the token '{last}', whose id 12 is beyond the 12 rows of the model's"
+    with pytest.raises(UserError, match=where):
+        planned(f"data.train={tmp_path / 'late.jsonl'}")
+    with pytest.raises(UserError, match=rf"data\.eval\.sets\[0\]: .*{where}"):
+        planned(f"data.eval.sets={tmp_path / 'late.jsonl'}")
