@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from grpo import checkpoint, data
 from grpo.config import Config, DatasetConfig
 from grpo.config.validate_data import validate_gold
+from grpo.learner import paper
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.process import secrets
@@ -62,6 +63,7 @@ def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None
     check_model(config)
     if config.critic.path is not None:
         check_critic(config)
+    paper.check_models(config)
     check_trackers(config)
     tokenizer, ends = load_tokenizer(config)
     train, held_out = read_data(config, tokenizer)
@@ -224,12 +226,6 @@ def check_model(config: Config) -> None:
     )  # fmt: skip
     if problems:
         raise UserError(problems[0])
-    for name, value in model.to_dict().items():
-        if "drop" in name and isinstance(value, float) and value > 0:
-            raise UserError(
-                f"model.path: the model's config.json has {name}={value}; the learner needs dropout 0.0, or its "
-                "logprobs differ from the sampler's"
-            )
 
 
 def read_config(config: Config, option: str, path: str) -> Any:

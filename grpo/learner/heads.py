@@ -7,28 +7,35 @@ makes ZeRO 3 gather its weight, forward and backward; calling the weight by chun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+)
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from grpo.config import Config
-from grpo.objective.logprobs import selected_logprobs
+from grpo.learner.changes import bypass, find_change
+from grpo.objective.logprobs import UNCHANGED, LogitChange, selected_logprobs
 from grpo.types import UserError
 from grpo.weight_sync import torch_dtype
-
-LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
-"""Settings of model families that change logits behind the projection, with the values that do not."""
 
 
 class LogprobHead:
     """What replaces the projection's `forward`: hidden [B,T,H] -> [B,T,2] logprob of the target and entropy."""
 
-    def __init__(self, head: torch.nn.Module, *, float32_head: bool) -> None:
+    def __init__(self, head: torch.nn.Module, *, float32_head: bool, change: LogitChange = UNCHANGED) -> None:
+        """`change`: what the model's family does to logits behind the projection, done here instead."""
         self.module = head
+        self.change = change
         self._float32_head = float32_head
         self._targets: tuple[torch.Tensor, float] | None = None
         head.forward = self.forward  # type: ignore[method-assign]
@@ -61,6 +68,7 @@ class LogprobHead:
                 target_ids,
                 temperature=temperature,
                 float32_head=self._float32_head,
+                change=self.change,
             ),
             dim=-1,
         )
@@ -72,15 +80,14 @@ def unpack(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def install(model: Any, config: Config) -> LogprobHead:
-    """Give `model` a `LogprobHead`. Raises UserError for a family that changes its logits afterwards."""
-    for name, harmless in LOGIT_CHANGES.items():
-        value = getattr(model.config, name, harmless)
-        if value not in (harmless, None):
-            raise UserError(
-                f"model.path: the model's config has {name}={value}, which changes logits behind the vocabulary "
-                "projection; models of this family are not supported"
-            )
-    return LogprobHead(model.get_output_embeddings(), float32_head=config.model.float32_head)
+    """Give `model` a `LogprobHead`, which also does what the model's own forward does to its logits.
+
+    Raises UserError for a family that changes its logits otherwise than the head can.
+    """
+    change = find_change(model)
+    if change != UNCHANGED:
+        bypass(model)
+    return LogprobHead(model.get_output_embeddings(), float32_head=config.model.float32_head, change=change)
 
 
 def refuse_missing(where: str, names: Sequence[str]) -> None:
@@ -93,10 +100,32 @@ def refuse_missing(where: str, names: Sequence[str]) -> None:
         )
 
 
-def attention_of(config: Config) -> str:
-    """Return transformers' name of the attention that `model.attention` stands for in this process."""
+def refuse_mismatched(where: str, tensors: Collection[tuple[str, torch.Size, torch.Size]]) -> None:
+    """Raises UserError when weights of a folder have other shapes than its config.json says."""
+    if tensors:
+        name, found, expected = min(tensors)
+        raise UserError(
+            f"{where}: {name} is of the shape {list(found)}, by config.json {list(expected)}"
+            + (f"; so are {len(tensors) - 1} more" if len(tensors) > 1 else "")
+        )
+
+
+def attention_of(config: Config, settings: Any) -> str:
+    """Return transformers' name of the attention that `model.attention` stands for in this process, for a model whose
+    config.json is `settings`.
+
+    Raises UserError where that attention would leave out the model's cap on attention scores.
+    """
+    cap = getattr(settings.get_text_config(), "attn_logit_softcapping", None)
     if config.model.attention != "auto":
+        if cap is not None and config.model.attention != "eager":
+            raise UserError(
+                f"model.attention={config.model.attention} leaves out the cap on attention scores that config.json's "
+                f"attn_logit_softcapping={cap} asks for; nearest: eager"
+            )
         return config.model.attention
+    if cap is not None or not _has_sdpa(settings):
+        return "eager"
     if config.on_gpu and config.model.dtype == "bfloat16":
         if is_flash_attn_3_available():
             return "flash_attention_3"
@@ -105,46 +134,75 @@ def attention_of(config: Config) -> str:
     return "sdpa"
 
 
-def load_policy(config: Config) -> Any:
+def _has_sdpa(settings: Any) -> bool:
+    """Return whether transformers computes the model's attention with PyTorch's own."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+    return bool(getattr(model, "_supports_sdpa", True))
+
+
+def load_policy(config: Config, *, on_paper: bool = False) -> Any:
     """The model of `model.path`, as a causal language model of transformers.
 
-    Raises UserError when the folder lacks weights that the model has.
+    `on_paper`: with the shapes of its weights, and without their numbers. Raises UserError when the folder lacks
+    weights that the model has, or has them in other shapes.
     """
+    path = config.model.path
+    settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+    attention, dtype = attention_of(config, settings), torch_dtype(config.model.dtype)
+    refuse_dropout(settings, "model.path")
+    if on_paper and not Path(path).is_dir():  # nothing is fetched for a look
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.trust_remote_code
+            )
     model, report = AutoModelForCausalLM.from_pretrained(
-        config.model.path,
-        dtype=torch_dtype(config.model.dtype),
-        attn_implementation=attention_of(config),
+        path,
+        dtype=dtype,
+        attn_implementation=attention,
         trust_remote_code=config.model.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        device_map="meta" if on_paper else None,
     )
-    refuse_missing(f"model.path={config.model.path}", report["missing_keys"])
-    refuse_dropout(model.config, "model.path")
+    refuse_missing(f"model.path={path}", report["missing_keys"])
+    refuse_mismatched(f"model.path={path}", report["mismatched_keys"])
     return model
 
 
-def load_critic(config: Config) -> Any:
+def load_critic(config: Config, *, on_paper: bool = False) -> Any:
     """The value model of `critic.path`; a backbone without a head gets one of zeros: every value starts as 0.
 
-    Raises UserError when the folder lacks weights of the backbone.
+    `on_paper`: as of `load_policy`. Raises UserError when the family has no such model, or the folder lacks weights of
+    the backbone.
     """
     path = config.critic.path or config.model.path
     settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     settings.num_labels = 1
     settings.classifier_dropout = 0.0
+    refuse_dropout(settings, "critic.path")
+    if type(settings) not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"critic.path={path}: transformers has no model of the type {settings.model_type} with a value head"
+        )
+    if on_paper and not Path(path).is_dir():
+        with torch.device("meta"):
+            return AutoModelForTokenClassification.from_config(settings)
     critic, report = AutoModelForTokenClassification.from_pretrained(
         path,
         config=settings,
         dtype=torch_dtype(config.model.dtype),
-        attn_implementation=attention_of(config),
+        attn_implementation=attention_of(config, settings),
         trust_remote_code=config.model.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        device_map="meta" if on_paper else None,
     )
+    refuse_mismatched(f"critic.path={path}", report["mismatched_keys"])
     backbone = f"{critic.base_model_prefix}."
     missing = set(report["missing_keys"])
     refuse_missing(f"critic.path={path}", sorted(name for name in missing if name.startswith(backbone)))
-    refuse_dropout(critic.config, "critic.path")
     with torch.no_grad():
         for name, parameter in critic.named_parameters():
             if name in missing:
@@ -159,4 +217,7 @@ def refuse_dropout(config: Any, option: str) -> None:
     """
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float) and value > 0:
-            raise UserError(f"{option}: the model's config has {name}={value}; train with dropout 0 (set it to 0.0)")
+            raise UserError(
+                f"{option}: the model's config.json has {name}={value}; the learner needs dropout 0.0, or its "
+                "logprobs differ from the sampler's"
+            )

@@ -64,6 +64,6 @@ def test_a_critic_with_dropout_is_refused(make_model: Callable[..., Path]) -> No
         critic=CriticConfig(path=str(critic)),
         run=RunConfig(steps=1),
     )
-    with pytest.raises(UserError, match=r"critic\.path: the model's config has attention_dropout=0\.3"):
+    with pytest.raises(UserError, match=r"critic\.path: the model's config\.json has attention_dropout=0\.3"):
         load_critic(config)
     assert not load_critic(dataclasses.replace(config, critic=CriticConfig())).score.weight.any()

@@ -1,0 +1,114 @@
+"""What a model's own forward does to its logits behind the vocabulary projection: found by trying, not by names.
+
+The projection is replaced by one that returns chosen numbers, and the model is run on one token. What comes out shows
+the change whatever its family calls it: a scale (Granite, Cohere), a soft cap (Gemma 2), both, or one that our head
+does not compute and that is refused. The weights have no part in it, so a model on the meta device will do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutput
+
+from grpo.objective.logprobs import UNCHANGED, LogitChange
+from grpo.types import UserError
+
+SMALL, HUGE = 1e-6, 1e8
+"""A logit that no cap bends, and one that every cap flattens."""
+POINTS = (SMALL, 1.0, HUGE, 0.0, -0.3, 2.0, -7.0, 25.0)
+
+
+class _Output(tuple[torch.Tensor]):
+    """What a model's body would return: the hidden states, and nothing else that a forward may ask for."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _forward_as(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]
+
+
+def find_change(model: Any) -> LogitChange:
+    """Return what the forward of `model`, a causal language model of transformers, does to its logits.
+
+    Raises UserError naming the entries of its config.json for a change that our head does not compute.
+    """
+    head, body = model.get_output_embeddings(), _body(model)
+    if head is None or body is None:
+        raise UserError(f"model.path: {type(model).__name__} is no decoder with a vocabulary projection")
+    vocabulary = head.weight.shape[0]
+    given = torch.linspace(-1, 1, head.weight.shape[1]).to(head.weight.dtype)[None, None]
+    chosen = torch.zeros(1, 1, vocabulary, dtype=torch.float64)
+    chosen[0, 0, : len(POINTS)] = torch.tensor(POINTS, dtype=torch.float64)[:vocabulary]
+    seen: list[torch.Tensor] = []
+
+    def project(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return chosen.clone()
+
+    with torch.no_grad(), _forward_as(head, project), _forward_as(body, lambda *_, **__: _Output((given,))):
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        logits = model(input_ids=token, use_cache=False).logits
+    found = logits[0, 0, : len(POINTS)].double().tolist()
+    change = _fit(found)
+    if change is None or logits.shape[-1] != vocabulary:
+        raise UserError(f"model.path: {_entries(model)} change logits by more than a scale and a soft cap")
+    if change != UNCHANGED and not (seen[0].shape == given.shape and bool((seen[0] == given).all())):
+        raise UserError(f"model.path: {_entries(model)} change the hidden states in front of the projection, too")
+    return change
+
+
+def _body(model: Any) -> torch.nn.Module | None:
+    """The part of `model` that turns token ids into hidden states."""
+    embedding = model.get_input_embeddings()
+    return next((child for child in model.children() if any(part is embedding for part in child.modules())), None)
+
+
+def _fit(found: list[float]) -> LogitChange | None:
+    """The change that made `found` of POINTS, None where it is of another kind."""
+    small, one, huge = found[:3]
+    if math.isclose(huge, one * HUGE, rel_tol=1e-5):
+        change = LogitChange(scale=one)
+    else:
+        scale = float(f"{small / SMALL:.6g}")
+        change = LogitChange(scale=scale, cap=huge / scale if scale else None)
+    expected = change.apply_(torch.tensor(POINTS, dtype=torch.float64)).tolist()
+    close = all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) for a, b in zip(found, expected, strict=True))
+    return change if close and change.scale != 0 else None
+
+
+def _entries(model: Any) -> str:
+    """The entries of config.json that may be meant, with their values."""
+    settings = model.config.get_text_config().to_dict()
+    named = [f"{name}={value}" for name, value in settings.items() if "logit" in name and value not in (None, False)]
+    return f"config.json's {', '.join(named)}" if named else f"the forward of {type(model).__name__} does"
+
+
+def bypass(model: Any) -> None:
+    """Make `model` return what its projection returns, without what its own forward does to it. The config stays as it
+    is, and is saved so."""
+    body, head = _body(model), model.get_output_embeddings()
+    assert body is not None
+
+    def forward(input_ids: torch.Tensor, use_cache: bool = False) -> CausalLMOutput:
+        return CausalLMOutput(logits=head(body(input_ids=input_ids, use_cache=use_cache)[0]))
+
+    model.forward = forward
