@@ -25,6 +25,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config, dump
@@ -234,11 +235,13 @@ class Learner:
         self._drop_gathered(list(getattr(self._reference, "module", self._reference).parameters()))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every parameter under its Hugging Face name, tied ones once; gathered at ZeRO-3.
+        """(name, tensor) of every weight as the model's folder has it, tied ones once; gathered at ZeRO-3. That is what
+        vLLM loads; transformers renames some, and holds the experts of a layer in one tensor.
 
         A yielded tensor stays valid as long as it is held: at ZeRO-3 the gathered storage is its own.
         """
-        yield from self._weights_of(self._engine)
+        for name, tensor in self._weights_of(self._engine):
+            yield from revert_weight_conversion(self._engine.module, {name: tensor}).items()
 
     def _weights_of(self, engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
         parameters = list(engine.module.named_parameters())

@@ -3,9 +3,10 @@
 They are our own on GPUs, too. vLLM 0.32's `ipc` engine rebuilds one mapping for each tensor and keeps views of the
 sender's memory in layers that it has not received whole, and its `nccl` engine cannot be interrupted.
 
-vLLM's layerwise reload, which each engine runs, misses one thing on CPU, where linear weights are packed at load: with
-tied embeddings the packed copy that `lm_head` computes with is made from the embedding's weight once and stays as it
-was. `repack_lm_head` makes it anew.
+vLLM's layerwise reload, which each engine runs, misses two things on CPU, where weights are packed at load. With tied
+embeddings the packed copy that `lm_head` computes with is made from the embedding's weight once and stays as it was;
+`repack_lm_head` makes it anew. The weights of experts are packed only when their kernel is set up;
+`forget_expert_kernels` has each reload set it up anew.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Reloading(WeightTransferEngine[Any, Any]):
     """What the engines have in common: a sync is one layerwise reload, and all that they hold ends with the process."""
 
     def start_weight_update(self) -> None:
+        if self.device.type == "cpu":
+            forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
@@ -148,6 +151,14 @@ def repack_lm_head(model: Any) -> None:
     quant_method = getattr(lm_head, "quant_method", None)
     if isinstance(lm_head, torch.nn.Module) and quant_method is not None:
         quant_method.process_weights_after_loading(lm_head)
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Make the next load of each layer of experts set up its kernel, which is what packs its weights."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # type: ignore[union-attr]
 
 
 def register() -> None:
