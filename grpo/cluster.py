@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants, services
+from ray.job_config import JobConfig
 from ray.util.metrics import Gauge
 
 from grpo import sweeper
@@ -94,6 +95,14 @@ def refuse_silent(address: str) -> None:
         raise UserError(f"cluster.address={address}: nothing answers there ({error})") from error
 
 
+class RayJob(JobConfig):  # type: ignore[misc]
+    """Keeps the driver's working directory from the actors, where Ray would put it first on `sys.path`: a `torch.py`
+    there would hide torch."""
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
+
+
 @contextmanager
 def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) -> Iterator[str]:
     """Ray for the duration of the block, with enough resources for the run; gives the address of its dashboard, ""
@@ -119,7 +128,7 @@ def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) ->
     refuse_own_ray(config)
     refuse_silent(address)
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        context = ray.init(address=address, job_config=RayJob(), log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"cluster.address={address}: {' '.join(str(error).split())[:300]}") from error
     try:
@@ -194,7 +203,7 @@ def _private_ray(node: Node, above: str) -> Iterator[None]:
     os.environ["RAY_AUTH_TOKEN"] = _token()
     os.environ[sweeper.MARK] = str(folder)  # what Ray starts inherits it
     sweeping = subprocess.Popen(
-        [sys.executable, "-m", "grpo.sweeper", str(folder)],
+        [sys.executable, "-P", sweeper.__file__, str(folder)],
         stdin=subprocess.PIPE,
         env={name: value for name, value in os.environ.items() if name != sweeper.MARK},
         start_new_session=True,
@@ -202,6 +211,7 @@ def _private_ray(node: Node, above: str) -> Iterator[None]:
     try:
         ray.init(
             address="local",
+            job_config=RayJob(),
             num_cpus=int(node.cpus),
             num_gpus=int(node.gpus),
             include_dashboard=False,

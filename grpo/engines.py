@@ -68,7 +68,7 @@ def _signal(pids: Sequence[int]) -> None:
 
 def sampler_environment(config: Config) -> dict[str, str]:
     """Environment of a sampler's process, in place before it imports vllm or torch."""
-    environment = QUIET | {
+    environment = COMMON | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's process, its model within reach
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -83,7 +83,7 @@ def sampler_environment(config: Config) -> dict[str, str]:
 
 def learner_environment(config: Config, rank: int) -> dict[str, str]:
     """Environment of a learner's process, in place before it imports torch or deepspeed."""
-    environment = QUIET | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.cluster.learner_ranks)}
+    environment = COMMON | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.cluster.learner_ranks)}
     if not config.on_gpu:
         threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.cluster.learner_ranks)
         environment |= CPU_ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
@@ -96,7 +96,8 @@ CPU_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
-QUIET = {
+COMMON = {
+    "PYTHONSAFEPATH": "1",  # vLLM starts `python -m ...`, for which the working directory would hide modules
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore::FutureWarning",  # torch's, about calls that DeepSpeed makes at every step
 }

@@ -102,13 +102,13 @@ def rewards(options: Config, recipe: Path, files: Mapping[Path, Path]) -> tuple[
 
 def imported(file: Path, place: Path) -> dict[Path, Path]:
     """Place in the job -> file of the modules and packages that `file` imports, and of what those import. They are
-    looked for as a reward worker does: beside the file that a link means (then they are in `place`), and where nothing
-    that is installed has the name, in the working directory."""
+    looked for as a reward worker does: not where Python itself has the name, then beside the file that a link means
+    (then they are in `place`), and where nothing that is installed has the name, in the working directory."""
     own, here = file.resolve().parent, Path.cwd()
     found: dict[Path, Path] = {}
     todo = [file]
     while todo:
-        for name in set(top_names(todo.pop())) - {PACKAGE.name}:  # which travels anyway
+        for name in set(top_names(todo.pop())) - sys.stdlib_module_names - {PACKAGE.name}:  # which travels anyway
             folder, target = own, place
             sources = modules_of(own, name)
             if not sources and not installed(name):
@@ -145,4 +145,4 @@ def modules(folder: Path) -> Sequence[Path]:
 def installed(name: str) -> bool:
     """Whether a module of this name is found without the working directory."""
     places = [place for place in sys.path if Path(place or ".").resolve() != Path.cwd()]
-    return name in sys.builtin_module_names or importlib.machinery.PathFinder.find_spec(name, places) is not None
+    return importlib.machinery.PathFinder.find_spec(name, places) is not None

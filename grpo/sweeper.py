@@ -1,4 +1,4 @@
-"""`python -m grpo.sweeper FOLDER`: outlives a driver that is killed, and takes what is left of its private Ray down.
+"""`python -P sweeper.py FOLDER`: outlives a driver that is killed, and takes what is left of its private Ray down.
 
 Waits until its standard input ends, which the kernel sees to however the driver dies. Then it kills every process of
 the session and removes the session's folder. Ray's own agents would linger for a while.

@@ -192,7 +192,7 @@ def load(spec: Mapping[str, Any]) -> Reward:
     """
     where, file, folder = f"rewards[{spec['index']}]: {spec['shown']}", spec["file"], str(Path(spec["file"]).parent)
     if folder not in sys.path:
-        sys.path.insert(0, folder)  # for imports of files beside it
+        sys.path.insert(behind_standard_library(), folder)  # for imports of files beside it
     module_spec = importlib.util.spec_from_file_location(f"grpo_reward_{spec['index']}", file)
     if module_spec is None:
         raise LoadError(f"{where} is not a Python file (.py)")
@@ -211,6 +211,13 @@ def load(spec: Mapping[str, Any]) -> Reward:
     code = getattr(inspect.unwrap(function), "__code__", None)
     names = checked_names(function, spec, f"{where}:{code.co_firstlineno}" if code else where)
     return Reward(function=function, names=names, style=spec["style"], file=file, shown=spec["shown"])
+
+
+def behind_standard_library() -> int:
+    """The place in `sys.path` after Python's own modules and before the installed packages: a `string.py` beside a
+    reward file hides no module that others import, and a `utils.py` is not hidden by a package of that name."""
+    own = os.path.dirname(os.__file__)
+    return max((i + 1 for i, place in enumerate(sys.path) if place in (own, f"{own}/lib-dynload")), default=0)
 
 
 def checked_names(function: Callable[..., Any], spec: Mapping[str, Any], where: str) -> frozenset[str] | None:
