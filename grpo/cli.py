@@ -76,43 +76,94 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grpo",
         description="Train language models with GRPO: vLLM samples, DeepSpeed learns, Ray holds them together.",
-        epilog="Options are set as section.option=value, e.g. run.steps=10 algorithm.group_size=8. "
-        "All options and their defaults: grpo options",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=in_lines(
+            "Options are set as section.option=value; all of them, with their meaning: grpo options.",
+            "More of a command: grpo COMMAND --help",
+            "",
+            "examples:",
+            "  grpo check recipes/arithmetic_cpu.yaml",
+            "  grpo train recipes/arithmetic_cpu.yaml run.steps=10 algorithm.group_size=8",
+            "  grpo options algorithm",
+        ),
     )
     parser.add_argument("--version", action="version", version=f"grpo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, words in (
-        ("train", "check a recipe and run it"),
-        ("check", "do everything that can be known before an engine starts, and print the plan"),
-    ):
-        command = commands.add_parser(name, help=words, description=words)
-        command.add_argument("recipe", help="a YAML file, see recipes/")
-        command.add_argument("overrides", nargs="*", metavar="section.option=value")
-        if name == "train":
-            command.epilog = (
-                "resume=auto goes on from the last checkpoint of the run of this name, or starts it; resume=PATH from "
-                "a run folder's last checkpoint, or a checkpoint. allow=option,... lets options differ from the "
-                "checkpoint's."
-            )
+    words = "check a recipe and run it"
+    examples = (
+        "train recipes/arithmetic_cpu.yaml run.steps=20",
+        "train recipes/arithmetic_cpu.yaml run.name=a run.save_every=20 resume=auto",
+        "train recipes/arithmetic_cpu.yaml resume=runs/a run.steps=200",
+    )
+    command = add_command(commands, "train", words, *examples, notes=(
+        "resume=auto goes on from the last checkpoint of the run of this name, or starts it; resume=PATH from a run",
+        "folder's last checkpoint, or a checkpoint. allow=option,... lets options differ from the checkpoint's.",
+    ))  # fmt: skip
+    add_recipe(command)
+    words = "do everything that can be known before an engine starts, and print the plan"
+    add_recipe(add_command(commands, "check", words, "check recipes/arithmetic_cpu.yaml sampling.max_tokens=64"))
+    add_looking_commands(commands)
+    add_job_commands(commands)
+    words = "print every option with its type, default and meaning; of a section with examples"
+    command = add_command(commands, "options", words, "options", "options algorithm", "options kl_coef")
+    command.add_argument("name", nargs="?", default="", metavar="SECTION|OPTION", help="only these")
+    return parser
+
+
+def in_lines(*lines: str) -> str:
+    """Text behind a command's arguments, with line breaks as they are."""
+    return "\n".join(lines)
+
+
+def add_command(
+    commands: Any, name: str, words: str, *examples: str, notes: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """A command, its purpose and lines to copy. `notes`: what else is to be known."""
+    lines = [*notes, *([""] if notes else []), "examples:", *(f"  grpo {example}" for example in examples)]
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=words,
+        description=words,
+        epilog=in_lines(*lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return command
+
+
+def add_recipe(command: argparse.ArgumentParser, overrides: str | None = None) -> None:
+    """The recipe and its overrides."""
+    command.add_argument("recipe", help="a YAML file, see recipes/")
+    command.add_argument("overrides", nargs="*", metavar="section.option=value", help=overrides)
+
+
+def add_looking_commands(commands: Any) -> None:
+    """Of what is there: a model, runs, a dump; and of a run that is not."""
     words = "evaluate a model on held-out data: avg@k, pass@k, maj@k with intervals; cached and resumable"
-    command = commands.add_parser("eval", help=words, description=words)
+    examples = (
+        "eval runs/a data.eval.samples_per_prompt=16",
+        "eval Qwen/Qwen2.5-0.5B-Instruct --data test.jsonl --reward reward_fns/math_answer.py",
+    )
+    command = add_command(commands, "eval", words, *examples)
     command.add_argument("model", help="a folder in Hugging Face layout, a hub id, or a run's folder (its final model)")
     command.add_argument("overrides", nargs="*", metavar="section.option=value")
     command.add_argument("--recipe", type=Path, help="take data, template, rewards and settings from it (a run's own)")
     command.add_argument("--data", action="append", default=[], metavar="PATH", help="in the place of data.eval.sets")
     command.add_argument("--reward", action="append", default=[], metavar="FILE", help="in the place of rewards")
     command.add_argument("--out", type=Path, default=Path("evals"), help="where evaluations are kept (evals/)")
-    words = "hold two runs, or two evaluations, against each other: options, held-out accuracy, metrics"
-    command = commands.add_parser("compare", help=words, description=words)
+    words = "hold two runs, or two evaluations, against each other: options, graders, held-out accuracy, metrics"
+    command = add_command(commands, "compare", words, "compare runs/a runs/b", "compare runs/a runs/b --step 50")
     command.add_argument("a", type=Path, help="a run's folder, or one that grpo eval made")
     command.add_argument("b", type=Path)
     command.add_argument("--step", type=int, help="the evaluations after this step (each run's last)")
-    command = commands.add_parser("replay", help="compute an update again that was not finite, and say where it began")
+    words = "compute an update again that was not finite, and say where it began"
+    command = add_command(commands, "replay", words, "replay runs/a/nonfinite/step-000012")
     command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
     words = "predict memory on each GPU, seconds of a step and hours of a run, on paper: no GPU, no download"
-    command = commands.add_parser("plan", help=words, description=words)
-    command.add_argument("recipe", help="a YAML file, see recipes/")
-    command.add_argument("overrides", nargs="*", metavar="section.option=value")
+    notes = ("Exit code 0 when it fits, 2 when not. What is reckoned, and how far off it is: docs/scale.md",)
+    command = add_command(
+        commands, "plan", words, "plan recipes/gsm8k_qwen2.5_7b.yaml --gpu h100 --gpus-per-node 4", notes=notes
+    )
+    add_recipe(command)
     command.add_argument("--gpu", required=True, metavar="NAME", help="kind of GPU, e.g. h100, a100-80")
     command.add_argument("--nodes", type=int, default=1, help="machines (1)")
     command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
@@ -120,18 +171,17 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--completion-tokens", type=float, metavar="N", help="mean completion over the run (sampling.max_tokens / 3)"
     )
-    command.epilog = "Exit code 0 when it fits, 2 when not. What is reckoned, and how far off it is: docs/scale.md"
-    add_job_commands(commands)
-    commands.add_parser("options", help="print every option with its default")
-    return parser
 
 
 def add_job_commands(commands: Any) -> None:
     """Of runs on a cluster: docs/cluster.md."""
     words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
-    command = commands.add_parser("submit", help=words, description=words)
-    command.add_argument("recipe", help="a YAML file, see recipes/")
-    command.add_argument("overrides", nargs="*", metavar="section.option=value", help="and resume=, allow=")
+    examples = (
+        "submit recipe.yaml run.dir=/shared/runs run.name=a resume=auto --address http://HEAD:8265",
+        "submit recipe.yaml run.dir=/shared/runs --env HF_TOKEN --no-follow --address http://HEAD:8265",
+    )
+    command = add_command(commands, "submit", words, *examples)
+    add_recipe(command, "and resume=, allow=")
     command.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
     )
@@ -150,7 +200,7 @@ def add_job_commands(commands: Any) -> None:
         ("logs", "print what a job prints, to its end; the exit code is the job's"),
         ("stop", "let a job finish its step, save and end, and wait for it"),
     ):
-        every.append(commands.add_parser(name, help=words, description=words))
+        every.append(add_command(commands, name, words, f"{name} grpo-0123456789abcdef --address http://HEAD:8265"))
         every[-1].add_argument("job", help="as grpo submit has named it")
     for command in every:
         command.add_argument("--address", required=True, metavar="http://HEAD:8265", help="the head's job server")
@@ -159,7 +209,7 @@ def add_job_commands(commands: Any) -> None:
 def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run the command that was asked for."""
     if parsed.command == "options":
-        print(config_module.options_text())
+        print(config_module.options_text(parsed.name))
         return DONE
     if parsed.command == "replay":
         from grpo.learner.replay import replay  # noqa: PLC0415 - torch and transformers take seconds to import

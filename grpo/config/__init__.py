@@ -1,6 +1,7 @@
 """The one place for options and their defaults: a recipe (YAML) and `key=value` overrides become a frozen `Config`.
 
     schema    every option, its type, its default and what it means
+    describe  the same in words, for `grpo options`
     load      YAML and overrides -> Config; the only importer of omegaconf, with the schema's `MISSING`
     validate  the batch algebra, ranges, and options that would have no effect
 
@@ -10,7 +11,8 @@ nearest valid one.
 
 from __future__ import annotations
 
-from grpo.config.load import dump, load, load_for_evaluation, options_text, refuse_unknown
+from grpo.config.describe import options_text
+from grpo.config.load import dump, load, load_for_evaluation, refuse_unknown
 from grpo.config.schema import (
     AlgorithmConfig,
     ClusterConfig,

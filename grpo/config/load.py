@@ -290,16 +290,6 @@ def refuse_unknown(name: str, source: str) -> None:
         raise UserError(f"{source}: unknown option {name}{f'; did you mean {near[0]}?' if near else ''}")
 
 
-def options_text() -> str:
-    """Every option with its type and default, a line each."""
-    lines = []
-    for option, f in _options(Config, ""):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        shown = "required" if default == MISSING else repr(default)
-        lines.append(f"{option} = {shown}   ({str(f.type).replace('typing.', '')})")
-    return "\n".join(lines)
-
-
 def _options(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """(full name, field) of every option of `cls`; of lists, those of their items."""
     hints = typing.get_type_hints(cls)

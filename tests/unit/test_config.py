@@ -312,10 +312,15 @@ def test_gpu_layouts_that_work(recipe: Path, overrides: list[str], gpus: int) ->
     assert config.gpus_used == gpus
 
 
+def listed() -> list[str]:
+    """The names that `grpo options` lists."""
+    return re.findall(r"^([\w.\[\]]+) = ", module.options_text(), re.MULTILINE)
+
+
 def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:
     """Swapping two letters of any option's name must point back at that option."""
-    for line in module.options_text().splitlines():
-        name = line.split(" = ")[0].replace("[i]", ".0")
+    for name in listed():
+        name = name.replace("[i]", ".0")
         section, _, option = name.rpartition(".")
         wrong = option[0] + option[2:3] + option[1:2] + option[3:] if option[1:2] != option[2:3] else option + "x"
         if wrong == option:
@@ -328,7 +333,7 @@ def test_every_option_misspelt_by_one_letter_is_found(recipe: Path) -> None:
 @pytest.mark.slow
 def test_every_letter_of_every_option_left_out_or_replaced(recipe: Path) -> None:
     """The suggestion may be the option itself or, where another is as near, that one; it is always a real one."""
-    names = [line.split(" = ")[0].replace("[i]", ".0") for line in module.options_text().splitlines()]
+    names = [name.replace("[i]", ".0") for name in listed()]
     missed = []
     for name in names:
         section, _, option = name.rpartition(".")
@@ -376,7 +381,7 @@ def test_functions_of_one_name_in_two_files_are_told_apart_by_the_files(tmp_path
 
 
 def test_options_lists_every_option_once() -> None:
-    names = [line.split(" = ")[0] for line in module.options_text().splitlines()]
+    names = listed()
     assert len(names) == len(set(names))
     assert {"model.path", "data.eval.top_k", "rewards[i].gold", "run.steps"} <= set(names)
     assert len(Config.__dataclass_fields__) == 11
