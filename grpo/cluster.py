@@ -77,7 +77,7 @@ def socket_folder() -> str:
             return folder
     raise UserError(
         f"TMPDIR: the path {given} has {len(os.fsencode(given))} bytes, and Ray's sockets need one of at most {room} "
-        f"that can be written to; neither can be used {', '.join(SHORT_FOLDERS)}; give a shorter one: TMPDIR=/short/path"
+        f"that can be written to; neither can be used {', '.join(SHORT_FOLDERS)}; nearest: TMPDIR=/short/path"
     )
 
 
