@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from grpo.checkpoint import differences
 from grpo.evaluation import GAINS, Interval, Judged, bounds, final_answer, interval, judge, sign_test, statistics_of
 from grpo.metrics import HEADLINE
-from grpo.run_folder import read_columns
+from grpo.samples import PART, read_columns
 from grpo.types import UserError
 
 Samples = dict[str, dict[str, list[Judged]]]
@@ -29,7 +29,6 @@ COLUMNS = (
     "prompt_id",
     "sample_index",
     "completion",
-    "reward_parts",
     "finish_reason",
     "completion_token_ids",
 )
@@ -145,7 +144,8 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """What counts of the completions of a samples file: `COLUMNS`, with numbers of tokens in the place of tokens.
+    """What counts of the completions of a samples file: `COLUMNS`, with numbers of tokens in the place of tokens, and
+    `parts`, the values of the rewards that gave one.
 
     Raises UserError when it is damaged.
     """
@@ -153,16 +153,13 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     lengths = pc.list_value_length(table["completion_token_ids"])
     rows: list[dict[str, Any]] = table.drop_columns("completion_token_ids").append_column("tokens", lengths).to_pylist()
     for row in rows:
-        if None in (row[name] for name in row if name != "reward_parts"):
+        values = {name: row.pop(name) for name in [*row] if name.startswith(PART)}
+        if None in row.values():
             raise UserError(f"{file} is damaged: a completion of {row['prompt_id']} has gaps")
-        try:
-            parts = json.loads(row["reward_parts"] or "{}")
-            finite = all(value is None or math.isfinite(value) for value in parts.values())
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-            finite = False
-        if not finite:
-            raise UserError(f"{file} is damaged: reward_parts {row['reward_parts'][:80]!r}")
-        row["reward_parts"] = parts
+        row["parts"] = {name.removeprefix(PART): value for name, value in values.items() if value is not None}
+        odd = [name for name, value in row["parts"].items() if not math.isfinite(value)]
+        if odd:
+            raise UserError(f"{file} is damaged: {PART}{odd[0]} of a completion of {row['prompt_id']} is no number")
     return rows
 
 
@@ -177,14 +174,14 @@ def read_samples(files: Sequence[Path]) -> Samples:
             by_set[row["dataset"]].append(row)
     out: Samples = {}
     for name, rows in by_set.items():
-        by = judge([row["reward_parts"] for row in rows])
+        by = judge([row["parts"] for row in rows])
         prompts = out[name] = defaultdict(list)
         indices = defaultdict(list)
         for row in rows:
             indices[row["prompt_id"]].append(row["sample_index"])
             prompts[row["prompt_id"]].append(
                 Judged(
-                    value=None if by is None else row["reward_parts"].get(by),
+                    value=None if by is None else row["parts"].get(by),
                     answer=final_answer(row["completion"]),
                     tokens=row["tokens"],
                     truncated=row["finish_reason"] == "length",

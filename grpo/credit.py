@@ -87,6 +87,14 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
     )
 
 
+def advantages_of(credit: Credit, config: Config) -> dict[int, float]:
+    """Return the advantage of each trained completion by its position in the step; empty where a method gives tokens
+    advantages of their own."""
+    if config.algorithm.advantage not in GROUP_RELATIVE:
+        return {}
+    return {row.rollout_index: row.advantage for rows in credit.minibatches for row in rows}
+
+
 def training_row(
     rollout: Rollout, prompt: int, index: int, advantage: float, reward: float, has_spread: bool
 ) -> TrainingRow:

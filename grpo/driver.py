@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from grpo import metrics as m
 from grpo.batching import rank_steps
 from grpo.config import Config
-from grpo.credit import members_needed, training_rows
+from grpo.credit import Credit, advantages_of, members_needed, training_rows
 from grpo.data import sample_seed
 from grpo.evaluation import Evaluation, evaluate_groups
 from grpo.health import Health
@@ -36,6 +36,7 @@ from grpo.probing import Probe, Spread, make_probe
 from grpo.progress import Progress
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
 from grpo.run_folder import RunFolder, is_disk_full
+from grpo.samples import Trained
 from grpo.saving import Saver
 from grpo.step_metrics import (
     Learned,
@@ -271,6 +272,7 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
     config, at = loop.config, loop.progress
     started = time.monotonic()
     result: StepResult | None = None
+    credit: Credit | None = None
     try:
         enforce_failure_budget(sampled.every, config.algorithm)
         credit = training_rows(sampled.groups, sampled.unused, config, at.step)
@@ -288,8 +290,11 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
         with loop.timeline.span("learner", "update"):
             result = loop.engines.step(steps)
     finally:  # the completions of a step that fails are the ones to look at
-        sums = result.learner_logprob_sums if result else {}
-        loop.folder.write_samples(f"step-{step:06d}", step, sampled.every, sums)
+        trained = Trained(
+            logprob_sums=result.learner_logprob_sums if result else {},
+            advantages=advantages_of(credit, config) if credit else {},
+        )
+        loop.folder.write_samples(f"step-{step:06d}", step, sampled.every, trained)
     return Learned(credit=credit, result=result, batch_s=batched - started, update_s=time.monotonic() - batched)
 
 
@@ -390,7 +395,7 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
             reward_timeout_s=config.cluster.step_timeout_s,
         ).groups
     every = [group for some in groups.values() for group in some]
-    loop.folder.write_samples(f"eval-{step:06d}", step, every, {})
+    loop.folder.write_samples(f"eval-{step:06d}", step, every)
     enforce_failure_budget(every, config.algorithm)
     evaluation = evaluate_groups(groups, config.data.eval.by)
     at = loop.progress

@@ -28,6 +28,7 @@ from grpo.compare import Samples, read_rows, read_samples, table, with_bounds
 from grpo.driver import eval_seed
 from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
 from grpo.rollouts import Scorer, collect, enforce_failure_budget
+from grpo.samples import write_groups
 from grpo.types import Group, Prompt, UserError
 
 WRITE_S = 20.0
@@ -137,7 +138,7 @@ def evaluate(
 
     Raises UserError when too many completions fail.
     """
-    writer = Writer(folder)
+    writer = Writer(folder, plan.config.data.answer_column)
     for name, prompts in left.items():
         say(f"sampling {samples_of(plan, name)} completions of {len(prompts)} prompts of {name}")
         sample_set(plan, name, prompts, sampler, scorer, writer, say)
@@ -203,8 +204,8 @@ def sample_set(
 class Writer:
     """Groups to samples/<n>.parquet, every WRITE_S seconds."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder / "samples"
+    def __init__(self, folder: Path, answer_column: str) -> None:
+        self._folder, self._answer_column = folder / "samples", answer_column
         numbers = [int(path.stem) for path in self._folder.glob("*.parquet") if path.stem.isdecimal()]
         self._number = 1 + max(numbers, default=-1)
         self._groups: list[Group] = []
@@ -217,7 +218,9 @@ class Writer:
 
     def flush(self) -> None:
         if self._groups:
-            run_folder.write_groups(self._folder / f"{self._number:06d}.parquet", 0, self._groups, {})
+            write_groups(
+                self._folder / f"{self._number:06d}.parquet", 0, self._groups, answer_column=self._answer_column
+            )
             self._number += 1
         self._groups, self._written = [], time.monotonic()
 

@@ -20,15 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
-from numpy.typing import NDArray
-
 from grpo import config as config_module
 from grpo.config import Config
-from grpo.types import Failed, Group, Scored, UserError
+from grpo.samples import UNTRAINED, Trained, write_groups
+from grpo.trackers import make_trackers, table_is_due, table_rows
+from grpo.types import Group, UserError
 
 RECIPE = "recipe.txt"
 """What the run was started with; `resume=auto` goes on in the newest folder of the same recipe."""
@@ -180,6 +176,8 @@ class RunFolder:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
         self._writing: list[Future[None]] = []
         self._trackers = make_trackers(config, self.path, step)
+        self._exporters: list[Callable[[int, Mapping[str, float]], None]] = []
+        self._answer_column = config.data.answer_column
 
     def rewind(self, config: Config, step: int) -> None:
         """Go back to `step`, of which there is a checkpoint: what was written after it is cut."""
@@ -189,16 +187,16 @@ class RunFolder:
         self._open(config, step)
         self.facts["steps"] = step
 
-    def track(self, tracker: Callable[[int, Mapping[str, float]], None]) -> None:
-        """Hand every step's metrics to `tracker`, too."""
-        self._trackers.append(tracker)
+    def export(self, exporter: Callable[[int, Mapping[str, float]], None]) -> None:
+        """Hand every step's metrics to `exporter`, too."""
+        self._exporters.append(exporter)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard and W&B where they are on."""
         line = {"step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **metrics}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        if self._trackers:
+        if self._trackers or self._exporters:
             self._later(self._track, step, dict(metrics))
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -207,14 +205,22 @@ class RunFolder:
 
     def _track(self, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in self._trackers:
-            tracker(step, metrics)
+            tracker.metrics(step, metrics)
+        for export in self._exporters:
+            export(step, metrics)
 
-    def write_samples(
-        self, name: str, step: int, groups: Sequence[Group], learner_logprob_sums: Mapping[int, float]
-    ) -> None:
-        """Every completion as one row of samples/<name>.parquet, written while the run goes on."""
+    def write_samples(self, name: str, step: int, groups: Sequence[Group], trained: Trained = UNTRAINED) -> None:
+        """Write every completion as one row of samples/<name>.parquet, and some of them to the trackers, while the run
+        goes on."""
+        self._later(self._write_samples, name, step, groups, trained)
+
+    def _write_samples(self, name: str, step: int, groups: Sequence[Group], trained: Trained) -> None:
         target = self.path / "samples" / f"{name}.parquet"
-        self._later(write_groups, target, step, groups, learner_logprob_sums)
+        write_groups(target, step, groups, answer_column=self._answer_column, trained=trained)
+        if self._trackers and table_is_due(name, step):
+            rows = table_rows(groups, self._answer_column, trained)
+            for tracker in self._trackers:
+                tracker.table(step, name.partition("-")[0], rows)
 
     def _later(self, write: Callable[..., None], *arguments: Any) -> None:
         """Write in the background, one thing after the other. A write that failed is raised at the next one."""
@@ -240,116 +246,6 @@ class RunFolder:
         self._lock.close()
         for writing in self._writing:
             writing.result()
-
-
-def write_groups(target: Path, step: int, groups: Sequence[Group], learner_logprob_sums: Mapping[int, float]) -> None:
-    """One parquet file with a row per rollout; `learner_logprob_sums` by position of the rollout in the step."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    outcomes = [rollout.outcome for rollout in rollouts]
-    completions = [rollout.completion for rollout in rollouts]
-    columns: dict[str, Any] = {
-        "step": [step] * len(rollouts),
-        "dataset": [rollout.prompt.dataset for rollout in rollouts],
-        "prompt_id": [rollout.prompt.prompt_id for rollout in rollouts],
-        "sample_index": [i for group in groups for i in range(len(group.rollouts))],
-        "prompt": [rollout.prompt.text for rollout in rollouts],
-        "completion": [rollout.text for rollout in rollouts],
-        "reward": [o.value if isinstance(o, Scored) else None for o in outcomes],
-        "reward_parts": [json.dumps(dict(o.parts)) if isinstance(o, Scored) else None for o in outcomes],
-        "failed": [o.kind if isinstance(o, Failed) else None for o in outcomes],
-        "failed_detail": [o.detail if isinstance(o, Failed) else None for o in outcomes],
-        "finish_reason": [completion.finish_reason for completion in completions],
-        "policy_version": [int(completion.policy_versions.min()) for completion in completions],
-        "seed": [completion.seed for completion in completions],
-        "prompt_token_ids": [rollout.prompt.token_ids for rollout in rollouts],
-        "completion_token_ids": list_column([completion.token_ids for completion in completions]),
-        "sampler_logprobs": list_column([completion.sampler_logprobs for completion in completions]),
-        "sampler_logprob_sum": [float(c.sampler_logprobs.sum(dtype=np.float64)) for c in completions],
-        "learner_logprob_sum": [learner_logprob_sums.get(i) for i in range(len(rollouts))],
-    }
-    aside = target.with_name(target.name + ".partial")
-    with aside.open("wb") as out:
-        pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), out, compression="zstd", write_page_checksum=True)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(aside, target)
-
-
-def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
-    """These columns of a file of samples.
-
-    Raises UserError when it is damaged, or when it is no such file.
-    """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read(columns=list(names)).select(names)
-        table.validate(full=True)  # files of earlier versions have no checksums
-        return table.cast(pa.schema([SAMPLE_SCHEMA.field(name) for name in names]))
-    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
-def list_column(arrays: Sequence[NDArray[Any]]) -> pa.ListArray:
-    """A column of lists from arrays, without a Python object per element."""
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
-
-
-SAMPLE_SCHEMA = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("dataset", pa.string()),
-        ("prompt_id", pa.string()),
-        ("sample_index", pa.int32()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("reward", pa.float64()),
-        ("reward_parts", pa.string()),
-        ("failed", pa.string()),
-        ("failed_detail", pa.string()),
-        ("finish_reason", pa.string()),
-        ("policy_version", pa.int64()),
-        ("seed", pa.int64()),
-        ("prompt_token_ids", pa.list_(pa.int32())),
-        ("completion_token_ids", pa.list_(pa.int32())),
-        ("sampler_logprobs", pa.list_(pa.float32())),
-        ("sampler_logprob_sum", pa.float64()),
-        ("learner_logprob_sum", pa.float64()),
-    ]
-)
-
-
-def make_trackers(config: Config, path: Path, step: int) -> list[Any]:
-    """Functions (step, metrics) -> None for the trackers that are on; the run goes on after `step`. W&B must be
-    installed when asked for."""
-    trackers: list[Any] = []
-    if config.run.tensorboard:
-        from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - slow, and only when on
-
-        board = SummaryWriter(str(path / "tensorboard"), purge_step=step + 1 if step else None)
-
-        def to_tensorboard(step: int, metrics: Mapping[str, float]) -> None:
-            for name, value in metrics.items():
-                board.add_scalar(name, value, step)
-            board.flush()
-
-        trackers.append(to_tensorboard)
-    if config.run.wandb:
-        import wandb  # noqa: PLC0415 - optional; the check has seen that it is installed
-
-        try:
-            run = wandb.init(
-                project=config.run.wandb_project,
-                name=path.name,
-                dir=str(path),
-                id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
-                resume="allow",
-                config=yaml.safe_load(config_module.dump(config)),
-            )
-        except wandb.Error as error:
-            raise UserError(f"run.wandb=true: {' '.join(str(error).split())[:300]}") from error
-        trackers.append(lambda step, metrics: run.log(dict(metrics), step=step))
-    return trackers
 
 
 def write_text(path: Path, text: str) -> None:

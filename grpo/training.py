@@ -203,7 +203,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
         if spread:
             scorer = stack.enter_context(SpreadPool(config, files, logs))
         if config.run.prometheus:
-            folder.track(cluster.exporter(folder.path.name))
+            folder.export(cluster.exporter(folder.path.name))
         stopper.install()  # Ray has put its own handlers in the place of ours
         console.say(f"starting {config.cluster.samplers} samplers and {config.cluster.learner_ranks} learner ranks")
         timeline = Timeline(folder.path / "trace" if config.run.trace else None)

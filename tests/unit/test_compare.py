@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from grpo.compare import COLUMNS, compare, read_samples
-from grpo.run_folder import write_groups
+from grpo.samples import write_groups
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, UserError
 
 
@@ -51,7 +52,7 @@ def make_run(
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     for step, groups in evaluations.items():
-        write_groups(folder / "samples" / f"eval-{step:06d}.parquet", step, groups, {})
+        write_groups(folder / "samples" / f"eval-{step:06d}.parquet", step, groups)
     return folder
 
 
@@ -122,13 +123,14 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         compare(b, b)
 
 
-@pytest.mark.parametrize("parts", [{"right": math.nan}, {"right": "x"}, {"right": [1]}])
-def test_rewards_that_are_no_numbers_are_damage(parts: dict[str, Any], tmp_path: Path) -> None:
-    good = group(1, [1.0])
-    [rollout] = good.rollouts
-    bad = dataclasses.replace(rollout, outcome=Scored(value=1.0, parts=parts))
-    a = make_run(tmp_path / "a", {1: [dataclasses.replace(good, rollouts=(bad,))]}, [])
-    with pytest.raises(UserError, match=r"eval-000001.parquet is damaged: reward_parts"):
+@pytest.mark.parametrize("values", [[math.nan], ["x"], [[1.0]], [math.inf]])
+def test_rewards_that_are_no_numbers_are_damage(values: list[Any], tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", {1: [group(1, [1.0])]}, [])
+    file = a / "samples" / "eval-000001.parquet"
+    table = pq.read_table(file)
+    place = table.schema.get_field_index("reward_part/right")
+    pq.write_table(table.set_column(place, "reward_part/right", pa.array(values)), file)
+    with pytest.raises(UserError, match=r"eval-000001.parquet (is damaged: reward_part/right|cannot be read)"):
         compare(a, a)
 
 
@@ -153,7 +155,7 @@ def test_evaluations_by_themselves_have_no_steps(tmp_path: Path) -> None:
 
 
 def test_samples_are_read_as_they_were_judged(tmp_path: Path) -> None:
-    write_groups(tmp_path / "s.parquet", 0, [group(1, [0.5, None])], {})
+    write_groups(tmp_path / "s.parquet", 0, [group(1, [0.5, None])])
     found = read_samples([tmp_path / "s.parquet"])["d"]["d:1:x"]
     assert [sample.value for sample in found] == [0.5, None]
     assert [(sample.answer, sample.tokens, sample.truncated) for sample in found] == [("7", 3, False)] * 2
@@ -165,7 +167,7 @@ def make_evaluation(folder: Path, groups: list[Group], prompts: int, k: int) -> 
     (folder / "key.json").write_text("{}")
     result = {"sets": {"d": {"prompts": prompts, "samples_per_prompt": k}}}
     (folder / "evaluation.json").write_text(json.dumps(result))
-    write_groups(folder / "samples" / "000000.parquet", 0, groups, {})
+    write_groups(folder / "samples" / "000000.parquet", 0, groups)
     return folder
 
 
@@ -212,7 +214,7 @@ def test_samples_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 def test_a_flipped_bit_anywhere_in_the_samples_is_seen(tmp_path: Path) -> None:
     """Of every byte of the pages that are read: other rewards, or an error?"""
     file = tmp_path / "s.parquet"
-    write_groups(file, 0, [group(i, [i / 8, 0.5]) for i in range(8)], {})
+    write_groups(file, 0, [group(i, [i / 8, 0.5]) for i in range(8)])
     whole, bytes_ = read_samples([file]), file.read_bytes()
     assert pq.ParquetFile(file).metadata.num_row_groups == 1
     columns = [pq.ParquetFile(file).metadata.row_group(0).column(i) for i in range(18)]
@@ -234,5 +236,5 @@ def test_a_flipped_bit_anywhere_in_the_samples_is_seen(tmp_path: Path) -> None:
 def test_the_first_part_judges(tmp_path: Path) -> None:
     one = group(1, [1.0])
     swapped = dataclasses.replace(one.rollouts[0], outcome=Scored(value=1.0, parts={"format": 0.0, "right": 1.0}))
-    write_groups(tmp_path / "s.parquet", 0, [dataclasses.replace(one, rollouts=(swapped,))], {})
+    write_groups(tmp_path / "s.parquet", 0, [dataclasses.replace(one, rollouts=(swapped,))])
     assert read_samples([tmp_path / "s.parquet"])["d"]["d:1:x"][0].value == 0.0

@@ -30,6 +30,7 @@ from grpo.metrics import mismatch_counts
 from grpo.probing import Spread
 from grpo.progress import Progress
 from grpo.run_folder import RunFolder, reopen
+from grpo.samples import Trained
 from grpo.saving import Saver
 from grpo.step_metrics import Learned, Sampled, refuse_unknown_best, throughput, timings
 from grpo.timeline import Timeline
@@ -386,9 +387,9 @@ def test_survivors_learn_as_if_the_failed_had_never_been(advantage: str, tmp_pat
     kept: list[Group] = []
     write = loop.folder.write_samples
 
-    def seen(name: str, number: int, groups: Sequence[Group], sums: Mapping[int, float]) -> None:
+    def seen(name: str, number: int, groups: Sequence[Group], trained: Trained) -> None:
         kept.extend(groups)
-        write(name, number, groups, sums)
+        write(name, number, groups, trained)
 
     loop.folder.write_samples = seen  # type: ignore[method-assign]
     train(loop)

@@ -14,7 +14,7 @@ import pytest
 from test_compare import group
 
 from grpo.evaluating import Writer, finished_prompts
-from grpo.run_folder import write_groups
+from grpo.samples import write_groups
 
 GROUPS = [group(i, [1.0, 0.0, 1.0]) for i in range(6)]
 IDS = [one.prompt.prompt_id for one in GROUPS]
@@ -62,7 +62,7 @@ def without_a_column(samples: Path) -> None:
 
 
 def of_another_evaluation(samples: Path) -> None:
-    write_groups(samples / "000001.parquet", 0, [group(77, [1.0, 1.0, 1.0])], {})
+    write_groups(samples / "000001.parquet", 0, [group(77, [1.0, 1.0, 1.0])])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def of_another_evaluation(samples: Path) -> None:
         (of_another_evaluation, "does not hold all of d:77:x"),
         *(
             (flipped(column), "cannot be read")
-            for column in ("prompt_id", "sample_index", "reward_parts", "completion")
+            for column in ("prompt_id", "sample_index", "reward_part/right", "completion")
         ),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_file_that_is_not_whole_is_sampled_again(tmp_path: Path, damage: Calla
     samples.mkdir()
     lines: list[str] = []
     for number in range(2):
-        write_groups(samples / f"{number:06d}.parquet", 0, GROUPS[number * 3 : number * 3 + 3], {})
+        write_groups(samples / f"{number:06d}.parquet", 0, GROUPS[number * 3 : number * 3 + 3])
     assert finished_prompts(PLAN, tmp_path, lines.append) == {*IDS}
     assert lines == []
     damage(samples)
@@ -102,7 +102,7 @@ def test_files_of_any_name_are_no_obstacle_to_the_next_one(tmp_path: Path) -> No
     samples.mkdir()
     for name in ("000004", "mine", "4 copy"):
         (samples / f"{name}.parquet").touch()
-    writer = Writer(tmp_path)
+    writer = Writer(tmp_path, "answer")
     writer.add(GROUPS[0])
     writer.flush()
     assert (samples / "000005.parquet").stat().st_size > 0

@@ -49,7 +49,7 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
 def test_a_write_that_fails_is_raised_at_the_end(tmp_path: Path) -> None:
     folder = create(make_config(tmp_path), "r.yaml")
     (folder.path / "samples").rmdir()
-    folder.write_samples("step-000001", 1, [], {})
+    folder.write_samples("step-000001", 1, [])
     with pytest.raises((OSError, ValueError)):
         folder.close()
 

@@ -1,0 +1,153 @@
+"""The files of completions, samples/<name>.parquet: one row per completion, with everything that is known of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from grpo.types import Failed, Group, Scored, UserError
+
+PART = "reward_part/"
+"""Before the name of a reward in the column of its values; null where it abstained or failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What the learner's step adds to the completions of a step, by their positions in it."""
+
+    logprob_sums: Mapping[int, float] = field(default_factory=dict)
+    """Sum of the learner's logprobs over the sampled tokens."""
+    advantages: Mapping[int, float] = field(default_factory=dict)
+    """Of methods that give a completion one advantage."""
+
+
+UNTRAINED = Trained()
+
+
+def write_groups(
+    target: Path, step: int, groups: Sequence[Group], *, answer_column: str = "answer", trained: Trained = UNTRAINED
+) -> None:
+    """Write one parquet file with a row per completion. `answer_column`: of the data, with the gold answers."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    outcomes = [rollout.outcome for rollout in rollouts]
+    completions = [rollout.completion for rollout in rollouts]
+    columns: dict[str, Any] = {
+        "step": [step] * len(rollouts),
+        "dataset": [rollout.prompt.dataset for rollout in rollouts],
+        "prompt_id": [rollout.prompt.prompt_id for rollout in rollouts],
+        "sample_index": [i for group in groups for i in range(len(group.rollouts))],
+        "prompt": [rollout.prompt.text for rollout in rollouts],
+        "completion": [rollout.text for rollout in rollouts],
+        "gold": [gold_answer(rollout.prompt.row, answer_column) for rollout in rollouts],
+        "row": [as_json(dict(rollout.prompt.row)) for rollout in rollouts],
+        "reward": [o.value if isinstance(o, Scored) else None for o in outcomes],
+        "advantage": [trained.advantages.get(i) for i in range(len(rollouts))],
+        "failed": [o.kind if isinstance(o, Failed) else None for o in outcomes],
+        "failed_detail": [o.detail if isinstance(o, Failed) else None for o in outcomes],
+        "finish_reason": [completion.finish_reason for completion in completions],
+        "policy_version": [int(completion.policy_versions.min()) for completion in completions],
+        "seed": [completion.seed for completion in completions],
+        "prompt_token_ids": [rollout.prompt.token_ids for rollout in rollouts],
+        "completion_token_ids": list_column([completion.token_ids for completion in completions]),
+        "sampler_logprobs": list_column([completion.sampler_logprobs for completion in completions]),
+        "sampler_logprob_sum": [float(c.sampler_logprobs.sum(dtype=np.float64)) for c in completions],
+        "learner_logprob_sum": [trained.logprob_sums.get(i) for i in range(len(rollouts))],
+    }
+    table = pa.table(columns, schema=SAMPLE_SCHEMA)
+    parts = [o.parts if isinstance(o, Scored) else {} for o in outcomes]
+    for name in merged_order([[*some] for some in parts]):
+        table = table.append_column(f"{PART}{name}", pa.array([some.get(name) for some in parts], pa.float64()))
+    aside = target.with_name(target.name + ".partial")
+    with aside.open("wb") as out:
+        pq.write_table(table, out, compression="zstd", write_page_checksum=True)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(aside, target)
+
+
+def merged_order(sequences: Iterable[Sequence[str]]) -> list[str]:
+    """Return every name of `sequences` in an order that all of them keep; where they contradict each other, in the
+    order of first appearance."""
+    before: dict[str, set[str]] = {}
+    for names in sequences:
+        for earlier, name in zip((None, *names), names, strict=False):
+            before.setdefault(name, set()).update({earlier} if earlier is not None else ())
+    try:
+        return [*TopologicalSorter(before).static_order()]
+    except CycleError:
+        return [*before]
+
+
+def gold_answer(row: Mapping[str, Any], column: str) -> str | None:
+    """Return the gold answer of a row of the data as text, None where the row has none."""
+    value = row.get(column)
+    return value if value is None or isinstance(value, str) else as_json(value)
+
+
+def as_json(value: Any) -> str:
+    """Return `value` as JSON; what JSON does not know (dates, bytes) as its text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
+    """Return these columns of a file of samples, and behind them those of the rewards' values (`PART`).
+
+    Raises UserError when it is damaged, or when it is no such file.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            absent = [name for name in SAMPLE_SCHEMA.names if name not in file.schema_arrow.names]
+            if absent:
+                raise UserError(
+                    f"{path} cannot be read: it has no column {absent[0]}; another version may have made it"
+                )
+            fields = [SAMPLE_SCHEMA.field(name) for name in names]
+            fields += [pa.field(name, pa.float64()) for name in file.schema_arrow.names if name.startswith(PART)]
+            every = [one.name for one in fields]
+            table = file.read(columns=every).select(every)
+        table.validate(full=True)
+        return table.cast(pa.schema(fields))
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def list_column(arrays: Sequence[NDArray[Any]]) -> pa.ListArray:
+    """A column of lists from arrays, without a Python object per element."""
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
+
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("dataset", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("gold", pa.string()),
+        ("row", pa.string()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+        ("failed", pa.string()),
+        ("failed_detail", pa.string()),
+        ("finish_reason", pa.string()),
+        ("policy_version", pa.int64()),
+        ("seed", pa.int64()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("completion_token_ids", pa.list_(pa.int32())),
+        ("sampler_logprobs", pa.list_(pa.float32())),
+        ("sampler_logprob_sum", pa.float64()),
+        ("learner_logprob_sum", pa.float64()),
+    ]
+)

@@ -1,0 +1,139 @@
+"""TensorBoard and W&B: every step's metrics, and now and then a table of completions to read."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from grpo import config as config_module
+from grpo.config import Config
+from grpo.metrics import scored_rewards
+from grpo.objective.advantages import has_spread
+from grpo.samples import UNTRAINED, Trained, gold_answer
+from grpo.types import Failed, Group, UserError
+
+TABLE_EVERY = 10
+"""Steps between two tables of training; evaluations all have one."""
+TABLE_GROUPS = 2
+"""Groups of a table, of each the completions with the highest and the lowest reward."""
+TABLE_CHARACTERS = 2000
+"""Of a text in it; the middle of a longer one is left out there, never in samples/."""
+NO_MARKUP = str.maketrans({"\n": "<br>"} | {mark: f"&#{ord(mark)};" for mark in "|*_`~[]\\"})
+COLUMNS = ("prompt_id", "prompt", "completion", "gold", "reward", "advantage", "finish")
+
+Row = Mapping[str, str]
+
+
+class Tracker(Protocol):
+    """Where a run is followed."""
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        """`rows`: texts by COLUMNS."""
+        ...
+
+
+def table_is_due(name: str, step: int) -> bool:
+    """`name`: of the samples file, step-... or eval-..."""
+    return name.startswith("eval") or step == 1 or step % TABLE_EVERY == 0
+
+
+def table_rows(groups: Sequence[Group], answer_column: str, trained: Trained = UNTRAINED) -> list[Row]:
+    """Return the rows of a table of completions: of the first TABLE_GROUPS groups, those with spread first, the
+    completion with the highest reward and the one with the lowest."""
+    starts = [sum(len(group.rollouts) for group in groups[:i]) for i in range(len(groups))]
+    order = sorted(range(len(groups)), key=lambda i: not has_spread(scored_rewards(groups[i])))
+    rows = []
+    for i in order[:TABLE_GROUPS]:
+        values = [None if isinstance(r.outcome, Failed) else r.outcome.value for r in groups[i].rollouts]
+        scored = [j for j, value in enumerate(values) if value is not None] or [0]
+        by_value = sorted(scored, key=lambda j: values[j] or 0.0)
+        for j in dict.fromkeys((by_value[-1], by_value[0])):
+            rollout, value = groups[i].rollouts[j], values[j]
+            advantage = trained.advantages.get(starts[i] + j)
+            outcome = f"{value:g}" if value is not None else f"failed: {getattr(rollout.outcome, 'kind', '')}"
+            texts = (
+                rollout.prompt.prompt_id, rollout.prompt.text, rollout.text,
+                gold_answer(rollout.prompt.row, answer_column) or "", outcome,
+                "" if advantage is None else f"{advantage:.3g}", rollout.completion.finish_reason,
+            )  # fmt: skip
+            rows.append(dict(zip(COLUMNS, map(shorten, texts), strict=True)))
+    return rows
+
+
+def shorten(text: str) -> str:
+    """Leave out the middle of a text of more than TABLE_CHARACTERS, and say how much."""
+    if len(text) <= TABLE_CHARACTERS:
+        return text
+    half = TABLE_CHARACTERS // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the rows as a table in Markdown, the texts as they are: nothing in them is markup."""
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    for row in rows:
+        lines.append(" | ".join(html.escape(row[name]).translate(NO_MARKUP) for name in COLUMNS))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+class TensorBoard:
+    """Event files in the run's folder."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """`step`: where the run goes on; what was written of later steps is hidden."""
+        from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - slow, and only when on
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        self._board.add_text(f"samples/{name}", markdown(rows), step)
+
+
+class WandB:
+    """A run of W&B, which must be installed."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        """Raises UserError when W&B cannot be reached or does not know the user."""
+        import wandb  # noqa: PLC0415 - optional; the check has seen that it is installed
+
+        self._wandb: Any = wandb
+        try:
+            self._run: Any = wandb.init(
+                project=config.run.wandb_project,
+                name=folder.name,
+                dir=str(folder),
+                id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+                resume="allow",
+                config=yaml.safe_load(config_module.dump(config)),
+            )
+        except wandb.Error as error:
+            raise UserError(f"run.wandb=true: {' '.join(str(error).split())[:300]}") from error
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
+        data = [[row[column] for column in COLUMNS] for row in rows]
+        self._run.log({f"samples/{name}": self._wandb.Table(columns=list(COLUMNS), data=data)}, step=step)
+
+
+def make_trackers(config: Config, folder: Path, step: int) -> list[Tracker]:
+    """Return the trackers that are on; the run goes on after `step`."""
+    trackers: list[Tracker] = []
+    if config.run.tensorboard:
+        trackers.append(TensorBoard(folder, step))
+    if config.run.wandb:
+        trackers.append(WandB(config, folder))
+    return trackers

@@ -1,0 +1,122 @@
+"""The files of completions, and the tables of some of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_compare import group
+
+from grpo.config import Config
+from grpo.samples import Trained, merged_order, write_groups
+from grpo.trackers import COLUMNS, TABLE_CHARACTERS, TABLE_EVERY, make_trackers, markdown, table_is_due, table_rows
+from grpo.types import Group
+
+
+def with_row(group: Group, **row: Any) -> Group:
+    prompt = dataclasses.replace(group.prompt, row=row)
+    return Group(prompt=prompt, rollouts=tuple(dataclasses.replace(r, prompt=prompt) for r in group.rollouts))
+
+
+def with_texts(group: Group, *texts: str) -> Group:
+    rollouts = zip(group.rollouts, texts, strict=True)
+    return dataclasses.replace(group, rollouts=tuple(dataclasses.replace(r, text=text) for r, text in rollouts))
+
+
+def test_what_is_known_of_a_completion_is_in_its_row(tmp_path: Path) -> None:
+    groups = [
+        with_row(group(1, [1.0, 0.0]), question="two", answer="7", day=datetime.date(2026, 1, 2)),
+        with_row(group(2, [None]), answer={"x": [1]}),
+        with_row(group(3, [0.5]), question="nothing"),
+    ]
+    trained = Trained(logprob_sums={0: -1.5, 3: -2.5}, advantages={0: 0.75, 1: -0.75})
+    write_groups(tmp_path / "s.parquet", 4, groups, trained=trained)
+    rows = pq.read_table(tmp_path / "s.parquet").to_pylist()
+    assert [row["gold"] for row in rows] == ["7", "7", '{"x": [1]}', None]
+    assert json.loads(rows[0]["row"]) == {"question": "two", "answer": "7", "day": "2026-01-02"}
+    assert [row["advantage"] for row in rows] == [0.75, -0.75, None, None]
+    assert [row["learner_logprob_sum"] for row in rows] == [-1.5, None, None, -2.5]
+    assert [row["reward_part/right"] for row in rows] == [1.0, 0.0, None, 0.5]
+    assert [row["reward_part/format"] for row in rows] == [0.0, 0.0, None, 0.0]
+    write_groups(tmp_path / "s.parquet", 4, groups, answer_column="question")
+    assert [row["gold"] for row in pq.read_table(tmp_path / "s.parquet").to_pylist()] == ["two", "two", None, "nothing"]
+
+
+@given(st.permutations("abcdef"), st.lists(st.sets(st.sampled_from("abcdef")), max_size=6))
+def test_names_keep_the_order_that_each_completion_has_them_in(order: list[str], chosen: list[set[str]]) -> None:
+    sequences = [[name for name in order if name in some] for some in chosen]
+    merged = merged_order(sequences)
+    assert sorted(merged) == sorted(set().union(*chosen))
+    for one in sequences:
+        assert [name for name in merged if name in one] == one
+
+
+def test_orders_that_contradict_each_other_are_taken_as_they_come() -> None:
+    assert merged_order([["b", "a"], ["a", "b"], ["c"]]) == ["b", "a", "c"]
+
+
+def test_a_table_has_the_best_and_the_worst_of_groups_that_differ() -> None:
+    same, differing, failed = group(1, [1.0, 1.0]), group(2, [0.25, 1.0, 0.0]), group(3, [None, None])
+    groups = [with_row(one, answer="7") for one in (same, failed, differing)]
+    rows = table_rows(groups, "answer", Trained(advantages={5: 1.5, 6: -1.25}))
+    assert [(row["prompt_id"], row["reward"], row["advantage"]) for row in rows] == [
+        ("d:2:x", "1", "1.5"), ("d:2:x", "0", "-1.25"), ("d:1:x", "1", ""), ("d:1:x", "1", ""),
+    ]  # fmt: skip
+    assert {row["gold"] for row in rows} == {"7"}
+    assert [row["reward"] for row in table_rows([failed], "answer")] == ["failed: timeout"]
+
+
+def test_texts_are_shown_as_they_are(tmp_path: Path) -> None:
+    text = "a|b\n<think>*x*</think> `c` [d](e) _f_ ~g~ \\h"
+    table = markdown(table_rows([with_texts(group(1, [1.0]), text)], "answer"))
+    assert len(table.splitlines()) == 3  # header, rule and one row
+    assert table.splitlines()[2].count("|") == len(COLUMNS) + 1
+    for mark in ("<think>", "*", "`", "[", "_", "~", "\\"):
+        assert mark not in table.splitlines()[2]
+    assert "&lt;think&gt;" in table
+    long = "x" * TABLE_CHARACTERS + "middle" + "y" * TABLE_CHARACTERS
+    [row] = table_rows([with_texts(group(1, [1.0]), long)], "answer")
+    assert row["completion"].startswith("x" * (TABLE_CHARACTERS // 2) + " [... ")
+    assert row["completion"].endswith("y" * (TABLE_CHARACTERS // 2))
+    assert f"{TABLE_CHARACTERS + 6} characters" in row["completion"]
+
+
+def test_when_a_table_is_due() -> None:
+    assert [step for step in range(1, 2 * TABLE_EVERY + 1) if table_is_due("step-0", step)] == [
+        1,
+        TABLE_EVERY,
+        2 * TABLE_EVERY,
+    ]
+    assert table_is_due("eval-000007", 7)
+
+
+def test_tensorboard_gets_the_table(tmp_path: Path, config: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [tracker] = make_trackers(config, tmp_path, 0)
+    tracker.table(3, "step", table_rows([with_texts(group(1, [1.0]), "forty-two")], "answer"))
+    tracker.metrics(3, {"reward/mean": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    [event] = events.Tensors("samples/step/text_summary")
+    assert event.step == 3
+    assert b"forty-two" in event.tensor_proto.string_val[0]
+    assert [point.value for point in events.Scalars("reward/mean")] == [0.5]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    from grpo import config as module
+
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: x, dtype: float32}\ndata: {train: x}\nalgorithm: {prompts_per_step: 4, group_size: 8}\n"
+        "rewards: [{file: twos.py}]\nrun: {steps: 1}\n"
+    )
+    return module.load(tmp_path / "r.yaml")
