@@ -29,7 +29,7 @@ from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.process import secrets
 from grpo.shapes import split_problems
-from grpo.types import Prompt, UserError
+from grpo.types import Moment, Prompt, UserError
 
 TRIED_ROWS = 8
 MIN_SECRET = 8
@@ -75,7 +75,9 @@ def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None
     files = tuple(rewards.locate(config.rewards, recipe))
     config = decide_gold(config, files)
     check_reward_sets(config, [*train, *held_out])
-    tried = try_rewards(config, files, [*train, *held_out], log_dir, say)
+    updates = config.optimizer_steps_per_step
+    unsampled = unsampled_by(tokenizer, ends, Moment(max_steps=config.run.steps * updates))
+    tried = try_rewards(config, files, [*train, *held_out], unsampled, log_dir, say)
     return Plan(
         config=config,
         tokenizer=tokenizer,
@@ -114,7 +116,7 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
     files = tuple(rewards.locate(config.rewards, recipe))
     config = decide_gold(config, files)
     check_reward_sets(config, held_out)
-    tried = try_rewards(config, files, held_out, log_dir, say)
+    tried = try_rewards(config, files, held_out, unsampled_by(tokenizer, ends, Moment()), log_dir, say)
     sizes = ", ".join(f"{dataset.name} ({len(dataset.prompts)} prompts)" for dataset in held_out)
     return Plan(
         config=config,
@@ -404,8 +406,26 @@ def check_trackers(config: Config) -> None:
         raise UserError("run.wandb=true needs the wandb package: pip install 'grpo[wandb]'")
 
 
+def unsampled_by(tokenizer: Any, ends: Sequence[int], moment: Moment) -> preflight.Unsampled:
+    """How rewards are handed completions that were written, not sampled: a text's ids end with the first of `ends`, and
+    one that the vocabulary has no tokens for has no others."""
+
+    def encode(text: str) -> list[int]:
+        try:
+            return [*tokenizer.encode(text, add_special_tokens=False), *ends[:1]]
+        except Exception:  # noqa: BLE001 - tokenizers raises no other where there is no token for what is unknown
+            return [*ends[:1]]
+
+    return preflight.Unsampled(encode=encode, moment=moment)
+
+
 def try_rewards(
-    config: Config, files: Sequence[Path], sets: Sequence[data.PromptSet], log_dir: Path, say: Callable[[str], None]
+    config: Config,
+    files: Sequence[Path],
+    sets: Sequence[data.PromptSet],
+    unsampled: preflight.Unsampled,
+    log_dir: Path,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Run every reward on a few real rows of each data set, and on all gold answers."""
     prompts = {f"{dataset.option} ({dataset.name})": dataset.prompts for dataset in sets}
@@ -416,6 +436,7 @@ def try_rewards(
         {label: some[:TRIED_ROWS] for label, some in prompts.items()},
         gold_template=gold_template,
         answer_column=answer_column,
+        unsampled=unsampled,
         log_dir=log_dir,
     )
     report += preflight.try_golds(
@@ -424,6 +445,7 @@ def try_rewards(
         prompts,
         gold_template=gold_template,
         answer_column=answer_column,
+        unsampled=unsampled,
         workers=config.reward_workers,
         log_dir=log_dir,
         say=say,

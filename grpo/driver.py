@@ -48,7 +48,7 @@ from grpo.step_metrics import (
     timings,
 )
 from grpo.timeline import Timeline
-from grpo.types import EngineFailure, Group, Prompt, RankStep, StepResult
+from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult
 
 
 class MismatchError(RuntimeError):
@@ -254,10 +254,10 @@ def sample_step(loop: Loop, step: int) -> Sampled:
     kept: list[Group] = []
     unused: list[Group] = []
     sample_s = reward_s = 0.0
-    attempt = 0
+    attempt, moment = 0, moment_of(loop, step)
     while len(kept) < wanted and attempt <= a.max_refills:
         prompts = [loop.prompts[i] for i in at.cursor.draw(wanted - len(kept), at.retired)]
-        collected = rollouts_of(loop, prompts, step, attempt)
+        collected = rollouts_of(loop, prompts, moment, attempt)
         for group in collected.groups:
             rewards = m.scored_rewards(group)
             teaches = not a.max_refills or (len(rewards) >= members_needed(a) and has_spread(rewards))
@@ -314,14 +314,25 @@ def next_kl_coef(kl_coef: float, metrics: Mapping[str, float], config: Config) -
     return adapted_coefficient(kl_coef, metrics["policy/kl_ref"], target=a.kl_target, horizon=a.kl_horizon)
 
 
-def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int, attempt: int) -> Collected:
+def moment_of(loop: Loop, step: int) -> Moment:
+    """Return where the run stands before prompts are drawn, for completions of `step`."""
+    at, updates = loop.progress, loop.config.optimizer_steps_per_step
+    return Moment(
+        step=step,
+        global_step=at.step * updates,
+        max_steps=loop.config.run.steps * updates,
+        epoch=at.cursor.epochs,
+    )
+
+
+def rollouts_of(loop: Loop, prompts: Sequence[Prompt], moment: Moment, attempt: int) -> Collected:
     """Sample and score the groups of a training step."""
     config = loop.config
 
     def seed_of(prompt: Prompt, index: int) -> int | None:
         if not config.sampling.seeded:
             return None
-        return sample_seed(config.run.seed, step, prompt.prompt_id, index, attempt)
+        return sample_seed(config.run.seed, moment.step, prompt.prompt_id, index, attempt)
 
     return collect(
         prompts,
@@ -331,7 +342,7 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], step: int, attempt: int) 
         samples_per_prompt=config.algorithm.group_size,
         seed_of=seed_of,
         decode=loop.decode,
-        step=step,
+        moment=moment,
         reward_timeout_s=config.cluster.step_timeout_s,
     )
 
@@ -391,7 +402,7 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
             samples_per_prompt=config.data.eval.samples_of(name),
             seed_of=lambda prompt, index: eval_seed(config, prompt, index),
             decode=loop.decode,
-            step=step,
+            moment=moment_of(loop, step),
             reward_timeout_s=config.cluster.step_timeout_s,
         ).groups
     every = [group for some in groups.values() for group in some]

@@ -29,7 +29,7 @@ from grpo.driver import eval_seed
 from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
 from grpo.rollouts import Scorer, collect, enforce_failure_budget
 from grpo.samples import write_groups
-from grpo.types import Group, Prompt, UserError
+from grpo.types import Group, Moment, Prompt, UserError
 
 WRITE_S = 20.0
 """Completions are written this often: what an interruption may cost."""
@@ -194,7 +194,7 @@ def sample_set(
         samples_per_prompt=samples_of(plan, name),
         seed_of=lambda prompt, index: eval_seed(config, prompt, index),
         decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
-        step=0,
+        moment=Moment(),
         reward_timeout_s=config.cluster.step_timeout_s,
         when_scored=keep,
     )

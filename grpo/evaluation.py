@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo.metrics import fraction
+from grpo.metrics import fraction, logged_metrics
 from grpo.types import Group, Rollout, Scored
 
 DRAWS = 10_000
@@ -95,6 +95,8 @@ class Evaluation:
     sets: Mapping[str, SetEvaluation]
     parts: Mapping[str, SetEvaluation] = field(default_factory=dict)
     """`<data set>/<column>/<value>` -> the prompts with that value, for the columns of data.eval.by."""
+    logged: Mapping[str, float] = field(default_factory=dict)
+    """Means of what reward functions have logged, by `grpo.metrics.logged_metrics`; no checkpoint keeps them."""
 
     @property
     def accuracy(self) -> float:
@@ -203,7 +205,8 @@ def evaluate_groups(groups: Mapping[str, Sequence[Group]], by: Sequence[str] = (
             for value, part in parts_by(column, {g.prompt.prompt_id: g.prompt.row for g in some}, samples).items():
                 if any(sample.value is not None for own in part.values() for sample in own):
                     parts[f"{name}/{column}/{value}"] = summarize(part)
-    return Evaluation(sets=sets, parts=parts)
+    logged = logged_metrics([group for some in groups.values() for group in some])
+    return Evaluation(sets=sets, parts=parts, logged=logged)
 
 
 def parts_by(

@@ -58,6 +58,7 @@ def rollout_metrics(groups: Sequence[Group], least: int) -> dict[str, float]:
     for name in sorted({name for _, outcome in scored for name in outcome.parts}):
         part = [outcome.parts[name] for _, outcome in scored if name in outcome.parts]
         out |= spread_of(f"reward_part/{name}/", part, four)
+    out |= logged_metrics(groups)
     kinds = Counter(r.outcome.kind for r in rollouts if isinstance(r.outcome, Failed))
     out["reward/failed_fraction"] = sum(kinds.values()) / len(rollouts)
     out |= {f"reward/failed_{kind}": float(count) for kind, count in sorted(kinds.items())}
@@ -70,6 +71,18 @@ def rollout_metrics(groups: Sequence[Group], least: int) -> dict[str, float]:
         out |= spread_of(f"completion/tokens_{label}_", members, ("mean",))
     out |= spread_of("prompt/tokens_", [float(len(g.prompt.token_ids)) for g in groups], ("mean", "min", "max"))
     return out | group_metrics(groups, best, least) | {"tokens/sampled": sum(lengths)}
+
+
+def logged_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Return the means over all values that reward functions have logged by a name, as `reward/<reward>/metric/<name>`;
+    a reward that failed on a completion may have logged, too."""
+    sums: dict[str, tuple[float, int]] = {}
+    for group in groups:
+        for rollout in group.rollouts:
+            for name, (added, values) in rollout.outcome.logged.metrics.items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + added, count + values)
+    return {f"reward/{name}": total / count for name, (total, count) in sorted(sums.items())}
 
 
 def group_metrics(groups: Sequence[Group], best: float, least: int) -> dict[str, float]:

@@ -87,10 +87,8 @@ class Progress:
             None
             if state[name] is None
             else Evaluation(
-                **{
-                    kind: {n: SetEvaluation(**found) for n, found in state[name][kind].items()}
-                    for kind in ("sets", "parts")
-                }
+                sets={n: SetEvaluation(**found) for n, found in state[name]["sets"].items()},
+                parts={n: SetEvaluation(**found) for n, found in state[name]["parts"].items()},
             )
             for name in ("before", "after")
         )

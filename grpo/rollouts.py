@@ -21,6 +21,7 @@ from grpo.types import (
     Failed,
     FailureKind,
     Group,
+    Moment,
     Prompt,
     RewardOutage,
     Rollout,
@@ -66,7 +67,7 @@ def collect(
     samples_per_prompt: int,
     seed_of: Callable[[Prompt, int], int | None],
     decode: Callable[[Sequence[Any]], list[str]],
-    step: int,
+    moment: Moment,
     reward_timeout_s: float,
     when_scored: Callable[[Group], object] = lambda group: None,
 ) -> Collected:
@@ -76,6 +77,7 @@ def collect(
         settings: handed to the sampler as it is.
         seed_of: seed of (prompt, sample index).
         decode: lists of token ids -> texts, special tokens skipped.
+        moment: what the reward functions hear of where the run stands.
         reward_timeout_s: deadline for the rewards after the last completion.
         when_scored: told of every group, as soon as it is seen to be complete.
     """
@@ -100,7 +102,8 @@ def collect(
         decoded = decode([completions[p][i].token_ids for p in complete for i in range(samples_per_prompt)])
         for n, p in enumerate(complete):
             texts[p] = decoded[n * samples_per_prompt : (n + 1) * samples_per_prompt]
-            items = reward_items(prompts[p], [completions[p][i] for i in range(samples_per_prompt)], texts[p], step)
+            own = [completions[p][i] for i in range(samples_per_prompt)]
+            items = reward_items(prompts[p], own, texts[p], moment)
             scores[p] = scorer.submit([item for i, item in enumerate(items) if is_whole(completions[p][i])])
         for p, future in enumerate(scores):
             if future is not None and p not in groups and future.done():
@@ -167,7 +170,7 @@ def completions_of(block: SampledBlock, requests: Sequence[SampleRequest]) -> It
 
 
 def reward_items(
-    prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str], step: int
+    prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str], moment: Moment
 ) -> list[RewardItem]:
     """What the reward functions are told of each completion of a group."""
     return [
@@ -179,9 +182,11 @@ def reward_items(
                 "token_count": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
                 "prompt": prompt.text,
-                "step": step,
+                "step": moment.step,
             },
             dataset=prompt.dataset,
+            completion_ids=completion.token_ids,
+            moment=moment,
         )
         for completion, text in zip(completions, texts, strict=True)
     ]

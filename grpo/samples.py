@@ -67,12 +67,29 @@ def write_groups(
     parts = [o.parts if isinstance(o, Scored) else {} for o in outcomes]
     for name in merged_order([[*some] for some in parts]):
         table = table.append_column(f"{PART}{name}", pa.array([some.get(name) for some in parts], pa.float64()))
+    for name, column in logged_columns(outcomes).items():
+        table = table.append_column(name, column)
     aside = target.with_name(target.name + ".partial")
     with aside.open("wb") as out:
         pq.write_table(table, out, compression="zstd", write_page_checksum=True)
         out.flush()
         os.fsync(out.fileno())
     os.replace(aside, target)
+
+
+def logged_columns(outcomes: Sequence[Scored | Failed]) -> dict[str, pa.Array]:
+    """`<reward>/<column>` -> what reward functions have logged of each completion, null where nothing; texts where the
+    values are of different kinds."""
+    out = {}
+    for name in sorted({name for outcome in outcomes for name in outcome.logged.columns}):
+        values = [outcome.logged.columns.get(name) for outcome in outcomes]
+        kinds = {type(value) for value in values if value is not None}
+        if kinds <= {int, float} and len(kinds) == 2:
+            values = [None if value is None else float(value) for value in values]
+        elif len(kinds) > 1:
+            values = [None if value is None else str(value) for value in values]
+        out[name] = pa.array(values) if kinds else pa.nulls(len(values), pa.string())
+    return out
 
 
 def merged_order(sequences: Iterable[Sequence[str]]) -> list[str]:

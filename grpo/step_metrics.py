@@ -153,4 +153,5 @@ def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
     out = {f"eval/{n}": sum(float(getattr(found, n)) for found in sets.values()) / len(sets) for n in OF_EVALUATION}
     out["eval/failed"] *= len(sets)  # a count, not a mean
     shown = {**(sets if len(sets) > 1 else {}), **evaluation.parts}
+    out |= {f"eval/{name}": value for name, value in evaluation.logged.items()}
     return out | {f"eval/{n}/{of}": float(getattr(found, n)) for of, found in shown.items() for n in OF_EVALUATION}

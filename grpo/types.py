@@ -11,7 +11,7 @@ The token axis is shifted once, in `grpo.batching`: every [B,T] tensor is aligne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -150,6 +150,37 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """Where a run stands when completions are sampled. The defaults are of a model outside of a run."""
+
+    step: int = 0
+    """The step that they are sampled for; of an evaluation, the last one before it."""
+    global_step: int = 0
+    """Optimizer steps that belong to the steps done: 0 while the first step is sampled."""
+    max_steps: int = 0
+    """Optimizer steps of the whole run."""
+    epoch: float = 0.0
+    """How often the data had been gone through before this step's prompts were drawn."""
+
+    def trainer_state(self) -> dict[str, float]:
+        """Return what TRL's reward functions read as `trainer_state`."""
+        return {"global_step": self.global_step, "max_steps": self.max_steps, "epoch": self.epoch}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """What reward functions have logged of a completion besides its reward."""
+
+    columns: Mapping[str, str | float | bool | None] = field(default_factory=dict)
+    """`<reward>/<column>` -> its value, for the samples file."""
+    metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """`<reward>/metric/<name>` -> (sum, count) of the values. Those of a whole group are at its first completion."""
+
+
+NOTHING_LOGGED = Logged()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """A reward that exists."""
 
@@ -157,6 +188,7 @@ class Scored:
     """Weighted sum of the parts; finite."""
     parts: Mapping[str, float]
     """Unweighted value of each part that did not abstain, for logging."""
+    logged: Logged = NOTHING_LOGGED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +198,8 @@ class Failed:
     kind: FailureKind
     detail: str
     """One line: which reward function, what happened."""
+    logged: Logged = NOTHING_LOGGED
+    """By functions that did not fail as a whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.process import (
@@ -35,15 +38,16 @@ from grpo.rewards.process import (
     parse_greeting,
     scrubbed,
     spec_of,
+    withheld,
 )
-from grpo.types import Failed, FailureKind, Scored, UserError
+from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Logged, Moment, Scored, UserError
 
 MAX_FAILED_STARTS = 3
 """In a row, of workers whose files have loaded before."""
 CALLS_PER_JOB = 8
 """Small enough to spread a group of slow calls over the workers, large enough that messages cost little."""
 
-ABSTAINED: Part = (None, {})
+ABSTAINED = Part(value=None)
 """What a reward says of rows that are not its own."""
 
 
@@ -59,6 +63,10 @@ class RewardItem:
     """token_count, finish_reason, prompt (text), step."""
     dataset: str
     """Name of the row's data set; rewards that are for other sets abstain."""
+    completion_ids: Sequence[int] | NDArray[np.int32] = ()
+    """The sampled ids."""
+    moment: Moment = field(default_factory=Moment)
+    """The same for every item of a group."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,9 +75,10 @@ class _Group:
 
     future: Future[list[Scored | Failed]]
     context: bytes
-    """Pickle of (row, messages): one for all calls, made in the caller's thread so that its errors are raised there."""
-    inputs: list[tuple[str, dict[str, Any]]]
-    """(completion, info) of each item"""
+    """Pickle of (row, messages, state): one for all calls, made in the caller's thread so that its errors are raised
+    there."""
+    inputs: list[tuple[str, dict[str, Any], list[int]]]
+    """(completion, info, token ids where a reward is given them) of each item"""
     answers: list[dict[int, Part]]
     """[rewards] item -> part"""
     missing: int
@@ -106,20 +115,24 @@ class RewardPool:
         workers: int,
         log_dir: Path,
         sources: Sequence[bytes] = (),
+        first: int = 0,
     ) -> None:
-        """`sources`: the files' contents, where the files may not be on this machine."""
+        """`sources`: the files' contents, where the files may not be on this machine. `first`: the place of the first
+        of `rewards` in the recipe."""
         self._rewards = list(rewards)
         self._names = part_names(rewards)
+        # of now: a child started while another thread changes the environment may find none at all (EFAULT)
+        passed = {name for reward in rewards for name in reward.env}
+        self._environment, kept_back = scrubbed(os.environ, passed), withheld(os.environ, passed)
         self._specs = [
-            spec_of(i, reward, file, source=sources[i] if sources else None)
+            spec_of(first + i, reward, file, source=sources[i] if sources else None, kept_back=kept_back)
             for i, (reward, file) in enumerate(zip(rewards, files, strict=True))
         ]
+        self._gives_ids = any(reward.style == "trl" for reward in rewards)
         self._log_dir = log_dir
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._count = workers
         self._memory_gib = max(reward.memory_gib for reward in rewards)
-        self._environment = scrubbed(os.environ, {name for reward in rewards for name in reward.env})
-        """Of now: a child started while another thread changes the environment may find none at all (EFAULT)."""
         self._workers: dict[int, _Worker] = {}
         self._queue: deque[_Job] = deque()
         self._stopped: Exception | None = None
@@ -165,8 +178,17 @@ class RewardPool:
             calls += [(reward, everyone)] if config.style == "trl" else [(reward, (i,)) for i in everyone]
         group = _Group(
             future=future,
-            context=pickle.dumps((dict(row), None if messages is None else [dict(turn) for turn in messages])),
-            inputs=[(item.completion, dict(item.info)) for item in items],
+            context=pickle.dumps(
+                (
+                    dict(row),
+                    None if messages is None else [dict(turn) for turn in messages],
+                    items[0].moment.trainer_state(),
+                )
+            ),
+            inputs=[
+                (item.completion, dict(item.info), np.asarray(item.completion_ids).tolist() if self._gives_ids else [])
+                for item in items
+            ],
             answers=answers,
             missing=len(calls),
         )
@@ -284,9 +306,9 @@ class RewardPool:
         try:
             for line in lines:
                 if not worker.ready:
-                    load_error = parse_greeting(line)
-                    if load_error is not None:
-                        self._stop(UserError(load_error))
+                    greeting = parse_greeting(line)
+                    if greeting.error is not None:
+                        self._stop(UserError(greeting.error))
                         break
                     worker.ready = self._has_worked = True
                     self._failed_starts = 0
@@ -319,19 +341,25 @@ class RewardPool:
         """Weighted sum of the parts that did not abstain; any failed part fails the rollout."""
         total = 0.0
         parts: dict[str, float] = {}
-        for name, reward, answers in zip(self._names, self._rewards, group.answers, strict=True):
-            part = answers[item]
-            if isinstance(part, Failed):
-                return part
-            value, entries = part
-            if value is not None:
-                total += reward.weight * value
-                parts |= {name: value, **entries}
+        own = [answers[item] for answers in group.answers]
+        logged = NOTHING_LOGGED
+        if any(part.logged is not NOTHING_LOGGED for part in own):
+            logged = Logged(
+                columns={name: value for part in own for name, value in part.logged.columns.items()},
+                metrics={name: pair for part in own for name, pair in part.logged.metrics.items()},
+            )
+        for name, reward, part in zip(self._names, self._rewards, own, strict=True):
+            if isinstance(part.value, Failed):
+                return replace(part.value, logged=logged)
+            if part.value is not None:
+                total += reward.weight * part.value
+                parts |= {name: part.value, **part.entries}
         if not parts:
-            return Failed(kind="abstained", detail=f"{', '.join(self._names)}: returned None")
+            return Failed(kind="abstained", detail=f"{', '.join(self._names)}: returned None", logged=logged)
         if not isfinite(total):
-            return Failed(kind="not_finite", detail=f"the weighted sum of {', '.join(self._names)} is {total}")
-        return Scored(value=total, parts=parts)
+            detail = f"the weighted sum of {', '.join(self._names)} is {total}"
+            return Failed(kind="not_finite", detail=detail, logged=logged)
+        return Scored(value=total, parts=parts, logged=logged)
 
     def _lose(self, number: int, *, timed_out: bool) -> None:
         """A worker died or must: fail the call that it was in, put the rest of its job back, start another."""
@@ -353,7 +381,7 @@ class RewardPool:
             reward, items = worker.job.calls[0]
             kind: FailureKind = "timeout" if timed_out else "worker_died"
             detail = f"ran longer than {self._rewards[reward].timeout_s:g} s" if timed_out else f"the worker {ending}"
-            self._answer(worker.job, [failed(self._names[reward], kind, detail)] * len(items))
+            self._answer(worker.job, [Part(value=failed(self._names[reward], kind, detail))] * len(items))
         self._requeue(worker)
         self._start(number)
 

@@ -7,19 +7,22 @@ import ast
 import dataclasses
 import itertools
 import os
+import re
 import select
 import string
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
-from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of
-from grpo.types import Failed, Prompt, Scored, UserError
+from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
+from grpo.rewards.worker import withheld_words
+from grpo.types import Failed, Moment, Prompt, Scored, UserError
 
 T = TypeVar("T")
 
@@ -31,6 +34,28 @@ SHOWN, SHOWN_BROKEN = 10, 3
 SAY_EVERY_S = 5.0
 NEXT_DIGIT = str.maketrans(string.digits, "1234567890")
 NEXT_LETTER = str.maketrans(string.ascii_letters, string.ascii_letters[1:] + "a")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsampled:
+    """How a completion that nobody has sampled is handed to a reward."""
+
+    encode: Callable[[str], Sequence[int]]
+    """The ids that a sampler would have sampled for the text, its end token among them."""
+    moment: Moment
+
+    def item(self, prompt: Prompt, completion: str) -> RewardItem:
+        """The item of `completion`."""
+        ids = self.encode(completion)
+        return RewardItem(
+            completion=completion,
+            row=prompt.row,
+            messages=prompt.messages,
+            info={"token_count": len(ids), "finish_reason": "stop", "prompt": prompt.text, "step": self.moment.step},
+            dataset=prompt.dataset,
+            completion_ids=ids,
+            moment=self.moment,
+        )
 
 
 def corrupt(answer: str) -> str:
@@ -58,17 +83,20 @@ def check_loads(
     *,
     columns: Sequence[Sequence[str]] | None = None,
     deadline_s: float = START_S,
-) -> None:
-    """Load every file as a worker does, each in a process of its own.
+) -> list[tuple[str, ...]]:
+    """Load every file as a worker does, each in a process of its own. Return of each function the parameters that keep
+    their defaults, as its style does not give them.
 
     `columns`: of the rows that each reward scores; with them, functions of style trl are checked to ask for no other.
 
     Raises UserError naming the reward, the file and the line.
     """
+    unfilled = list[tuple[str, ...]]()
     for i, (reward, file) in enumerate(zip(rewards, files, strict=True)):
         where = f"rewards[{i}]: {reward.file}"
+        kept_back = withheld(os.environ, reward.env)
         worker = WorkerProcess(
-            [spec_of(i, reward, file, None if columns is None else columns[i])],
+            [spec_of(i, reward, file, None if columns is None else columns[i], kept_back=kept_back)],
             environment=scrubbed(os.environ, reward.env),
             memory_gib=reward.memory_gib,
             log=None,
@@ -85,9 +113,11 @@ def check_loads(
         if not lines:
             what = f"took longer than {deadline_s:g} s" if more else f"ended the worker, which {ending}"
             raise UserError(f"{where}: loading it {what}")
-        load_error = parse_greeting(lines[0])
-        if load_error is not None:
-            raise UserError(load_error)
+        greeting = parse_greeting(lines[0])
+        if greeting.error is not None:
+            raise UserError(greeting.error)
+        unfilled += greeting.unfilled
+    return unfilled
 
 
 def try_out(
@@ -97,10 +127,11 @@ def try_out(
     *,
     gold_template: str,
     answer_column: str,
+    unsampled: Unsampled,
     log_dir: Path,
 ) -> list[str]:
     """Load every reward and run it by itself, unweighted, on real rows. Returns a line about each and every data set
-    that it is for.
+    that it is for, before them one about what its style does not give, where there is something to say.
 
     Args:
         prompts: data set, in words -> some of its prompts.
@@ -109,17 +140,49 @@ def try_out(
     score the gold answer above 0 or scores a corrupted one as highly.
     """
     tried = [_of_reward(reward, prompts) for reward in rewards]
-    check_loads(rewards, files, columns=[_common_columns(own) for own in tried])
+    unfilled = check_loads(rewards, files, columns=[_common_columns(own) for own in tried])
     lines = []
     for i, (reward, file, name) in enumerate(zip(rewards, files, part_names(rewards), strict=True)):
         where, alone = f"rewards[{i}]: {name}", dataclasses.replace(reward, weight=1.0)
-        with RewardPool([alone], files=[file], workers=1, log_dir=log_dir) as pool:
+        lines += [f"{name}: {words}"] if (words := style_words(reward, tried[i], unfilled[i])) else []
+        asked = asked_secrets(i, reward, file)
+        lines += [f"{name}: warning: {asked}"] if asked else []
+        with RewardPool([alone], files=[file], workers=1, log_dir=log_dir, first=i) as pool:
             for dataset, some in tried[i].items():
-                said = run_on_any(pool, f"{where} on {dataset}", some)
+                try:
+                    said = run_on_any(pool, f"{where} on {dataset}", some, unsampled)
+                except UserError as error:  # whatever a function makes of a variable that it does not see
+                    raise error if not asked or asked in str(error) else UserError(f"{error} ({asked})") from error
                 if reward.gold:
-                    said = run_on_gold(pool, f"{where} on {dataset}", i, some, gold_template, answer_column)
+                    said = run_on_gold(pool, f"{where} on {dataset}", i, some, gold_template, answer_column, unsampled)
                 lines.append(f"{name} on {dataset}: {said}")
     return lines
+
+
+def style_words(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]], unfilled: Sequence[str]) -> str:
+    """What the style of `reward` does not give on the rows of `prompts`, or nothing.
+
+    Args:
+        unfilled: parameters of the function that keep their defaults where the rows have no such column.
+    """
+    words, rows = list[str](), [prompt.row for some in prompts.values() for prompt in some]
+    if reward.style == "trl":
+        words.append(f"no environments; trainer_state has {', '.join(Moment().trainer_state())}")
+        unfilled = [name for name in unfilled if not any(name in row for row in rows)]
+    if reward.style == "verl":
+        words.append("extra_info has no num_turns and rollout_reward_scores")
+        for column, instead in (("data_source", "None"), ("extra_info", "empty")):
+            if lacking := sum(row.get(column) is None for row in rows):
+                words.append(f"{column} is {instead} on {lacking} of {len(rows)} rows, which have no such column")
+    if unfilled:
+        words.append(f"the default is kept of {', '.join(unfilled)}")
+    return f"style {reward.style}: {'; '.join(words)}" if words else ""
+
+
+def asked_secrets(i: int, reward: RewardConfig, file: Path) -> str:
+    """What is to be known of environment variables that the file of the reward number `i` names and does not see."""
+    named = withheld(os.environ, reward.env) & set(re.findall(r"\w+", file.read_text(errors="replace")))
+    return withheld_words(sorted(named), i) if named else ""
 
 
 def _of_reward(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, Sequence[Prompt]]:
@@ -140,6 +203,7 @@ def try_golds(
     *,
     gold_template: str,
     answer_column: str,
+    unsampled: Unsampled,
     workers: int,
     log_dir: Path,
     say: Callable[[str], None],
@@ -159,12 +223,12 @@ def try_golds(
         if not reward.gold:
             continue
         alone = dataclasses.replace(reward, weight=1.0)
-        with RewardPool([alone], files=[file], workers=workers, log_dir=log_dir) as pool:
+        with RewardPool([alone], files=[file], workers=workers, log_dir=log_dir, first=i) as pool:
             for label, some in own.items():
                 where = f"rewards[{i}]: {name} on {label}"
                 tried = evenly_spread(some, MAX_GOLDS)
                 texts = (gold_text(prompt, where, gold_template, answer_column) for prompt in tried)
-                unread = _golds_without_reward(pool, where, i, tried, texts, say)
+                unread = _golds_without_reward(pool, where, i, tried, texts, unsampled, say)
                 said = f"{len(tried) - len(unread)} of {len(tried)} gold answers score above 0"
                 if len(tried) < len(some):
                     said += f" (of {len(some)} rows, evenly spread)"
@@ -176,7 +240,13 @@ def try_golds(
 
 
 def _golds_without_reward(
-    pool: RewardPool, where: str, i: int, prompts: Sequence[Prompt], texts: Iterator[str], say: Callable[[str], None]
+    pool: RewardPool,
+    where: str,
+    i: int,
+    prompts: Sequence[Prompt],
+    texts: Iterator[str],
+    unsampled: Unsampled,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Places of the rows whose gold answer gets no reward above 0. A bounded number of calls is under way at once."""
     unread, broken = list[str](), list[str]()
@@ -184,7 +254,7 @@ def _golds_without_reward(
     waiting, told = iter(zip(prompts, texts, strict=True)), time.monotonic()
     for done in range(len(prompts)):
         for prompt, text in itertools.islice(waiting, GOLDS_UNDER_WAY - len(pending)):
-            pending.append((prompt, pool.submit([item_of(prompt, text)])))
+            pending.append((prompt, pool.submit([unsampled.item(prompt, text)])))
         prompt, future = pending.popleft()
         [outcome] = future.result()
         if isinstance(outcome, Failed) and outcome.kind != "abstained":
@@ -206,25 +276,14 @@ def evenly_spread(items: Sequence[T], count: int) -> Sequence[T]:
     return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
-def item_of(prompt: Prompt, completion: str) -> RewardItem:
-    """A completion that nobody has sampled."""
-    return RewardItem(
-        completion=completion,
-        row=prompt.row,
-        messages=prompt.messages,
-        info={"token_count": 0, "finish_reason": "stop", "prompt": prompt.text, "step": 0},
-        dataset=prompt.dataset,
-    )
-
-
-def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt]) -> str:
+def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsampled: Unsampled) -> str:
     """The function must not fail on every row, whatever it thinks of an empty and an arbitrary completion.
 
     Returns on how many rows it ran, in words. Behind a row on which it ran into its deadline none is tried.
     """
     failed, tried, scored, abstained = list[str](), 0, False, False
     for prompt in prompts:
-        outcomes = score(pool, prompt, ["", ANY_COMPLETION])
+        outcomes = score(pool, prompt, ["", ANY_COMPLETION], unsampled)
         failures = [o for o in outcomes if isinstance(o, Failed) and o.kind != "abstained"]
         tried += 1
         scored = scored or any(isinstance(o, Scored) for o in outcomes)
@@ -243,13 +302,19 @@ def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt]) -> str:
 
 
 def run_on_gold(
-    pool: RewardPool, where: str, i: int, prompts: Sequence[Prompt], gold_template: str, answer_column: str
+    pool: RewardPool,
+    where: str,
+    i: int,
+    prompts: Sequence[Prompt],
+    gold_template: str,
+    answer_column: str,
+    unsampled: Unsampled,
 ) -> str:
     """On every row the gold answer must score above 0, and above a corrupted one. Returns the first row's values."""
     shown = ""
     for prompt in prompts:
         texts = [*gold_texts(prompt, where, gold_template, answer_column), ""]
-        outcomes = [score(pool, prompt, [text])[0] for text in texts]  # one at a time: trl sees groups
+        outcomes = [score(pool, prompt, [text], unsampled)[0] for text in texts]  # one at a time: trl sees groups
         gold, wrong, empty = outcomes
         if isinstance(gold, Failed) and isinstance(empty, Failed) and gold.kind == empty.kind == "exception":
             raise UserError(unreadable(where, i, [f"{prompt.where}: {gold.kind}: {gold.detail}"]))
@@ -273,9 +338,9 @@ def unreadable(where: str, i: int, rows: Sequence[str]) -> str:
     )
 
 
-def score(pool: RewardPool, prompt: Prompt, texts: Sequence[str]) -> list[Scored | Failed]:
+def score(pool: RewardPool, prompt: Prompt, texts: Sequence[str], unsampled: Unsampled) -> list[Scored | Failed]:
     """The outcomes of `texts` as one group of completions. The pool keeps the deadlines."""
-    return pool.submit([item_of(prompt, text) for text in texts]).result()
+    return pool.submit([unsampled.item(prompt, text) for text in texts]).result()
 
 
 def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> tuple[str, str]:

@@ -18,12 +18,13 @@ import sys
 import time
 import typing
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from grpo.config import RewardConfig
 from grpo.rewards import keeper, worker
-from grpo.types import Failed, FailureKind, UserError
+from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Logged, UserError
 
 START_S = 120.0
 """Deadline for a worker to load the reward files."""
@@ -38,15 +39,38 @@ SECRET_URL = re.compile(r"://[^/@\s]+@")
 MAX_LINE_BYTES = 1 << 22
 MAX_DETAIL = 300
 
-Part = tuple[float | None, Mapping[str, float]] | Failed
-"""What one reward function says of one completion: (value or None to abstain, entries to log) or what went wrong."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one reward function says of one completion."""
+
+    value: float | Failed | None
+    """None: it abstains."""
+    entries: Mapping[str, float] = field(default_factory=dict)
+    """Of the mapping that it returned."""
+    logged: Logged = NOTHING_LOGGED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Greeting:
+    """The first line of a worker."""
+
+    error: str | None
+    """The sentence that says why a file has not loaded."""
+    unfilled: tuple[tuple[str, ...], ...] = ()
+    """Of each reward, the parameters that keep their defaults, as the style does not give them."""
 
 
 def spec_of(
-    index: int, reward: RewardConfig, file: Path, columns: Sequence[str] | None = None, source: bytes | None = None
+    index: int,
+    reward: RewardConfig,
+    file: Path,
+    columns: Sequence[str] | None = None,
+    source: bytes | None = None,
+    kept_back: Collection[str] = (),
 ) -> dict[str, Any]:
     """What a worker needs to load rewards[index]. `columns`: those of the rows, where they are known. `source`: the
-    file's content, where it has been read.
+    file's content, where it has been read. `kept_back`: environment variables that the worker does not see.
 
     Raises UserError when the file cannot be read.
     """
@@ -62,6 +86,7 @@ def spec_of(
         "name": reward.function,
         "style": reward.style,
         "columns": None if columns is None else list(columns),
+        "withheld": sorted(kept_back),
     }
 
 
@@ -175,23 +200,29 @@ def secrets(environment: Mapping[str, str]) -> set[str]:
     return {name for name, value in environment.items() if SECRET_NAME.search(name.upper()) or SECRET_URL.search(value)}
 
 
+def withheld(environment: Mapping[str, str], passed: Collection[str]) -> set[str]:
+    """Names of what looks like a secret, but for `passed`."""
+    return secrets(environment) - set(passed)
+
+
 def scrubbed(environment: Mapping[str, str], passed: Collection[str]) -> dict[str, str]:
     """`environment` without what looks like a secret, but for `passed`."""
-    kept_back = secrets(environment) - set(passed)
+    kept_back = withheld(environment, passed)
     return {name: value for name, value in environment.items() if name not in kept_back}
 
 
-def parse_greeting(line: bytes) -> str | None:
-    """The first line of a worker: None when the files are loaded, else the sentence that says why not.
+def parse_greeting(line: bytes) -> Greeting:
+    """The first line of a worker.
 
     Raises ValueError when it is anything else.
     """
     message = json.loads(line)
-    if message == {"ready": True}:
-        return None
-    if not isinstance(message, dict) or not isinstance(message.get("load_error"), str):
+    if isinstance(message, dict) and isinstance(message.get("load_error"), str):
+        return Greeting(error=message["load_error"])
+    unfilled = message.get("unfilled") if isinstance(message, dict) and message.get("ready") is True else None
+    if not isinstance(unfilled, list) or not all(isinstance(names, list) for names in unfilled):
         raise ValueError("no greeting")
-    return cast(str, message["load_error"])
+    return Greeting(error=None, unfilled=tuple(tuple(str(name) for name in names) for names in unfilled))
 
 
 def parse_answer(line: bytes, name: str, count: int) -> tuple[list[Part], str | None]:
@@ -204,8 +235,56 @@ def parse_answer(line: bytes, name: str, count: int) -> tuple[list[Part], str | 
     results = message.get("results") if isinstance(message, dict) else None
     if not isinstance(results, list) or len(results) != count:
         raise ValueError("no results of this call")
+    columns = _parse_columns(message.get("columns", {}), name, count)
+    metrics = _parse_metrics(message.get("metrics", {}), name)
+    parts = [_parse_result(result, name) for result in results]
+    if columns or metrics:
+        parts = [
+            replace(
+                part,
+                logged=Logged(
+                    columns={column: values[i] for column, values in columns.items()}, metrics={} if i else metrics
+                ),
+            )
+            for i, part in enumerate(parts)
+        ]
     changed = message.get("changed")
-    return [_parse_result(result, name) for result in results], None if changed is None else str(changed)[:100]
+    return parts, None if changed is None else str(changed)[:100]
+
+
+def _parse_columns(columns: Any, name: str, count: int) -> dict[str, list[str | float | bool | None]]:
+    """`<reward>/<column>` -> a value per completion; texts as UTF-8 can write them."""
+    _refuse_names(columns)
+    out: dict[str, list[str | float | bool | None]] = {}
+    for column, values in columns.items():
+        if not isinstance(values, list) or len(values) != count:
+            raise ValueError("a column has one value per completion")
+        if not all(value is None or type(value) in (str, int, float, bool) for value in values):
+            raise ValueError("values of columns are texts, numbers or None")
+        out[f"{name}/{column}"] = [
+            value.encode(errors="replace").decode() if isinstance(value, str) else value for value in values
+        ]
+    return out
+
+
+def _parse_metrics(metrics: Any, name: str) -> dict[str, tuple[float, int]]:
+    """`<reward>/metric/<name>` -> (sum, count)."""
+    _refuse_names(metrics)
+    out = {}
+    for metric, pair in metrics.items():
+        if not isinstance(pair, list) or len(pair) != 2 or not _is_number(pair[0]) or type(pair[1]) is not int:
+            raise ValueError("a metric is a sum and a count")
+        if pair[1] < 1:
+            raise ValueError("a metric has values")
+        out[f"{name}/metric/{metric}"] = (pair[0], pair[1])
+    return out
+
+
+def _refuse_names(logged: Any) -> None:
+    if not isinstance(logged, dict) or len(logged) > worker.MAX_PARTS:
+        raise ValueError("what is logged is a mapping of some names")
+    if not all(len(name) <= worker.MAX_NAME and name.isprintable() for name in logged):
+        raise ValueError("names of what is logged are short and printable")
 
 
 def _parse_result(result: Any, name: str) -> Part:
@@ -214,13 +293,13 @@ def _parse_result(result: Any, name: str) -> Part:
     if "failed" in result:
         if result["failed"] not in typing.get_args(FailureKind):
             raise ValueError("no kind of failure")
-        return failed(name, cast(FailureKind, result["failed"]), str(result.get("detail")))
+        return Part(value=failed(name, cast(FailureKind, result["failed"]), str(result.get("detail"))))
     value, parts = result.get("value"), result.get("parts")
     if not isinstance(parts, dict) or not all(_is_number(v) for v in parts.values()):
         raise ValueError("parts are numbers")
     if value is not None and not _is_number(value):
         raise ValueError("a value is a finite number")
-    return value, {f"{name}/{key}": part for key, part in parts.items()}
+    return Part(value=value, entries={f"{name}/{key}": part for key, part in parts.items()})
 
 
 def failed(name: str, kind: FailureKind, detail: str) -> Failed:

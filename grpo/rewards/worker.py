@@ -3,7 +3,7 @@
 From the parent come pickles behind their length, made by us from the data set's rows. Back goes one line of JSON per
 call, in order, so that the parent unpickles nothing that a reward function touched. Each line also tells the parent
 that the next call begins, which is when that call's deadline starts. Imports nothing heavy: a worker that is killed
-must be replaced in a fraction of a second.
+must be replaced in a fraction of a second; and nothing of this package, as it is started by its path.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -38,12 +38,23 @@ LOG_BYTES = 1 << 24
 HEADER_BYTES = 8
 """Length of the pickle that follows, little endian."""
 MAX_PARTS = 64
-"""Entries of a mapping that a reward returns."""
-NOT_GIVEN = ("completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric", "environments")
-"""What newer versions of TRL pass besides prompts, completions and columns, and we do not."""
+"""Entries of a mapping that a reward returns, and different names that it logs by."""
+LOGGED_BYTES = 1 << 20
+"""What one call may log, as JSON."""
+MAX_TEXT, MAX_NAME = 2000, 100
+"""Characters of a logged text, which is cut there, and of a name that something is logged by."""
+GIVEN_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What a function of style trl is called with besides the columns of the rows."""
+GIVEN_BY_VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
+NOT_GIVEN = ("environments", "prompt_ids")
+"""What functions written for TRL may ask for and style trl does not give: `environments` are TRL's where a trainer has
+an `environment_factory`, which there is nothing like here."""
 
 Result = dict[str, Any]
 """{"value": number | None, "parts": {key: number}} or {"failed": kind, "detail": text}, of one completion."""
+Answer = dict[str, Any]
+"""{"results": one Result per completion}, and where something was logged {"columns": {name: one value per completion},
+"metrics": {name: [sum, count]}}."""
 
 
 class LoadError(Exception):
@@ -66,6 +77,14 @@ class Reward:
     """Absolute path."""
     shown: str
     """The path as the recipe gives it."""
+    index: int
+    """In the recipe's rewards."""
+    unfilled: tuple[str, ...]
+    """Parameters that keep their defaults, as the style does not give them."""
+    withheld: frozenset[str]
+    """Environment variables that it does not see."""
+    logged: set[str] = field(default_factory=set)
+    """Names that it has logged by."""
 
     def given(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `arguments` that the function takes."""
@@ -92,15 +111,15 @@ def main(fd: int, parent: int, memory_bytes: int) -> None:
     except LoadError as error:
         return send(fd, {"load_error": str(error)})
     surroundings, own = Surroundings(), os.getpid()
-    send(fd, {"ready": True})
+    send(fd, {"ready": True, "unfilled": [reward.unfilled for reward in rewards]})
     while message := receive(stream):
         job = pickle.loads(message)
         for reward, items in job["calls"]:
             cut_log()
-            results = call(rewards[reward], job["context"], items)
+            answer = call(rewards[reward], job["context"], items)
             if os.getpid() != own:  # a copy that the function has forked: only one may answer
                 os._exit(0)
-            send(fd, {"results": results} | ({"changed": name} if (name := surroundings.changed()) else {}))
+            send(fd, answer | ({"changed": name} if (name := surroundings.changed()) else {}))
 
 
 def go_on(number: int, frame: FrameType | None) -> None:
@@ -202,15 +221,25 @@ def load(spec: Mapping[str, Any]) -> Reward:
         exec(compile(spec["source"], file, "exec"), module.__dict__)
     except BaseException as error:  # the user's module may raise anything, SystemExit too
         place = user_place(error, file, spec["shown"]) or spec["shown"]
-        raise LoadError(f"rewards[{spec['index']}]: {place}: {described(error)}") from error
+        hint = hinted(error, spec["index"], spec["withheld"])
+        raise LoadError(f"rewards[{spec['index']}]: {place}: {described(error)}{hint}") from error
     function = getattr(module, spec["name"], None)
     if not callable(function):
         known = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
         hint = nearest(spec["name"], known) or f"; it has {', '.join(known) or 'none'}"
         raise LoadError(f"{where} has no function {spec['name']}{hint}")
     code = getattr(inspect.unwrap(function), "__code__", None)
-    names = checked_names(function, spec, f"{where}:{code.co_firstlineno}" if code else where)
-    return Reward(function=function, names=names, style=spec["style"], file=file, shown=spec["shown"])
+    names, unfilled = checked_names(function, spec, f"{where}:{code.co_firstlineno}" if code else where)
+    return Reward(
+        function=function,
+        names=names,
+        style=spec["style"],
+        file=file,
+        shown=spec["shown"],
+        index=spec["index"],
+        unfilled=unfilled,
+        withheld=frozenset(spec["withheld"]),
+    )
 
 
 def behind_standard_library() -> int:
@@ -220,8 +249,11 @@ def behind_standard_library() -> int:
     return max((i + 1 for i, place in enumerate(sys.path) if place in (own, f"{own}/lib-dynload")), default=0)
 
 
-def checked_names(function: Callable[..., Any], spec: Mapping[str, Any], where: str) -> frozenset[str] | None:
-    """The names that `function` takes, None for any, after trying to bind what its style gives.
+def checked_names(
+    function: Callable[..., Any], spec: Mapping[str, Any], where: str
+) -> tuple[frozenset[str] | None, tuple[str, ...]]:
+    """The names that `function` takes, None for any, and those of its parameters that keep their defaults, after trying
+    to bind what its style gives.
 
     Raises LoadError when it could never be called.
     """
@@ -241,9 +273,9 @@ def checked_names(function: Callable[..., Any], spec: Mapping[str, Any], where: 
             if name in required:  # it might bind, and then be called with other things than it means
                 raise LoadError(f"{where}: {spec['name']}{signature} is written for {style}; set its style: {style}")
     elif spec["style"] == "verl":
-        given = ["data_source", "solution_str", "ground_truth", "extra_info"]
+        given = list(GIVEN_BY_VERL)
     else:
-        given = ["prompts", "completions", *checked_columns(required, spec, where)]
+        given = [*GIVEN_BY_TRL, *checked_columns(required, spec, where)]
     try:
         signature.bind(*positional, **{name: None for name in given if takes_all or name in signature.parameters})
     except TypeError as error:
@@ -251,7 +283,11 @@ def checked_names(function: Callable[..., Any], spec: Mapping[str, Any], where: 
         raise LoadError(
             f"{where}: {spec['name']}{signature} does not fit style {spec['style']}, which gives ({shape}): {error}"
         ) from error
-    return None if takes_all else frozenset(signature.parameters)
+    known = {*given, *list(signature.parameters)[: len(positional)]}
+    optional = [p.name for p in parameters if p.default is not p.empty and p.name not in known]
+    # of style trl the columns are known before a run, and a parameter may be one
+    unfilled = () if spec["style"] == "trl" and spec["columns"] is None else tuple(optional)
+    return None if takes_all else frozenset(signature.parameters), unfilled
 
 
 def checked_columns(required: Sequence[str], spec: Mapping[str, Any], where: str) -> list[str]:
@@ -264,10 +300,10 @@ def checked_columns(required: Sequence[str], spec: Mapping[str, Any], where: str
     for name in required:
         if name in NOT_GIVEN and (columns is None or name not in columns):
             raise LoadError(f"{where}: {spec['name']} asks for {name}, which is not given; give it a default")
-        if name not in ("prompts", "completions", *known):
-            hint = nearest(name, known) or f"; they have {', '.join(known)}"
+        if name not in (*GIVEN_BY_TRL, *known):
+            hint = nearest(name, [*known, *GIVEN_BY_TRL]) or f"; they have {', '.join(known)}"
             raise LoadError(f"{where}: {spec['name']} asks for {name}, which is no column of the rows{hint}")
-    return [name for name in known if name not in ("prompts", "completions")]
+    return [name for name in known if name not in GIVEN_BY_TRL]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -278,45 +314,162 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+# --- logging ---------------------------------------------------------------------------------------------------------
+
+
+class LogError(Exception):
+    """The function has logged what cannot be kept. Its text is the sentence for the user."""
+
+
+class Log:
+    """What one call on `count` completions logs besides rewards, by TRL's `log_extra` and `log_metric`."""
+
+    def __init__(self, count: int, names: set[str]) -> None:
+        """`names`: those that the reward has logged by before; new ones are added."""
+        self._count, self._names, self._left = count, names, LOGGED_BYTES
+        self._columns: dict[str, list[Any]] = {}
+        self._metrics: dict[str, tuple[float, int]] = {}
+        self._mistake: LogError | None = None
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Take values of a column of the samples file; in the end there must be one per completion."""
+        where = self._named("log_extra", column)
+        values = listed(values)
+        if not isinstance(values, list | tuple):
+            raise self._wrong(f"{where} needs a list of values, one per completion, not {type(values).__name__}")
+        kept = self._columns.setdefault(column, [])
+        if len(kept) + len(values) > self._count:
+            raise self._wrong(f"{where} was given {len(kept) + len(values)} values for {self._count} completions")
+        for value in map(loggable, values):
+            self._left -= len(json.dumps(value))
+            if self._left < 0:
+                raise self._wrong(f"{where} goes beyond {LOGGED_BYTES} bytes, more than one call may log")
+            kept.append(value)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Take one value of a metric, which is averaged over all that are logged in a step."""
+        where = self._named("log_metric", name)
+        try:
+            added = number(value)
+        except BadReturnError as error:
+            raise self._wrong(f"{where} needs a finite number, not {type(value).__name__} {value!r:.80}") from error
+        total, count = self._metrics.get(name, (0.0, 0))
+        if not math.isfinite(total + added):
+            raise self._wrong(f"{where} was given numbers whose sum is not finite")
+        self._metrics[name] = (total + added, count + 1)
+
+    def entries(self) -> dict[str, Any]:
+        """What there is to add to the answer.
+
+        Raises BadReturnError for a wrong call that the function has kept to itself, and for a column that lacks values.
+        """
+        if self._mistake is not None:
+            raise BadReturnError("exception", f"LogError: {self._mistake}")
+        for column, values in self._columns.items():
+            if len(values) != self._count:
+                raise BadReturnError(
+                    "wrong_count",
+                    f"log_extra({column!r}) was given {len(values)} values for {self._count} completions",
+                )
+        every = {"columns": self._columns, "metrics": self._metrics}
+        return {kind: logged for kind, logged in every.items() if logged}
+
+    def _named(self, function: str, name: Any) -> str:
+        """The call, in words, after looking at the name that it logs by."""
+        if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()):
+            raise self._wrong(f"{function} needs a name of 1 to {MAX_NAME} printable characters, not {name!r:.80}")
+        if name not in self._names and len(self._names) >= MAX_PARTS:
+            raise self._wrong(f"{function}({name!r}) is one name more than the {MAX_PARTS} that a reward may log by")
+        self._names.add(name)
+        return f"{function}({name!r})"
+
+    def _wrong(self, sentence: str) -> LogError:
+        self._mistake = self._mistake or LogError(sentence)
+        return LogError(sentence)
+
+
+def loggable(value: Any) -> str | float | bool | None:
+    """`value` as it is kept in a samples file: a number, None, or else its text, which is cut at MAX_TEXT."""
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):  # scalars of numpy and torch
+        value = value.item()
+    if value is None or type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63):
+        return value  # type: ignore[no-any-return]
+    text = str(value)
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}... (+{len(text) - MAX_TEXT} characters)"
+
+
+def listed(values: Any) -> Any:
+    """A one-dimensional array or tensor as a list of Python's numbers, anything else as it is."""
+    return values.tolist() if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist") else values
+
+
 # --- calling ---------------------------------------------------------------------------------------------------------
 
 
-def call(reward: Reward, context: bytes, items: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Result]:
-    """One call on `items` (completion, info); one result each, whatever the function does short of ending the process.
+class TrainerState:
+    """What is known here of the state that TRL's trainer hands to reward functions."""
 
-    `context` is the pickle of (row, messages). Unpickling it for every call gives each its own deep copy, so that a
-    function which changes its row cannot affect another completion; it is quicker than copy.deepcopy.
+    def __init__(self, known: Mapping[str, float]) -> None:
+        vars(self).update(known)
+
+    def __getattr__(self, name: str) -> Any:  # of what it has not
+        raise AttributeError(f"trainer_state has no {name} here, only {', '.join(vars(self))}")
+
+
+Item = tuple[str, Mapping[str, Any], list[int]]
+"""(completion, info, ids of its tokens): what a call is about."""
+
+
+def call(reward: Reward, context: bytes, items: Sequence[Item]) -> Answer:
+    """One call on `items`; one result each, whatever the function does short of ending the process.
+
+    `context` is the pickle of (row, messages, state of the trainer). Unpickling it for every call gives each its own
+    deep copy, so that a function which changes its row cannot affect another completion; it is quicker than
+    copy.deepcopy.
     """
     try:
-        row, messages = pickle.loads(context)
+        row, messages, state = pickle.loads(context)
+        log = Log(len(items), reward.logged)
         if reward.style == "trl":
-            return call_trl(reward, row, messages, items)
-        [(completion, info)] = items
-        if reward.style == "verl":
-            return [score_of(awaited(call_verl(reward, completion, row)))]
-        return [value_of(awaited(reward.function(completion, row, **reward.given({"info": dict(info)}))))]
+            results = call_trl(reward, row, messages, TrainerState(state), items, log)
+        else:
+            [(completion, info, _)] = items
+            if reward.style == "verl":
+                results = [score_of(awaited(call_verl(reward, completion, row)), log)]
+            else:
+                results = [value_of(awaited(reward.function(completion, row, **reward.given({"info": dict(info)}))))]
+        return {"results": results, **log.entries()}
     except BadReturnError as error:
-        return [failed(*error.args)] * len(items)
+        return {"results": [failed(*error.args)] * len(items)}
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit and KeyboardInterrupt fail this call only
         place = user_place(error, reward.file, reward.shown)
-        return [failed("exception", described(error) + (f" at {place}" if place else ""))] * len(items)
+        said = described(error) + hinted(error, reward.index, reward.withheld) + (f" at {place}" if place else "")
+        return {"results": [failed("exception", said)] * len(items)}
 
 
 def call_trl(
     reward: Reward,
     row: Mapping[str, Any],
     messages: Sequence[Mapping[str, str]] | None,
-    items: Sequence[tuple[str, Mapping[str, Any]]],
+    state: TrainerState,
+    items: Sequence[Item],
+    log: Log,
 ) -> list[Result]:
-    """A whole group: f(prompts, completions, **columns) -> one number or None per completion."""
-    prompts: list[Any] = [info["prompt"] for _, info in items]
-    completions: list[Any] = [completion for completion, _ in items]
+    """A whole group, by the names that TRL's GRPOTrainer calls by: one number or None per completion."""
+    prompts: list[Any] = [info["prompt"] for _, info, _ in items]
+    completions: list[Any] = [completion for completion, _, _ in items]
     if messages is not None:
         prompts = [[dict(turn) for turn in messages] for _ in items]
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    columns = {name: [value] * len(items) for name, value in row.items()}
-    arguments = columns | {"prompts": prompts, "completions": completions}
-    returned = awaited(reward.function(**reward.given(arguments)))
+    arguments = {name: [value] * len(items) for name, value in row.items()} | {
+        "prompts": prompts,
+        "completions": completions,
+        "completion_ids": [ids for _, _, ids in items],
+        "trainer_state": state,
+        "log_extra": log.log_extra,
+        "log_metric": log.log_metric,
+    }
+    returned = listed(awaited(reward.function(**reward.given(arguments))))
     if not isinstance(returned, list | tuple):
         raise BadReturnError("wrong_type", f"returned {type(returned).__name__}, not a list of numbers")
     if len(returned) != len(items):
@@ -334,11 +487,13 @@ def call_trl(
 
 
 def call_verl(reward: Reward, completion: str, row: Mapping[str, Any]) -> Any:
-    """compute_score(data_source, solution_str, ground_truth, extra_info), by the names that it takes."""
+    """compute_score(data_source, solution_str, ground_truth, extra_info), by the names that it takes, from the columns
+    of verl's files. As verl does, an absent `extra_info` is an empty one."""
+    extra_info = row.get("extra_info")
     arguments = {
         "data_source": row.get("data_source"),
         "solution_str": completion,
-        "extra_info": row.get("extra_info"),
+        "extra_info": {} if extra_info is None else extra_info,
     }
     if reward.names is None or "ground_truth" in reward.names:
         nested = row.get("reward_model")
@@ -392,8 +547,9 @@ def value_of(returned: Any) -> Result:
     return result(number(sum(parts.values())), parts)
 
 
-def score_of(returned: Any) -> Result:
-    """Style verl: a number, None, or a mapping with `score`, whose other numbers are only logged."""
+def score_of(returned: Any, log: Log) -> Result:
+    """Style verl: a number, None, or a mapping with `score`, whose other entries are only logged: numbers as parts, the
+    rest as columns of the samples file."""
     if not isinstance(returned, Mapping):
         return result(None if returned is None else number(returned))
     if "score" not in returned:
@@ -401,11 +557,12 @@ def score_of(returned: Any) -> Result:
     refuse_crowd(returned)
     parts: dict[str, float] = {}
     for key, value in returned.items():
-        try:
-            if key != "score":
-                parts[str(key)] = number(value)
-        except BadReturnError:  # texts and the like: of no use in a log of numbers, and no part of the reward
+        if key == "score":
             continue
+        try:
+            parts[str(key)] = number(value)
+        except BadReturnError:
+            log.log_extra(str(key), [value])
     return result(number(returned["score"]), parts)
 
 
@@ -439,6 +596,25 @@ def described(error: BaseException) -> str:
         message = "(its message cannot be printed)"
     message = " ".join(message.split())
     return f"{type(error).__name__}: {message[:160]}" if message else type(error).__name__
+
+
+def hinted(error: BaseException, index: int, withheld: Collection[str]) -> str:
+    """What the user may not know of the names in the message of `error`, in brackets; else nothing."""
+    try:
+        names = re.findall(r"\w+", str(error))
+    except BaseException:  # noqa: BLE001 - see `described`
+        return ""
+    if kept := [name for name in dict.fromkeys(names) if name in withheld]:
+        return f" ({withheld_words(kept, index)})"
+    if isinstance(error, KeyError) and len(names) == 1 and names[0] in NOT_GIVEN:
+        return f" (style trl gives no {names[0]})"
+    return ""
+
+
+def withheld_words(names: Sequence[str], index: int) -> str:
+    """Of environment variables that the reward number `index` does not see: why, and what to do."""
+    every = ", ".join(names)
+    return f"rewards see no {every}, which looks like a secret; rewards[{index}].env: [{every}] passes it on"
 
 
 def user_place(error: BaseException, file: str, shown: str) -> str | None:

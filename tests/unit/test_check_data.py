@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
@@ -128,6 +130,50 @@ def test_gold_answers_of_all_rows(planned: Callable[..., Plan], tmp_path: Path) 
         planned(*one, a=[*rows, {"question": "1+1", "answer": "n"}])
     with pytest.raises(UserError, match=r"data\.eval\.sets\[0\] \(b\) cannot read the gold answer of b\.jsonl:9: "):
         planned(*one, "data.eval.sets=DIR/b.jsonl", a=rows, b=[*sums(40, 48), {"question": "1+1", "answer": "n"}])
+
+
+def test_rewards_are_tried_on_the_ids_of_their_texts(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    """One token a character, digit d is token d + 1 and the end token 0; no token for letters."""
+    reward = tmp_path / "ids.py"
+    reward.write_text(
+        "def ids(completion_ids, trainer_state, answer, **kwargs):\n"
+        "    assert kwargs['completions'] != ['', 'no answer'] or completion_ids == [[0], [0]]\n"
+        "    assert (trainer_state.global_step, trainer_state.max_steps) == (0, 4)\n"
+        "    return [float(ids == [*(int(c) + 1 for c in a), 0]) for ids, a in zip(completion_ids, answer)]\n"
+    )
+    options = ("run.steps=2", "algorithm.minibatches_per_step=2", f"rewards.0.file={reward}", "rewards.0.style=trl")
+    plan = planned("data.train=DIR/a.jsonl", *options, a=sums(10, 40))
+    assert line(plan, "reward     ids on", "corrupted") == (
+        "reward     ids on data.train[0] (a): gold 1, corrupted 0 on 8 rows"
+    )
+    assert line(plan, "style trl")
+
+
+def test_verls_files_and_its_rewards_need_no_more_than_a_question(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    rows = [
+        {
+            "data_source": "owner/sums", "prompt": [{"role": "user", "content": f"{n}+11"}], "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(n + 11)[::-1]},
+            "extra_info": {"split": "train", "index": n, "hints": ["a", "b"]},
+        }
+        for n in range(10, 40)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "verl.parquet")
+    reward = tmp_path / "score.py"
+    reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    assert data_source == 'owner/sums'\n"
+        "    assert extra_info == {'split': 'train', 'index': int(ground_truth[::-1]) - 11, 'hints': ['a', 'b']}\n"
+        "    return {'score': float(solution_str == ground_truth), 'pred': solution_str}\n"
+    )
+    plan = planned(
+        "data.train=[{path: DIR/verl.parquet, columns: {question: '{prompt[0][content]}'}}]",
+        "rewards.0.gold=false", f"rewards.0.file={reward}", "rewards.0.name=compute_score", "rewards.0.style=verl",
+    )  # fmt: skip
+    assert [text for text in plan.lines if "compute_score" in text] == [
+        "reward     compute_score: style verl: extra_info has no num_turns and rollout_reward_scores",
+        "reward     compute_score on data.train[0] (verl): ran on 8 rows",
+    ]
 
 
 def test_the_file_decides_whether_gold_answers_are_tried(planned: Callable[..., Plan], tmp_path: Path) -> None:

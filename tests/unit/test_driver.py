@@ -269,6 +269,36 @@ def test_it_learns_and_records_every_step(tmp_path: Path) -> None:
     assert policy.calls[-1] == "save"
 
 
+class Listens(CountTwos):
+    """Keeps what it is asked to score, in the order of the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Any] = []
+
+    def submit(self, items: Sequence[Any]) -> Future[list[Scored | Failed]]:
+        self.asked += items
+        return super().submit(items)
+
+
+def test_rewards_hear_where_the_run_stands_and_what_was_sampled(tmp_path: Path) -> None:
+    """Twelve prompts, four a step, two updates a step: as TRL counts, before the step's own updates and prompts."""
+    updates = ["algorithm.minibatches_per_step=2", "data.eval.sets=x", "data.eval.every=2"]
+    scorer = Listens()
+    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.steps=4", *updates), scorer)
+    train(loop)
+    loop.folder.close()
+    seen = dict.fromkeys((item.info["step"], item.moment) for item in scorer.asked)
+    assert [(step, m.global_step, m.max_steps, m.epoch) for step, m in seen] == [
+        (0, 0, 8, 0.0),
+        (1, 0, 8, 0.0), (2, 2, 8, 4 / 12), (2, 4, 8, 8 / 12),
+        (3, 4, 8, 8 / 12), (4, 6, 8, 1.0), (4, 8, 8, 1 + 4 / 12),
+    ]  # fmt: skip
+    for item in scorer.asked:
+        assert "".join(map(str, item.completion_ids)) == item.completion
+        assert len(item.completion_ids) == item.info["token_count"]
+
+
 def test_the_samples_file_recomputes_the_metrics(tmp_path: Path) -> None:
     loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.steps=2"))
     train(loop)

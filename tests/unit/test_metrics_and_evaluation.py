@@ -19,7 +19,7 @@ from grpo.metrics import (
     staleness_metrics,
 )
 from grpo.step_metrics import eval_metrics
-from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, StepResult
+from grpo.types import Completion, Failed, Group, Logged, Prompt, Rollout, Scored, StepResult
 
 PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None, dataset="d", where="d[0]")
 
@@ -64,6 +64,24 @@ def test_rollout_metrics_by_hand() -> None:
     assert numbers["group/pass_at_group_size"] == 1.0
     assert numbers["group/reward_std_mean"] == pytest.approx(np.sqrt(0.5) / 2)
     assert numbers["tokens/sampled"] == 22
+
+
+def with_logs(member: Rollout, **metrics: tuple[float, int]) -> Rollout:
+    return dataclasses.replace(member, outcome=dataclasses.replace(member.outcome, logged=Logged(metrics=metrics)))
+
+
+def test_logged_metrics_are_averaged_over_what_was_logged() -> None:
+    """Not over groups or calls: one value of 4, and three that sum up to 2; also where the reward itself failed."""
+    groups = [
+        group(with_logs(rollout(1.0), a=(4.0, 1)), rollout(0.0)),
+        group(with_logs(rollout(None), a=(2.0, 3), b=(-1.0, 2)), rollout(1.0)),
+    ]
+    numbers = rollout_metrics(groups, 2)
+    assert {name: value for name, value in numbers.items() if name in ("reward/a", "reward/b")} == {
+        "reward/a": 1.5, "reward/b": -0.5
+    }  # fmt: skip
+    shown = eval_metrics(evaluate_groups({"d": groups[:1], "e": groups[1:]}))
+    assert (shown["eval/reward/a"], shown["eval/reward/b"]) == (1.5, -0.5)
 
 
 def test_data_sets_are_told_apart() -> None:

@@ -13,15 +13,16 @@ from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from grpo.config import RewardConfig
 from grpo.rewards import preflight
 from grpo.rewards.pool import RewardItem, RewardPool, locate
-from grpo.rewards.preflight import check_loads, corrupt, declares_gold, try_golds, try_out
+from grpo.rewards.preflight import Unsampled, check_loads, corrupt, declares_gold, try_golds, try_out
 from grpo.rewards.process import parse_answer, parse_greeting
-from grpo.types import Failed, Prompt, Scored, UserError
+from grpo.types import Failed, Logged, Moment, Prompt, Scored, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = {"question": "1+1", "answer": "2", "sum": 2}
@@ -40,6 +41,8 @@ def daemon():
     code = "import os, time\\nif os.fork(): os._exit(0)\\nos.setsid()\\ntime.sleep(600)"
     subprocess.Popen([sys.executable, "-c", code], env={}, start_new_session=True).wait()
 """
+
+UNSAMPLED = Unsampled(encode=lambda text: [*map(ord, text), 2], moment=Moment(max_steps=40))
 
 Write = Callable[..., RewardConfig]
 
@@ -72,10 +75,12 @@ def items(
     info = {"token_count": 3, "finish_reason": "stop", "prompt": "1+1=", "step": 7}
     return [
         RewardItem(
-            completion=text, row=row, messages=messages, info={**info, "token_count": len(text)}, dataset=dataset
+            completion=text, row=row, messages=messages, info={**info, "token_count": len(text)}, dataset=dataset,
+            completion_ids=np.asarray([*map(ord, text), 2], dtype=np.int32),
+            moment=Moment(step=7, global_step=12, max_steps=40, epoch=1.5),
         )
         for text in texts
-    ]
+    ]  # fmt: skip
 
 
 def open_pool(rewards: Sequence[RewardConfig], tmp_path: Path, workers: int = 1) -> RewardPool:
@@ -242,7 +247,9 @@ def test_trl_is_given_plain_groups_and_columns(write: Write, tmp_path: Path) -> 
         def f(prompts, completions, **columns):
             assert prompts == ["1+1="] * 3, prompts
             assert completions == ["a", "bb", ""], completions
-            assert columns == {"question": ["1+1"] * 3, "answer": ["2"] * 3, "sum": [2] * 3}, columns
+            given = {"question": ["1+1"] * 3, "answer": ["2"] * 3, "sum": [2] * 3}
+            assert {name: columns.pop(name) for name in given} == given, columns
+            assert [*columns] == ["completion_ids", "trainer_state", "log_extra", "log_metric"], columns
             return [len(c) for c in completions]
         """,
         style="trl",
@@ -250,13 +257,169 @@ def test_trl_is_given_plain_groups_and_columns(write: Write, tmp_path: Path) -> 
     assert values(scored(takes_all, tmp_path, ["a", "bb", ""])) == [1.0, 2.0, 0.0]
     names = write(
         """
-        async def f(completions, sum, completion_ids=None):
-            assert completion_ids is None
+        async def f(completions, sum, environments=None):
+            assert environments is None
             return [n + len(c) for n, c in zip(sum, completions)]
         """,
         style="trl",
     )
     assert values(scored(names, tmp_path, ["a", "bb"])) == [3.0, 4.0]
+
+
+def test_trl_is_given_what_its_trainer_gives(write: Write, tmp_path: Path) -> None:
+    """By name and through **kwargs; the ids are Python's own, for functions that look them up."""
+    body = """
+            assert completion_ids == [[97, 2], [98, 98, 2]] and type(completion_ids[0][0]) is int, completion_ids
+            assert (trainer_state.global_step, trainer_state.max_steps, trainer_state.epoch) == (12, 40, 1.5)
+            log_metric("length", 1)
+            log_extra(column="seen", values=["x", None])
+            return [float(len(ids)) for ids in completion_ids]
+    """
+    by_name = write(
+        f"""
+        def f(completions, completion_ids, trainer_state, log_extra, log_metric):{body}
+        """,
+        style="trl",
+    )
+    outcomes = scored(by_name, tmp_path, ["a", "bb"])
+    assert values(outcomes) == [2.0, 3.0]
+    names = ("completion_ids", "trainer_state", "log_extra", "log_metric")
+    kwargs = write(
+        f"def f(completions, **kwargs):\n    return g(*map(kwargs.get, {names}))\n"
+        + textwrap.dedent(f"""
+        def g({", ".join(names)}):{body}
+        """),
+        style="trl",
+    )
+    assert scored(kwargs, tmp_path, ["a", "bb"]) == outcomes
+    absent = write("def f(completions, trainer_state): return [trainer_state.log_history]", style="trl")
+    [outcome] = scored(absent, tmp_path, ["a"])
+    assert isinstance(outcome, Failed)
+    assert outcome.detail.startswith(
+        "f: AttributeError: trainer_state has no log_history here, only global_step, max_steps, epoch at "
+    )
+    none = write("def f(completions, **kwargs): return [e.score for e in kwargs['environments']]", style="trl")
+    [outcome] = scored(none, tmp_path, ["a"])
+    assert isinstance(outcome, Failed)
+    assert outcome.detail.startswith("f: KeyError: 'environments' (style trl gives no environments) at ")
+
+
+def test_a_column_does_not_hide_what_trl_gives(write: Write, tmp_path: Path) -> None:
+    reward = write("def f(completion_ids, **kw): return [len(ids) for ids in completion_ids]", style="trl")
+    assert values(scored(reward, tmp_path, ["aaa"], row={"completion_ids": [1]})) == [4.0]
+
+
+def test_one_dimensional_arrays_are_lists_of_rewards(write: Write, tmp_path: Path) -> None:
+    reward = write("import numpy, torch\ndef f(completions): return eval(completions[0])", style="trl", memory_gib=16)
+    cases: dict[str, list[float | str]] = {
+        "numpy.array([1, 0.25])": [1.0, 0.25], "numpy.array([True, False])": [1.0, 0.0],
+        "torch.tensor([0.5, -1.0])": [0.5, -1.0], "torch.tensor([2, 3], dtype=torch.int8)": [2.0, 3.0],
+        "torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True)": [1.0, 2.0],
+        "[torch.tensor(1.0), numpy.float32(0.5)]": [1.0, 0.5],
+        "torch.tensor([float('nan'), 1.0])": ["not_finite", 1.0],
+        "numpy.zeros(3)": ["wrong_count"] * 2, "numpy.zeros((2, 1))": ["wrong_type"] * 2,
+        "torch.tensor(1.0)": ["wrong_type"] * 2, "numpy.array(['a', 'b'])": ["wrong_type"] * 2,
+    }  # fmt: skip
+    with open_pool([reward], tmp_path) as pool:
+        futures = [pool.submit(items([case, ""])) for case in cases]
+        assert [values(f.result(timeout=PATIENCE_S)) for f in futures] == list(cases.values())
+
+
+# --- what a function logs --------------------------------------------------------------------------------------------
+
+
+LOGS = """
+import enum, json
+class Color(enum.Enum):
+    RED = 1
+def f(completions, log_extra, log_metric, **kwargs):
+    exec(completions[0])
+    return [1.0, None]
+"""
+
+
+def logged(write: Write, tmp_path: Path, code: str) -> list[Logged] | str:
+    """What `code` logs in a call on two completions, or how it fails."""
+    first, second = scored(write(LOGS, style="trl"), tmp_path, [code, ""])
+    if isinstance(first, Failed):
+        assert first == second
+        return f"{first.kind}: {first.detail.removeprefix('f: ')}"
+    return [first.logged, second.logged]
+
+
+def test_logs_come_with_their_completions_also_with_failed_ones(write: Write, tmp_path: Path) -> None:
+    code = """
+import numpy
+log_extra("text", ["a\\ud800", "b"])
+log_extra("number", numpy.array([0.5, 1.5]))
+log_extra("mixed", (None, Color.RED)); log_extra("whole", [2 ** 70, numpy.int64(3)])
+for _ in completions: log_extra("one by one", [[1, "x"]])
+log_metric("right", 1.0); log_metric("right", numpy.float32(0)); log_metric("n", True)
+"""
+    assert logged(write, tmp_path, code) == [
+        Logged(
+            columns={"f/text": "a?", "f/number": 0.5, "f/mixed": None, "f/whole": str(2**70),
+                     "f/one by one": "[1, 'x']"},
+            metrics={"f/metric/right": (1.0, 2), "f/metric/n": (1.0, 1)},
+        ),
+        Logged(
+            columns={"f/text": "b", "f/number": 1.5, "f/mixed": "Color.RED", "f/whole": 3,
+                     "f/one by one": "[1, 'x']"},
+        ),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("log_extra('x', [1])", "wrong_count: log_extra('x') was given 1 values for 2 completions"),
+        ("log_extra('x', [1, 2, 3])", "exception: LogError: log_extra('x') was given 3 values for 2 completions at"),
+        ("log_extra('x', 'ab')", "exception: LogError: log_extra('x') needs a list of values, one per completion, not "
+         "str at"),
+        ("log_extra(1, [1, 2])", "exception: LogError: log_extra needs a name of 1 to 100 printable characters, not 1 "
+         "at"),
+        ("log_metric('', 1)", "exception: LogError: log_metric needs a name of 1 to 100 printable characters, not '' "
+         "at"),
+        ("log_metric('m', 'x')", "exception: LogError: log_metric('m') needs a finite number, not str 'x' at"),
+        ("log_metric('m', 0 * 1e999)", "exception: LogError: log_metric('m') needs a finite number, not float nan at"),
+        ("log_metric('m', 1e308), log_metric('m', 1e308)", "exception: LogError: log_metric('m') was given numbers "
+         "whose sum is not finite at"),
+        ("for i in range(65): log_metric(str(i), 1)", "exception: LogError: log_metric('64') is one name more than the "
+         "64 that a reward may log by at"),
+        ("for i in range(64): log_extra(str(i), [[chr(0x1f600) * 2000] * 2] * 2)", "exception: LogError: "
+         "log_extra('21') goes beyond 1048576 bytes, more than one call may log at"),
+        ("try: log_extra('x', 'ab')\nexcept Exception: pass", "exception: LogError: log_extra('x') needs a list of "
+         "values, one per completion, not str"),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_is_the_users_mistake(write: Write, tmp_path: Path, code: str, sentence: str) -> None:
+    said = logged(write, tmp_path, code)
+    assert isinstance(said, str)
+    assert said.startswith(sentence)
+    assert f"{tmp_path / 'f.py'}:6" in said or not sentence.endswith(" at")
+
+
+def test_long_texts_are_cut_and_say_so(write: Write, tmp_path: Path) -> None:
+    said = logged(write, tmp_path, "log_extra('x', ['a' * 2000, 'b' * 2010])")
+    assert not isinstance(said, str)
+    assert [one.columns["f/x"] for one in said] == ["a" * 2000, "b" * 2000 + "... (+10 characters)"]
+
+
+def test_a_reward_has_64_names_for_all_of_its_calls(write: Write, tmp_path: Path) -> None:
+    reward = write("def f(completions, log_metric): log_metric(completions[0], 1); return [1.0]", style="trl")
+    with open_pool([reward], tmp_path) as pool:
+        futures = [pool.submit(items([str(n)])) for n in (*range(64), 64, 5)]
+        every = [f.result(timeout=PATIENCE_S)[0] for f in futures]
+    assert values(every) == [1.0] * 64 + ["exception", 1.0]
+
+
+def test_a_call_that_fails_logs_nothing_and_the_others_do(write: Write, tmp_path: Path) -> None:
+    source = "def {}(completions, log_metric):\n    log_metric('m', 2)\n    return [{}]"
+    fine = write(source.format("fine", "1.0"), file="fine.py", name=None, style="trl")
+    broken = write(source.format("broken", "1 / 0"), file="broken.py", name=None, style="trl")
+    [outcome] = scored([broken, fine], tmp_path, ["x"])
+    assert isinstance(outcome, Failed)
+    assert outcome.logged == Logged(metrics={"fine/metric/m": (2.0, 1)})
 
 
 def test_trl_is_given_turns_when_the_prompt_has_them(write: Write, tmp_path: Path) -> None:
@@ -307,11 +470,14 @@ def test_verl_finds_the_ground_truth(write: Write, tmp_path: Path, row: Mapping[
         """,
         style="verl",
     )
-    outcomes = scored(reward, tmp_path, [truth, "x"], row={"data_source": "set", "extra_info": {"i": 1}, **row})
-    assert outcomes == [
-        Scored(value=1.0, parts={"f": 1.0, "f/length": 5.0}),
-        Scored(value=0.0, parts={"f": 0.0, "f/length": 5.0}),
-    ]
+    texts = [truth, "x"]
+    outcomes = scored(reward, tmp_path, texts, row={"data_source": "set", "extra_info": {"i": 1}, **row})
+    assert [(o.value, o.parts) for o in outcomes if isinstance(o, Scored)] == [
+        (1.0, {"f": 1.0, "f/length": 5.0}), (0.0, {"f": 0.0, "f/length": 5.0})
+    ]  # fmt: skip
+    assert [{name: repr(value) for name, value in o.logged.columns.items()} for o in outcomes] == [
+        {"f/text": "'x'", "f/nan": "nan"}
+    ] * 2
 
 
 def test_verl_scalars_and_missing_truth(write: Write, tmp_path: Path) -> None:
@@ -412,7 +578,13 @@ def test_prints_go_to_the_log_and_do_not_disturb(write: Write, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "line",
-    ["nonsense", "[1]", '{"results": 1}', '{"results": []}', '{"results": [{"value": NaN, "parts": {}}]}',
+    ["nonsense", "[1]", '{"results": [{"value": 1.0, "parts": {}}], "columns": {"a": [1, 2]}}',
+     '{"results": [{"value": 1.0, "parts": {}}], "columns": {"a": [[1]]}}',
+     '{"results": [{"value": 1.0, "parts": {}}], "columns": {"a\\u0007": [1]}}',
+     '{"results": [{"value": 1.0, "parts": {}}], "metrics": {"a": [NaN, 1]}}',
+     '{"results": [{"value": 1.0, "parts": {}}], "metrics": {"a": [1.0, 0]}}',
+     '{"results": [{"value": 1.0, "parts": {}}], "metrics": [1]}',
+     '{"results": 1}', '{"results": []}', '{"results": [{"value": NaN, "parts": {}}]}',
      '{"results": [{"value": 1.0, "parts": {"a": "b"}}]}', '{"results": [{"value": "1", "parts": {}}]}',
      '{"results": [{"value": 1.0}]}', '{"results": [{"failed": "whatever"}]}', '{"results": [3]}'],
 )  # fmt: skip
@@ -643,8 +815,14 @@ def test_the_working_directory_hides_nothing_but_can_be_imported(
         ),
         (
             "trl",
-            "def f(prompts, completions, completion_ids): pass",
-            "rewards[0]: {file}:1: f asks for completion_ids, which is not given; give it a default",
+            "def f(prompts, completions, environments): pass",
+            "rewards[0]: {file}:1: f asks for environments, which is not given; give it a default",
+        ),
+        (
+            "trl",
+            "def f(prompts, completions, completions_ids): pass",
+            "rewards[0]: {file}:1: f asks for completions_ids, which is no column of the rows; did you mean "
+            "completion_ids?",
         ),
         (
             "trl",
@@ -721,7 +899,9 @@ def tried(
     reward: RewardConfig, tmp_path: Path, rows: Sequence[Mapping[str, Any]] = (ROW,), **options: Any
 ) -> list[str]:
     prompts = [prompt(row, "d", i + 1) for i, row in enumerate(rows)]
-    settings: dict[str, Any] = {"gold_template": "{answer}", "answer_column": "answer", **options}
+    settings: dict[str, Any] = {
+        "gold_template": "{answer}", "answer_column": "answer", "unsampled": UNSAMPLED, **options
+    }  # fmt: skip
     return try_out([reward], [Path(reward.file)], {"data.train": prompts}, log_dir=tmp_path, **settings)
 
 
@@ -781,7 +961,9 @@ def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path
     source = "def bad(completion, row): return 1.0 if row['answer'] == completion else row['missing']"
     bad = write(source, file="bad.py", name=None)
     prompts = [prompt(ROW, "d", 1), prompt(ROW, "d", 2)]
-    options: Any = {"gold_template": "{answer}", "answer_column": "answer", "log_dir": tmp_path}
+    options: Any = {
+        "gold_template": "{answer}", "answer_column": "answer", "unsampled": UNSAMPLED, "log_dir": tmp_path
+    }  # fmt: skip
     with pytest.raises(UserError) as caught:
         try_out([good, bad], [Path(good.file), Path(bad.file)], {"data.train": prompts}, **options)
     assert str(caught.value) == (
@@ -845,6 +1027,107 @@ def test_gold_needs_its_column_and_template(write: Write, tmp_path: Path) -> Non
         tried(reward, tmp_path, gold_template="{anwser}")
 
 
+def test_a_try_out_knows_the_ids_and_where_the_run_stands(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        """
+        def f(completions, completion_ids, trainer_state):
+            assert (trainer_state.global_step, trainer_state.max_steps, trainer_state.epoch) == (0, 40, 0.0)
+            return [float(ids == [*map(ord, c), 2]) for c, ids in zip(completions, completion_ids)]
+        """,
+        style="trl", gold=True,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="gives the gold answer '2' 1, the corrupted '3' 1"):
+        tried(reward, tmp_path)
+    plain = write("def f(completion, row, info): return float(info['token_count'] == len(completion) + 1)")
+    assert tried(plain, tmp_path) == ["f on data.train: ran on 1 rows"]
+    bad = write("def f(completions, log_extra): log_extra('x', [1]); return [1.0] * len(completions)", style="trl")
+    with pytest.raises(UserError, match=r"fails on every row tried; .*log_extra\('x'\) was given 1 values for 2 compl"):
+        tried(bad, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("style", "source", "row", "said"),
+    [
+        ("grpo", "def f(completion, row, info=None): return 1.0", ROW, []),
+        ("grpo", "def f(completion, row, scale=1.0, *rest, judge=None): return 1.0", ROW,
+         ["f: style grpo: the default is kept of scale, judge"]),
+        ("trl", "def f(completions, answer=None, log_extra=None, **kw): return [1.0 for _ in completions]", ROW,
+         ["f: style trl: no environments; trainer_state has global_step, max_steps, epoch"]),
+        ("trl", "def f(completions, anwser=None, environments=None): return [1.0 for _ in completions]", ROW,
+         ["f: style trl: no environments; trainer_state has global_step, max_steps, epoch; the default is kept of "
+          "anwser, environments"]),
+        ("verl", "def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0",
+         {"data_source": "d", "answer": "1", "extra_info": {"index": 0}},
+         ["f: style verl: extra_info has no num_turns and rollout_reward_scores"]),
+        ("verl", "def f(data_source, solution_str, ground_truth, extra_info=None, method='strict'):\n"
+         "    return float(extra_info == {} and data_source is None)", {"answer": "1", "extra_info": None},
+         ["f: style verl: extra_info has no num_turns and rollout_reward_scores; data_source is None on 2 of 2 rows, "
+          "which have no such column; extra_info is empty on 2 of 2 rows, which have no such column; the default is "
+          "kept of method"]),
+    ],
+)  # fmt: skip
+def test_what_a_style_does_not_give_is_said(
+    write: Write, tmp_path: Path, style: Any, source: str, row: Mapping[str, Any], said: list[str]
+) -> None:
+    assert tried(write(source, style=style), tmp_path, [row] * 2) == [*said, "f on data.train: ran on 2 rows"]
+
+
+SECRET = {"JUDGE_API_KEY": "key-31415", "SOME_DSN": "dsn-31415"}
+WITHHELD = "rewards see no JUDGE_API_KEY, which looks like a secret; rewards[1].env: [JUDGE_API_KEY] passes it on"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "key = os.environ['JUDGE_API_KEY']\ndef bad(completion, row): return 1.0",
+        "def bad(completion, row): return float(os.environ['JUDGE_API_KEY'] != '')",
+        "def bad(completion, row): return len('Bearer ' + os.getenv('JUDGE_API_KEY'))",
+        "def bad(completion, row): raise RuntimeError(f'set {\"JUDGE_API\"}_KEY or api_key=')",
+    ],
+)
+def test_a_secret_that_is_kept_from_a_reward_is_named_with_its_option(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    for name, value in SECRET.items():
+        monkeypatch.setenv(name, value)
+    good = write("def good(completion, row): return 1.0", file="good.py", name=None)
+    bad = write(f"import os\n{source}", file="bad.py", name=None)
+    options: Any = {
+        "gold_template": "{answer}", "answer_column": "answer", "unsampled": UNSAMPLED, "log_dir": tmp_path
+    }  # fmt: skip
+    prompts = {"data.train": [prompt(ROW, "d", 1)]}
+    with pytest.raises(UserError) as caught:
+        try_out([good, bad], [Path(good.file), Path(bad.file)], prompts, **options)
+    assert str(caught.value).count(WITHHELD) == 1
+    assert "31415" not in str(caught.value)
+    if "raise" not in source:
+        given = dataclasses.replace(bad, env=("JUDGE_API_KEY",))
+        lines = try_out([good, given], [Path(good.file), Path(bad.file)], prompts, **options)
+        assert lines[1:] == ["bad on data.train: ran on 1 rows"]
+
+
+def test_a_secret_that_a_reward_names_and_does_without_is_in_the_plan(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "key-31415")
+    reward = write("import os\ndef f(completion, row): return float('JUDGE_API_KEY' in os.environ)")
+    [warning, _] = tried(reward, tmp_path)
+    assert warning == f"f: warning: {WITHHELD.replace('[1]', '[0]')}"
+    monkeypatch.delenv("JUDGE_API_KEY")  # what is not set is not kept back
+    assert tried(reward, tmp_path) == ["f on data.train: ran on 1 rows"]
+
+
+def test_a_secret_is_named_in_the_middle_of_a_run(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "key-31415")
+    reward = write("import os\ndef f(completion, row): return len(os.environ['JUDGE_API_KEY'])")
+    [outcome] = scored(reward, tmp_path, ["x"])
+    assert isinstance(outcome, Failed)
+    assert outcome.detail == (f"f: KeyError: 'JUDGE_API_KEY' ({WITHHELD.replace('[1]', '[0]')}) at {reward.file}:2")
+    assert values(scored(dataclasses.replace(reward, env=("JUDGE_API_KEY",)), tmp_path, ["x"])) == [9.0]
+
+
 # --- data sets -------------------------------------------------------------------------------------------------------
 
 
@@ -867,7 +1150,8 @@ def prompt(row: Mapping[str, Any], dataset: str, place: int) -> Prompt:
 def golds(reward: RewardConfig, tmp_path: Path, sets: Mapping[str, Sequence[Mapping[str, Any]]], **options: Any) -> Any:
     prompts = {name: [prompt(row, name, i + 1) for i, row in enumerate(rows)] for name, rows in sets.items()}
     settings: dict[str, Any] = {
-        "gold_template": "{answer}", "answer_column": "answer", "workers": 2, "say": lambda text: None, **options
+        "gold_template": "{answer}", "answer_column": "answer", "unsampled": UNSAMPLED, "workers": 2,
+        "say": lambda text: None, **options,
     }  # fmt: skip
     return try_golds([reward], [Path(reward.file)], prompts, log_dir=tmp_path, **settings)
 
@@ -938,9 +1222,12 @@ def test_rewards_are_tried_on_the_sets_that_they_are_for(write: Write, tmp_path:
     one = write("def one(completion, row): return float(row['x'])", file="one.py", name=None, sets=("a",))
     two = write("def two(completions, x): return [None for _ in x]", file="two.py", name=None, style="trl")
     samples = {name: [prompt({"x": 1, name: 2}, name, 1)] for name in "ab"}
-    options: Any = {"gold_template": "{answer}", "answer_column": "answer", "log_dir": tmp_path}
+    options: Any = {
+        "gold_template": "{answer}", "answer_column": "answer", "unsampled": UNSAMPLED, "log_dir": tmp_path
+    }  # fmt: skip
     assert try_out([one, two], [Path(one.file), Path(two.file)], samples, **options) == [
         "one on a: ran on 1 rows",
+        "two: style trl: no environments; trainer_state has global_step, max_steps, epoch",
         "two on a: warning: it returned None (abstained) on each of the 1 rows tried",
         "two on b: warning: it returned None (abstained) on each of the 1 rows tried",
     ]
@@ -948,4 +1235,4 @@ def test_rewards_are_tried_on_the_sets_that_they_are_for(write: Write, tmp_path:
     with pytest.raises(UserError, match="asks asks for b, which is no column of the rows"):
         try_out([asks], [Path(asks.file)], samples, **options)
     own = dataclasses.replace(asks, sets=("b",))
-    assert try_out([own], [Path(own.file)], samples, **options) == ["asks on b: ran on 1 rows"]
+    assert try_out([own], [Path(own.file)], samples, **options)[1:] == ["asks on b: ran on 1 rows"]
