@@ -64,6 +64,13 @@ DATA: dict[str, list[dict[str, Any]]] = {
     "agentica-org/DeepScaleR-Preview-Dataset": [
         {"problem": q, "answer": a, "solution": ""} for q, a in QUESTIONS
     ],
+    "BytedTsinghua-SIA/DAPO-Math-17k": [
+        {
+            "data_source": "math_dapo", "prompt": [{"role": "user", "content": q}], "ability": "MATH",
+            "reward_model": {"ground_truth": a, "style": "rule"}, "extra_info": {"index": str(i)},
+        }
+        for i, (q, a) in enumerate(QUESTIONS)
+    ],
     "open-r1/DAPO-Math-17k-Processed:all": [
         {
             "prompt": q, "solution": a, "data_source": "math_dapo", "ability": "MATH",

@@ -368,7 +368,7 @@ class RewardConfig:
     weight: float = 1.0
     """Factor of its value in the sum of all rewards."""
     style: Literal["grpo", "trl", "verl"] = "grpo"
-    """What it is called with: (completion, row), or what TRL or verl call their rewards with."""
+    """How it is called: f(completion, row, info) of this package, as TRL's GRPOTrainer calls it, or as verl does."""
     gold: bool | None = None
     """Try it before the run: the gold answer must score, a corrupted one must not. None: where the file says
     `GOLD = True`."""

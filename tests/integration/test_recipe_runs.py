@@ -17,6 +17,10 @@ from documented import RECIPES, ROOT, blocks, completed
 
 from grpo.config import Config, load
 
+SCORE = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(len(solution_str) % 2), "seen": f"{data_source} {ground_truth}"}
+"""
 JUDGE = "def judge(completion, row):\n    return float(len(completion) % 2)\n"
 
 
@@ -94,4 +98,5 @@ def test_a_yaml_of_the_documentation_is_checked_and_runs_two_steps(block: str, t
     [polite] = [python.values[0] for python in blocks("python") if "def polite" in python.values[0]]
     (tmp_path / "my_rewards.py").write_text(polite)
     (tmp_path / "judge.py").write_text(JUDGE)
+    (tmp_path / "my_score.py").write_text(SCORE)
     two_steps(recipe, tmp_path)

@@ -421,6 +421,36 @@ def test_a_run_joins_a_cluster_and_leaves_it_as_it_was(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+LENGTHS = """
+import numpy
+def lengths(completions, completion_ids, trainer_state, log_extra, log_metric, **kwargs):
+    log_extra("ids", [" ".join(map(str, ids)) for ids in completion_ids])
+    log_extra("step", [trainer_state.global_step] * len(completions))
+    log_metric("tokens", numpy.mean([len(ids) for ids in completion_ids]))
+    return numpy.array([len(text) for text in completions]) / trainer_state.max_steps
+"""
+
+
+def test_a_reward_written_for_trl_sees_the_sampled_ids_and_logs(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "lengths.py").write_text(LENGTHS)
+    recipe = make_recipe(make_model("qwen2"), rewards=[{"file": str(tmp_path / "lengths.py"), "style": "trl"}])
+    sets = f"data.eval.sets=[{{path: {tmp_path / 'eval.jsonl'}, limit: 4}}]"
+    folder, summary, metrics, said = train(recipe, sets, "algorithm.minibatches_per_step=2")
+    assert summary["exit_reason"] == "done"
+    assert "lengths: style trl: no environments; trainer_state has global_step, max_steps, epoch" in said
+    for name, step, prefix in (("eval-000000", 0, "eval/"), ("step-000001", 0, ""), ("step-000002", 2, "")):
+        samples = pq.read_table(folder / "samples" / f"{name}.parquet").to_pandas()
+        ids = samples.completion_token_ids.map(lambda tokens: " ".join(map(str, tokens)))
+        assert list(samples["lengths/ids"]) == list(ids)
+        assert set(samples["lengths/step"]) == {step}
+        assert list(samples.reward) == [len(text) / 4 for text in samples.completion]
+        [line] = [line for line in metrics if line["step"] == int(name[-1])]
+        tokens = samples.completion_token_ids.map(len).mean()
+        assert line[f"{prefix}reward/lengths/metric/tokens"] == pytest.approx(tokens)
+
+
 @pytest.mark.slow
 def test_the_reasoning_recipe_runs_on_an_untrained_model_of_its_shape(tmp_path: Path) -> None:
     made = tmp_path / "made"
