@@ -33,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)
-    if any("=" not in text or text.startswith("-") for text in rest) or (rest and not hasattr(parsed, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        if any("=" not in text or text.startswith("-") for text in rest) or (rest and not hasattr(parsed, "overrides")):
+            config_module.refuse_flags(rest)
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         interrupt_early()
         code = dispatch(parsed, [*getattr(parsed, "overrides", ()), *rest])
         sys.stdout.flush()

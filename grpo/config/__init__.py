@@ -2,6 +2,7 @@
 
     schema    every option, its type, its default and what it means
     describe  the same in words, for `grpo options`
+    foreign   what other trainers call them; aliases answers with it
     load      YAML and overrides -> Config; the only importer of omegaconf, with the schema's `MISSING`
     validate  the batch algebra, ranges, and options that would have no effect
 
@@ -12,7 +13,7 @@ nearest valid one.
 from __future__ import annotations
 
 from grpo.config.describe import options_text
-from grpo.config.load import dump, load, load_for_evaluation, refuse_unknown
+from grpo.config.load import dump, load, load_for_evaluation, refuse_flags, refuse_unknown
 from grpo.config.schema import (
     AlgorithmConfig,
     ClusterConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "load_for_evaluation",
     "options_text",
     "part_names",
+    "refuse_flags",
     "refuse_own_ray",
     "refuse_unknown",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.config import aliases
 from grpo.config.schema import Config, DatasetConfig, SamplingConfig
 from grpo.config.validate import validate
 from grpo.types import UserError
@@ -94,6 +96,7 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
     """A checked config out of a tree and overrides; `path`: where the tree is from."""
     for override in overrides:
         tree = _listed(_override(tree, override))
+    _answer_others(OmegaConf.to_container(tree), path)
     _check_keys(OmegaConf.to_container(tree), Config, "", path)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
@@ -142,6 +145,9 @@ def _listed(tree: DictConfig) -> DictConfig:
 
 def _override(tree: DictConfig, text: str) -> DictConfig:
     key, equals, raw = text.partition("=")
+    key = key.lstrip("+")  # Hydra's sign of a new option
+    if not equals and (said := aliases.meaning(key, _own_names())):
+        raise UserError(f"override {text!r} is not of the form section.option=value; {said}")
     if not equals or not re.fullmatch(r"[\w.\[\]]+", key):
         raise UserError(f"override {text!r} is not of the form section.option=value")
     bracketed = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
@@ -193,6 +199,56 @@ def _item_class(kind: Any) -> type | None:
 
 def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
+
+
+def _answer_others(tree: Any, source: str) -> None:
+    """Raises UserError with an answer to each option of another trainer."""
+    said = [aliases.answer(name, value, _own_names()) for name, value in _unknown(tree, Config, "")]
+    if answers := [answer for answer in said if answer]:
+        raise UserError(f"{source}: {aliases.joined(answers)}")
+
+
+def refuse_flags(tokens: typing.Sequence[str]) -> None:
+    """Raises UserError for options that are given as flags: ours are `section.option=value`, others have an answer."""
+    ours = {option.replace("[i]", "[0]") for option, _ in _options(Config, "")}
+    said = []
+    for name, value in aliases.flags(list(tokens)):
+        option = name.replace("-", "_")
+        if option in ours:
+            raise UserError(f"--{name}: options are given without dashes: {option}={aliases.written(value)}")
+        said.append(aliases.answer(name, value, _own_names()))
+    if answers := [answer for answer in said if answer]:
+        raise UserError(aliases.joined(answers))
+
+
+def _unknown(node: Any, cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(full name, value) of every key that is not an option, nor nearly one, mappings below one in their parts."""
+    hints = typing.get_type_hints(cls)
+    for key, value in node.items() if isinstance(node, dict) else ():
+        name, inner = f"{prefix}{key}", hints.get(str(key))
+        if inner is None:
+            like = difflib.get_close_matches(str(key), hints, n=1, cutoff=aliases.LIKE) and not aliases.is_known(name)
+            if not like and not (cls is SamplingConfig and key in NOT_REPLAYABLE):
+                yield from _leaves(name, value)
+        elif dataclasses.is_dataclass(inner):
+            yield from _unknown(value, typing.cast(type, inner), f"{name}.")
+        elif item_class := _item_class(inner):
+            for i, item in enumerate(value if isinstance(value, list) else []):
+                yield from _unknown(item, item_class, f"{name}[{i}].")
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield name, value
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    """The last parts of all options."""
+    return frozenset(option.rpartition(".")[2] for option, _ in _options(Config, ""))
 
 
 def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
@@ -248,9 +304,7 @@ def _misfit(node: Any, cls: type, prefix: str) -> str | None:
             except OmegaConfBaseException:
                 choices = [str(choice) for choice in typing.get_args(hints[key])]
                 if typing.get_origin(hints[key]) is typing.Literal:
-                    near = [choice for choice in choices if str(value) in choice]
-                    near = near or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-                    hint = f"; did you mean {near[0]}?" if near else ""
+                    hint = _nearest_choice(f"{prefix}{key}", value, choices)
                     found = f"{prefix}{key} must be one of {', '.join(choices)}, not {value!r}{hint}"
                 else:
                     wanted = next(f.type for f in dataclasses.fields(cls) if f.name == key)
@@ -260,12 +314,24 @@ def _misfit(node: Any, cls: type, prefix: str) -> str | None:
     return None
 
 
+def _nearest_choice(option: str, value: Any, choices: list[str]) -> str:
+    """`; did you mean ...?`, or what another trainer's value is here."""
+    near = [choice for choice in choices if str(value).replace("-", "_") in choice]
+    if not near and (said := aliases.answer_value(option, value)):
+        return f"; {said}"
+    near = near or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _nearest(key: str, cls: type, prefix: str) -> str:
     """`did you mean ...?`: an option of this very name, the nearest in this section, the nearest of all."""
     everywhere: dict[str, str] = {}
     for option, _ in sorted(_options(Config, ""), key=lambda o: _shared(o[0], prefix), reverse=True):
         everywhere.setdefault(option.rpartition(".")[2], option)
     here = difflib.get_close_matches(key, _names(cls), n=1, cutoff=0.5)
+    other = aliases.nearest(key) if not (prefix and here) else None
+    if other and not any(difflib.SequenceMatcher(None, own, key).ratio() >= other[1] for own in everywhere):
+        return f"did you mean {aliases.meaning(other[0], frozenset())}?"
     if key not in everywhere and here:
         return f"did you mean {prefix}{here[0]}?"
     far = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)

@@ -1,0 +1,72 @@
+"""docs/migrating.md, out of the table of `grpo.config.foreign`:
+
+python -m grpo.config.migrating > docs/migrating.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from grpo.config.aliases import TRAINERS, answer, joined, written
+from grpo.config.foreign import LEAVE, NO, TABLE, Alias
+
+
+def page() -> str:
+    """Return docs/migrating.md."""
+    lines = [
+        "<!-- python -m grpo.config.migrating > docs/migrating.md -->",
+        "# From TRL, verl, OpenRLHF or open-instruct",
+        "",
+        "What their options are called here. The same table answers them wherever an option is read: in a recipe, as",
+        "`option=value` on the command line, and as a flag:",
+        "",
+        "```",
+        *_example(),
+        "```",
+        "",
+        "An option alone takes the same value. *Worked out* says how to come from theirs to ours, *left out* that",
+        "nothing has to be set, *no* that it is not supported, and why. Reward functions written for TRL or verl run",
+        "unchanged ([README](../README.md#write-a-reward-function)); columns of their data sets: [data.md](data.md).",
+        "`~` stands for `actor_rollout_ref.`; OpenRLHF's names are those of its flags, the older and the dotted ones.",
+    ]
+    for topic, aliases in TABLE.items():
+        lines += ["", f"## {topic}", "", "| here | TRL | verl | OpenRLHF | open-instruct |", "|---|---|---|---|---|"]
+        lines += [_row(alias) for alias in aliases if any(getattr(alias, field) for field in TRAINERS)]
+    return "\n".join(lines) + "\n"
+
+
+def _example() -> list[str]:
+    own = frozenset[str]()
+    given = [("num_generations", 8), ("beta", 0.04), ("loss_type", "dr_grpo"), ("use_vllm", True), ("lora_r", 16)]
+    said = [answer(name, value, own) or "" for name, value in given]
+    shown = f"$ grpo check recipe.yaml {' '.join(f'{name}={written(value)}' for name, value in given)}"
+    return [shown, f"grpo: recipe.yaml: {joined(said)}"]
+
+
+def _row(alias: Alias) -> str:
+    names = ["<br>".join(f"`{name}`" for name in getattr(alias, field).split()) for field in TRAINERS]
+    return f"| {' | '.join([_here(alias), *names])} |"
+
+
+def _here(alias: Alias) -> str:
+    """The first column: options here, then values, then the reason."""
+    parts = []
+    if alias.here == LEAVE:
+        parts.append("left out")
+    elif "{" in alias.here:
+        shown = alias.here if not re.fullmatch(r"[\w.]+=\{\}", alias.here) else alias.here.removesuffix("={}")
+        parts.append(f"`{shown.replace('{}', 'value')}`")
+    elif alias.here:
+        parts.append(f"`{alias.here}`, worked out")
+    elif not alias.values:
+        parts.append("no")
+    for text in dict.fromkeys(alias.values.values()):
+        theirs = ", ".join(f"`{value}`" for value, other in alias.values.items() if other == text)
+        ours = "left out" if text == LEAVE else f"no, {text.removeprefix(NO)}" if text.startswith(NO) else f"`{text}`"
+        parts.append(f"{theirs}: {ours}")
+    return "<br>".join([*parts, *([alias.why] if alias.why else [])])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
