@@ -7,7 +7,6 @@ BOS in front.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from tokenizers.models import BPE
 
+from grpo.columns import hint
 from grpo.config import DataConfig
 from grpo.data.hub import one_line
 from grpo.data.rows import Row
@@ -116,10 +116,9 @@ def _messages(row: Row, data: DataConfig, option: str) -> Messages:
         return (user,) if data.system_prompt is None else ({"role": "system", "content": data.system_prompt}, user)
     column = data.messages_column
     if column not in row.values:
-        near = difflib.get_close_matches(column, row.values, n=1, cutoff=0.5)
         raise UserError(
             f"{option}: data.messages_column: {row.where} has no column {column!r}; it has {', '.join(row.values)}"
-            + (f"; did you mean {near[0]}?" if near else "")
+            f"{hint(column, row.values)}"
         )
     turns = row.values[column]
     place = f"{option}: data.messages_column: {row.where}: column {column!r}"

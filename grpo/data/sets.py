@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.columns import hint
 from grpo.config import DataConfig, DatasetConfig
 from grpo.data.overlap import find_overlaps
 from grpo.data.prompts import PromptSet, make_prompts, prompt_id
@@ -105,7 +106,10 @@ def more_than(count: int) -> str:
 def _number(row: Row, column: str, option: str) -> float:
     """The number in a row's column; a text that is a number counts as one."""
     if column not in row.values:
-        raise UserError(f"{option}.between.{column}: {row.where} has no such column; it has {', '.join(row.values)}")
+        raise UserError(
+            f"{option}.between.{column}: {row.where} has no such column; it has {', '.join(row.values)}"
+            f"{hint(column, row.values)}"
+        )
     value: Any = row.values[column]
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)

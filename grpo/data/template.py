@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo.columns import hint, is_nested, line, longest_text, nested, render, value_at
 from grpo.data.hub import one_line
 from grpo.data.rows import Row
 from grpo.types import UserError
@@ -17,9 +17,11 @@ from grpo.types import UserError
 
 def render_template(template: str, row: Row, *, option: str) -> str:
     """`template` over the row's columns; UserError names `option` and the row."""
-    values_of(template, row, option=option)
+    for field, value in zip(_fields(template, option), values_of(template, row, option=option), strict=True):
+        if is_nested(value):
+            raise UserError(f"{option}: {row.where}: {_python(field, value)}")
     try:
-        return template.format_map(row.values)
+        return render(template, row.values)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise _misfit(template, row, option, error) from error
 
@@ -28,21 +30,38 @@ def values_of(template: str, row: Row, *, option: str) -> list[Any]:
     """The value of each field of `template`, none of them null."""
     values = []
     for field in _fields(template, option):
-        column = re.split(r"[.\[]", field, maxsplit=1)[0]
+        column = field if field in row.values else re.split(r"[.\[]", field, maxsplit=1)[0]
         if column not in row.values:
-            near = difflib.get_close_matches(column, row.values, n=1, cutoff=0.5)
             raise UserError(
                 f"{option}: {row.where} has no column {column!r}; it has {', '.join(row.values) or 'none'}"
-                + (f"; did you mean {near[0]}?" if near else "")
+                + (_unwritable(column, row) or hint(column, row.values))
             )
         try:
-            value, _ = string.Formatter().get_field(field, (), row.values)
+            value = value_at(field, row.values)
         except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
             raise _misfit(template, row, option, error) from error
         if value is None:
             raise UserError(f"{option}: {row.where}: column {field!r} is null, which would be written as 'None'")
         values.append(value)
     return values
+
+
+def _python(field: str, value: Any) -> str:
+    """What is wrong with a value that would be written as Python, and the line that takes a text out of it."""
+    column = re.split(r"[.\[]", field, maxsplit=1)[0]
+    text = longest_text(field, value)
+    turns = isinstance(value, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
+    chat = f"; as turns of a chat: data.style=chat, data.messages_column={field}" if turns else ""
+    part = f"; one of its texts alone: {line(column, text)}" if text else ""
+    return f"column {field!r} has named parts, which would be written as Python: {value!r:.80}{part}{chat}"
+
+
+def _unwritable(column: str, row: Row) -> str:
+    """A column whose name holds what ends a name in a format string."""
+    found = [name for name in row.values if name.startswith((f"{column}:", f"{column}!")) or set("{}") & set(name)]
+    return (
+        f"; {found[0]!r} cannot be named in a format string, give the column a name without : ! {{ }}" if found else ""
+    )
 
 
 def map_columns(rows: Sequence[Row], columns: Mapping[str, str], *, option: str) -> list[Row]:
@@ -91,4 +110,7 @@ def _fields(template: str, option: str) -> tuple[str, ...]:
 
 
 def _misfit(template: str, row: Row, option: str, error: Exception) -> UserError:
-    return UserError(f"{option}: {template!r} does not fit {row.where}: {one_line(error)}")
+    fields = [field for field in _fields(template, option) if re.search(r"[.\[]", field)]
+    right = {field: path for field in fields if (path := nested(field, row.values)) and path != field}
+    write = "".join(f"; write {{{path}}} for {{{field}}}" for field, path in right.items())
+    return UserError(f"{option}: {template!r} does not fit {row.where}: {one_line(error)}{write}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from grpo.columns import hint, render
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
@@ -351,8 +352,8 @@ def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: st
     try:
         # a number stays one, for templates like {answer:d}
         other = {**prompt.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
-        return gold, closing(prompt, gold_template) + gold_template.format(**other)
-    except (KeyError, IndexError, ValueError) as error:
+        return gold, closing(prompt, gold_template) + render(gold_template, other)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}") from error
 
 
@@ -362,10 +363,11 @@ def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str
         raise UserError(
             f"{where} has gold: true, by the recipe or by GOLD in its file, and needs the gold answer, but "
             f"data.answer_column={answer_column} is no column of {prompt.where}: {dict(prompt.row)!r:.300}"
+            f"{hint(answer_column, prompt.row)}"
         )
     try:
-        return closing(prompt, gold_template) + gold_template.format(**prompt.row)
-    except (KeyError, IndexError, ValueError) as error:
+        return closing(prompt, gold_template) + render(gold_template, prompt.row)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}") from error
 
 

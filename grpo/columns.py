@@ -1,0 +1,88 @@
+"""Columns of a row and what is nested in them: format strings, and the line that gives a nested one a name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+DEEPEST = 6
+"""Levels of a value that are searched."""
+
+
+class _Format(string.Formatter):
+    """A column's whole name counts before what is nested: `{a.b}` is the column a.b where there is one."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+        if field_name in kwargs:
+            return kwargs[field_name], field_name
+        value, key = super().get_field(field_name, args, kwargs)
+        return value, str(key)
+
+
+_FORMAT = _Format()
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Return a format string over a row's columns. Raises what `str.format` raises."""
+    return _FORMAT.vformat(template, (), values)
+
+
+def value_at(field: str, values: Mapping[str, Any]) -> Any:
+    """Return the value of a field, `a`, `a[b]` or `a[0][b]`. Raises what `str.format` raises."""
+    return _FORMAT.get_field(field, (), values)[0]
+
+
+def hint(wanted: str, values: Mapping[str, Any]) -> str:
+    """Return `; ...` about a column that a row does not have: the line that makes it of a nested one, or the column
+    that is called nearly so."""
+    path = nested(wanted, values)
+    if path is not None:
+        return f"; it is inside another: {line(wanted, path)}"
+    near = difflib.get_close_matches(wanted, values, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def line(name: str, path: str) -> str:
+    """Return the `columns` of a data set that call the field `path` `name`."""
+    return f'columns: {{{name if re.fullmatch(r"[A-Za-z_]+", name) else chr(34) + name + chr(34)}: "{{{path}}}"}}'
+
+
+def nested(wanted: str, values: Mapping[str, Any]) -> str | None:
+    """Return the field of a nested value: `a.b`, `a['b']` and `b` may all mean `a[b]`. Of several the first."""
+    parts = [part for part in re.findall(r"[^.\[\]'\"]+", wanted) if not part.isdigit()] or [""]
+    return next(
+        (path for path, keys, _ in _paths(values) if path.endswith(f"[{keys[-1]}]") and keys[-len(parts) :] == parts),
+        None,
+    )
+
+
+def longest_text(name: str, value: Any) -> str | None:
+    """Return the field of the longest text inside a value that is nested."""
+    texts = {path: text for path, _, text in _paths({name: value}) if isinstance(text, str)}
+    return max(texts, key=lambda path: len(texts[path]), default=None)
+
+
+def is_nested(value: Any) -> bool:
+    """Return whether a value has parts with names, so that written as a text it would be Python."""
+    if isinstance(value, list | tuple):
+        return any(is_nested(item) for item in value)
+    return isinstance(value, Mapping)
+
+
+def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str], Any]]:
+    """(field, the names on the way, value) of every part that a field can name, the shallowest first; of a list its
+    first item."""
+    level = [(key, [key], value) for key, value in values.items() if not re.search(r"[.\[\]{}:!]", key)]
+    for _ in range(DEEPEST):
+        below: list[tuple[str, list[str], Any]] = []
+        for path, keys, value in level:
+            yield path, keys, value
+            if isinstance(value, Mapping):
+                inner = [(str(key), part) for key, part in value.items() if not re.search(r"[\[\]{}:!]", str(key))]
+                below += [(f"{path}[{key}]", [*keys, key], part) for key, part in inner]
+            elif isinstance(value, list | tuple) and value:
+                below.append((f"{path}[0]", keys, value[0]))
+        level = below
