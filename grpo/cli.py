@@ -266,6 +266,7 @@ def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def check_command(config: config_module.Config, recipe: Path) -> int:
     """`grpo check`."""
     from grpo import check, cluster, run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
+    from grpo.console import fitted  # noqa: PLC0415
 
     run_folder.choose(config, str(recipe))  # refuses a taken name
     config = check.resolve_paths(config)
@@ -273,7 +274,7 @@ def check_command(config: config_module.Config, recipe: Path) -> int:
         plan = check.check(config, recipe, Path(log_dir), say=tell)
     with cluster.session(config, None):
         pass
-    print("\n".join([*plan.lines, "ok         nothing has been started"]))
+    print(fitted("\n".join([*plan.lines, "ok         nothing has been started"])))
     return DONE
 
 

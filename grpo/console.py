@@ -1,10 +1,14 @@
-"""What a person sees: a live table on a terminal, one line a step elsewhere, all of it also in log.txt."""
+"""What a person sees: a live table on a terminal, a few short lines a step elsewhere, all of it also in log.txt, there
+without line breaks."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
-import time
+import textwrap
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from grpo.metrics import HEADLINE
+
+WIDTH = 120
+"""Columns of a line, unless COLUMNS or the terminal says otherwise."""
+INDENT = 4
 
 
 class Reader(RichConsole):
@@ -35,7 +43,7 @@ class Console:
         self._rich = Reader(highlight=False, soft_wrap=True)
         self._log = log.open("a", encoding="utf-8") if log else None
         self._steps = steps
-        self._started = time.monotonic()
+        self._lock = threading.Lock()
         self._progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         )
@@ -52,7 +60,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line for the reader."""
-        self._rich.print(text, markup=False)
+        self._rich.print(fitted(text), markup=False)
         self._write(text)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -62,7 +70,7 @@ class Console:
         text = f"step {step}/{self._steps}: {line}; {where_the_gradient_went(metrics)}"
         self._write(text)
         if not self._rich.is_terminal:
-            self._rich.print(text, markup=False)
+            self._rich.print(fitted(text), markup=False)
             return
         table = Table(box=None, show_header=False)
         for name, value in shown.items():
@@ -89,11 +97,35 @@ class Console:
             return
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            self._log.write(f"{stamp} {text}\n")
-            self._log.flush()
+            with self._lock:  # the heartbeat is another thread's
+                self._log.write(f"{stamp} {text}\n")
+                self._log.flush()
         except OSError as error:  # what goes on is still shown here
             self._log = None
             self._rich.print(f"log.txt ends here: {error.strerror}", markup=False)
+
+
+def columns() -> int:
+    """The columns of a line: what COLUMNS says, else those of the terminal where there is one, at most WIDTH."""
+    there = shutil.get_terminal_size((WIDTH, 24)).columns
+    return there if os.environ.get("COLUMNS") else min(WIDTH, there)
+
+
+def fitted(text: str) -> str:
+    """`text` in lines that fit, broken between words; behind a label ("placed     ...", "step 1/9: ...") they stand
+    below one another. A longer word, as a path, stays whole."""
+    lines, width = [], columns()
+    for line in text.split("\n"):
+        if len(line) <= width:
+            lines.append(line)
+            continue
+        label = re.match(r"[\w ]{1,20}?  +(?=\S)|step \d+/\d+: ", line)
+        indent = " " * (len(label[0]) if label else INDENT)
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, expand_tabs=False,
+            replace_whitespace=False,
+        )  # fmt: skip
+    return "\n".join(lines)
 
 
 def where_the_gradient_went(metrics: Mapping[str, float]) -> str:

@@ -49,6 +49,7 @@ from grpo.step_metrics import (
 )
 from grpo.timeline import Timeline
 from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult
+from grpo.watching import Watch
 
 
 class MismatchError(RuntimeError):
@@ -334,17 +335,23 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], moment: Moment, attempt: 
             return None
         return sample_seed(config.run.seed, moment.step, prompt.prompt_id, index, attempt)
 
-    return collect(
-        prompts,
-        sampler=loop.engines,
-        scorer=loop.scorer,
-        settings=loop.train_settings,
-        samples_per_prompt=config.algorithm.group_size,
-        seed_of=seed_of,
-        decode=loop.decode,
-        moment=moment,
-        reward_timeout_s=config.cluster.step_timeout_s,
-    )
+    with watch(loop, f"step {moment.step}", len(prompts) * config.algorithm.group_size) as watched:
+        return collect(
+            prompts,
+            sampler=watched,
+            scorer=watched,
+            settings=loop.train_settings,
+            samples_per_prompt=config.algorithm.group_size,
+            seed_of=seed_of,
+            decode=loop.decode,
+            moment=moment,
+            reward_timeout_s=config.cluster.step_timeout_s,
+        )
+
+
+def watch(loop: Loop, what: str, completions: int) -> Watch:
+    """Samplers and scorer, with a heartbeat while they are awaited."""
+    return Watch(what, completions, sampler=loop.engines, scorer=loop.scorer, say=loop.reporter.say)
 
 
 def guard_mismatch(result: StepResult, config: Config, noise: Spread) -> None:
@@ -394,17 +401,20 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     config = loop.config
     groups: dict[str, tuple[Group, ...]] = {}
     for name in dict.fromkeys(prompt.dataset for prompt in loop.eval_prompts):
-        groups[name] = collect(
-            [prompt for prompt in loop.eval_prompts if prompt.dataset == name],
-            sampler=loop.engines,
-            scorer=loop.scorer,
-            settings=loop.eval_settings,
-            samples_per_prompt=config.data.eval.samples_of(name),
-            seed_of=lambda prompt, index: eval_seed(config, prompt, index),
-            decode=loop.decode,
-            moment=moment_of(loop, step),
-            reward_timeout_s=config.cluster.step_timeout_s,
-        ).groups
+        prompts = [prompt for prompt in loop.eval_prompts if prompt.dataset == name]
+        each = config.data.eval.samples_of(name)
+        with watch(loop, f"step {step}, evaluation on {name}", len(prompts) * each) as watched:
+            groups[name] = collect(
+                prompts,
+                sampler=watched,
+                scorer=watched,
+                settings=loop.eval_settings,
+                samples_per_prompt=each,
+                seed_of=lambda prompt, index: eval_seed(config, prompt, index),
+                decode=loop.decode,
+                moment=moment_of(loop, step),
+                reward_timeout_s=config.cluster.step_timeout_s,
+            ).groups
     every = [group for some in groups.values() for group in some]
     loop.folder.write_samples(f"eval-{step:06d}", step, every)
     enforce_failure_budget(every, config.algorithm)

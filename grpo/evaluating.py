@@ -30,6 +30,7 @@ from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
 from grpo.rollouts import Scorer, collect, enforce_failure_budget
 from grpo.samples import write_groups
 from grpo.types import Group, Moment, Prompt, UserError
+from grpo.watching import Watch
 
 WRITE_S = 20.0
 """Completions are written this often: what an interruption may cost."""
@@ -186,18 +187,20 @@ def sample_set(
             said = time.monotonic()
             say(f"{name}: {count} of {len(prompts)} prompts, {tokens / (said - started):.0f} tokens/s")
 
-    collected = collect(
-        prompts,
-        sampler=sampler,
-        scorer=scorer,
-        settings=engines.eval_settings(config, plan.end_token_ids),
-        samples_per_prompt=samples_of(plan, name),
-        seed_of=lambda prompt, index: eval_seed(config, prompt, index),
-        decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
-        moment=Moment(),
-        reward_timeout_s=config.cluster.step_timeout_s,
-        when_scored=keep,
-    )
+    each = samples_of(plan, name)
+    with Watch(name, len(prompts) * each, sampler=sampler, scorer=scorer, say=say) as watched:
+        collected = collect(
+            prompts,
+            sampler=watched,
+            scorer=watched,
+            settings=engines.eval_settings(config, plan.end_token_ids),
+            samples_per_prompt=each,
+            seed_of=lambda prompt, index: eval_seed(config, prompt, index),
+            decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
+            moment=Moment(),
+            reward_timeout_s=config.cluster.step_timeout_s,
+            when_scored=keep,
+        )
     enforce_failure_budget(collected.groups, config.algorithm)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grpo.config import AlgorithmConfig
+from grpo.rewards.counts import Counted
 from grpo.rewards.pool import RewardItem
 from grpo.types import (
     Completion,
@@ -45,6 +46,10 @@ class Scorer(Protocol):
     """What scores: `grpo.rewards.pool.RewardPool`."""
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]: ...
+
+    def counts(self) -> Counted:
+        """What it has scored so far, and what it waits for."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ on the completion alone.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -16,8 +17,12 @@ import ray
 
 from grpo.config import Config, RewardConfig
 from grpo.placement import Reservation
+from grpo.rewards.counts import Counted, together
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.types import Failed, Scored
+
+COUNTS_S = 2.0
+"""How long a node may take to say what it has scored."""
 
 
 class RewardActor:
@@ -31,6 +36,9 @@ class RewardActor:
 
     def score(self, items: Sequence[RewardItem]) -> list[Scored | Failed]:
         return self._pool.submit(items).result()
+
+    def counts(self) -> Counted:
+        return self._pool.counts()
 
     def host(self) -> str:
         """The address of this node."""
@@ -73,6 +81,16 @@ class SpreadPool:
         """rewards-<i> -> the address of its node."""
         asked = {f"rewards-{i}": actor.host.remote() for i, actor in self._actors.items()}
         return dict(zip(asked, ray.get(list(asked.values()), timeout=timeout_s), strict=True))
+
+    def counts(self) -> Counted:
+        """As `RewardPool.counts`, of the nodes that say so in time."""
+        with self._lock:
+            asked = [actor.counts.remote() for actor in self._actors.values()]
+        found = []
+        for reference in ray.wait(asked, num_returns=len(asked), timeout=COUNTS_S)[0] if asked else []:
+            with contextlib.suppress(ray.exceptions.RayError):  # its node has gone
+                found.append(ray.get(reference))
+        return together(found)
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
         """As `RewardPool.submit`."""

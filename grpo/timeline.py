@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from grpo.rewards.counts import Counted
 from grpo.rewards.pool import RewardItem
 from grpo.rollouts import Scorer
 from grpo.types import Failed, Scored
@@ -78,3 +79,6 @@ class TimedScorer:
         future = self._scorer.submit(items)
         future.add_done_callback(lambda _: end())
         return future
+
+    def counts(self) -> Counted:
+        return self._scorer.counts()

@@ -28,6 +28,14 @@ settings.register_profile(
 settings.load_profile("here")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let runs write long lines, in which tests find whole sentences, while pytest keeps its width."""
+    writer = config.get_terminal_writer()
+    writer.fullwidth = writer.fullwidth
+    os.environ["COLUMNS"] = "1000"
+
+
 @pytest.fixture(scope="session")
 def arithmetic() -> Path:
     """Folder with the pre-trained base model and its data; made once and cached like the quickstart's."""

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo.config import RewardConfig, part_names
+from grpo.rewards.counts import Counted, Counter
 from grpo.rewards.process import (
     START_S,
     Part,
@@ -81,6 +82,8 @@ class _Group:
     """(completion, info, token ids where a reward is given them) of each item"""
     answers: list[dict[int, Part]]
     """[rewards] item -> part"""
+    outcomes: dict[int, Scored | Failed]
+    """item -> outcome, of those that every reward has answered for"""
     missing: int
     """Calls without an answer."""
 
@@ -141,6 +144,7 @@ class RewardPool:
         self._closing = self._has_worked = False
         """`_has_worked`: the files have loaded before."""
         self._failed_starts = 0
+        self._counter = Counter()
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._wake = socket.socketpair()
         for end in (self._wake_end, self._wake):
@@ -190,9 +194,11 @@ class RewardPool:
                 for item in items
             ],
             answers=answers,
+            outcomes={},
             missing=len(calls),
         )
         if not calls:
+            self._counter.add(scored=len(items), failed=len(items))
             future.set_result([self._outcome(group, i) for i in everyone])
             return future
         jobs = [
@@ -205,6 +211,16 @@ class RewardPool:
             self._queue.extend(jobs)
         self._wake_up()
         return future
+
+    def counts(self) -> Counted:
+        """What has been scored so far, and what is awaited. May be called from any thread."""
+        now = time.monotonic()
+        running = [
+            (now - worker.since, tuple(job.calls))
+            for worker in list(self._workers.values())
+            if (job := worker.job) is not None
+        ]
+        return self._counter.read((self._names[calls[0][0]], seconds) for seconds, calls in running if calls)
 
     def close(self) -> None:
         """Kill every worker. Futures that are not done are cancelled. Again: nothing."""
@@ -315,7 +331,7 @@ class RewardPool:
                 elif worker.job is not None:
                     reward, items = worker.job.calls[0]
                     parts, changed = parse_answer(line, self._names[reward], len(items))
-                    self._answer(worker.job, parts)
+                    self._answer(worker, worker.job, parts)
                     worker.job = worker.job if worker.job.calls else None
                     if changed is not None:  # calls that it has answered since are asked again
                         return self._replace(number, f"{self._names[reward]} has changed {changed}")
@@ -327,15 +343,24 @@ class RewardPool:
         if not more:
             self._lose(number, timed_out=False)
 
-    def _answer(self, job: _Job, parts: Sequence[Part]) -> None:
-        """Enter the answer to the running call of `job`."""
+    def _answer(self, worker: _Worker, job: _Job, parts: Sequence[Part]) -> None:
+        """Enter the answer to the running call of the worker's `job`."""
         reward, items = job.calls.popleft()
         group = job.group
-        group.answers[reward].update(zip(items, parts, strict=True))
+        scored = failed = 0
+        for item, part in zip(items, parts, strict=True):
+            before = [answers[item].value for answers in group.answers if item in answers]
+            group.answers[reward][item] = part
+            outcome: Scored | Failed | float | None = part.value
+            if all(item in answers for answers in group.answers):
+                scored += 1
+                outcome = group.outcomes[item] = self._outcome(group, item)
+            failed += isinstance(outcome, Failed) and not any(isinstance(value, Failed) for value in before)
+        self._counter.add(scored=scored, failed=failed, seconds=time.monotonic() - worker.since)
         group.missing -= 1
         future = group.future
         if group.missing == 0 and not future.done() and future.set_running_or_notify_cancel():
-            future.set_result([self._outcome(group, i) for i in range(len(group.inputs))])
+            future.set_result([group.outcomes[i] for i in range(len(group.inputs))])
 
     def _outcome(self, group: _Group, item: int) -> Scored | Failed:
         """Weighted sum of the parts that did not abstain; any failed part fails the rollout."""
@@ -381,7 +406,7 @@ class RewardPool:
             reward, items = worker.job.calls[0]
             kind: FailureKind = "timeout" if timed_out else "worker_died"
             detail = f"ran longer than {self._rewards[reward].timeout_s:g} s" if timed_out else f"the worker {ending}"
-            self._answer(worker.job, [Part(value=failed(self._names[reward], kind, detail))] * len(items))
+            self._answer(worker, worker.job, [Part(value=failed(self._names[reward], kind, detail))] * len(items))
         self._requeue(worker)
         self._start(number)
 

@@ -46,6 +46,7 @@ with SpreadPool(config, [Path(reward)], Path(logs)) as pool:
     out["first"] = first
     bad = pool.submit([RewardItem(completion="x", row={"n": 0}, messages=None, info={"prompt": ""}, dataset="train")])
     out["bad"] = bad.result(timeout=60)[0].kind
+    out["failed"] = pool.counts().failed
 print("RESULT", json.dumps(out))
 ray.shutdown()
 cluster.shutdown()
@@ -79,3 +80,4 @@ def slow(completion, row):
     assert found["first"] == {"rewards-0": True, "rewards-1": True}
     assert found["hosts"].keys() == {"rewards-0", "rewards-1"}
     assert found["bad"] == "exception"
+    assert found["failed"] == 1

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo import config as module
+from grpo import watching
 from grpo.batching import rank_steps
 from grpo.checkpoint import FileRecord, found, read, seal
 from grpo.config import Config, RewardConfig
@@ -29,6 +30,7 @@ from grpo.health import Health
 from grpo.metrics import mismatch_counts
 from grpo.probing import Spread
 from grpo.progress import Progress
+from grpo.rewards.counts import Counted
 from grpo.run_folder import RunFolder, reopen
 from grpo.samples import Trained
 from grpo.saving import Saver
@@ -177,6 +179,9 @@ class CountTwos:
         future.set_result(outcomes)
         return future
 
+    def counts(self) -> Counted:
+        return Counted(scored=self.seen)
+
 
 class Scripted:
     """Reward of the n-th completion that is scored, by a function of n."""
@@ -193,6 +198,9 @@ class Scripted:
         future: Future[list[Scored | Failed]] = Future()
         future.set_result(outcomes)
         return future
+
+    def counts(self) -> Counted:
+        return Counted(scored=self.seen)
 
 
 class Silent:
@@ -251,6 +259,32 @@ def make_loop(
 
 def lines(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+class Patient(CountTwos):
+    """Scores once something has been said since the last step."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self.said = said
+
+    def submit(self, items: Sequence[Any]) -> Future[list[Scored | Failed]]:
+        count, deadline = len(self.said), time.monotonic() + 60
+        while len(self.said) == count and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return super().submit(items)
+
+
+def test_a_long_wait_for_completions_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and in evaluation."""
+    monkeypatch.setattr(watching, "HEARTBEAT_S", 0.01)
+    scorer = Patient([])
+    loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.steps=1", "data.eval.sets=x"), scorer)
+    scorer.said = loop.reporter.said  # type: ignore[attr-defined]
+    train(loop)
+    loop.folder.close()
+    waits = [text.partition(":")[0] for text in scorer.said if "sampling, " in text or "scoring, " in text]
+    assert [*dict.fromkeys(waits)] == ["step 0, evaluation on d", "step 1", "step 1, evaluation on d"]
 
 
 def test_it_learns_and_records_every_step(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""A heartbeat while completions are sampled and scored: what is awaited, said every HEARTBEAT_S seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from grpo.rewards.counts import SLOW_S, Counted
+from grpo.rewards.pool import RewardItem
+from grpo.rollouts import SamplerGroup, Scorer
+from grpo.types import Failed, SampledBlock, SampleRequest, Scored
+
+HEARTBEAT_S = 30.0
+"""Seconds between two words about what is awaited."""
+
+
+class Watch:
+    """The samplers and the scorer of one `collect`, which counts what passes and says it. A context manager."""
+
+    def __init__(
+        self, what: str, completions: int, *, sampler: SamplerGroup, scorer: Scorer, say: Callable[[str], None]
+    ) -> None:
+        """`what`: is put before each line. `completions`: how many are asked for."""
+        self._what, self._completions, self._say = what, completions, say
+        self._sampler, self._scorer = sampler, scorer
+        self._sampled = self._submitted = 0
+        self._started = time.monotonic()
+        self._before = scorer.counts()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]:
+        """As the samplers do."""
+        for block in self._sampler.sample(requests, settings):
+            self._sampled += len(block.lengths)
+            yield block
+
+    def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
+        """As the scorer does."""
+        self._submitted += len(items)
+        return self._scorer.submit(items)
+
+    def counts(self) -> Counted:
+        """As the scorer does."""
+        return self._scorer.counts()
+
+    def line(self) -> str:
+        """What is awaited now."""
+        counted = self._scorer.counts().since(self._before)
+        parts = []
+        if self._sampled < self._completions:
+            parts.append(f"sampling, {self._sampled} of {self._completions} completions")
+        if counted.scored < self._submitted:
+            parts.append(f"scoring, {counted.scored} of {self._submitted}")
+            if counted.slowest:
+                parts.append(f"reward {counted.slowest} slowest, {counted.slowest_s:.0f} s")
+        if counted.slow:
+            parts.append(f"{counted.slow} calls over {SLOW_S:g} s")
+        if counted.failed:
+            parts.append(f"{counted.failed} failed")
+        return f"{self._what}: {'; '.join([*parts, f'{time.monotonic() - self._started:.0f} s'])}"
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            self._say(self.line())
