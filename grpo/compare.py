@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import yaml
 from numpy.typing import NDArray
 
-from grpo.checkpoint import differences
+from grpo.checkpoint import MANIFEST
+from grpo.config import RewardConfig, part_names
 from grpo.evaluation import GAINS, Interval, Judged, bounds, final_answer, interval, judge, sign_test, statistics_of
 from grpo.metrics import HEADLINE
 from grpo.samples import PART, read_columns
@@ -34,6 +35,8 @@ COLUMNS = (
 )
 BY_ITSELF = "grpo eval"
 NOT_COMPARED = ("run.name", "run.dir")
+SHOWN = 40
+"""Characters of a value that are shown."""
 LAST_STEPS = 10
 """Steps at the end whose metrics are averaged."""
 
@@ -44,6 +47,8 @@ class Subject:
 
     path: Path
     config: Mapping[str, Any]
+    record: Mapping[str, Any]
+    """What it says of itself: `fingerprints` of what it read, `versions` of the libraries."""
     metrics: Mapping[int, Mapping[str, float]]
     """step -> its line of metrics.jsonl."""
     samples: Samples
@@ -63,7 +68,7 @@ def compare(first: Path, second: Path, step: int | None = None) -> list[str]:
     if step is not None and a.evaluated == b.evaluated == BY_ITSELF:
         raise UserError(f"--step {step} is for runs; {a.path} and {b.path} are evaluations by grpo eval, without steps")
     lines = [f"A  {a.path}  ({a.evaluated})", f"B  {b.path}  ({b.evaluated})", ""]
-    lines += [*differing_options(a, b), ""]
+    lines += [*differing_options(a, b), *differing_graders(a, b), ""]
     lines += compare_evaluations(a.samples, b.samples)
     steps = sorted(set(a.metrics) & set(b.metrics) - {0})
     if steps:
@@ -94,8 +99,29 @@ def read_subject(path: Path, step: int | None) -> Subject:
     if evaluated == BY_ITSELF:
         check_counts(path, samples)
     return Subject(
-        path=path, config=config, metrics=read_metrics(path / "metrics.jsonl"), samples=samples, evaluated=evaluated
-    )
+        path=path, config=config, record=read_record(path), metrics=read_metrics(path / "metrics.jsonl"),
+        samples=samples, evaluated=evaluated,
+    )  # fmt: skip
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What an evaluation or an ended run says of itself; of a run that has not ended, its last checkpoint. Empty where
+    there is neither.
+
+    Raises UserError when it is damaged.
+    """
+    checkpoints = sorted((path / "checkpoints").glob("step-*[0-9]"))
+    files = [path / "key.json", path / "summary.json", *(folder / MANIFEST for folder in checkpoints[-1:])]
+    for file in files:
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
+        if isinstance(record, dict) and isinstance(record.get("fingerprints"), dict):
+            return record
+    return {}
 
 
 def check_counts(path: Path, samples: Samples) -> None:
@@ -198,11 +224,82 @@ def read_samples(files: Sequence[Path]) -> Samples:
 
 
 def differing_options(a: Subject, b: Subject) -> list[str]:
-    """A table of the options that are not the same."""
-    found = {k: v for k, v in sorted(differences(a.config, b.config).items()) if k not in NOT_COMPARED}
-    if not found:
+    """A table of the options that are not the same, inside lists, too: rewards[0].weight."""
+    old, new = leaves(a.config), leaves(b.config)
+    names = [name for name in sorted({*old, *new} - {*NOT_COMPARED}) if old.get(name) != new.get(name)]
+    if not names:
         return ["options: the same"]
-    return table([["option", "A", "B"], *([name, shown(old), shown(new)] for name, (old, new) in found.items())])
+    return table([["option", "A", "B"], *([name, *shown_apart(old.get(name), new.get(name))] for name in names)])
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Every value of a config by its full name; nothing of empty lists and sections."""
+    out: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            out |= leaves(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            out |= leaves(inner, f"{name}[{i}]")
+    else:
+        out[name] = value
+    return out
+
+
+def differing_graders(a: Subject, b: Subject) -> list[str]:
+    """Warnings where the two were not judged by the same: functions, contents of their files, library.
+
+    A difference of accuracy is then one of the graders, too.
+    """
+    one, other = graders(a), graders(b)
+    warnings = []
+    if [*one] != [*other]:
+        said = " and ".join(f"{which} by {', '.join(some) or 'none'}" for which, some in (("A", one), ("B", other)))
+        warnings.append(f"warning: the graders differ: {said}; the first of them judges accuracy")
+    for name in one:
+        if name not in other or one[name] == other[name]:
+            continue
+        unknown = [which for which, some in (("A", one), ("B", other)) if some[name] is None]
+        if unknown:
+            warnings.append(f"note: {unknown[0]} has no record of what the grader {name} was like")
+        else:
+            warnings.append(
+                f"warning: the grader {name} was not the same file in A and B, so that they are judged differently"
+            )
+    old, new = (subject.record.get("versions", {}).get("math-verify") for subject in (a, b))
+    if old and new and old != new:
+        warnings.append(f"warning: math-verify, by which math_answer judges, is {old} in A and {new} in B")
+    return warnings
+
+
+def graders(subject: Subject) -> dict[str, str | None]:
+    """Each reward function of a config by its name -> fingerprint of its file, where that is known.
+
+    Raises UserError when the config's rewards are no rewards.
+    """
+    try:
+        rewards = [RewardConfig(file=each["file"], name=each.get("name")) for each in subject.config.get("rewards", [])]
+        names = part_names(rewards)
+    except (TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{subject.path / 'config.yaml'} is damaged: its rewards are none") from error
+    known = subject.record.get("fingerprints", {})
+    return {name: known.get(f"rewards[{i}].file") for i, name in enumerate(names)}
+
+
+def shown_apart(old: Any, new: Any) -> tuple[str, str]:
+    """Two values of bearable length: long ones from a little before the place where they begin to differ."""
+    one, other = ("-" if value is None else str(value).replace("\n", "\\n") for value in (old, new))
+    if max(len(one), len(other)) <= SHOWN:
+        return one, other
+    pairs = enumerate(zip(one, other, strict=False))
+    differs = next((i for i, (x, y) in pairs if x != y), min(len(one), len(other)))
+    start = max(0, differs - SHOWN // 4)
+
+    def part(text: str) -> str:
+        text = f"...{text[start + 3 :]}" if start > 3 else text
+        return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+    return part(one), part(other)
 
 
 def shown(value: Any) -> str:

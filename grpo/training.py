@@ -74,6 +74,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
             "recipe": str(recipe),
             "seed": config.run.seed,
             "versions": run_folder.versions(),
+            "fingerprints": dict(plan.fingerprints),
             **folder.facts,
             "wall_s": round(time.monotonic() - started, 3),
             "exit_reason": reason,

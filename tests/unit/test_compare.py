@@ -84,6 +84,96 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert "options: the same" in compare(a, a)
 
 
+def record(folder: Path, file: str = "summary.json", version: str = "0.9.0", **fingerprints: str) -> None:
+    """What a run or an evaluation says of its graders; `file`: where. The names are rewards_0 for rewards[0].file."""
+    found = {f"rewards[{name.removeprefix('rewards_')}].file": value for name, value in fingerprints.items()}
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(json.dumps({"fingerprints": found, "versions": {"math-verify": version}}))
+
+
+def configured(folder: Path, **sections: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(sections))
+    return folder
+
+
+def test_what_differs_inside_lists_is_named(tmp_path: Path) -> None:
+    same = {"file": "f.py", "name": "f", "env": ["A", "B"]}
+    a = configured(
+        tmp_path / "a", rewards=[{**same, "weight": 1.0}, {"file": "g.py", "weight": 0.5}],
+        data={"eval": {"sets": []}, "train": [{"path": "x", "columns": {"a.b": "1"}}]}, sampling={"stop": []},
+        optimizer={"betas": [0.9, 0.999]},
+    )  # fmt: skip
+    b = configured(
+        tmp_path / "b", rewards=[{**same, "weight": 2.0, "env": ["A", "C"]}],
+        data={"eval": {"sets": [{"path": "t", "name": None}]}, "train": [{"path": "x"}]},
+        sampling={"stop": ["</answer>"]}, optimizer={"betas": [0.9, 0.95]},
+    )  # fmt: skip
+    lines = compare(a, b)
+    start = next(i for i, line in enumerate(lines) if line.split() == ["option", "A", "B"])
+    rows = [line.split() for line in lines[start + 1 : lines.index("", start)] if not line.startswith("warning")]
+    assert rows == [
+        ["data.eval.sets[0].path", "-", "t"],
+        ["data.train[0].columns.a.b", "1", "-"],
+        ["optimizer.betas[1]", "0.999", "0.95"],
+        ["rewards[0].env[1]", "B", "C"],
+        ["rewards[0].weight", "1.0", "2.0"],
+        ["rewards[1].file", "g.py", "-"],
+        ["rewards[1].weight", "0.5", "-"],
+        ["sampling.stop[0]", "-", "</answer>"],
+    ]
+    assert "warning: the graders differ: A by f, g and B by f; the first of them judges accuracy" in lines
+
+
+def test_long_values_are_shown_where_they_differ(tmp_path: Path) -> None:
+    head, tail = "What is the answer to this question? " * 3, " Think step by step, then answer.\n" * 3
+    a = configured(tmp_path / "a", data={"template": f"{head}A {tail}"})
+    b = configured(tmp_path / "b", data={"template": f"{head}B {tail}"})
+    [line] = [line for line in compare(a, b) if line.startswith("data.template")]
+    assert line == ("data.template  ...stion? A  Think step by step, then...  ...stion? B  Think step by step, then...")
+
+
+@pytest.mark.parametrize("file", ["summary.json", "key.json", "checkpoints/step-000004/manifest.json"])
+def test_graders_with_other_contents_are_warned_of(file: str, tmp_path: Path) -> None:
+    """Also where the options are the same; and of a run under way, whose last checkpoint knows it."""
+    rewards = [{"file": "f.py"}, {"file": "g.py", "name": "part"}]
+    a, b = (configured(tmp_path / name, rewards=rewards) for name in "ab")
+    for folder in (a, b):
+        record(folder, "checkpoints/step-000002/manifest.json", rewards_0="old", rewards_1="old")
+    record(a, file, rewards_0="1", rewards_1="2")
+    record(b, file, rewards_0="1", rewards_1="3")
+    if file == "key.json":  # of an evaluation that has ended
+        for folder in (a, b):
+            (folder / "evaluation.json").write_text('{"sets": {}}')
+    lines = compare(a, b)
+    assert "options: the same" in lines
+    assert [line for line in lines if line.startswith(("warning", "note"))] == [
+        "warning: the grader part was not the same file in A and B, so that they are judged differently"
+    ]
+    assert not any(line.startswith("warning") for line in compare(a, a))
+
+
+def test_another_library_of_the_grader_is_warned_of(tmp_path: Path) -> None:
+    a, b = (configured(tmp_path / name, rewards=[{"file": "math_answer.py"}]) for name in "ab")
+    record(a, rewards_0="1")
+    record(b, rewards_0="1", version="0.8.0")
+    assert "warning: math-verify, by which math_answer judges, is 0.9.0 in A and 0.8.0 in B" in compare(a, b)
+
+
+def test_a_grader_that_was_not_recorded_is_said(tmp_path: Path) -> None:
+    a, b = (configured(tmp_path / name, rewards=[{"file": "f.py"}]) for name in "ab")
+    record(a, rewards_0="1")
+    assert "note: B has no record of what the grader f was like" in compare(a, b)
+    assert not any(line.startswith("note: B has") for line in compare(b, b))
+    (b / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"b/summary.json is damaged"):
+        compare(a, b)
+    (b / "summary.json").unlink()
+    (b / "config.yaml").write_text("rewards: [3]")
+    with pytest.raises(UserError, match=r"b/config.yaml is damaged: its rewards are none"):
+        compare(a, b)
+
+
 def test_a_given_step_is_compared(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", {0: [group(i, [0.0]) for i in range(3)], 5: [group(i, [1.0]) for i in range(3)]}, [])
     lines = compare(a, a, step=0)
