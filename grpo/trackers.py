@@ -49,7 +49,7 @@ def table_rows(groups: Sequence[Group], answer_column: str, trained: Trained = U
     completion with the highest reward and the one with the lowest."""
     starts = [sum(len(group.rollouts) for group in groups[:i]) for i in range(len(groups))]
     order = sorted(range(len(groups)), key=lambda i: not has_spread(scored_rewards(groups[i])))
-    rows = []
+    rows: list[Row] = []
     for i in order[:TABLE_GROUPS]:
         values = [None if isinstance(r.outcome, Failed) else r.outcome.value for r in groups[i].rollouts]
         scored = [j for j, value in enumerate(values) if value is not None] or [0]
