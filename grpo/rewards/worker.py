@@ -43,6 +43,7 @@ LOGGED_BYTES = 1 << 20
 """What one call may log, as JSON."""
 MAX_TEXT, MAX_NAME = 2000, 100
 """Characters of a logged text, which is cut there, and of a name that something is logged by."""
+GIVEN_BY_US = ("info", "log_extra", "log_metric")
 GIVEN_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What a function of style trl is called with besides the columns of the rows."""
 GIVEN_BY_VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -268,7 +269,7 @@ def checked_names(
     ]
     positional: tuple[str, ...] = ()
     if spec["style"] == "grpo":
-        positional, given = ("completion", "row"), ["info"]
+        positional, given = ("completion", "row"), list(GIVEN_BY_US)
         for style, name in (("trl", "completions"), ("verl", "solution_str")):
             if name in required:  # it might bind, and then be called with other things than it means
                 raise LoadError(f"{where}: {spec['name']}{signature} is written for {style}; set its style: {style}")
@@ -322,7 +323,7 @@ class LogError(Exception):
 
 
 class Log:
-    """What one call on `count` completions logs besides rewards, by TRL's `log_extra` and `log_metric`."""
+    """What one call on `count` completions logs besides rewards, by `log_extra` and `log_metric`, which are TRL's."""
 
     def __init__(self, count: int, names: set[str]) -> None:
         """`names`: those that the reward has logged by before; new ones are added."""
@@ -437,7 +438,12 @@ def call(reward: Reward, context: bytes, items: Sequence[Item]) -> Answer:
             if reward.style == "verl":
                 results = [score_of(awaited(call_verl(reward, completion, row)), log)]
             else:
-                results = [value_of(awaited(reward.function(completion, row, **reward.given({"info": dict(info)}))))]
+                given: dict[str, Any] = {
+                    "info": dict(info),
+                    "log_extra": lambda column, value: log.log_extra(column, [value]),
+                    "log_metric": log.log_metric,
+                }
+                results = [value_of(awaited(reward.function(completion, row, **reward.given(given))))]
         return {"results": results, **log.entries()}
     except BadReturnError as error:
         return {"results": [failed(*error.args)] * len(items)}

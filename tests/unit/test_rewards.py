@@ -399,6 +399,18 @@ def test_a_wrong_call_is_the_users_mistake(write: Write, tmp_path: Path, code: s
     assert f"{tmp_path / 'f.py'}:6" in said or not sentence.endswith(" at")
 
 
+def test_rewards_of_our_own_style_log_a_value_of_their_completion(write: Write, tmp_path: Path) -> None:
+    reward = write(
+        "def f(completion, row, info=None, log_extra=None, log_metric=None):\n"
+        "    log_extra('read', completion.upper()); log_metric('length', len(completion))\n"
+        "    return 1.0\n"
+    )
+    assert [outcome.logged for outcome in scored(reward, tmp_path, ["ab", "c"])] == [
+        Logged(columns={"f/read": "AB"}, metrics={"f/metric/length": (2.0, 1)}),
+        Logged(columns={"f/read": "C"}, metrics={"f/metric/length": (1.0, 1)}),
+    ]
+
+
 def test_long_texts_are_cut_and_say_so(write: Write, tmp_path: Path) -> None:
     said = logged(write, tmp_path, "log_extra('x', ['a' * 2000, 'b' * 2010])")
     assert not isinstance(said, str)
