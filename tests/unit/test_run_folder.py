@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from test_compare import group
 
 from grpo import config as module
 from grpo.config import Config
-from grpo.run_folder import SAMPLE_SCHEMA, choose, create, read_columns, weights_sha256, write_groups
-from grpo.types import Failed, Logged, UserError
+from grpo.run_folder import choose, create, weights_sha256
+from grpo.types import UserError
 
 
 def make_config(tmp_path: Path, *overrides: str) -> Config:
@@ -65,26 +60,3 @@ def test_weights_have_a_hash_and_nothing_has_none(tmp_path: Path) -> None:
     assert weights_sha256(tmp_path) == hashlib.sha256(b"firstsecond").hexdigest()
     with pytest.raises(RuntimeError, match="holds no weights"):
         weights_sha256(tmp_path / "absent")
-
-
-def test_logged_columns_stand_behind_the_others_typed_by_their_values(tmp_path: Path) -> None:
-    logs: list[Mapping[str, Any]] = [
-        {"f/text": "a", "f/number": 1, "f/flag": True, "f/mixed": 0.5, "f/none": None},
-        {"f/text": None, "f/number": 0.25, "f/flag": False, "f/mixed": "x", "f/none": None},
-        {"g/whole": -(2**63)},
-    ]
-    one = group(0, [1.0, 0.0, None])
-    rollouts = tuple(
-        dataclasses.replace(member, outcome=dataclasses.replace(member.outcome, logged=Logged(columns=columns)))
-        for member, columns in zip(one.rollouts, logs, strict=True)
-    )
-    assert isinstance(rollouts[2].outcome, Failed)
-    file = tmp_path / "s.parquet"
-    write_groups(file, 1, [dataclasses.replace(one, rollouts=rollouts)], {})
-    table = pq.read_table(file)
-    assert table.schema.names[: len(SAMPLE_SCHEMA)] == SAMPLE_SCHEMA.names
-    assert {name: table[name].to_pylist() for name in table.schema.names[len(SAMPLE_SCHEMA) :]} == {
-        "f/flag": [True, False, None], "f/mixed": ["0.5", "x", None], "f/none": [None] * 3,
-        "f/number": [1.0, 0.25, None], "f/text": ["a", None, None], "g/whole": [None, None, -(2**63)],
-    }  # fmt: skip
-    assert read_columns(file, ["reward"]).to_pylist() == [{"reward": 1.0}, {"reward": 0.0}, {"reward": None}]

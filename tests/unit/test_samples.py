@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from test_compare import group
 
 from grpo.config import Config
-from grpo.samples import Trained, merged_order, write_groups
+from grpo.samples import SAMPLE_SCHEMA, Trained, merged_order, read_columns, write_groups
 from grpo.trackers import COLUMNS, TABLE_CHARACTERS, TABLE_EVERY, make_trackers, markdown, table_is_due, table_rows
-from grpo.types import Group
+from grpo.types import Failed, Group, Logged
 
 
 def with_row(group: Group, **row: Any) -> Group:
@@ -47,6 +48,31 @@ def test_what_is_known_of_a_completion_is_in_its_row(tmp_path: Path) -> None:
     assert [row["reward_part/format"] for row in rows] == [0.0, 0.0, None, 0.0]
     write_groups(tmp_path / "s.parquet", 4, groups, answer_column="question")
     assert [row["gold"] for row in pq.read_table(tmp_path / "s.parquet").to_pylist()] == ["two", "two", None, "nothing"]
+
+
+def test_logged_columns_stand_behind_the_others_typed_by_their_values(tmp_path: Path) -> None:
+    logs: list[Mapping[str, Any]] = [
+        {"f/text": "a", "f/number": 1, "f/flag": True, "f/mixed": 0.5, "f/none": None},
+        {"f/text": None, "f/number": 0.25, "f/flag": False, "f/mixed": "x", "f/none": None},
+        {"g/whole": -(2**63)},
+    ]
+    one = group(0, [1.0, 0.0, None])
+    rollouts = tuple(
+        dataclasses.replace(member, outcome=dataclasses.replace(member.outcome, logged=Logged(columns=columns)))
+        for member, columns in zip(one.rollouts, logs, strict=True)
+    )
+    assert isinstance(rollouts[2].outcome, Failed)
+    file = tmp_path / "s.parquet"
+    write_groups(file, 1, [dataclasses.replace(one, rollouts=rollouts)])
+    table = pq.read_table(file)
+    assert table.schema.names[: len(SAMPLE_SCHEMA)] == SAMPLE_SCHEMA.names
+    behind = table.schema.names[len(SAMPLE_SCHEMA) :]
+    assert behind[:2] == ["reward_part/right", "reward_part/format"]
+    assert {name: table[name].to_pylist() for name in behind[2:]} == {
+        "f/flag": [True, False, None], "f/mixed": ["0.5", "x", None], "f/none": [None] * 3,
+        "f/number": [1.0, 0.25, None], "f/text": ["a", None, None], "g/whole": [None, None, -(2**63)],
+    }  # fmt: skip
+    assert read_columns(file, ["reward"]).schema.names == ["reward", "reward_part/right", "reward_part/format"]
 
 
 @given(st.permutations("abcdef"), st.lists(st.sets(st.sampled_from("abcdef")), max_size=6))
