@@ -76,8 +76,8 @@ def socket_folder() -> str:
         if len(os.fsencode(folder)) <= room and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise UserError(
-        f"TMPDIR: the path {given} has {len(os.fsencode(given))} bytes, and Ray's sockets need one of at most {room} "
-        f"that can be written to; neither can be used {', '.join(SHORT_FOLDERS)}; nearest: TMPDIR=/short/path"
+        f"TMPDIR: the path {given} has {len(os.fsencode(given))} bytes, and Ray's sockets need a folder of at most "
+        f"{room} that can be written to, which {', '.join(SHORT_FOLDERS)} are not either; set TMPDIR to a shorter path"
     )
 
 
