@@ -61,7 +61,11 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         "qwen2": {"classes": ("Qwen2Config", "Qwen2ForCausalLM"), "tie_word_embeddings": True},
         "llama": {"classes": ("LlamaConfig", "LlamaForCausalLM"), "tie_word_embeddings": False},
         "qwen3": {"classes": ("Qwen3Config", "Qwen3ForCausalLM"), "tie_word_embeddings": True, "head_dim": 32},
-    }
+        "qwen3_moe": {
+            "classes": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"), "tie_word_embeddings": False, "head_dim": 32,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        },
+    }  # fmt: skip
 
     def make(family: str, **changes: Any) -> Path:
         settings = dict(families[family])

@@ -37,12 +37,14 @@ class Reloading(WeightTransferEngine[Any, Any]):
     """What the engines have in common: a sync is one layerwise reload, and all that they hold ends with the process."""
 
     def start_weight_update(self) -> None:
-        if self.device.type == "cpu":
-            forget_expert_kernels(self.model)
+        self._kernels = forget_expert_kernels(self.model) if self.device.type == "cpu" else []
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._kernels:
+            if method.moe_kernel is None:  # nothing was loaded there, which the sync's verification says better
+                method.moe_kernel = kernel
         repack_lm_head(self.model)
 
     def shutdown(self) -> None:
@@ -153,12 +155,14 @@ def repack_lm_head(model: Any) -> None:
         quant_method.process_weights_after_loading(lm_head)
 
 
-def forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Make the next load of each layer of experts set up its kernel, which is what packs its weights."""
-    for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None  # type: ignore[union-attr]
+def forget_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Make the next load of each layer of experts set up its kernel, which is what packs its weights. Return what had
+    one, and the kernel."""
+    methods: set[Any] = {getattr(layer, "quant_method", None) for layer in model.modules()}
+    found = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None]
+    for method, _ in found:
+        method.moe_kernel = None
+    return found
 
 
 def register() -> None:

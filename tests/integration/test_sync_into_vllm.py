@@ -42,6 +42,13 @@ def test_without_repacking_a_tied_head_the_sync_is_refused(make_model: Callable[
     assert "does not use them" in result["moved"]
 
 
+def test_experts_are_packed_anew_at_each_sync(make_model: Callable[..., Path]) -> None:
+    """Its head is not tied, so taking out what packs a tied one anew changes nothing."""
+    result = run(make_model("qwen3_moe"), fixed=False)
+    assert result["first"] < 1e-4
+    assert result["moved"].startswith("ok")
+
+
 def test_a_sync_through_the_buffer_of_a_gpu(make_model: Callable[..., Path]) -> None:
     """vLLM pads the model's vocabulary of 13 to 64 rows, and holds its layers' tensors until the end of the sync, when
     many other buckets have been in the buffer."""
