@@ -21,10 +21,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from grpo import checkpoint, data
+from grpo import checkpoint, data, models
 from grpo.config import Config, DatasetConfig
 from grpo.config.validate_data import validate_gold
-from grpo.learner import paper
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.process import secrets
@@ -60,14 +59,14 @@ def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None
     Raises UserError at the first thing that would not work.
     """
     refuse_secrets(config)
-    check_model(config)
+    settings = check_model(config)
     if config.critic.path is not None:
         check_critic(config)
-    paper.check_models(config)
+    models.check_trained(config, settings, say)
     check_trackers(config)
     tokenizer, ends = load_tokenizer(config)
     train, held_out = read_data(config, tokenizer)
-    check_token_ids(config, tokenizer, ends, [*train, *held_out])
+    check_token_ids(config, settings, tokenizer, ends, [*train, *held_out])
     prompts = tuple(prompt for dataset in train for prompt in dataset.prompts)
     eval_prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_batch(config, train)
@@ -101,10 +100,11 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
     Raises UserError at the first thing that would not work.
     """
     refuse_secrets(config)
-    check_model(config)
+    settings = check_model(config)
+    models.check_served(config, settings, say)
     tokenizer, ends = load_tokenizer(config)
     _, held_out = read_data(config, tokenizer)
-    check_token_ids(config, tokenizer, ends, held_out)
+    check_token_ids(config, settings, tokenizer, ends, held_out)
     prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_by(config, prompts)
     names = {dataset.name for dataset in held_out}
@@ -141,12 +141,14 @@ def load_tokenizer(config: Config) -> tuple[Any, tuple[int, ...]]:
     return tokenizer, tuple(data.end_token_ids(tokenizer, path, config.sampling.stop_token_ids))
 
 
-def check_token_ids(config: Config, tokenizer: Any, ends: Sequence[int], sets: Sequence[data.PromptSet]) -> None:
+def check_token_ids(
+    config: Config, settings: Any, tokenizer: Any, ends: Sequence[int], sets: Sequence[data.PromptSet]
+) -> None:
     """Every token id must have a row in the model's embedding: tokenizers may have more tokens than that.
 
     Raises UserError naming the row and the token.
     """
-    rows = read_config(config, "model.path", config.model.path).get_text_config().vocab_size
+    rows = settings.get_text_config().vocab_size
     beyond = f"beyond the {rows} rows of the model's embedding (config.json's vocab_size)"
     for token_id in config.sampling.stop_token_ids:
         if token_id >= rows:
@@ -187,8 +189,8 @@ def leaves(tree: Any) -> Iterator[str]:
         yield str(tree)
 
 
-def check_model(config: Config) -> None:
-    """The model's config must exist and hold prompt and completion.
+def check_model(config: Config) -> Any:
+    """The model's config must exist and hold prompt and completion. Returns it.
 
     Raises UserError.
     """
@@ -228,6 +230,7 @@ def check_model(config: Config) -> None:
     )  # fmt: skip
     if problems:
         raise UserError(problems[0])
+    return model
 
 
 def read_config(config: Config, option: str, path: str) -> Any:

@@ -30,8 +30,8 @@ class ModelConfig:
     float32_head: bool = False
     """Compute the vocabulary projection in float32, in sampler and learner."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention of the learner's forward. `auto`: FlashAttention 3 or 2 in bfloat16 on a GPU where it is installed,
-    else PyTorch's own (`sdpa`)."""
+    """Attention of the learner's forward. `auto`: `eager` where the model caps its attention scores (Gemma 2) or has no
+    other; FlashAttention 3 or 2 in bfloat16 on a GPU where it is installed; else PyTorch's own (`sdpa`)."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
 

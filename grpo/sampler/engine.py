@@ -38,48 +38,7 @@ class Sampler:
 
     def __init__(self, config: Config, transport: str, index: int) -> None:
         """`index`: which of the run's samplers this is. Raises UserError for an unknown `sampler.engine` option."""
-        known = [f.name for f in dataclasses.fields(EngineArgs)]
-        for name in config.sampler.engine:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"sampler.engine.{name} is no argument of vLLM's EngineArgs{hint}")
-        options: dict[str, Any] = {}
-        if not config.on_gpu or config.sampler.kv_cache_gib is not None:
-            options["kv_cache_memory_bytes"] = int((config.sampler.kv_cache_gib or 0.25) * 2**30)
-        if config.model.float32_head:
-            options["hf_overrides"] = {"head_dtype": "float32"}
-        if config.on_gpu:
-            options["gpu_memory_utilization"] = config.sampler.gpu_memory_utilization
-        arguments = EngineArgs(
-            model=config.model.path,
-            tokenizer=config.model.path,
-            skip_tokenizer_init=not config.sampling.stop,
-            load_format="safetensors",  # "auto" would unpickle a folder's .bin files
-            trust_remote_code=config.model.trust_remote_code,
-            dtype=config.model.dtype,
-            seed=engine_seed(config.run.seed, index),
-            max_model_len=config.max_row_tokens,
-            max_num_seqs=config.sampler.max_num_seqs,
-            max_num_batched_tokens=max(8192, config.max_row_tokens),
-            enforce_eager=config.enforce_eager,
-            async_scheduling=config.on_gpu,  # the next step is prepared while the GPU computes; none on CPU
-            enable_prefix_caching=config.sampler.prefix_caching,
-            # where a prompt is cut vLLM 0.32 takes its seed's draw back, which a generator on CPU cannot do
-            enable_chunked_prefill=config.on_gpu,
-            distributed_executor_backend="uni" if config.sampler_workers == 1 else "mp",
-            tensor_parallel_size=config.cluster.tensor_parallel,
-            pipeline_parallel_size=config.cluster.pipeline_parallel,
-            disable_log_stats=True,
-            generation_config="vllm",  # never the model's own sampling settings
-            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
-            weight_transfer_config=WeightTransferConfig(backend=transfer.BACKENDS[transport]),
-            worker_extension_cls="grpo.sampler.worker.WorkerExtension",
-            enable_sleep_mode=config.on_gpu and config.takes_turns,
-            **options,
-            **config.sampler.engine,
-        )
-        self._engine = LLMEngine.from_engine_args(arguments)
+        self._engine = LLMEngine.from_engine_args(engine_arguments(config, transport, index))
         self._engine.collective_rpc("recorder_install")
         self._policy_version = -1
         self._pending_version = -1
@@ -185,6 +144,54 @@ class Sampler:
     def perturb_for_test(self, substring: str, factor: float) -> None:
         """Scale engine tensors in place behind the protocol's back; tests use it to see the checks trip."""
         self._engine.collective_rpc("recorder_perturb", args=(substring, factor))
+
+
+def engine_arguments(config: Config, transport: str, index: int) -> EngineArgs:
+    """What vLLM is made with. `transport`: see `grpo.transport`; `index`: which of the run's samplers it is for.
+
+    Raises UserError for an unknown `sampler.engine` option.
+    """
+    known = [f.name for f in dataclasses.fields(EngineArgs)]
+    for name in config.sampler.engine:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"sampler.engine.{name} is no argument of vLLM's EngineArgs{hint}")
+    options: dict[str, Any] = {}
+    if not config.on_gpu or config.sampler.kv_cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int((config.sampler.kv_cache_gib or 0.25) * 2**30)
+    if config.model.float32_head:
+        options["hf_overrides"] = {"head_dtype": "float32"}
+    if config.on_gpu:
+        options["gpu_memory_utilization"] = config.sampler.gpu_memory_utilization
+    return EngineArgs(
+        model=config.model.path,
+        tokenizer=config.model.path,
+        skip_tokenizer_init=not config.sampling.stop,
+        load_format="safetensors",  # "auto" would unpickle a folder's .bin files
+        trust_remote_code=config.model.trust_remote_code,
+        dtype=config.model.dtype,
+        seed=engine_seed(config.run.seed, index),
+        max_model_len=config.max_row_tokens,
+        max_num_seqs=config.sampler.max_num_seqs,
+        max_num_batched_tokens=max(8192, config.max_row_tokens),
+        enforce_eager=config.enforce_eager,
+        async_scheduling=config.on_gpu,  # the next step is prepared while the GPU computes; none on CPU
+        enable_prefix_caching=config.sampler.prefix_caching,
+        # where a prompt is cut vLLM 0.32 takes its seed's draw back, which a generator on CPU cannot do
+        enable_chunked_prefill=config.on_gpu,
+        distributed_executor_backend="uni" if config.sampler_workers == 1 else "mp",
+        tensor_parallel_size=config.cluster.tensor_parallel,
+        pipeline_parallel_size=config.cluster.pipeline_parallel,
+        disable_log_stats=True,
+        generation_config="vllm",  # never the model's own sampling settings
+        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+        weight_transfer_config=WeightTransferConfig(backend=transfer.BACKENDS[transport]),
+        worker_extension_cls="grpo.sampler.worker.WorkerExtension",
+        enable_sleep_mode=config.on_gpu and config.takes_turns,
+        **options,
+        **config.sampler.engine,
+    )
 
 
 def engine_seed(run_seed: int, index: int) -> int:

@@ -1,0 +1,44 @@
+"""Model families by transformers' model type: those that tests train, and those that are refused, and why.
+
+Others are not refused here: vLLM is asked whether it can serve them, the learner's models are loaded on paper, and the
+first weight sync proves that both compute the same. docs/families.md is this table for readers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo.config import Config
+from grpo.types import UserError
+
+TRAINED = frozenset({"cohere", "gemma2", "gemma3_text", "granite", "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe"})
+"""Two steps of a tiny model of each are trained by tests/integration/test_families.py, with logprobs of sampler and
+learner apart by rounding alone."""
+
+BFLOAT16_ON_CPU = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
+"""Families whose linear attention vLLM computes on CPU in bfloat16 alone."""
+
+WINDOW_PLUS_ONE = frozenset({"cohere2", "cohere2_moe"})
+"""Families whose window vLLM makes one token longer than transformers does."""
+
+REFUSED: dict[str, str] = {
+    "gpt_oss": "vLLM reloads its experts otherwise than it loads them, and would sample with the old ones after a step",
+    "lfm2": "vLLM reads a setting (conv_dim) that transformers' config.json of this family has not",
+}
+"""Why, as the end of a sentence."""
+
+
+def refuse(config: Config, settings: Any) -> None:
+    """`settings`: the model's config.json. Raises UserError when training its family is known to fail."""
+    own = settings.get_text_config()
+    where = f"model.path: models whose config.json has model_type={own.model_type} cannot be trained"
+    if own.model_type in REFUSED:
+        raise UserError(f"{where}: {REFUSED[own.model_type]}")
+    if own.model_type in BFLOAT16_ON_CPU and not config.on_gpu and config.model.dtype != "bfloat16":
+        raise UserError(f"{where} in {config.model.dtype} on CPU; nearest: model.dtype=bfloat16")
+    window = getattr(own, "sliding_window", None)
+    if own.model_type in WINDOW_PLUS_ONE and window is not None and config.max_row_tokens > window:
+        raise UserError(
+            f"{where} on rows longer than config.json's sliding_window={window}, which vLLM makes a token longer than "
+            f"transformers does; data.max_prompt_tokens + max_tokens are {config.max_row_tokens}, nearest: {window}"
+        )

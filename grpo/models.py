@@ -1,0 +1,52 @@
+"""Can the run's model be trained? By its family, by the learner's loading on paper, and by vLLM's own word."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo import families
+from grpo.config import Config, dump
+from grpo.learner.paper import check_models
+from grpo.types import UserError
+
+
+def check_trained(config: Config, settings: Any, say: Callable[[str], None]) -> None:
+    """`settings`: the model's config.json; `say` is told what takes long.
+
+    Raises UserError with what the run would fail at once its engines start.
+    """
+    families.refuse(config, settings)
+    check_served(config, settings, say)
+    check_models(config)
+
+
+def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> None:
+    """Ask vLLM whether it would serve the model, where no test has seen it: of another family, with other options.
+
+    Raises UserError with vLLM's objection.
+    """
+    if settings.model_type in families.TRAINED and not config.sampler.engine:
+        return
+    say(f"asking vLLM whether it can serve {config.model.path} ({settings.model_type})")
+    with tempfile.TemporaryDirectory(prefix="grpo-check-") as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump(config), encoding="utf-8")
+        quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        if not config.on_gpu:
+            quiet["CUDA_VISIBLE_DEVICES"] = ""
+        # vLLM takes seconds to import, and changes what transformers does
+        command = [sys.executable, "-m", "grpo.sampler.paper", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | quiet)
+    if done.returncode:
+        last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"model.path={config.model.path}: vLLM cannot be asked whether it serves it: {last}")
+    objection = json.loads(done.stdout.splitlines()[-1])
+    if objection is not None:
+        raise UserError(str(objection))

@@ -1,0 +1,66 @@
+"""Whether a model can be trained: families that are refused by name, and what vLLM objects to. Starts no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import families as tiny
+import pytest
+
+from grpo import config as module
+from grpo import families
+from grpo.config import Config
+from grpo.models import check_served, check_trained
+from grpo.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def configured(make_recipe: Callable[..., Path], make_model: Callable[..., Path]) -> Callable[..., Config]:
+    """configured(*overrides) -> the small recipe on a tiny Llama: rows of up to 11 tokens."""
+    recipe = make_recipe(make_model("llama"))
+    return lambda *overrides: module.load(recipe, overrides)
+
+
+def test_refused_families_are_refused_by_name(configured: Callable[..., Config]) -> None:
+    assert families.REFUSED
+    for family, why in families.REFUSED.items():
+        with pytest.raises(UserError, match=rf"config\.json has model_type={family} cannot be trained: ") as refusal:
+            check_trained(configured(), tiny.settings_of(family, 13), print)
+        assert why in str(refusal.value)
+
+
+def test_linear_attention_on_cpu_needs_bfloat16(configured: Callable[..., Config]) -> None:
+    settings = tiny.settings_of("qwen3_next", 13)
+    with pytest.raises(UserError, match=r"qwen3_next cannot be trained in float32 on CPU; nearest: model\.dtype=bf"):
+        families.refuse(configured(), settings)
+    families.refuse(configured("model.dtype=bfloat16"), settings)
+
+
+def test_a_window_that_engines_read_differently_must_hold_the_rows(configured: Callable[..., Config]) -> None:
+    """vLLM's Cohere 2 sees one token more; rows that the window holds never meet its end."""
+    config = configured()
+    assert config.max_row_tokens == 11
+    families.refuse(config, tiny.settings_of("cohere2", 13, sliding_window=11))
+    families.refuse(config, tiny.settings_of("mistral", 13, sliding_window=10))
+    with pytest.raises(UserError, match=r"cohere2 .*sliding_window=10, .* are 11, nearest: 10"):
+        families.refuse(config, tiny.settings_of("cohere2", 13, sliding_window=10))
+
+
+def test_vllm_is_asked_about_what_tests_have_not_seen(configured: Callable[..., Config]) -> None:
+    said: list[str] = []
+    settings = tiny.settings_of("llama", 13)
+    check_served(configured(), settings, said.append)
+    assert not said
+    with pytest.raises(UserError, match=r"sampler\.engine\.max_logprob is no argument .*; did you mean max_logprobs"):
+        check_served(configured("sampler.engine={max_logprob: 3}"), settings, said.append)
+    [line] = said
+    assert line.startswith("asking vLLM whether it can serve")
+
+
+@pytest.mark.parametrize("name", sorted({*families.TRAINED, *families.REFUSED}))
+def test_the_documentation_has_every_family(name: str) -> None:
+    trained, refused = (ROOT / "docs" / "families.md").read_text().split("## Refused")
+    assert f"`{name}`" in (trained if name in families.TRAINED else refused)
