@@ -179,7 +179,7 @@ def add_job_commands(commands: Any) -> None:
     words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
     examples = (
         "submit recipe.yaml run.dir=/shared/runs run.name=a resume=auto --address http://HEAD:8265",
-        "submit recipe.yaml run.dir=/shared/runs --env HF_TOKEN --no-follow --address http://HEAD:8265",
+        "submit recipe.yaml run.dir=/shared/runs --env HF_TOKEN --queue --no-follow --address http://HEAD:8265",
     )
     command = add_command(commands, "submit", words, *examples)
     add_recipe(command, "and resume=, allow=")
@@ -195,7 +195,10 @@ def add_job_commands(commands: Any) -> None:
     then.add_argument(
         "--stop-on-signal", dest="then", action="store_const", const="follow, stop on signals", help=words
     )
-    every = [command]
+    words = "wait, on the cluster, until it has room for all engines (cluster.queue=true)"
+    command.add_argument("--queue", action="store_true", help=words)
+    words = "list the runs that were submitted to a cluster: status, run, recipe, times, exit code"
+    every = [command, add_command(commands, "jobs", words, "jobs --address http://HEAD:8265")]
     for name, words in (
         ("status", "how a job is doing"),
         ("logs", "print what a job prints, to its end; the exit code is the job's"),
@@ -226,6 +229,10 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         return eval_command(parsed, overrides)
     if parsed.command == "plan":
         return plan_command(parsed, overrides)
+    if parsed.command == "jobs":
+        from grpo import submitting  # noqa: PLC0415
+
+        return submitting.jobs(parsed.address)
     if parsed.command in ("status", "logs", "stop"):
         from grpo import submitting  # noqa: PLC0415
 
@@ -233,6 +240,8 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         command = {"status": submitting.status, "logs": submitting.follow, "stop": submitting.stop}[parsed.command]
         return command(parsed.job, parsed.address)
     asked, overrides = apart(overrides)
+    if parsed.command == "submit" and parsed.queue:
+        overrides.append("cluster.queue=true")
     config = config_module.load(parsed.recipe, overrides)
     if parsed.command == "check":
         if asked:

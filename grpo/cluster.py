@@ -29,7 +29,8 @@ from ray.util.metrics import Gauge
 from grpo import sweeper
 from grpo.config import Config, refuse_own_ray
 from grpo.cuda import check_machine
-from grpo.placement import Node, check_fit, nodes_of_cluster
+from grpo.placement import Node, check_fit, emptied, lacking_room, nodes_of_cluster
+from grpo.stopping import unchanged
 from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -38,6 +39,10 @@ SOCKET_PATH = 107
 BELOW_FOLDER = len("/grpo-ray-xxxxxxxx/r/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Bytes that the longest path of Ray's sockets has behind the folder that `socket_folder` gives."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+LOOK_S = 1.0
+"""How often a run that waits for room looks."""
+STILL_S = 600.0
+"""How often it says that it still waits, where nothing has changed."""
 CONNECT_S = 5.0
 """How long a Ray cluster may take to accept a connection."""
 
@@ -103,16 +108,30 @@ class RayJob(JobConfig):  # type: ignore[misc]
         return True
 
 
+def tell(text: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 @contextmanager
-def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) -> Iterator[str]:
+def session(
+    config: Config, log_dir: Path | None, *, patience_s: float = 0.0, say: Callable[[str], None] = tell
+) -> Iterator[str]:
     """Ray for the duration of the block, with enough resources for the run; gives the address of its dashboard, ""
     where there is none.
 
     `log_dir` None: only to look (`grpo check`); a private Ray is not started then, its offer is known.
     `patience_s`: how long to wait for what a run has just given back to a cluster.
+    `say`: where it is said what a run with `cluster.queue` waits for.
     """
     address = cluster_address(config)
     if address is None:
+        if config.cluster.queue:
+            raise UserError(
+                "cluster.queue=true waits for room on a cluster that runs already: give its cluster.address, or leave "
+                "it out"
+            )
         if config.on_gpu and config.cluster.gpus is None:
             check_machine(torch.cuda.device_count())
         node = local_node(config)
@@ -128,22 +147,40 @@ def session(config: Config, log_dir: Path | None, *, patience_s: float = 0.0) ->
     refuse_own_ray(config)
     refuse_silent(address)
     try:
-        context = ray.init(address=address, job_config=RayJob(), log_to_driver=False, logging_level="ERROR")
+        with unchanged():  # Ray's own handler of SIGTERM would end a run that waits, without a word
+            context = ray.init(address=address, job_config=RayJob(), log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"cluster.address={address}: {' '.join(str(error).split())[:300]}") from error
     try:
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                check_fit(config, nodes_of_cluster(), f"the cluster at {address}")
-                break
-            except UserError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(1.0)
+        place = f"the cluster at {address}"
+        if log_dir is None and config.cluster.queue:
+            check_fit(config, emptied(nodes_of_cluster()), place)
+        else:
+            wait_for_room(config, place, patience_s, say)
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+def wait_for_room(config: Config, place: str, patience_s: float, say: Callable[[str], None]) -> None:
+    """Wait for `patience_s` until the cluster has room for every engine. A run with `cluster.queue` waits as long as it
+    takes for what others have taken, and says so.
+
+    Raises UserError when there is no room by then.
+    """
+    started = time.monotonic()
+    said, said_at = "", started
+    while lacking := lacking_room(config, nodes := nodes_of_cluster(), place):
+        now = time.monotonic()
+        queue = config.cluster.queue and not lacking_room(config, emptied(nodes), place)
+        if not queue and now - started >= patience_s:
+            check_fit(config, nodes, place)
+        if queue and (lacking != said or now - said_at >= STILL_S):
+            say(f"waiting for room: {lacking}")
+            said, said_at = lacking, now
+        time.sleep(LOOK_S)
+    if said:
+        say(f"there is room, after {time.monotonic() - started:.0f} s")
 
 
 def exporter(run: str) -> Callable[[int, Mapping[str, float]], None]:

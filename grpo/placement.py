@@ -8,6 +8,7 @@ so the arithmetic is done first.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,17 +97,30 @@ def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
 
     Raises UserError with the arithmetic: what is asked, what each node has and what of it is taken.
     """
+    if lacking := lacking_room(config, nodes, place):
+        raise UserError(
+            f"{lacking}; lower cluster.samplers, cluster.learner_ranks, cluster.sampler_cpus or cluster.learner_cpus"
+        )
+
+
+def lacking_room(config: Config, nodes: Sequence[Node], place: str) -> str:
+    """Return "" where there is a node for every bundle, else what is asked, what each node has and what is taken."""
     asked = bundles(config)
     bundle = _left_out(sorted(asked, key=_size, reverse=True), [(node.free_gpus, node.free_cpus) for node in nodes])
-    if bundle is not None:
-        c = config.cluster
-        raise UserError(
-            f"{bundle.who} finds no node with {bundle.cpus:g} CPUs and {bundle.gpus} GPUs free on {place}: "
-            f"{c.samplers} samplers and {c.learner_ranks} learner ranks, {c.layout},{_rewards(config)} ask for "
-            f"{sum(b.cpus for b in asked):g} CPUs and {sum(b.gpus for b in asked)} GPUs; there is "
-            f"{'; '.join(map(str, nodes)) or 'no node'}; lower cluster.samplers, cluster.learner_ranks, "
-            "cluster.sampler_cpus or cluster.learner_cpus"
-        )
+    if bundle is None:
+        return ""
+    c = config.cluster
+    return (
+        f"{bundle.who} finds no node with {bundle.cpus:g} CPUs and {bundle.gpus} GPUs free on {place}: "
+        f"{c.samplers} samplers and {c.learner_ranks} learner ranks, {c.layout},{_rewards(config)} ask for "
+        f"{sum(b.cpus for b in asked):g} CPUs and {sum(b.gpus for b in asked)} GPUs; there is "
+        f"{'; '.join(map(str, nodes)) or 'no node'}"
+    )
+
+
+def emptied(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes as they are when nobody has taken anything."""
+    return [dataclasses.replace(node, free_cpus=node.cpus, free_gpus=node.gpus) for node in nodes]
 
 
 def _left_out(asked: Sequence[Bundle], nodes: Sequence[tuple[float, float]]) -> Bundle | None:

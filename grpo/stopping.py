@@ -39,6 +39,17 @@ def held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Put back, at the end of the block, the handlers that the signals had before it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Stopper:
     """What to do about signals. Between `with stopper.finishing_steps()` and its end the first one only sets `asked`,
     and the step under way may take `grace_s` more seconds; elsewhere it raises Stopped at once."""

@@ -1,4 +1,4 @@
-"""`grpo submit`, `status`, `logs` and `stop`: a run as a job of a Ray cluster, through Ray's job server (HTTP).
+"""`grpo submit`, `jobs`, `status`, `logs` and `stop`: a run as a job of a Ray cluster, through Ray's job server (HTTP).
 
 The driver runs on the cluster's head, and goes on when the submitting side ends. Its exit code is ours: Ray knows it of
 a job that ends by itself, and of one that is stopped it is read from the job's last line.
@@ -17,7 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +75,11 @@ def submit(
                     entrypoint=entrypoint(recipe.name, asked),
                     entrypoint_num_cpus=driver_cpus or None,
                     runtime_env={"working_dir": name, "env_vars": variables},
-                    metadata={"recipe": recipe.name, "grpo": __version__},
+                    metadata={
+                        "recipe": recipe.name,
+                        "grpo": __version__,
+                        "run": config.run.name or recipe.stem,
+                    },
                 )
         except KeyboardInterrupt:
             stopping = signals_are_its
@@ -291,6 +295,35 @@ def still_pending(client: Any, job: str) -> str:
     return ""
 
 
+def at(milliseconds: int | None) -> str:
+    """A time of Ray's, here; "" where there is none."""
+    return datetime.fromtimestamp(milliseconds / 1000).isoformat(" ", "seconds") if milliseconds else ""
+
+
+def jobs(address: str) -> int:
+    """`grpo jobs`: the runs that were submitted to a cluster, the newest first."""
+    rows = [["job", "status", "run", "recipe", "started", "ended", "exit"]]
+    with answers(address) as client:
+        found = [details for details in client.list_jobs() if details.submission_id]
+        ours = [details for details in found if "grpo" in (details.metadata or {})]
+        for details in sorted(ours, key=lambda details: details.start_time or 0, reverse=True):
+            code = None
+            if details.status.is_terminal():
+                with suppress(RuntimeError):  # its log has gone with its node
+                    code = exit_code(client, details.submission_id, details)
+            known = [details.metadata.get(name, "") for name in ("run", "recipe")]
+            times = [at(details.start_time), at(details.end_time)]
+            ended = "" if code is None else str(code)
+            rows.append([details.submission_id, str(details.status), *known, *times, ended])
+    if len(rows) == 1:
+        print(f"no run has been submitted to {address}")
+        return DONE
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return DONE
+
+
 def status(job: str, address: str) -> int:
     """`grpo status`."""
     with answers(address) as client:
@@ -298,10 +331,11 @@ def status(job: str, address: str) -> int:
         code = exit_code(client, job, details) if details.status.is_terminal() else None
     lines = {
         "job": job,
+        "run": (details.metadata or {}).get("run"),
         "recipe": (details.metadata or {}).get("recipe"),
         "status": str(details.status),
-        "started": details.start_time and datetime.fromtimestamp(details.start_time / 1000).isoformat(" ", "seconds"),
-        "ended": details.end_time and datetime.fromtimestamp(details.end_time / 1000).isoformat(" ", "seconds"),
+        "started": at(details.start_time),
+        "ended": at(details.end_time),
         "exit code": code,
         "message": (details.message or "").partition("\n")[0],
     }

@@ -200,7 +200,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
         if not spread:  # they load while Ray starts
             pool = RewardPool(config.rewards, files=files, workers=config.reward_workers, log_dir=logs)
             scorer = stack.enter_context(pool)
-        dashboard = stack.enter_context(cluster.session(config, logs, patience_s=patience_s))
+        dashboard = stack.enter_context(cluster.session(config, logs, patience_s=patience_s, say=console.say))
         if spread:
             scorer = stack.enter_context(SpreadPool(config, files, logs))
         if config.run.prometheus:

@@ -499,6 +499,8 @@ class ClusterConfig:
 
     address: str | None = None
     """A running Ray cluster. None: RAY_ADDRESS if set, else a private Ray for this run."""
+    queue: bool = False
+    """Wait until a running cluster has room for all engines, where the run would else be refused."""
     cpus: int | None = None
     """CPUs of the private Ray. None: the machine's."""
     gpus: int | None = None

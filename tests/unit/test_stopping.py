@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from grpo.stopping import Stopped, Stopper, held, interrupt_early
+from grpo.stopping import SIGNALS, Stopped, Stopper, held, interrupt_early, unchanged
 
 
 @pytest.fixture
@@ -97,3 +97,11 @@ def test_patience_ends(stopper: Stopper) -> None:
     with pytest.raises(Stopped, match="SIGUSR1"), stopper.finishing_steps():
         a_long_step()
     assert 0.15 < time.monotonic() - started < 2
+
+
+def test_a_handler_that_is_set_in_between_goes_again() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with unchanged():
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -555,3 +556,87 @@ def test_ctrl_c_as_a_job_is_handed_over_names_it(
     assert server.submitted["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "180"}  # run.grace_s + 60
     job = server.submitted["submission_id"]
     assert f"grpo stop {job} --address http://head" in capsys.readouterr().out
+
+
+class Status(str):
+    """A job's status, as Ray has it."""
+
+    def is_terminal(self) -> bool:
+        return self not in ("PENDING", "RUNNING")
+
+
+def job(name: str | None, status: str, start: int, **more: Any) -> SimpleNamespace:
+    """What Ray says of a job; `start` in minutes."""
+    details = {"driver_exit_code": None, "end_time": None, "metadata": {"grpo": "0.1.0"}} | more
+    return SimpleNamespace(
+        submission_id=name, status=Status(status), start_time=start * 60_000 if start else None, **details
+    )
+
+
+@pytest.fixture
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("utc")
+def test_jobs_are_listed_the_newest_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without what others have submitted; the code of a stopped one is its last line, where its log is still there."""
+    server = Server()
+    logs = {"grpo-stopped": "step 1\ngrpo: exit code 75\n"}
+    done = {"run": "first", "recipe": "a.yaml", "grpo": "0.1.0"}
+    every = [
+        job("grpo-done", "SUCCEEDED", 1, driver_exit_code=0, end_time=120_000, metadata=done),
+        job("grpo-going", "RUNNING", 4, metadata=done | {"run": "a-rather-long-name"}),
+        job("grpo-stopped", "STOPPED", 2, end_time=180_000, metadata=done | {"run": "second"}),
+        job("grpo-gone", "FAILED", 3, end_time=190_000),
+        job("grpo-waits", "PENDING", 0),
+        job("raysubmit_x", "RUNNING", 5, metadata={}),
+        job(None, "RUNNING", 5, metadata=None),
+    ]
+
+    def get_job_logs(name: str) -> str:
+        if name not in logs:
+            raise RuntimeError("its node is gone")
+        return logs[name]
+
+    monkeypatch.setattr(server, "list_jobs", lambda: every, raising=False)
+    monkeypatch.setattr(server, "get_job_logs", get_job_logs, raising=False)
+    monkeypatch.setattr(submitting, "answers", server.answers)
+    assert submitting.jobs("http://head") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "job           status     run                 recipe  started              ended                exit",
+        "grpo-going    RUNNING    a-rather-long-name  a.yaml  1970-01-01 00:04:00",
+        "grpo-gone     FAILED                                 1970-01-01 00:03:00  1970-01-01 00:03:10",
+        "grpo-stopped  STOPPED    second              a.yaml  1970-01-01 00:02:00  1970-01-01 00:03:00  75",
+        "grpo-done     SUCCEEDED  first               a.yaml  1970-01-01 00:01:00  1970-01-01 00:02:00  0",
+        "grpo-waits    PENDING",
+    ]
+    every.clear()
+    assert submitting.jobs("http://head") == 0
+    assert capsys.readouterr().out == "no run has been submitted to http://head\n"
+
+
+def test_jobs_of_a_cluster_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["jobs", "--address", "http://127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err.startswith("grpo: --address http://127.0.0.1:9: nothing answers there")
+
+
+@pytest.mark.parametrize("flag", [[], ["--queue"]])
+def test_a_run_that_is_submitted_may_queue(here: Path, monkeypatch: pytest.MonkeyPatch, flag: list[str]) -> None:
+    """The job finds it in its recipe."""
+    server, recipes = Server(), []
+
+    def submit_job(**options: Any) -> None:
+        server.submitted = options
+        recipes.append(config_module.load(Path(options["runtime_env"]["working_dir"]) / "mine.yaml"))
+
+    monkeypatch.setattr(submitting, "answers", server.answers)
+    monkeypatch.setattr(server, "submit_job", submit_job, raising=False)
+    recipe = written(here)
+    assert main(["submit", str(recipe), "--no-follow", "--address", "http://head", *flag]) == 0
+    assert [config.cluster.queue for config in recipes] == [bool(flag)]
+    assert server.submitted["metadata"]["run"] == "mine"
