@@ -65,7 +65,8 @@ def options_text(asked: str = "") -> str:
     options = [o for s in found for o in s.options if name in (plain(o.name), o.name.rpartition(".")[2])]
     if options:
         return "\n".join(line for option in options for line in option_lines(option))
-    known = {plain(name): name for s in found for name in (s.name, *(o.name for o in s.options))}
+    known = {plain(section.name): section.name for section in found}
+    known |= {plain(o.name): o.name for s in found for o in s.options}
     known |= {o.name.rpartition(".")[2]: o.name for s in found for o in s.options}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {known[near[0]]}?" if near else f"sections: {', '.join(s.name for s in found)}"
