@@ -22,12 +22,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from grpo import checkpoint, data, models
+from grpo.columns import hint
 from grpo.config import Config, DatasetConfig
 from grpo.config.validate_data import validate_gold
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.process import secrets
-from grpo.shapes import split_problems
+from grpo.shapes import refuse_outer_folder, split_problems
 from grpo.types import Moment, Prompt, UserError
 
 TRIED_ROWS = 8
@@ -236,6 +237,7 @@ def check_model(config: Config) -> Any:
 def read_config(config: Config, option: str, path: str) -> Any:
     """The model's config.json. Raises UserError where there is none, or it is not that of a model."""
     remark = ""
+    refuse_outer_folder(option, path)
     try:
         with data.hub_or_cache() if not Path(path).is_dir() else nullcontext("") as remark:
             return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
@@ -364,8 +366,8 @@ def check_reward_sets(config: Config, sets: Sequence[data.PromptSet]) -> None:
         for name in reward.sets:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"rewards[{i}].sets: no data set is called {name}; there are {', '.join(names)}{hint}")
+                close = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f"rewards[{i}].sets: no data set is called {name}; there are {', '.join(names)}{close}")
     for dataset in sets:
         if not any(reward.applies_to(dataset.name) for reward in config.rewards):
             raise UserError(f"{dataset.option}: no reward is for {dataset.name}; name it in rewards[i].sets of one")
@@ -382,10 +384,9 @@ def check_by(config: Config, held_out: Sequence[Prompt]) -> None:
     columns = sorted({column for prompt in held_out for column in prompt.row})
     for column in config.data.eval.by:
         if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(
-                f"data.eval.by: no row of data.eval.sets has a column {column!r}; there are {', '.join(columns)}{hint}"
+                f"data.eval.by: no row of data.eval.sets has a column {column!r}; there are {', '.join(columns)}"
+                f"{hint(column, {name: value for prompt in held_out for name, value in prompt.row.items()})}"
             )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,34 @@ def split_problems(
     return out
 
 
+def refuse_outer_folder(option: str, path: str) -> None:
+    """Raises UserError for a folder that holds no model itself, as a run's does, naming the one inside it that does."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    inside = model_inside(folder)
+    if inside is not None:
+        raise UserError(f"{option}={path} has no config.json, the model is in a folder inside it: {option}={inside}")
+    if (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{option}={path} is a run's folder without a model: model/ is written at the run's end, and into every "
+            "checkpoint with run.save_model=true"
+        )
+    raise UserError(f"{option}={path} has no config.json, and no folder inside it has one: it is not a model's folder")
+
+
+def model_inside(folder: Path) -> Path | None:
+    """Return the folder of a model inside a run's, a checkpoint's or a cache's: a run's final one before those of its
+    checkpoints, of several the one with the highest number."""
+    for pattern in ("model", "checkpoints/*/model", "snapshots/*", "*", "*/*"):
+        found = [file.parent for file in folder.glob(f"{pattern}/config.json")]
+        if found:
+            return max(
+                found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name + path.parent.name)]
+            )
+    return None
+
+
 def shape_of(path: str) -> Shape:
     """The shape of the model at `path`, a folder or a hub id.
 
@@ -141,6 +170,7 @@ def shape_of(path: str) -> Shape:
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return _read(folder / "config.json")
+    refuse_outer_folder("model.path", path)
     found = KNOWN.get(path.removesuffix("-Instruct"))
     if found is None:
         near = difflib.get_close_matches(path, KNOWN, n=1, cutoff=0.0)[0]

@@ -344,3 +344,17 @@ def test_tokens_beyond_the_embedding_are_refused(
         planned(f"data.train={tmp_path / 'late.jsonl'}")
     with pytest.raises(UserError, match=rf"data\.eval\.sets\[0\]: .*{where}"):
         planned(f"data.eval.sets={tmp_path / 'late.jsonl'}")
+
+
+@pytest.mark.parametrize("option", ["model.path", "critic.path"])
+def test_a_run_s_folder_in_the_place_of_its_model(
+    option: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, run = make_model("qwen2"), tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    model.rename(run / "model")
+    config = module.load(make_recipe(run / "model"), ["algorithm.advantage=gae", f"{option}={run}"])
+    with pytest.raises(UserError) as raised:
+        (check_model if option == "model.path" else check_critic)(config)
+    assert str(raised.value).endswith(f"has no config.json, the model is in a folder inside it: {option}={run}/model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from grpo.plan import (
     sampler_memory,
     sampling_seconds,
 )  # fmt: skip
-from grpo.shapes import GPUS, KNOWN, Shape, shape_of, split_problems
+from grpo.shapes import GPUS, KNOWN, Shape, model_inside, shape_of, split_problems
 from grpo.types import UserError
 
 SMALL = Shape(
@@ -604,3 +605,29 @@ def test_sizes_that_are_not_known_forbid_no_split() -> None:
     assert split_problems(7, 1, **(unknown | {"heads": 8, "kv_heads": 8})) == [
         "cluster.tensor_parallel=7 does not divide the model's 8 attention heads; nearest: 8"
     ]
+
+
+def test_a_folder_around_a_model_names_the_model(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, run = make_model("qwen2"), tmp_path / "runs" / "a"
+
+    def said(folder: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            shape_of(str(folder))
+        return str(caught.value)
+
+    run.mkdir(parents=True)
+    assert said(run).endswith("and no folder inside it has one: it is not a model's folder")
+    (run / "config.yaml").touch()
+    assert "is a run's folder without a model: model/ is written at the run's end" in said(run)
+    for step in (9, 10):
+        shutil.copytree(model, run / "checkpoints" / f"step-{step}" / "model")
+    assert said(run).endswith(f"model.path={run}/checkpoints/step-10/model")
+    assert said(run / "checkpoints" / "step-9").endswith(f"model.path={run}/checkpoints/step-9/model")
+    shutil.copytree(model, run / "model")
+    assert said(run) == (
+        f"model.path={run} has no config.json, the model is in a folder inside it: model.path={run}/model"
+    )
+    assert shape_of(str(run / "model")).parameters > 0
+    cache = tmp_path / "models--o--n"
+    shutil.copytree(model, cache / "snapshots" / "abc")
+    assert model_inside(cache) == cache / "snapshots" / "abc"
