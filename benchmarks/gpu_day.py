@@ -238,7 +238,7 @@ def learner_alone(day: Day, length: int) -> Figures:
 
     from grpo import config as config_module
     from grpo.batching import TrainingRow, rank_steps
-    from grpo.shapes import gpu_of, shape_of
+    from grpo.shapes import GPUS, shape_of
 
     model = day.work / "model"
     settings = TOY_QWEN3 if day.toy else QWEN3_06B
@@ -290,7 +290,7 @@ def learner_alone(day: Day, length: int) -> Figures:
     destroy_process_group()
     return {
         "tokens_per_s": tokens_per_s, "attention": attention,
-        "mfu": tokens_per_s * flops / gpu_of("h100").flops if on_gpu else None,
+        "mfu": tokens_per_s * flops / GPUS["h100"].flops if on_gpu else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }  # fmt: skip
 

@@ -165,7 +165,13 @@ def add_looking_commands(commands: Any) -> None:
         commands, "plan", words, "plan recipes/gsm8k_qwen2.5_7b.yaml --gpu h100 --gpus-per-node 4", notes=notes
     )
     add_recipe(command)
-    command.add_argument("--gpu", required=True, metavar="NAME", help="kind of GPU, e.g. h100, a100-80")
+    command.add_argument("--gpu", metavar="NAME", help="kind of GPU, e.g. h100, a100-80 (the one in this machine)")
+    for flag, metavar, what in (
+        ("--gpu-memory", "GB", "its memory"),
+        ("--tflops", "N", "its bfloat16 Tflop/s without sparsity"),
+        ("--bandwidth", "TB/s", "its memory's bandwidth"),
+    ):
+        command.add_argument(flag, type=float, metavar=metavar, help=f"{what}, of a GPU that is not known by name")
     command.add_argument("--nodes", type=int, default=1, help="machines (1)")
     command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
     command.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt (150)")
@@ -289,10 +295,12 @@ def check_command(config: config_module.Config, recipe: Path) -> int:
 
 def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`grpo plan`."""
-    from grpo.plan import plan_lines  # noqa: PLC0415 - torch takes seconds to import
+    from grpo.planning import plan_lines  # noqa: PLC0415 - torch takes seconds to import
+    from grpo.shapes import gpu_of  # noqa: PLC0415
 
+    gpu = gpu_of(parsed.gpu, memory=parsed.gpu_memory, tflops=parsed.tflops, bandwidth=parsed.bandwidth)
     text, fits = plan_lines(
-        config_module.load(parsed.recipe, overrides), gpu=parsed.gpu, nodes=parsed.nodes,
+        config_module.load(parsed.recipe, overrides), gpu=gpu, nodes=parsed.nodes,
         gpus_per_node=parsed.gpus_per_node, prompt=parsed.prompt_tokens, completion=parsed.completion_tokens,
     )  # fmt: skip
     print(text)

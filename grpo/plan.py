@@ -1,4 +1,4 @@
-"""`grpo plan`: what a recipe takes on GPUs that are not here: bytes on each, seconds of a step, hours of the run.
+"""What a recipe takes on GPUs that are not here: bytes on each, seconds of a step, hours of the run.
 
 Arithmetic only. The bytes follow what the engines hold, tensor by tensor; the seconds are the work divided by data
 sheets and four stated efficiencies. docs/scale.md has the formulas, their sources and the errors against measurements.
@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from grpo.config import Config
 from grpo.objective.logprobs import CHUNK_ELEMENTS
 from grpo.probing import PERTURBED_GROUPS
-from grpo.shapes import Gpu, Shape, gpu_of, shape_of, split_problems
-from grpo.types import UserError
+from grpo.shapes import Gpu, Shape, split_problems
 from grpo.weight_sync import BUCKET_BYTES, CHECKSUM_BYTES
 
 LEARNER_SHARE = 0.3
@@ -21,6 +20,8 @@ MEMORY_SHARE = 0.6
 """Of the memory's bandwidth that decoding reaches."""
 LINK_SHARE = 0.7
 """Of a link's bandwidth that a collective reaches."""
+ALL_REDUCE_S = 15e-6
+"""Of one among the GPUs of a sampler, beyond its bytes: two a layer and decoding step."""
 REST = 1.2
 """A step over the sum of its parts: rewards, padding, waiting for the slowest, bookkeeping."""
 DECODE_S = 5e-3
@@ -187,7 +188,8 @@ def sampling_seconds(
 ) -> float:  # fmt: skip
     """One sampler's seconds for its `completions` of `prompts`, on GPUs that together are as fast as `gpu` and have
     `kv` bytes of cache. A decoding step reads the weights once and the keys and values of what is in flight; the last
-    completions are decoded by themselves unless others follow without a pause."""
+    completions are decoded by themselves unless others follow without a pause. Where they share
+    each layer, they add up its two results."""
     held = lengths.prompt + lengths.completion / 2
     per_token = shape.kv_bytes(width)
     in_flight = max(1.0, min(completions, max_num_seqs, kv / (held * per_token)))
@@ -196,7 +198,13 @@ def sampling_seconds(
     read = (steps * width * shape.multiplied + tokens * held * per_token) / (MEMORY_SHARE * gpu.bandwidth)
     flops = 2 * shape.multiplied * tokens / (LEARNER_SHARE * gpu.flops)
     prefill = 2 * shape.multiplied * prompts * lengths.prompt / (LEARNER_SHARE * gpu.flops)
-    return steps * (DECODE_S + (EAGER_LAYER_S * shape.layers if eager else 0)) + max(read, flops) + prefill
+    each = DECODE_S + (EAGER_LAYER_S * shape.layers if eager else 0)
+    added = 0.0
+    if gpu.parts > 1:
+        each += 2 * shape.layers * ALL_REDUCE_S
+        sent = 2 * (gpu.parts - 1) / gpu.parts * width * shape.hidden * (tokens + prompts * lengths.prompt)
+        added = 2 * shape.layers * sent / (LINK_SHARE * gpu.link)
+    return steps * each + max(read, flops) + prefill + added
 
 
 def pass_seconds(shape: Shape, gpu: Gpu, lengths: Lengths, *, rows: float, ranks: int, passes: float) -> float:
@@ -250,7 +258,10 @@ def make_plan(
     gpus, ranks, samplers = config.gpus_used, config.cluster.learner_ranks, config.cluster.samplers
     cache = sampler["KV cache"] * config.sampler_workers
     shared = shape.over(config.cluster.tensor_parallel)
-    together = replace(gpu, flops=gpu.flops * config.sampler_workers, bandwidth=gpu.bandwidth * config.sampler_workers)
+    workers = config.sampler_workers
+    together = replace(
+        gpu, flops=gpu.flops * workers, bandwidth=gpu.bandwidth * workers, parts=config.cluster.tensor_parallel
+    )
     link = gpu.link if gpus <= gpus_per_node else gpu.network
 
     def sample(completions: float, prompts: float) -> float:
@@ -370,72 +381,3 @@ def learner_options(config: Config) -> list[str]:
 def states(learner: Parts) -> float:
     """Bytes of a rank that leave the GPU when the sampler has its turn."""
     return sum(learner.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "critic", "reference"))
-
-
-def samplers_of(config: Config) -> str:
-    count, workers = config.cluster.samplers, config.sampler_workers
-    return f"{count} samplers" + (f" of {workers} GPUs" if workers > 1 else "")
-
-
-def assumed_lengths(config: Config, prompt: float | None, completion: float | None) -> Lengths:
-    """The lengths that were given; else 150 tokens of prompt and a third of `sampling.max_tokens`.
-
-    Raises UserError when they are beyond the recipe's limits.
-    """
-    limits = (("--prompt-tokens", prompt, config.data.max_prompt_tokens, "data.max_prompt_tokens"),
-              ("--completion-tokens", completion, config.sampling.max_tokens, "sampling.max_tokens"))  # fmt: skip
-    for name, value, limit, option in limits:
-        if value is not None and not 1 <= value <= limit:
-            raise UserError(f"{name} {value:g} must lie between 1 and {option}={limit}")
-    return Lengths(
-        prompt=prompt or min(150, config.data.max_prompt_tokens),
-        completion=completion or max(1.0, config.sampling.max_tokens / 3),
-        longest=config.sampling.max_tokens,
-    )
-
-
-def report(plan: Plan, config: Config, shape: Shape, lengths: Lengths, *, gpu: str, nodes: int, per_node: int) -> str:
-    """The table that `grpo plan` prints."""
-
-    def line(name: str, parts: Parts, unit: float, total: str) -> str:
-        shown = ", ".join(f"{what} {value / unit:.1f}" for what, value in parts.items() if value / unit >= 0.05)
-        return f"{name:10} {total} = {shown}"
-
-    memory = gpu_of(gpu).memory / 1e9
-    step = sum(plan.seconds.values())
-    of = f"GB of {memory:g}"
-    lines = [
-        f"gpus       {plan.gpus} of {nodes} x {per_node} {gpu}: {samplers_of(config)}, "
-        f"{config.cluster.learner_ranks} learner ranks, {config.cluster.layout}"
-        f"{', in turns' if config.takes_turns else ''}",
-        f"model      {config.model.path}: {shape.parameters / 1e9:.2f} B parameters in {config.model.dtype}",
-        f"assumed    prompts of {lengths.prompt:.0f} tokens, completions of {lengths.completion:.0f}, the longest "
-        f"{lengths.longest:.0f}; no evaluation, no refills",
-        line("learner", plan.learner, 1e9, f"{sum(plan.learner.values()) / 1e9:.1f} {of} a rank"),
-        line("sampler", plan.sampler, 1e9, f"{sum(plan.sampler.values()) / 1e9:.1f} {of}"),
-        *([line("sync", plan.sync, 1e9, f"{sum(plan.sync.values()) / 1e9:.1f} {of}")] if plan.sync else []),
-        f"           {plan.at_once:.0f} completions of that length at once in a KV cache; at most "
-        f"{config.sampler.max_num_seqs} by sampler.max_num_seqs",
-        line("step", plan.seconds, 1, f"{step:.1f} s"),
-        f"run        {config.run.steps} steps: {plan.hours:.2g} hours; samplers work "
-        f"{plan.seconds['sampling'] / step:.0%} of it",
-    ]
-    if any(plan.host.values()):
-        host = line("host", plan.host, 1e9, f"{sum(plan.host.values()) / 1e9:.1f} GB of host memory a rank")
-        lines.insert(4, host)
-    lines += [f"no         {problem}" for problem in plan.problems] or ["fits       memory and GPUs suffice, on paper"]
-    return "\n".join(lines)
-
-
-def plan_lines(
-    config: Config, *, gpu: str, nodes: int, gpus_per_node: int, prompt: float | None, completion: float | None
-) -> tuple[str, bool]:
-    """(`grpo plan`'s table, whether it fits). Raises UserError for what cannot be planned."""
-    if not config.on_gpu:
-        raise UserError("the recipe runs on CPUs; a plan is for GPUs: cluster.device=gpu")
-    for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    shape, lengths = shape_of(config.model.path), assumed_lengths(config, prompt, completion)
-    plan = make_plan(config, shape, gpu_of(gpu), lengths, nodes=nodes, gpus_per_node=gpus_per_node)
-    return report(plan, config, shape, lengths, gpu=gpu, nodes=nodes, per_node=gpus_per_node), not plan.problems

@@ -249,8 +249,14 @@ class Gpu:
     """Bytes a second to another GPU of the node, one way,"""
     network: float = 50e9
     """and to one of another node: a 400 Gbit/s port for each GPU, of the A100's servers 200."""
+    parts: int = 1
+    """GPUs that this one stands for, which share every layer."""
 
 
+PCIE = 32e9
+"""Bytes a second one way of a PCIe 4 slot,"""
+SLOW_NETWORK = 25e9
+"""and of a port of 200 Gbit/s: what is taken for a GPU that is given by its data sheet."""
 GPUS = {
     "a100-40": Gpu(flops=312e12, memory=40e9, bandwidth=1.555e12, link=300e9, network=25e9),
     "a100-80": Gpu(flops=312e12, memory=80e9, bandwidth=2.039e12, link=300e9, network=25e9),
@@ -263,10 +269,67 @@ GPUS = {
 """SXM modules, the L40S a PCIe card, by NVIDIA's data sheets; docs/scale.md names each."""
 
 
-def gpu_of(name: str) -> Gpu:
-    """Raises UserError with the nearest names."""
-    if name not in GPUS:
-        near = [known for known in GPUS if known.startswith(name.lower())]
-        near = near or difflib.get_close_matches(name.lower(), GPUS, n=3, cutoff=0.4) or list(GPUS)
-        raise UserError(f"--gpu {name}: not known; did you mean {' or '.join(near)}?")
-    return GPUS[name]
+LARGEST = {"--gpu-memory": 2000, "--tflops": 50_000, "--bandwidth": 100}
+"""Above these a number is in another unit."""
+
+
+def gpu_of(
+    name: str | None, *, memory: float | None = None, tflops: float | None = None, bandwidth: float | None = None
+) -> tuple[str, Gpu]:
+    """Return (its name, the GPU): a known one, one by its data sheet, or without a name the one in this machine.
+
+    Args:
+        memory: GB; tflops: bfloat16 without sparsity; bandwidth: TB a second. They come before a known one's own.
+
+    Raises UserError with the known ones and the numbers that are missing.
+    """
+    sheet = {"--gpu-memory": memory, "--tflops": tflops, "--bandwidth": bandwidth}
+    for flag, value in sheet.items():
+        if value is not None and not 0 < value <= LARGEST[flag]:
+            unit = {"--gpu-memory": "GB", "--tflops": "Tflop/s", "--bandwidth": "TB/s, and 1000 GB/s are 1"}[flag]
+            raise UserError(f"{flag} {value:g} must be above 0 and at most {LARGEST[flag]}: it is in {unit}")
+    seen = _seen() if name is None and None in sheet.values() else None
+    if seen is not None:
+        name = known_as(*seen) or seen[0]
+    known = GPUS.get((name or "").lower())
+    if known is None and seen is not None:
+        memory = memory or round(seen[1] / 1e9)
+    sizes = {"memory": (memory or 0) * 1e9, "flops": (tflops or 0) * 1e12, "bandwidth": (bandwidth or 0) * 1e12}
+    given = {size: value for size, value in sizes.items() if value}
+    if known is not None:
+        return (name or "").lower(), replace(known, **given)
+    missing = [flag for flag, size in zip(sheet, sizes, strict=True) if size not in given]
+    if missing:
+        raise UserError(_not_known(name, seen, missing))
+    return name or "GPU", Gpu(link=PCIE, network=SLOW_NETWORK, **given)
+
+
+def _not_known(name: str | None, seen: tuple[str, float] | None, missing: list[str]) -> str:
+    """What is said of a GPU that is not known."""
+    near = [known for known in GPUS if name and known.startswith(name.lower())]
+    near = near or difflib.get_close_matches((name or "").lower(), GPUS, n=1, cutoff=0.7)
+    what = f"--gpu {name}" if seen is None and name else f"the GPU here is {name}" if name else "--gpu is missing"
+    why = "it is not known" if name else "torch sees no GPU on this machine"
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return (
+        f"{what}: {why}{hint}; known are {', '.join(GPUS)}; for another one give {', '.join(missing)} of its data sheet"
+    )
+
+
+def known_as(name: str, memory: float) -> str | None:
+    """Return what torch's name of a GPU with so many bytes is here; None of one that is not known."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    if "pcie" in words:  # slower than the modules of the table
+        return None
+    fits = [known for known, gpu in GPUS.items() if known.split("-")[0] in words and 0.9 < memory / gpu.memory < 1.15]
+    return fits[0] if fits else None
+
+
+def _seen() -> tuple[str, float] | None:
+    """The name and the bytes of this machine's first GPU."""
+    import torch  # noqa: PLC0415 - takes seconds to import
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    return str(found.name), float(found.total_memory)

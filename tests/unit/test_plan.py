@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ from grpo.plan import (
     sampler_memory,
     sampling_seconds,
 )  # fmt: skip
-from grpo.shapes import GPUS, KNOWN, Shape, model_inside, shape_of, split_problems
+from grpo.planning import LEARNING, changes, in_flight, layouts, quicker
+from grpo.shapes import GPUS, KNOWN, Shape, gpu_of, known_as, model_inside, shape_of, split_problems
 from grpo.types import UserError
 
 SMALL = Shape(
@@ -605,6 +607,133 @@ def test_sizes_that_are_not_known_forbid_no_split() -> None:
     assert split_problems(7, 1, **(unknown | {"heads": 8, "kv_heads": 8})) == [
         "cluster.tensor_parallel=7 does not divide the model's 8 attention heads; nearest: 8"
     ]
+
+
+def test_gpus_that_share_layers_add_up_their_results() -> None:
+    """Two GPUs, 40 decoding steps of 2 layers with 15 us twice a layer; half of twice 8 x 2 bytes a layer's result of
+    80 and 20 tokens, over a link of 1000 bytes a second at 0.7."""
+    alone = dataclasses.replace(GPUS["h100"], flops=1e6, bandwidth=1e6, link=1000.0)
+    lengths = Lengths(prompt=10, completion=10, longest=30)
+    given = {"completions": 8, "prompts": 2, "max_num_seqs": 4, "kv": 1e9}
+    both = dataclasses.replace(alone, parts=2)
+    more = sampling_seconds(SMALL, both, lengths, **given) - sampling_seconds(SMALL, alone, lengths, **given)
+    assert more == pytest.approx(40 * 2 * 2 * 15e-6 + 2 * 2 * (2 * 0.5 * 2 * 8) * (80 + 20) / 700)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("4090", None, None, None), "--gpu 4090: it is not known; known are a100-40, a100-80, a800, l40s, h100, h800, "
+         "h200; for another one give --gpu-memory, --tflops, --bandwidth of its data sheet"),
+        (("4090", 24, 165, None), "for another one give --bandwidth of its data sheet"),
+        (("a100", None, None, None), "it is not known; did you mean a100-40 or a100-80?"),
+        (("4090", 24, 165, 1008), "--bandwidth 1008 must be above 0 and at most 100: it is in TB/s, and 1000 GB/s are"),
+        (("4090", 24e9, 165, 1), "--gpu-memory 2.4e+10 must be above 0 and at most 2000: it is in GB"),
+        (("h100", None, float("nan"), None), "--tflops nan must be above 0"),
+        ((None, 24, None, None), "--gpu is missing: torch sees no GPU on this machine; known are a100-40"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_is_not_known(given: tuple[Any, ...], said: str) -> None:
+    if torch.cuda.is_available() and given[0] is None:
+        pytest.skip("there is a GPU here")
+    name, memory, tflops, bandwidth = given
+    with pytest.raises(UserError) as caught:
+        gpu_of(name, memory=memory, tflops=tflops, bandwidth=bandwidth)
+    assert said in str(caught.value)
+
+
+def test_a_gpu_by_its_data_sheet(capsys: pytest.CaptureFixture[str]) -> None:
+    name, gpu = gpu_of("4090", memory=24, tflops=165, bandwidth=1.008)
+    assert (name, gpu.memory, gpu.flops, gpu.bandwidth) == ("4090", 24e9, 165e12, 1.008e12)
+    assert gpu_of("H100") == ("h100", GPUS["h100"])
+    assert gpu_of("h100", memory=94)[1] == dataclasses.replace(GPUS["h100"], memory=94e9)
+    recipe = str(RECIPES["gsm8k_qwen2.5_0.5b"])
+    sheet = ["--gpu-memory", "24", "--tflops", "165", "--bandwidth", "1.008"]
+    small = ["cluster.sleep=true", "learner.gradient_checkpointing=true", "learner.tokens_per_microbatch=4096"]
+    assert main(["plan", recipe, *sheet, *small]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 x 8 GPU:" in out
+    assert "GB of 24" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100-80"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA A800-SXM4-80GB", 79.2, "a800"),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA L40S", 44.5, "l40s"),
+        ("NVIDIA L40", 44.5, None),
+        ("NVIDIA H100 PCIe", 79.1, None),
+        ("NVIDIA H100 NVL", 93.1, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.5, None),
+        ("NVIDIA GeForce RTX 4090", 23.6, None),
+    ],
+)
+def test_the_gpu_that_torch_sees(name: str, gibibytes: float, known: str | None) -> None:
+    assert known_as(name, gibibytes * 2**30) == known
+
+
+def hours_of(name: str, *overrides: str) -> tuple[Plan, Any]:
+    """The plan of a recipe on its header's GPUs with its assumed lengths, and what would be quicker."""
+    config, (count, gpu) = config_of(name, *overrides), recipe_hours.gpus_of(RECIPES[name])
+    assumed = recipe_hours.ASSUMED[name]
+    lengths = Lengths(prompt=assumed.prompt, completion=assumed.completion, longest=config.sampling.max_tokens)
+    given = (config, shape_of(config.model.path), GPUS[recipe_hours.NAMES[gpu]], lengths)
+    on = {"nodes": -(-count // 8), "gpus_per_node": 8}
+    return make_plan(*given, **on), quicker(*given, **on)
+
+
+def test_a_quicker_layout_is_proposed_as_options_that_keep_the_promise() -> None:
+    """Apart, ten samplers and six ranks wait for each other: in turn all sixteen work."""
+    plan, found = hours_of("tulu_rlvr_8b")
+    options, promised = found
+    assert "cluster.layout=colocated" in options
+    assert promised.hours < 0.9 * plan.hours
+    again, none = hours_of("tulu_rlvr_8b", *options)
+    assert again.hours == pytest.approx(promised.hours)
+    assert again.gpus == plan.gpus == 16
+    assert again.problems == ()
+    assert none is None
+
+
+def test_the_7b_recipe_has_a_layout_that_none_beats_by_a_tenth() -> None:
+    plan, found = hours_of("gsm8k_qwen2.5_7b")
+    assert found is None
+    before, _ = hours_of("gsm8k_qwen2.5_7b", "sampler.max_num_seqs=256")
+    assert plan.seconds["sampling"] < 0.9 * before.seconds["sampling"]
+    assert plan.hours < before.hours
+
+
+def test_a_layout_that_fits_is_proposed_for_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(RECIPES["math_drgrpo_7b"]), "--gpu", "a100-40"]
+    assert main(command) == 2
+    found = re.search(r"^better +(.*): .* which fits$", capsys.readouterr().out, re.M)
+    assert found
+    assert main([*command, *found[1].split()]) == 0
+    assert "\nfits " in capsys.readouterr().out
+
+
+def test_layouts_use_all_gpus_and_may_be_taken() -> None:
+    config = config_of("math_drgrpo_7b")
+    found = list(layouts(config, 8))
+    assert {other.gpus_used for other in found} == {8}
+    shapes = {(o.cluster.layout, o.cluster.samplers, o.cluster.tensor_parallel) for o in found}
+    assert {("colocated", 4, 2), ("colocated", 8, 1), ("disaggregated", 3, 2), ("disaggregated", 7, 1)} <= shapes
+    assert [o for o in found if changes(config, o) == []] == [config]
+    assert in_flight(config, 4, 2) == [512]  # 256 on each GPU, and 128 x 8 completions over four samplers are 256
+    assert in_flight(config, 2, 1) == [256, 512]
+
+
+def test_who_works_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    plan, _ = hours_of("math_drgrpo_7b")
+    rest = {"sampling", "sync", "taking turns", "rest"}
+    assert set(plan.seconds) == {*LEARNING} | rest
+    assert main(["plan", str(RECIPES["math_drgrpo_7b"]), "--gpu", "a100-80", "--completion-tokens", "900"]) == 0
+    out = capsys.readouterr().out
+    assert "samplers work 28% of it, the learner 54%, in turn on the same GPUs" in out
 
 
 def test_a_folder_around_a_model_names_the_model(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""`grpo plan`: the plan of a recipe in words, and the layout of its GPUs that would be quicker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from grpo.config import Config
+from grpo.config.aliases import written
+from grpo.config.validate import validate
+from grpo.plan import Lengths, Parts, Plan, make_plan
+from grpo.shapes import Gpu, Shape, shape_of
+from grpo.types import UserError
+
+LEARNING = ("old logprobs", "reference", "values", "update", "exchange", "host optimizer")
+"""Parts of a step in which the learner works."""
+WORTH = 0.9
+"""A layout is proposed when it takes less than this share of the recipe's hours."""
+
+
+def quicker(
+    config: Config, shape: Shape, gpu: Gpu, lengths: Lengths, *, nodes: int, gpus_per_node: int
+) -> tuple[list[str], Plan] | None:
+    """Return the options of the quickest layout of as many GPUs, with its plan; None where the recipe's own is as good.
+
+    Samplers and learner in turn on all of them, or apart in every proportion; a sampler on 1, 2, 4 or 8 GPUs.
+    """
+
+    def planned(other: Config) -> Plan:
+        return make_plan(other, shape, gpu, lengths, nodes=nodes, gpus_per_node=gpus_per_node)
+
+    own = planned(config)
+    plans = [(other, plan) for other in layouts(config, gpus_per_node) if not (plan := planned(other)).problems]
+    if not plans:
+        return None
+    other, plan = min(plans, key=lambda pair: (pair[1].hours, len(changes(config, pair[0]))))
+    return (changes(config, other), plan) if own.problems or plan.hours < WORTH * own.hours else None
+
+
+def layouts(config: Config, gpus_per_node: int) -> Iterator[Config]:
+    """Yield the recipe on as many GPUs in every layout that it may have."""
+    gpus, c = config.gpus_used, config.cluster
+    for parallel in (parallel for parallel in (1, 2, 4, 8) if parallel <= min(gpus, gpus_per_node)):
+        apart = [("disaggregated", n, gpus - n * parallel) for n in range(1, -(-gpus // parallel))]
+        together = [("colocated", gpus // parallel, gpus)] if gpus % parallel == 0 else []
+        for layout, samplers, ranks in (*together, *apart):
+            cluster = replace(
+                c, layout=layout, samplers=samplers, tensor_parallel=parallel, pipeline_parallel=1,
+                learner_ranks=ranks, sleep=c.sleep if layout == "colocated" else None,
+            )  # fmt: skip
+            for stage, seqs in product(
+                sorted({config.learner.zero_stage, 2, 3}), in_flight(config, samplers, parallel)
+            ):
+                offload = config.learner.reference_offload and stage < 3
+                other = replace(
+                    config, cluster=cluster, sampler=replace(config.sampler, max_num_seqs=seqs),
+                    learner=replace(config.learner, zero_stage=stage, reference_offload=offload),
+                )  # fmt: skip
+                try:
+                    validate(other)
+                except UserError:
+                    continue
+                yield other
+
+
+def in_flight(config: Config, samplers: int, parallel: int) -> list[int]:
+    """Return how many completions a sampler may have in flight: as many on each GPU as in the recipe, and all of its
+    own of a step."""
+    as_now = max(1, round(config.sampler.max_num_seqs / config.sampler_workers * parallel))
+    of_step = -(-config.algorithm.prompts_per_step * config.algorithm.group_size // samplers)
+    return sorted({as_now, max(as_now, of_step)})
+
+
+def changes(config: Config, other: Config) -> list[str]:
+    """Return the options in which a layout differs, as they are given."""
+    found = []
+    for section in ("cluster", "learner", "sampler"):
+        old, new = getattr(config, section), getattr(other, section)
+        names = [name for name in type(old).__dataclass_fields__ if getattr(old, name) != getattr(new, name)]
+        values = {name: getattr(new, name) for name in names}
+        found += [f"{section}.{name}={written(value)}" for name, value in values.items()]
+    return found
+
+
+def samplers_of(config: Config) -> str:
+    count, workers = config.cluster.samplers, config.sampler_workers
+    return f"{count} samplers" + (f" of {workers} GPUs" if workers > 1 else "")
+
+
+def assumed_lengths(config: Config, prompt: float | None, completion: float | None) -> Lengths:
+    """The lengths that were given; else 150 tokens of prompt and a third of `sampling.max_tokens`.
+
+    Raises UserError when they are beyond the recipe's limits.
+    """
+    limits = (("--prompt-tokens", prompt, config.data.max_prompt_tokens, "data.max_prompt_tokens"),
+              ("--completion-tokens", completion, config.sampling.max_tokens, "sampling.max_tokens"))  # fmt: skip
+    for name, value, limit, option in limits:
+        if value is not None and not 1 <= value <= limit:
+            raise UserError(f"{name} {value:g} must lie between 1 and {option}={limit}")
+    return Lengths(
+        prompt=prompt or min(150, config.data.max_prompt_tokens),
+        completion=completion or max(1.0, config.sampling.max_tokens / 3),
+        longest=config.sampling.max_tokens,
+    )
+
+
+def report(
+    plan: Plan, config: Config, shape: Shape, lengths: Lengths, *, gpu: tuple[str, Gpu], nodes: int, per_node: int
+) -> list[str]:
+    """The table that `grpo plan` prints."""
+
+    def line(name: str, parts: Parts, unit: float, total: str) -> str:
+        shown = ", ".join(f"{what} {value / unit:.1f}" for what, value in parts.items() if value / unit >= 0.05)
+        return f"{name:10} {total} = {shown}"
+
+    memory = gpu[1].memory / 1e9
+    step = sum(plan.seconds.values())
+    of = f"GB of {memory:g}"
+    lines = [
+        f"gpus       {plan.gpus} of {nodes} x {per_node} {gpu[0]}: {samplers_of(config)}, "
+        f"{config.cluster.learner_ranks} learner ranks, {config.cluster.layout}"
+        f"{', in turns' if config.takes_turns else ''}",
+        f"model      {config.model.path}: {shape.parameters / 1e9:.2f} B parameters in {config.model.dtype}",
+        f"assumed    prompts of {lengths.prompt:.0f} tokens, completions of {lengths.completion:.0f}, the longest "
+        f"{lengths.longest:.0f}; no evaluation, no refills",
+        line("learner", plan.learner, 1e9, f"{sum(plan.learner.values()) / 1e9:.1f} {of} a rank"),
+        line("sampler", plan.sampler, 1e9, f"{sum(plan.sampler.values()) / 1e9:.1f} {of}"),
+        *([line("sync", plan.sync, 1e9, f"{sum(plan.sync.values()) / 1e9:.1f} {of}")] if plan.sync else []),
+        f"           {plan.at_once:.0f} completions of that length at once in a KV cache; at most "
+        f"{config.sampler.max_num_seqs} by sampler.max_num_seqs",
+        line("step", plan.seconds, 1, f"{step:.1f} s"),
+        f"run        {config.run.steps} steps: {plan.hours:.2g} hours; {who_works(plan, config)}",
+    ]
+    if any(plan.host.values()):
+        host = line("host", plan.host, 1e9, f"{sum(plan.host.values()) / 1e9:.1f} GB of host memory a rank")
+        lines.insert(4, host)
+    lines += [f"no         {problem}" for problem in plan.problems] or ["fits       memory and GPUs suffice, on paper"]
+    return lines
+
+
+def who_works(plan: Plan, config: Config) -> str:
+    """The shares of a step in which samplers and learner work."""
+    step = sum(plan.seconds.values())
+    learning = sum(plan.seconds[part] for part in LEARNING) / step
+    idle = "in turn on the same GPUs" if config.cluster.layout == "colocated" else "and wait for each other"
+    return f"samplers work {plan.seconds['sampling'] / step:.0%} of it, the learner {learning:.0%}, {idle}"
+
+
+def plan_lines(
+    config: Config, *, gpu: tuple[str, Gpu], nodes: int, gpus_per_node: int, prompt: float | None,
+    completion: float | None,
+) -> tuple[str, bool]:  # fmt: skip
+    """(`grpo plan`'s table, whether it fits). Raises UserError for what cannot be planned."""
+    if not config.on_gpu:
+        raise UserError("the recipe runs on CPUs; a plan is for GPUs: cluster.device=gpu")
+    for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    shape, lengths = shape_of(config.model.path), assumed_lengths(config, prompt, completion)
+    plan = make_plan(config, shape, gpu[1], lengths, nodes=nodes, gpus_per_node=gpus_per_node)
+    lines = report(plan, config, shape, lengths, gpu=gpu, nodes=nodes, per_node=gpus_per_node)
+    found = quicker(config, shape, gpu[1], lengths, nodes=nodes, gpus_per_node=gpus_per_node)
+    if found is not None:
+        options, other = found
+        against = "which fits" if plan.problems else f"{other.hours / plan.hours:.0%} of these"
+        lines.append(f"better     {' '.join(options)}: {other.hours:.2g} hours on as many GPUs, {against}")
+    return "\n".join(lines), not plan.problems
