@@ -1072,7 +1072,7 @@ def test_a_try_out_knows_the_ids_and_where_the_run_stands(write: Write, tmp_path
          {"data_source": "d", "answer": "1", "extra_info": {"index": 0}},
          ["f: style verl: extra_info has no num_turns and rollout_reward_scores"]),
         ("verl", "def f(data_source, solution_str, ground_truth, extra_info=None, method='strict'):\n"
-         "    return float(extra_info == {} and data_source is None)", {"answer": "1", "extra_info": None},
+         "    assert extra_info == {} and data_source is None\n    return 1.0", {"answer": "1", "extra_info": None},
          ["f: style verl: extra_info has no num_turns and rollout_reward_scores; data_source is None on 2 of 2 rows, "
           "which have no such column; extra_info is empty on 2 of 2 rows, which have no such column; the default is "
           "kept of method"]),
