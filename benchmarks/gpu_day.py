@@ -42,6 +42,8 @@ from benchmarks.result import Figure, print_result
 if TYPE_CHECKING:
     import torch
 
+    from grpo.shapes import Gpu
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 480
 Figures = dict[str, Figure]
@@ -181,7 +183,8 @@ def train(day: Day, maker: str, recipe: str, overrides: Sequence[str]) -> Figure
     accuracies = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
     config = config_module.load(ROOT / "recipes" / recipe, options)
     lengths = Lengths(prompt=100, completion=20, longest=config.sampling.max_tokens)
-    plan = make_plan(config, shape_of(config.model.path), GPUS["h100"], lengths, nodes=1, gpus_per_node=1)
+    gpu = this_gpu(day.device) or GPUS["h100"]
+    plan = make_plan(config, shape_of(config.model.path), gpu, lengths, nodes=1, gpus_per_node=1)
     planned = [sum(part.values()) for part in (plan.learner, plan.sampler, plan.sync)]
     names = ("step_s", "sample_s", "update_s", "sync_s", "reward_s", "idle_s")
     return {
@@ -238,7 +241,7 @@ def learner_alone(day: Day, length: int) -> Figures:
 
     from grpo import config as config_module
     from grpo.batching import TrainingRow, rank_steps
-    from grpo.shapes import GPUS, shape_of
+    from grpo.shapes import shape_of
 
     model = day.work / "model"
     settings = TOY_QWEN3 if day.toy else QWEN3_06B
@@ -285,14 +288,27 @@ def learner_alone(day: Day, length: int) -> Figures:
     tokens_per_s = len(rows) * length / statistics.median(seconds[1:])
     shape = shape_of(str(model))
     flops = 3 * (2 * shape.multiplied + 2 * shape.layers * shape.queries * length)  # attention's other half is masked
-    on_gpu = device.type == "cuda"
+    on_gpu, gpu = device.type == "cuda", this_gpu(day.device)
     attention = learner._engine.module.config._attn_implementation
     destroy_process_group()
     return {
         "tokens_per_s": tokens_per_s, "attention": attention,
-        "mfu": tokens_per_s * flops / GPUS["h100"].flops if on_gpu else None,
+        "mfu": tokens_per_s * flops / gpu.flops if gpu else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }  # fmt: skip
+
+
+def this_gpu(device: str) -> Gpu | None:
+    """Return the data sheet of this machine's first GPU; None on CPU and of a GPU that `grpo plan` does not know."""
+    import torch
+
+    from grpo.shapes import GPUS, known_as
+
+    if device != "gpu":
+        return None
+    found = torch.cuda.get_device_properties(0)
+    name = known_as(str(found.name), float(found.total_memory))
+    return GPUS[name] if name else None
 
 
 PIECES: dict[str, Callable[[Day], Figures]] = {
