@@ -1,6 +1,6 @@
 """The `grpo` command: wiring only.
 
-Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped by a signal or a full disk, and resumable;
+Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped and resumable (signal, full disk, outage);
 130 a run or job that is no longer followed and goes on; 1 anything else.
 """
 

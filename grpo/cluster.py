@@ -26,7 +26,7 @@ from ray._private import ray_constants, services
 from ray.job_config import JobConfig
 from ray.util.metrics import Gauge
 
-from grpo import sweeper
+from grpo import sockets, sweeper
 from grpo.config import Config, refuse_own_ray
 from grpo.cuda import check_machine
 from grpo.placement import Node, check_fit, emptied, lacking_room, nodes_of_cluster
@@ -34,11 +34,6 @@ from grpo.stopping import unchanged
 from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"
-SOCKET_PATH = 107
-"""Bytes of a UNIX socket's path on Linux, by unix(7), without the last, which is 0."""
-BELOW_FOLDER = len("/grpo-ray-xxxxxxxx/r/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
-"""Bytes that the longest path of Ray's sockets has behind the folder that `socket_folder` gives."""
-SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 LOOK_S = 1.0
 """How often a run that waits for room looks."""
 STILL_S = 600.0
@@ -68,22 +63,6 @@ def local_node(config: Config) -> Node:
     cpus: float = config.cluster.cpus if config.cluster.cpus is not None else os.cpu_count() or 1
     gpus: float = config.cluster.gpus if config.cluster.gpus is not None else torch.cuda.device_count()
     return Node(name="this machine", cpus=cpus, gpus=gpus, free_cpus=cpus, free_gpus=gpus)
-
-
-def socket_folder() -> str:
-    """A folder whose path leaves room for Ray's sockets: that for temporary files, which TMPDIR names, or where its
-    path is too long another one of the machine.
-
-    Raises UserError when there is none.
-    """
-    room, given = SOCKET_PATH - BELOW_FOLDER, tempfile.gettempdir()
-    for folder in (given, *SHORT_FOLDERS):
-        if len(os.fsencode(folder)) <= room and os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    raise UserError(
-        f"TMPDIR: the path {given} has {len(os.fsencode(given))} bytes, and Ray's sockets need a folder of at most "
-        f"{room} that can be written to, which {', '.join(SHORT_FOLDERS)} are not either; set TMPDIR to a shorter path"
-    )
 
 
 def refuse_silent(address: str) -> None:
@@ -137,7 +116,7 @@ def session(
         node = local_node(config)
         check_fit(config, [node], "this machine")
         check_memory(config)
-        folder = socket_folder()
+        folder = sockets.socket_folder(sockets.RAY)
         if log_dir is None:
             yield ""
             return
@@ -235,7 +214,7 @@ def _out_of_the_process_group() -> Iterator[None]:
 
 @contextmanager
 def _private_ray(node: Node, above: str) -> Iterator[None]:
-    """`above`: the folder that Ray's own is made in; see `socket_folder`."""
+    """`above`: the folder that Ray's own is made in; see `grpo.sockets`."""
     folder = Path(tempfile.mkdtemp(prefix="grpo-ray-", dir=above))
     os.environ["RAY_AUTH_TOKEN"] = _token()
     os.environ[sweeper.MARK] = str(folder)  # what Ray starts inherits it

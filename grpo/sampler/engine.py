@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -22,6 +23,7 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.sampling_params import RequestOutputKind
 
+from grpo import sockets
 from grpo.config import Config
 from grpo.probing import Probe
 from grpo.sampler import transfer
@@ -38,6 +40,7 @@ class Sampler:
 
     def __init__(self, config: Config, transport: str, index: int) -> None:
         """`index`: which of the run's samplers this is. Raises UserError for an unknown `sampler.engine` option."""
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", sockets.socket_folder(sockets.VLLM))  # its workers' sockets
         self._engine = LLMEngine.from_engine_args(engine_arguments(config, transport, index))
         self._engine.collective_rpc("recorder_install")
         self._policy_version = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from grpo import config as module
 from grpo import families
+from grpo.check import read_config
 from grpo.config import Config
 from grpo.models import check_served, check_trained
 from grpo.types import UserError
@@ -47,6 +49,15 @@ def test_a_window_that_engines_read_differently_must_hold_the_rows(configured: C
     families.refuse(config, tiny.settings_of("mistral", 13, sliding_window=10))
     with pytest.raises(UserError, match=r"cohere2 .*sliding_window=10, .* are 11, nearest: 10"):
         families.refuse(config, tiny.settings_of("cohere2", 13, sliding_window=10))
+
+
+def test_quantized_weights_are_refused_from_files(configured: Callable[..., Config]) -> None:
+    config = configured()
+    file = Path(config.model.path) / "config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(UserError, match=r"config\.json has a quantization_config \(quant_method=gptq\)"):
+        check_trained(config, read_config(config, "model.path", config.model.path), print)
 
 
 def test_vllm_is_asked_about_what_tests_have_not_seen(configured: Callable[..., Config]) -> None:

@@ -1,4 +1,4 @@
-"""Where a private Ray keeps its sockets."""
+"""Where Ray and vLLM put their sockets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo import cluster
+from grpo import sockets
 from grpo.types import UserError
 
 
@@ -36,19 +36,20 @@ def test_the_folder_for_temporary_files_is_taken_where_sockets_fit(
 ) -> None:
     """107 bytes of a socket's path, less 84 of /grpo-ray-xxxxxxxx/r/session_<time>_<pid>/sockets/plasma_store."""
     temporary(monkeypatch, named[23])
-    assert cluster.socket_folder() == named[23]
+    assert sockets.socket_folder(sockets.RAY) == named[23]
     temporary(monkeypatch, named[24])
-    assert cluster.socket_folder() == "/tmp"
+    assert sockets.socket_folder(sockets.RAY) == "/tmp"
+    assert sockets.socket_folder(sockets.VLLM) == named[24]  # a UUID needs less
 
 
 def test_a_long_one_is_left_for_a_short_one(named: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     temporary(monkeypatch, named[90])
-    monkeypatch.setattr(cluster, "SHORT_FOLDERS", ("/nowhere", "/var/tmp"))
-    assert cluster.socket_folder() == "/var/tmp"
+    monkeypatch.setattr(sockets, "SHORT_FOLDERS", ("/nowhere", "/var/tmp"))
+    assert sockets.socket_folder(sockets.RAY) == "/var/tmp"
 
 
 def test_without_a_short_one_the_run_is_refused(named: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     temporary(monkeypatch, named[90])
-    monkeypatch.setattr(cluster, "SHORT_FOLDERS", ("/nowhere",))
+    monkeypatch.setattr(sockets, "SHORT_FOLDERS", ("/nowhere",))
     with pytest.raises(UserError, match=f"TMPDIR: the path {named[90]} has 90 bytes, .* at most 23 .*/nowhere"):
-        cluster.socket_folder()
+        sockets.socket_folder(sockets.RAY)
