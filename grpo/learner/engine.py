@@ -26,7 +26,6 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from grpo.checkpoint import FileRecord
 from grpo.config import Config, dump
@@ -236,8 +235,7 @@ class Learner:
         self._drop_gathered(list(getattr(self._reference, "module", self._reference).parameters()))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every weight as the model's folder has it, tied ones once; gathered at ZeRO-3. That is what
-        vLLM loads; transformers renames some, and holds the experts of a layer in one tensor.
+        """(name, tensor) of every weight as the model's folder has it, tied ones once; gathered at ZeRO-3.
 
         A yielded tensor stays valid as long as it is held: at ZeRO-3 the gathered storage is its own.
         """
@@ -245,7 +243,7 @@ class Learner:
             if name in self._stored_alike:
                 yield name, tensor
             else:
-                yield from revert_weight_conversion(self._engine.module, {name: tensor}).items()
+                yield from heads.as_in_folder(self._engine.module, name, tensor).items()
 
     @functools.cached_property
     def _stored_alike(self) -> frozenset[str]:
@@ -254,7 +252,7 @@ class Learner:
         alike = []
         for name, parameter in self._engine.module.named_parameters():
             blank = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
-            if revert_weight_conversion(self._engine.module, {name: blank}).get(name) is blank:
+            if heads.as_in_folder(self._engine.module, name, blank).get(name) is blank:
                 alike.append(name)
         return frozenset(alike)
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from grpo.config import Config
@@ -168,6 +169,13 @@ def load_policy(config: Config, *, on_paper: bool = False) -> Any:
     refuse_missing(f"model.path={path}", report["missing_keys"])
     refuse_mismatched(f"model.path={path}", report["mismatched_keys"])
     return model
+
+
+def as_in_folder(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A parameter of `model` under the names that a folder has it by, and vLLM loads: transformers renames weights of
+    some families as it loads them, and holds the experts of a layer in one tensor."""
+    tensors: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
+    return tensors
 
 
 def load_critic(config: Config, *, on_paper: bool = False) -> Any:

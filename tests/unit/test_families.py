@@ -209,3 +209,18 @@ def test_a_model_that_transformers_cannot_build_is_refused_from_files(make_famil
     (folder / "config.json").write_text(json.dumps(written | {"model_type": "clip_text_model"}))
     with pytest.raises(UserError, match=r"model\.path=.*: the learner cannot load it: "):
         check_models(config_of(folder))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "olmoe", "phi3", "qwen3_moe"])
+def test_weights_are_named_as_in_the_models_folder(family: str, make_family: Callable[..., Path]) -> None:
+    """Those that vLLM has loaded from it: the experts of a layer are many tensors there, and one in transformers."""
+    folder = make_family(family)
+    model = heads.load_policy(config_of(folder))
+    found = {}
+    for name, p in model.named_parameters():
+        found |= heads.as_in_folder(model, name, p.detach())
+    stored = load_file(folder / "model.safetensors")
+    assert found.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(found[name], tensor), name
+    assert (found.keys() == dict(model.named_parameters()).keys()) == (family in ("llama", "phi3"))
