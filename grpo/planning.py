@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Literal
 
 from grpo.config import Config
 from grpo.config.aliases import written
@@ -13,6 +14,8 @@ from grpo.plan import Lengths, Parts, Plan, make_plan
 from grpo.shapes import Gpu, Shape, shape_of
 from grpo.types import UserError
 
+Layout = tuple[Literal["colocated", "disaggregated"], int, int]
+"""How, samplers, learner ranks."""
 LEARNING = ("old logprobs", "reference", "values", "update", "exchange", "host optimizer")
 """Parts of a step in which the learner works."""
 WORTH = 0.9
@@ -42,8 +45,8 @@ def layouts(config: Config, gpus_per_node: int) -> Iterator[Config]:
     """Yield the recipe on as many GPUs in every layout that it may have."""
     gpus, c = config.gpus_used, config.cluster
     for parallel in (parallel for parallel in (1, 2, 4, 8) if parallel <= min(gpus, gpus_per_node)):
-        apart = [("disaggregated", n, gpus - n * parallel) for n in range(1, -(-gpus // parallel))]
-        together = [("colocated", gpus // parallel, gpus)] if gpus % parallel == 0 else []
+        apart: list[Layout] = [("disaggregated", n, gpus - n * parallel) for n in range(1, -(-gpus // parallel))]
+        together: list[Layout] = [("colocated", gpus // parallel, gpus)] if gpus % parallel == 0 else []
         for layout, samplers, ranks in (*together, *apart):
             cluster = replace(
                 c, layout=layout, samplers=samplers, tensor_parallel=parallel, pipeline_parallel=1,

@@ -294,14 +294,13 @@ def gpu_of(
     known = GPUS.get((name or "").lower())
     if known is None and seen is not None:
         memory = memory or round(seen[1] / 1e9)
-    sizes = {"memory": (memory or 0) * 1e9, "flops": (tflops or 0) * 1e12, "bandwidth": (bandwidth or 0) * 1e12}
-    given = {size: value for size, value in sizes.items() if value}
-    if known is not None:
-        return (name or "").lower(), replace(known, **given)
-    missing = [flag for flag, size in zip(sheet, sizes, strict=True) if size not in given]
-    if missing:
+    size, flops, speed = (memory or 0) * 1e9, (tflops or 0) * 1e12, (bandwidth or 0) * 1e12
+    missing = [flag for flag, value in zip(sheet, (size, flops, speed), strict=True) if not value]
+    if known is None and missing:
         raise UserError(_not_known(name, seen, missing))
-    return name or "GPU", Gpu(link=PCIE, network=SLOW_NETWORK, **given)
+    base = known or Gpu(memory=size, flops=flops, bandwidth=speed, link=PCIE, network=SLOW_NETWORK)
+    given = replace(base, memory=size or base.memory, flops=flops or base.flops, bandwidth=speed or base.bandwidth)
+    return (name or "GPU").lower() if known else name or "GPU", given
 
 
 def _not_known(name: str | None, seen: tuple[str, float] | None, missing: list[str]) -> str:
