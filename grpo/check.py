@@ -54,8 +54,11 @@ class Plan:
     """`<prompt id> (<why>)` of every row that a filter has left out, of training and evaluation."""
 
 
-def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None) -> Plan:
-    """Check a loaded config against its files. `say` is told how far long work is.
+def check(
+    config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None, *, ids: bool = False
+) -> Plan:
+    """Check a loaded config against its files. `say` is told how far long work is; `ids`: the plan has those of the
+    first prompt.
 
     Raises UserError at the first thing that would not work.
     """
@@ -85,7 +88,7 @@ def check(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None
         eval_prompts=eval_prompts,
         end_token_ids=ends,
         reward_files=files,
-        lines=tuple(describe(config, train, held_out, ends) + tried),
+        lines=(*describe(config, train, held_out), *data.shown(prompts[0], tokenizer, ends, ids=ids), *tried),
         fingerprints={
             "data.train": data.fingerprint(prompts),
             **({"data.eval.sets": data.fingerprint(eval_prompts)} if eval_prompts else {}),
@@ -126,7 +129,12 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
         eval_prompts=prompts,
         end_token_ids=ends,
         reward_files=files,
-        lines=(f"model      {config.model.path} in {config.model.dtype}", f"data       {sizes}", *tried),
+        lines=(
+            f"model      {config.model.path} in {config.model.dtype}",
+            f"data       {sizes}",
+            *data.shown(prompts[0], tokenizer, ends, ids=False),
+            *tried,
+        ),
         fingerprints={
             "data.eval.sets": data.fingerprint(prompts),
             **{f"rewards[{i}].file": checkpoint.fingerprint([file]) for i, file in enumerate(files)},
@@ -457,9 +465,7 @@ def try_rewards(
     return [f"reward     {line}" for line in report]
 
 
-def describe(
-    config: Config, train: Sequence[data.PromptSet], held_out: Sequence[data.PromptSet], ends: Sequence[int]
-) -> list[str]:
+def describe(config: Config, train: Sequence[data.PromptSet], held_out: Sequence[data.PromptSet]) -> list[str]:
     """The plan: data, batch algebra, objective, engines."""
     prompts = [prompt for dataset in train for prompt in dataset.prompts]
     eval_prompts = [prompt for dataset in held_out for prompt in dataset.prompts]
@@ -478,7 +484,6 @@ def describe(
         f"data       {len(prompts)} prompts, longest {longest} tokens; {drawn / len(prompts):.2f} epochs in "
         f"{config.run.steps} steps",
         *mix(config, train, drawn),
-        f"first      {prompts[0].text[-60:]!r} -> {list(prompts[0].token_ids[-12:])}, ends on {list(ends)}",
         f"step       {a.prompts_per_step} prompts x {a.group_size} completions = {rollouts} rollouts -> "
         f"{a.minibatches_per_step} minibatches x {a.epochs_per_step} epochs = {updates} optimizer steps",
         f"objective  {a.advantage}, {a.loss}, {a.aggregation}; {ratio}; {anchor(config)}; temperature "

@@ -102,7 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     add_recipe(command)
     words = "do everything that can be known before an engine starts, and print the plan"
-    add_recipe(add_command(commands, "check", words, "check recipes/arithmetic_cpu.yaml sampling.max_tokens=64"))
+    command = add_command(commands, "check", words, "check recipes/arithmetic_cpu.yaml sampling.max_tokens=64")
+    add_recipe(command)
+    command.add_argument("--ids", action="store_true", help="show the token ids of the first prompt, too")
     add_looking_commands(commands)
     add_job_commands(commands)
     words = "print every option with its type, default and meaning; of a section with examples"
@@ -252,7 +254,7 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     if parsed.command == "check":
         if asked:
             raise UserError(f"{next(iter(asked))}= is for grpo train")
-        return check_command(config, Path(parsed.recipe))
+        return check_command(config, Path(parsed.recipe), ids=parsed.ids)
     if parsed.command == "submit":
         from grpo import submitting  # noqa: PLC0415
 
@@ -278,7 +280,7 @@ def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return asked, [text for text in overrides if text.partition("=")[0] not in asked]
 
 
-def check_command(config: config_module.Config, recipe: Path) -> int:
+def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> int:
     """`grpo check`."""
     from grpo import check, cluster, run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
     from grpo.console import fitted  # noqa: PLC0415
@@ -286,7 +288,7 @@ def check_command(config: config_module.Config, recipe: Path) -> int:
     run_folder.choose(config, str(recipe))  # refuses a taken name
     config = check.resolve_paths(config)
     with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-        plan = check.check(config, recipe, Path(log_dir), say=tell)
+        plan = check.check(config, recipe, Path(log_dir), say=tell, ids=ids)
     with cluster.session(config, None):
         pass
     print(fitted("\n".join([*plan.lines, "ok         nothing has been started"])))

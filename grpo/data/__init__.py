@@ -18,7 +18,7 @@ from grpo.data.hub import hub_or_cache, is_path, nearest_path
 from grpo.data.mixing import MixedCursor, most_in_one_draw, restore_cursor, start_cursor
 from grpo.data.order import Cursor, sample_seed
 from grpo.data.overlap import find_overlaps
-from grpo.data.prompts import PromptSet, fingerprint, make_prompts
+from grpo.data.prompts import PromptSet, fingerprint, make_prompts, shown
 from grpo.data.rows import Row, dataset_name, read_rows
 from grpo.data.sets import limited, read_set, without_overlaps
 from grpo.data.template import map_columns, render_template
@@ -46,6 +46,7 @@ __all__ = [
     "render_template",
     "restore_cursor",
     "sample_seed",
+    "shown",
     "start_cursor",
     "without_overlaps",
 ]

@@ -108,6 +108,26 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
+def shown(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], *, ids: bool) -> list[str]:
+    """Return a prompt for a reader: what its ids decode to, special tokens and all, line by line, and the tokens that
+    end a completion. White space that could not be seen is written as an escape."""
+    text = tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    ended_by = ", ".join(f"{end} {tokenizer.convert_ids_to_tokens(end)!r}" for end in ends) or "nothing"
+    lines = re.findall(r"[^\n]*\n|[^\n]+", str(text))
+    return [
+        f"first      {prompt.prompt_id}, {len(prompt.token_ids)} tokens; a completion ends on {ended_by}",
+        *(f"           {_visible(line)}" for line in lines),
+        *([f"ids        {list(prompt.token_ids)}"] if ids else []),
+    ]
+
+
+def _visible(line: str) -> str:
+    body, end = line.removesuffix("\n"), "\\n" if line.endswith("\n") else ""
+    kept = body.rstrip(" ")
+    written = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in kept)
+    return written + "\\x20" * (len(body) - len(kept)) + end
+
+
 def _messages(row: Row, data: DataConfig, option: str) -> Messages:
     """The turns of a row: its messages column, or the rendered template behind the system prompt."""
     if data.messages_column is None:

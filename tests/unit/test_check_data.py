@@ -10,11 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import stand_in
 from transformers import AutoTokenizer
 
 from grpo import config as module
+from grpo import data
 from grpo.check import Plan, check, check_critic, check_model
-from grpo.types import UserError
+from grpo.cli import make_parser
+from grpo.types import Prompt, UserError
 
 
 @pytest.fixture
@@ -358,3 +361,36 @@ def test_a_run_s_folder_in_the_place_of_its_model(
     with pytest.raises(UserError) as raised:
         (check_model if option == "model.path" else check_critic)(config)
     assert str(raised.value).endswith(f"has no config.json, the model is in a folder inside it: {option}={run}/model")
+
+
+def test_the_first_prompt_is_shown_whole() -> None:
+    """From its ids, special tokens and all; white space that could not be seen is written."""
+    tokenizer = AutoTokenizer.from_pretrained(stand_in.make() / "model")
+    text = f"<|im_start|>user\n{'long ' * 30}\n\n\tx\x1b[0m [b]\u00fc<|im_end|>\n<|im_start|>assistant\n  "
+    ids = tuple(tokenizer.encode(text))
+    prompt = Prompt(prompt_id="a:0:0", token_ids=ids, text=text, row={}, messages=None, dataset="a", where="a:1")
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    assert data.shown(prompt, tokenizer, ends, ids=False) == [
+        f"first      a:0:0, {len(ids)} tokens; a completion ends on {ends[0]} '<|im_end|>', {ends[1]} '<|endoftext|>'",
+        "           <|im_start|>user\\n",
+        f"           {('long ' * 30).rstrip()}\\x20\\n",
+        "           \\n",
+        "           \\tx\\x1b[0m [b]\u00fc<|im_end|>\\n",
+        "           <|im_start|>assistant\\n",
+        "           \\x20\\x20",
+    ]
+    assert data.shown(prompt, tokenizer, ends, ids=True)[-1] == f"ids        {list(ids)}"
+
+
+def test_the_ids_of_the_first_prompt_are_shown_when_asked_for(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(make_model("qwen2"))
+    plan = check(module.load(recipe, ["cluster.reward_workers=2"]), recipe, tmp_path / "logs", ids=True)
+    prompt, at = plan.prompts[0], next(i for i, text in enumerate(plan.lines) if text.startswith("first "))
+    assert plan.lines[at : at + 3] == (
+        f"first      {prompt.prompt_id}, {len(prompt.token_ids)} tokens; a completion ends on 0 '<eos>'",
+        f"           {prompt.text}",
+        f"ids        {list(prompt.token_ids)}",
+    )
+    assert make_parser().parse_args(["check", "recipe.yaml", "--ids"]).ids
