@@ -10,19 +10,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import os, sys, tempfile
+import os, subprocess, sys, tempfile
 from pathlib import Path
 import ray
-from grpo import cluster, config
+from grpo import cluster, config, engines
 
 @ray.remote
 class Actor:
     def look(self):
         import colorsys, fractions
+        subprocess.run([sys.executable, "-m", "colorsys"], check=True)  # as vLLM starts what looks at a model
         return [colorsys.__file__, fractions.__file__, *sys.path]
 
-with tempfile.TemporaryDirectory() as logs, cluster.session(config.load(sys.argv[1]), Path(logs)):
-    print(*ray.get(Actor.remote().look.remote()), sep="\\n")
+options = config.load(sys.argv[1])
+with tempfile.TemporaryDirectory() as logs, cluster.session(options, Path(logs)):
+    actor = Actor.options(runtime_env={"env_vars": engines.sampler_environment(options)}).remote()
+    print(*ray.get(actor.look.remote()), sep="\\n")
 """
 
 
