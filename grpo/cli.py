@@ -283,7 +283,7 @@ def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> int:
     """`grpo check`."""
     from grpo import check, cluster, run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
-    from grpo.console import fitted  # noqa: PLC0415
+    from grpo.console import wrapped  # noqa: PLC0415
 
     run_folder.choose(config, str(recipe))  # refuses a taken name
     config = check.resolve_paths(config)
@@ -291,7 +291,7 @@ def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> i
         plan = check.check(config, recipe, Path(log_dir), say=tell, ids=ids)
     with cluster.session(config, None):
         pass
-    print(fitted("\n".join([*plan.lines, "ok         nothing has been started"])))
+    print(wrapped("\n".join([*plan.lines, "ok         nothing has been started"])))
     return DONE
 
 

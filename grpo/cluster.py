@@ -30,7 +30,7 @@ from grpo import sockets, sweeper
 from grpo.config import Config, refuse_own_ray
 from grpo.cuda import check_machine
 from grpo.placement import Node, check_fit, emptied, lacking_room, nodes_of_cluster
-from grpo.stopping import unchanged
+from grpo.stopping import handlers_kept
 from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -87,22 +87,22 @@ class RayJob(JobConfig):  # type: ignore[misc]
         return True
 
 
-def tell(text: str) -> None:
-    """A line on standard error."""
+def write_to_stderr(text: str) -> None:
+    """Write a line to standard error."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 @contextmanager
 def session(
-    config: Config, log_dir: Path | None, *, patience_s: float = 0.0, say: Callable[[str], None] = tell
+    config: Config, log_dir: Path | None, *, patience_s: float = 0.0, say: Callable[[str], None] = write_to_stderr
 ) -> Iterator[str]:
     """Ray for the duration of the block, with enough resources for the run; gives the address of its dashboard, ""
     where there is none.
 
     `log_dir` None: only to look (`grpo check`); a private Ray is not started then, its offer is known.
     `patience_s`: how long to wait for what a run has just given back to a cluster.
-    `say`: where it is said what a run with `cluster.queue` waits for.
+    `say`: prints what a run with `cluster.queue` waits for.
     """
     address = cluster_address(config)
     if address is None:
@@ -126,7 +126,7 @@ def session(
     refuse_own_ray(config)
     refuse_silent(address)
     try:
-        with unchanged():  # Ray's own handler of SIGTERM would end a run that waits, without a word
+        with handlers_kept():  # Ray's own handler of SIGTERM would end a run that waits, without a word
             context = ray.init(address=address, job_config=RayJob(), log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"cluster.address={address}: {' '.join(str(error).split())[:300]}") from error

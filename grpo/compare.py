@@ -105,8 +105,8 @@ def read_subject(path: Path, step: int | None) -> Subject:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What an evaluation or an ended run says of itself; of a run that has not ended, its last checkpoint. Empty where
-    there is neither.
+    """Return what an evaluation or an ended run says of itself; of a run that has not ended, its last checkpoint. Empty
+    where there is neither.
 
     Raises UserError when it is damaged.
     """
@@ -229,11 +229,11 @@ def differing_options(a: Subject, b: Subject) -> list[str]:
     names = [name for name in sorted({*old, *new} - {*NOT_COMPARED}) if old.get(name) != new.get(name)]
     if not names:
         return ["options: the same"]
-    return table([["option", "A", "B"], *([name, *shown_apart(old.get(name), new.get(name))] for name in names)])
+    return table([["option", "A", "B"], *([name, *differing_values(old.get(name), new.get(name))] for name in names)])
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Every value of a config by its full name; nothing of empty lists and sections."""
+    """Return every value of a config by its full name; nothing of empty lists and sections."""
     out: dict[str, Any] = {}
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -247,7 +247,7 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def differing_graders(a: Subject, b: Subject) -> list[str]:
-    """Warnings where the two were not judged by the same: functions, contents of their files, library.
+    """Return warnings where the two were not judged by the same: functions, contents of their files, library.
 
     A difference of accuracy is then one of the graders, too.
     """
@@ -273,7 +273,7 @@ def differing_graders(a: Subject, b: Subject) -> list[str]:
 
 
 def graders(subject: Subject) -> dict[str, str | None]:
-    """Each reward function of a config by its name -> fingerprint of its file, where that is known.
+    """Return the fingerprint of each reward function's file by the function's name; None where it is not known.
 
     Raises UserError when the config's rewards are no rewards.
     """
@@ -286,8 +286,8 @@ def graders(subject: Subject) -> dict[str, str | None]:
     return {name: known.get(f"rewards[{i}].file") for i, name in enumerate(names)}
 
 
-def shown_apart(old: Any, new: Any) -> tuple[str, str]:
-    """Two values of bearable length: long ones from a little before the place where they begin to differ."""
+def differing_values(old: Any, new: Any) -> tuple[str, str]:
+    """Return two values, shortened; long ones from a little before the place where they begin to differ."""
     one, other = ("-" if value is None else str(value).replace("\n", "\\n") for value in (old, new))
     if max(len(one), len(other)) <= SHOWN:
         return one, other

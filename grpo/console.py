@@ -60,7 +60,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line for the reader."""
-        self._rich.print(fitted(text), markup=False)
+        self._rich.print(wrapped(text), markup=False)
         self._write(text)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -70,7 +70,7 @@ class Console:
         text = f"step {step}/{self._steps}: {line}; {where_the_gradient_went(metrics)}"
         self._write(text)
         if not self._rich.is_terminal:
-            self._rich.print(fitted(text), markup=False)
+            self._rich.print(wrapped(text), markup=False)
             return
         table = Table(box=None, show_header=False)
         for name, value in shown.items():
@@ -106,14 +106,14 @@ class Console:
 
 
 def columns() -> int:
-    """The columns of a line: what COLUMNS says, else those of the terminal where there is one, at most WIDTH."""
+    """Return the columns of a line: what COLUMNS says, else those of the terminal where there is one, at most WIDTH."""
     there = shutil.get_terminal_size((WIDTH, 24)).columns
     return there if os.environ.get("COLUMNS") else min(WIDTH, there)
 
 
-def fitted(text: str) -> str:
-    """`text` in lines that fit, broken between words; behind a label ("placed     ...", "step 1/9: ...") they stand
-    below one another. A longer word, as a path, stays whole."""
+def wrapped(text: str) -> str:
+    """Return `text` in lines that fit, broken between words; behind a label ("placed     ...", "step 1/9: ...") they
+    stand below one another. A longer word, as a path, stays whole."""
     lines, width = [], columns()
     for line in text.split("\n"):
         if len(line) <= width:

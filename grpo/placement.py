@@ -119,7 +119,7 @@ def lacking_room(config: Config, nodes: Sequence[Node], place: str) -> str:
 
 
 def emptied(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes as they are when nobody has taken anything."""
+    """Return the nodes as they are when nobody has taken anything."""
     return [dataclasses.replace(node, free_cpus=node.cpus, free_gpus=node.gpus) for node in nodes]
 
 

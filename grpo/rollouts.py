@@ -48,7 +48,7 @@ class Scorer(Protocol):
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]: ...
 
     def counts(self) -> Counted:
-        """What it has scored so far, and what it waits for."""
+        """Return what it has scored so far, and what it waits for."""
         ...
 
 

@@ -17,7 +17,7 @@ import ray
 
 from grpo.config import Config, RewardConfig
 from grpo.placement import Reservation
-from grpo.rewards.counts import Counted, together
+from grpo.rewards.counts import Counted, total
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.types import Failed, Scored
 
@@ -90,7 +90,7 @@ class SpreadPool:
         for reference in ray.wait(asked, num_returns=len(asked), timeout=COUNTS_S)[0] if asked else []:
             with contextlib.suppress(ray.exceptions.RayError):  # its node has gone
                 found.append(ray.get(reference))
-        return together(found)
+        return total(found)
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
         """As `RewardPool.submit`."""

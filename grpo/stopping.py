@@ -40,7 +40,7 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
-def unchanged() -> Iterator[None]:
+def handlers_kept() -> Iterator[None]:
     """Put back, at the end of the block, the handlers that the signals had before it."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:

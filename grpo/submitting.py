@@ -295,13 +295,13 @@ def still_pending(client: Any, job: str) -> str:
     return ""
 
 
-def at(milliseconds: int | None) -> str:
-    """A time of Ray's, here; "" where there is none."""
+def local_time(milliseconds: int | None) -> str:
+    """Return a time of Ray's in the local time zone; "" where there is none."""
     return datetime.fromtimestamp(milliseconds / 1000).isoformat(" ", "seconds") if milliseconds else ""
 
 
 def jobs(address: str) -> int:
-    """`grpo jobs`: the runs that were submitted to a cluster, the newest first."""
+    """Print the runs that were submitted to a cluster, the newest first: `grpo jobs`."""
     rows = [["job", "status", "run", "recipe", "started", "ended", "exit"]]
     with answers(address) as client:
         found = [details for details in client.list_jobs() if details.submission_id]
@@ -312,7 +312,7 @@ def jobs(address: str) -> int:
                 with suppress(RuntimeError):  # its log has gone with its node
                     code = exit_code(client, details.submission_id, details)
             known = [details.metadata.get(name, "") for name in ("run", "recipe")]
-            times = [at(details.start_time), at(details.end_time)]
+            times = [local_time(details.start_time), local_time(details.end_time)]
             ended = "" if code is None else str(code)
             rows.append([details.submission_id, str(details.status), *known, *times, ended])
     if len(rows) == 1:
@@ -334,8 +334,8 @@ def status(job: str, address: str) -> int:
         "run": (details.metadata or {}).get("run"),
         "recipe": (details.metadata or {}).get("recipe"),
         "status": str(details.status),
-        "started": at(details.start_time),
-        "ended": at(details.end_time),
+        "started": local_time(details.start_time),
+        "ended": local_time(details.end_time),
         "exit code": code,
         "message": (details.message or "").partition("\n")[0],
     }

@@ -1,4 +1,4 @@
-"""A heartbeat while completions are sampled and scored: what is awaited, said every HEARTBEAT_S seconds."""
+"""A heartbeat while completions are sampled and scored: a line every HEARTBEAT_S seconds with what is awaited."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from grpo.rollouts import SamplerGroup, Scorer
 from grpo.types import Failed, SampledBlock, SampleRequest, Scored
 
 HEARTBEAT_S = 30.0
-"""Seconds between two words about what is awaited."""
+"""Seconds between two lines."""
 
 
 class Watch:
-    """The samplers and the scorer of one `collect`, which counts what passes and says it. A context manager."""
+    """The samplers and the scorer of one `collect`; counts what passes through. A context manager."""
 
     def __init__(
         self, what: str, completions: int, *, sampler: SamplerGroup, scorer: Scorer, say: Callable[[str], None]
@@ -41,22 +41,22 @@ class Watch:
         self._thread.join()
 
     def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]:
-        """As the samplers do."""
+        """Sample, and count."""
         for block in self._sampler.sample(requests, settings):
             self._sampled += len(block.lengths)
             yield block
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
-        """As the scorer does."""
+        """Score, and count."""
         self._submitted += len(items)
         return self._scorer.submit(items)
 
     def counts(self) -> Counted:
-        """As the scorer does."""
+        """Return the scorer's own."""
         return self._scorer.counts()
 
     def line(self) -> str:
-        """What is awaited now."""
+        """Return what is awaited now."""
         counted = self._scorer.counts().since(self._before)
         parts = []
         if self._sampled < self._completions:

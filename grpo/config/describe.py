@@ -79,7 +79,7 @@ def plain(name: str) -> str:
 
 
 def sections(cls: type, prefix: str) -> Iterator[Section]:
-    """Every section below `cls`, with the options that are its own."""
+    """Yield every section below `cls`, with the options that are its own."""
     hints, texts = typing.get_type_hints(cls), field_texts(cls)
     options, below = [], []
     for f in dataclasses.fields(cls):
@@ -106,7 +106,7 @@ def sections(cls: type, prefix: str) -> Iterator[Section]:
 
 
 def field_texts(cls: type) -> dict[str, str]:
-    """Field -> the text below it in the source, of `cls` and the classes that it extends."""
+    """Return the text below each field in the source, of `cls` and the classes that it extends."""
     tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
     bodies = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
     found = {}
@@ -119,12 +119,12 @@ def field_texts(cls: type) -> dict[str, str]:
 
 
 def in_yaml(text: str) -> str:
-    """A text on one line, with None as recipes write it."""
+    """Return a text on one line, with None as recipes write it."""
     return re.sub(r"\bNone\b", "null", " ".join(text.split()))
 
 
 def kind_text(kind: Any) -> str:
-    """A type in words."""
+    """Return a type in words."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return " | ".join(map(str, inner))
@@ -139,7 +139,7 @@ def kind_text(kind: Any) -> str:
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """A default as a recipe would write it."""
+    """Return a default as a recipe would write it."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if default == MISSING:
         return "required"
@@ -152,7 +152,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def section_lines(section: Section, *, examples: bool) -> Iterator[str]:
-    """A section with its options."""
+    """Yield a section with its options."""
     yield from textwrap.wrap(f"{section.name}: {section.meaning}", WIDTH, subsequent_indent=INDENT)
     if examples and section.examples:
         yield ""
@@ -164,7 +164,7 @@ def section_lines(section: Section, *, examples: bool) -> Iterator[str]:
 
 
 def option_lines(option: Option) -> Iterator[str]:
-    """An option with its default and type, and below it its meaning."""
+    """Yield an option with its default and type, and below it its meaning."""
     line = f"{option.name} = {option.default}   ({option.kind})"
     yield from textwrap.wrap(line, WIDTH, subsequent_indent=INDENT, break_on_hyphens=False)
     yield from textwrap.wrap(

@@ -25,15 +25,15 @@ class Counted:
     slowest_s: float = 0.0
 
     def since(self, before: Counted) -> Counted:
-        """What was added after `before`."""
+        """Return what was added after `before`."""
         return Counted(
             scored=max(0, self.scored - before.scored), failed=max(0, self.failed - before.failed),
             slow=max(0, self.slow - before.slow), slowest=self.slowest, slowest_s=self.slowest_s,
         )  # fmt: skip
 
 
-def together(counts: Iterable[Counted]) -> Counted:
-    """The counts of several pools as one."""
+def total(counts: Iterable[Counted]) -> Counted:
+    """Return the counts of several pools as one."""
     every = list(counts)
     longest = max(every, key=lambda one: one.slowest_s, default=Counted())
     return Counted(
@@ -57,7 +57,7 @@ class Counter:
             self._slow += seconds > SLOW_S
 
     def read(self, running: Iterable[tuple[str, float]]) -> Counted:
-        """The counts; `running`: reward and seconds of the calls under way."""
+        """Return the counts; `running`: reward and seconds of the calls under way."""
         calls = list(running)
         name, seconds = max(calls, key=lambda call: call[1], default=("", 0.0))
         with self._lock:

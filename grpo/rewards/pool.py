@@ -213,7 +213,7 @@ class RewardPool:
         return future
 
     def counts(self) -> Counted:
-        """What has been scored so far, and what is awaited. May be called from any thread."""
+        """Return what has been scored so far, and what is awaited. May be called from any thread."""
         now = time.monotonic()
         running = [
             (now - worker.since, tuple(job.calls))

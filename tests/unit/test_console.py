@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from grpo import console as console_module
-from grpo.console import Console, fitted, where_the_gradient_went
+from grpo.console import Console, where_the_gradient_went, wrapped
 from grpo.metrics import HEADLINE
 
 METRICS = {
@@ -104,11 +104,11 @@ def test_lines_fit_120_columns_and_the_log_has_them_whole(
 
 def test_columns_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
-    assert fitted(LONG) == LONG
+    assert wrapped(LONG) == LONG
     monkeypatch.setenv("COLUMNS", "40")
-    assert max(map(len, fitted(LONG).splitlines())) <= 40
+    assert max(map(len, wrapped(LONG).splitlines())) <= 40
     monkeypatch.delenv("COLUMNS")
     monkeypatch.setattr(console_module.shutil, "get_terminal_size", lambda fallback: os.terminal_size((60, 24)))
-    assert max(map(len, fitted(LONG).splitlines())) <= 60
+    assert max(map(len, wrapped(LONG).splitlines())) <= 60
     monkeypatch.setattr(console_module.shutil, "get_terminal_size", lambda fallback: os.terminal_size((400, 24)))
-    assert 60 < max(map(len, fitted(LONG).splitlines())) <= 120
+    assert 60 < max(map(len, wrapped(LONG).splitlines())) <= 120

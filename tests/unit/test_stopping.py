@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from grpo.stopping import SIGNALS, Stopped, Stopper, held, interrupt_early, unchanged
+from grpo.stopping import SIGNALS, Stopped, Stopper, handlers_kept, held, interrupt_early
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_patience_ends(stopper: Stopper) -> None:
 
 def test_a_handler_that_is_set_in_between_goes_again() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
-    with unchanged():
+    with handlers_kept():
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
     assert [signal.getsignal(number) for number in SIGNALS] == before

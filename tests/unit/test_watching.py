@@ -15,7 +15,7 @@ import pytest
 from grpo import watching
 from grpo.config import RewardConfig
 from grpo.rewards import counts
-from grpo.rewards.counts import Counted, together
+from grpo.rewards.counts import Counted, total
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.types import SampledBlock
 from grpo.watching import Watch
@@ -164,6 +164,6 @@ def test_a_completion_that_nobody_scores_has_failed(tmp_path: Path) -> None:
 def test_the_counts_of_several_pools_are_added() -> None:
     one = Counted(scored=3, failed=1, slow=2, slowest="a", slowest_s=4.0)
     other = Counted(scored=5, failed=0, slow=1, slowest="b", slowest_s=9.0)
-    assert together([one, other]) == Counted(scored=8, failed=1, slow=3, slowest="b", slowest_s=9.0)
-    assert together([]) == Counted()
+    assert total([one, other]) == Counted(scored=8, failed=1, slow=3, slowest="b", slowest_s=9.0)
+    assert total([]) == Counted()
     assert other.since(one) == Counted(scored=2, failed=0, slow=0, slowest="b", slowest_s=9.0)
