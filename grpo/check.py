@@ -296,7 +296,9 @@ def check_weights(folder: Path, option: str = "model.path") -> None:
             with safe_open(file, "pt"):
                 continue
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{option}: {file} is damaged or cut short: {error}") from error
+            found = data.disguise_of(file)
+            what = f"is {found}" if found else f"is damaged or cut short: {error}"
+            raise UserError(f"{option}: {file} {what}") from error
 
 
 def model_fingerprint(path: str) -> str:

@@ -14,6 +14,7 @@ import, so they are imported in the functions that need them: the order and the 
 
 from __future__ import annotations
 
+from grpo.data.disguise import disguise_of
 from grpo.data.hub import hub_or_cache, is_path, nearest_path
 from grpo.data.mixing import MixedCursor, most_in_one_draw, restore_cursor, start_cursor
 from grpo.data.order import Cursor, sample_seed
@@ -30,6 +31,7 @@ __all__ = [
     "PromptSet",
     "Row",
     "dataset_name",
+    "disguise_of",
     "end_token_ids",
     "find_overlaps",
     "fingerprint",

@@ -6,14 +6,17 @@ a malformed line without its number.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo.data.disguise import FIRST_BYTES, PARQUET, disguise_of
 from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
 from grpo.types import UserError
 
@@ -65,6 +68,9 @@ def read_rows(path: str, *, split: str, option: str) -> list[Row]:
 
 def _read_file(path: Path, option: str) -> list[Row]:
     try:
+        found = disguise_of(path)
+        if found is not None and not (path.suffix == ".parquet" and found == FIRST_BYTES[PARQUET]):
+            raise UserError(f"{option}: {path} is {found}")
         if path.suffix in (".jsonl", ".json"):
             return _read_json_lines(path, option)
         if path.suffix == ".parquet":
@@ -75,12 +81,20 @@ def _read_file(path: Path, option: str) -> list[Row]:
 
 
 def _read_json_lines(path: Path, option: str) -> list[Row]:
-    """Lines end at \\n only: JSON strings may hold the other characters that Python would split at."""
-    lines = path.read_bytes().split(b"\n")
+    """Lines end at \\n only: JSON strings may hold the other characters that Python would split at. A byte order mark
+    in front, as Windows writes it, is no part of the text."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    lines = data.split(b"\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
         raise UserError(f"{option}: {path} is empty")
+    if lines[0].strip() == b"{" or data.lstrip()[:1] == b"[":
+        what, each = ("an array", "'.[]'") if data.lstrip()[:1] == b"[" else ("an object over several lines", ".")
+        raise UserError(
+            f"{option}: {path} begins with {what}, and each line must be one JSON object; write it so with: "
+            f"jq -c {each} {path.name} > rows.jsonl"
+        )
     rows = []
     for number, line in enumerate(lines, start=1):
         where = f"{path.name}:{number}"
@@ -104,9 +118,11 @@ def _parse_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start + 1} of the line)") from error
     try:
-        return json.loads(
+        value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
         )
+        _refuse_half_characters(text, value)
+        return value
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from error
     except RecursionError as error:
@@ -120,6 +136,19 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"key {key!r} occurs twice in one object")
         values[key] = value
     return values
+
+
+def _refuse_half_characters(text: str, value: Any) -> None:
+    """Python takes one of the two escapes that make up a character for a text, but no file can be written with it."""
+    if re.search(r"\\u[dD][89a-fA-F]", text) is None:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(
+            f"{half} alone is half of a character (a surrogate without its other), which no text can hold"
+        ) from None
 
 
 def _refuse_constant(name: str) -> Any:

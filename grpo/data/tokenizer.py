@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo.data.disguise import disguise_of
 from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
 from grpo.types import UserError
 
@@ -27,6 +28,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
         raise UserError(f"model.path: {path} is a file; it must be a folder in Hugging Face layout, or a hub id")
     elif is_path(path):
         raise UserError(f"model.path: folder {path} does not exist{nearest_path(local)}")
+    for file in sorted(local.glob("*")) if local.is_dir() else []:
+        if file.suffix in (".json", ".model", ".jinja", ".txt") and file.is_file() and (found := disguise_of(file)):
+            raise UserError(f"model.path: {file} is {found}")
     # A damaged tokenizer raises whatever its JSON, its class or the Rust library (a bare Exception) come upon.
     remark = ""
     try:

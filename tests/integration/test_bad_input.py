@@ -153,7 +153,9 @@ def test_a_cluster_that_is_not_there_is_refused(
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.parametrize("damage", ["cut short", "not safetensors", "gone", "a shard is gone", "bad index"])
+@pytest.mark.parametrize(
+    "damage", ["cut short", "not safetensors", "a pointer", "gone", "a shard is gone", "bad index"]
+)
 def test_damaged_weights_are_refused(
     damage: str, model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -164,6 +166,9 @@ def test_damaged_weights_are_refused(
         weights.write_bytes(weights.read_bytes()[:-1])
     elif damage == "not safetensors":
         weights.write_bytes(b"\x80\x02}q\x00.")
+    elif damage == "a pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+        named += " is a Git LFS pointer in the place of the file"
     elif damage == "gone":
         weights.unlink()
     elif damage == "a shard is gone":

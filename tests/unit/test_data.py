@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
@@ -40,6 +41,7 @@ from grpo.data import (
 from grpo.types import UserError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 CHATML = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
@@ -138,6 +140,57 @@ def test_a_bad_line_is_named(tmp_path: Path, second: str | bytes, reason: str) -
     path = write(tmp_path / "x.jsonl", b'{"q": 0}\n' + line + b'\n{"q": 3}\n')
     with refused("data.eval.sets[0]: x.jsonl:2: ", reason):
         read_rows(path, split="test", option="data.eval.sets[0]")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", b'\xef\xbb\xbf{"q": "1"}\n{"q": "\xef\xbb\xbf2"}\n')
+    assert [row.values["q"] for row in read_rows(path, split="train", option="data.train")] == ["1", "\ufeff2"]
+
+
+@pytest.mark.parametrize("escaped", ['"\\ud83d"', '{"in": ["a\\uDC00b"]}', '{"\\ud83d": 1}'])
+def test_half_a_character_is_refused(tmp_path: Path, escaped: str) -> None:
+    """Python's JSON gives a text with it, which nothing can write: the run ended when it saved its samples."""
+    path = write(tmp_path / "x.jsonl", f'{{"q": "\\ud83d\\ude00 \\\\ud83d"}}\n{{"q": {escaped}}}\n')
+    with refused("data.train: x.jsonl:2: ", "half of a character"):
+        read_rows(path, split="train", option="data.train")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (
+            '[{"q": 1}, {"q": 2}]',
+            "begins with an array, and each line must be one JSON object; write it so with: jq -c '.[]' x",
+        ),
+        ('\n[\n {"q": 1},\n {"q": 2}\n]\n', "begins with an array"),
+        ('{\n "q": 1\n}\n', "begins with an object over several lines"),
+    ],
+)
+def test_json_that_is_not_one_object_a_line(tmp_path: Path, text: str, part: str) -> None:
+    with refused("data.train: ", part):
+        read_rows(write(tmp_path / "x.json", text), split="train", option="data.train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("x.jsonl", gzip.compress(b"{}"), "is compressed by gzip; unpack it with: gunzip"),
+        ("x.jsonl.gz", gzip.compress(b"{}"), "is compressed by gzip; unpack it with: gunzip"),
+        ("x.jsonl", '{"q": 1}'.encode("utf-16"), "is text in UTF-16; write it as UTF-8 with: iconv"),
+        ("x.parquet", LFS, "is a Git LFS pointer in the place of the file; fetch it with: git lfs pull"),
+        ("x.jsonl", LFS, "is a Git LFS pointer"),
+        ("x.csv", LFS, "is a Git LFS pointer"),
+        ("x.jsonl", "<!DOCTYPE html>\n<html>", "is a web page"),
+        ("x.jsonl", b"PAR1\x00", "is a parquet file; its name must end in .parquet"),
+        ("x.arrow", b"\xff\xff\xff\xff\x10", "is an Arrow file; give the folder that save_to_disk has written"),
+        ("x.xlsx", b"PK\x03\x04", "is a zip archive, as spreadsheets"),
+    ],
+)
+def test_a_file_that_is_something_else_is_said_to_be_it(
+    tmp_path: Path, name: str, text: str | bytes, part: str
+) -> None:
+    with refused(f"data.train: {tmp_path}/{name} {part}"):
+        read_rows(write(tmp_path / name, text), split="train", option="data.train")
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])
@@ -348,6 +401,9 @@ def test_load_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with refused("model.path", "empty has no tokenizer"):
         load_tokenizer(str(tmp_path / "empty"), trust_remote_code=False)
+    write(folder / "tokenizer.json", LFS)
+    with refused("model.path", "tokenizer.json is a Git LFS pointer"):
+        load_tokenizer(str(folder), trust_remote_code=False)
     write(folder / "tokenizer.json", "{")
     with refused("model.path", "cannot be loaded"):
         load_tokenizer(str(folder), trust_remote_code=False)
