@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
@@ -210,7 +209,9 @@ def check_model(config: Config) -> Any:
         close = "" if path.exists() else data.nearest_path(path)
         hint = f"; make it with: python {script}" if made_here else close
         raise UserError(f"model.path={config.model.path} is not a folder{hint}")
+    refuse_adapter("model.path", config.model.path)
     model = read_config(config, "model.path", config.model.path)
+    refuse_quantized("model.path", config.model.path, model)
     if path.is_dir():
         check_weights(path)
     packages = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -251,9 +252,34 @@ def read_config(config: Config, option: str, path: str) -> Any:
             return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{option}={path}{remark}: {' '.join(str(error).split())[:300]}") from error
-    except (TypeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever its classes come upon
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{option}={path}: its config.json is not that of a model: {why}") from error
+
+
+def refuse_adapter(option: str, path: str) -> None:
+    """Raises UserError for a folder with an adapter: transformers would take the base that the adapter names."""
+    file = Path(path).expanduser() / "adapter_config.json"
+    if file.is_file():
+        try:
+            base = json.loads(file.read_text()).get("base_model_name_or_path")
+        except (ValueError, AttributeError):
+            base = None
+        raise UserError(
+            f"{option}={path} holds an adapter of {base or 'another model'}, no whole model; merge it into its "
+            "base (merge_and_unload of peft) and save that, or remove adapter_config.json where it is merged already"
+        )
+
+
+def refuse_quantized(option: str, path: str, model: Any) -> None:
+    """Raises UserError for quantized weights: the learner's are whole, and the sampler's must be the same."""
+    settings = getattr(model, "quantization_config", None)
+    if settings:
+        how = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise UserError(
+            f"{option}={path} is quantized ({how or 'by its quantization_config'}); only whole weights are trained; "
+            "give the model that it was made from"
+        )
 
 
 def check_critic(config: Config) -> None:
@@ -262,7 +288,9 @@ def check_critic(config: Config) -> None:
     Raises UserError.
     """
     assert config.critic.path is not None
+    refuse_adapter("critic.path", config.critic.path)
     critic = read_config(config, "critic.path", config.critic.path)
+    refuse_quantized("critic.path", config.critic.path, critic)
     policy = read_config(config, "model.path", config.model.path)
     if critic.vocab_size != policy.vocab_size:
         raise UserError(
@@ -288,9 +316,15 @@ def check_weights(folder: Path, option: str = "model.path") -> None:
     for name in names:
         file = folder / name
         if not file.is_file():
+            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
             raise UserError(
                 f"{option}: {file} does not exist; weights are read from safetensors only"
                 + (f", and {index.name} lists {len(names)} files of them" if len(names) > 1 else "")
+                + (
+                    f", and {', '.join(others[:3])} is none; transformers' save_pretrained writes them"
+                    if others
+                    else ""
+                )
             )
         try:
             with safe_open(file, "pt"):

@@ -394,3 +394,45 @@ def test_the_ids_of_the_first_prompt_are_shown_when_asked_for(
         f"ids        {list(prompt.token_ids)}",
     )
     assert make_parser().parse_args(["check", "recipe.yaml", "--ids"]).ids
+
+
+def test_an_adapter_is_no_model(make_model: Callable[..., Path], make_recipe: Callable[..., Path]) -> None:
+    """Beside weights, too: with peft, transformers loads the base that the adapter names, and vLLM does not."""
+    folder = make_model("qwen2")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}')
+    config = module.load(make_recipe(folder))
+    with pytest.raises(UserError, match=r"^model\.path=.* holds an adapter of owner/base, no whole model"):
+        check_model(config)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds an adapter of owner/base"):
+        check_model(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized (gptq); only whole weights"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized (fp8)"),
+        ({"quantization_config": {"load_in_4bit": True}}, "is quantized (by its quantization_config)"),
+        ({"dtype": "auto"}, "its config.json is not that of a model"),
+    ],
+)
+def test_a_config_that_cannot_be_trained(
+    changes: dict[str, Any], words: str, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    folder = make_model("qwen2")
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(UserError) as caught:
+        check_model(module.load(make_recipe(folder)))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_form_are_named(make_model: Callable[..., Path], make_recipe: Callable[..., Path]) -> None:
+    folder = make_model("qwen2")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match=r"safetensors only, and pytorch_model\.bin is none; transformers' save_pretrained"
+    ):
+        check_model(module.load(make_recipe(folder)))
