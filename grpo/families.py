@@ -34,13 +34,6 @@ def refuse(config: Config, settings: Any) -> None:
     where = f"model.path: models whose config.json has model_type={own.model_type} cannot be trained"
     if own.model_type in REFUSED:
         raise UserError(f"{where}: {REFUSED[own.model_type]}")
-    quantized = getattr(settings, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        raise UserError(
-            f"model.path: config.json has a quantization_config (quant_method={getattr(method, 'value', method)}), and "
-            "only whole weights are trained; give the model that it was made from, or one converted to bfloat16"
-        )
     if own.model_type in BFLOAT16_ON_CPU and not config.on_gpu and config.model.dtype != "bfloat16":
         raise UserError(f"{where} in {config.model.dtype} on CPU; nearest: model.dtype=bfloat16")
     window = getattr(own, "sliding_window", None)
