@@ -35,16 +35,18 @@ import urllib3
 TRIED_AGAIN = (429, 502, 503, 504)
 LONGEST = 1 << 20
 """Bytes of an answer."""
+NOT_COLUMNS = ("prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What style trl gives besides completions and the columns of the rows."""
 
 
-def remote(completions: Sequence[Any], **columns: Sequence[Any]) -> list[float | Exception | None]:
+def remote(completions: Sequence[Any], **columns: Any) -> list[float | Exception | None]:
     """What the service says of each completion; an exception in the place of what it could not judge.
 
     Raises ValueError where one of the variables is not what it must be.
     """
     url, headers, concurrency = _url(), _headers(), _count("REWARD_CONCURRENCY", 16, least=1)
     client = _client(concurrency, _count("REWARD_RETRIES", 3, least=0), _timeout_s())
-    columns.pop("prompts", None)
+    columns = {name: values for name, values in columns.items() if name not in NOT_COLUMNS}
     rows = [{name: values[i] for name, values in columns.items()} for i in range(len(completions))]
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     with ThreadPoolExecutor(concurrency) as threads:
