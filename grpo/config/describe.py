@@ -68,7 +68,7 @@ def options_text(asked: str = "") -> str:
     known = {plain(section.name): section.name for section in found}
     known |= {plain(o.name): o.name for s in found for o in s.options}
     known |= {o.name.rpartition(".")[2]: o.name for s in found for o in s.options}
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {known[near[0]]}?" if near else f"sections: {', '.join(s.name for s in found)}"
     raise UserError(f"no section and no option is called {asked}; {hint}")
 
