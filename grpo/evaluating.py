@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -196,7 +197,7 @@ def sample_set(
             settings=engines.eval_settings(config, plan.end_token_ids),
             samples_per_prompt=each,
             seed_of=lambda prompt, index: eval_seed(config, prompt, index),
-            decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
+            decode=functools.partial(data.completion_texts, plan.tokenizer),
             moment=Moment(),
             reward_timeout_s=config.cluster.step_timeout_s,
             when_scored=keep,

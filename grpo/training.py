@@ -234,7 +234,7 @@ def loop_of(
     plan: Any, resumed: Any, group: Any, scorer: Any, timeline: Any, folder: Any, console: Any, stopper: Stopper
 ) -> Any:
     """The loop's parts."""
-    from grpo import driver, engines  # noqa: PLC0415
+    from grpo import data, driver, engines  # noqa: PLC0415
     from grpo.health import Health  # noqa: PLC0415
     from grpo.timeline import TimedScorer  # noqa: PLC0415
 
@@ -247,7 +247,7 @@ def loop_of(
         timeline=timeline,
         folder=folder,
         reporter=console,
-        decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
+        decode=functools.partial(data.completion_texts, plan.tokenizer),
         train_settings=engines.train_settings(plan.config, plan.end_token_ids),
         eval_settings=engines.eval_settings(plan.config, plan.end_token_ids),
         progress=resumed.progress,

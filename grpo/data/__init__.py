@@ -3,6 +3,7 @@
     read_set        a data set's options -> PromptSet   read, mapped, filtered, tokenized once
     read_rows       path or hub id   -> list[Row]       every row parsed, none skipped
     load_tokenizer  model path       -> tokenizer
+    completion_texts  ids            -> texts           as rewards read them
     make_prompts    rows             -> PromptSet       tokenized once, length-checked
     Cursor          number of prompts -> endless shuffled stream of their indices, resumable
     MixedCursor     several data sets -> the same, dealt by their weights
@@ -23,13 +24,14 @@ from grpo.data.prompts import PromptSet, fingerprint, make_prompts, shown
 from grpo.data.rows import Row, dataset_name, read_rows
 from grpo.data.sets import limited, read_set, without_overlaps
 from grpo.data.template import map_columns, render_template
-from grpo.data.tokenizer import end_token_ids, load_tokenizer
+from grpo.data.tokenizer import completion_texts, end_token_ids, load_tokenizer
 
 __all__ = [
     "Cursor",
     "MixedCursor",
     "PromptSet",
     "Row",
+    "completion_texts",
     "dataset_name",
     "disguise_of",
     "end_token_ids",

@@ -13,6 +13,8 @@ from grpo.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+"""What rewards read, and some tokenizers declare special."""
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -45,6 +47,23 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
 def _load(auto: Any, path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(path, trust_remote_code=trust_remote_code)
     return tokenizer
+
+
+def completion_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> list[str]:
+    """Decode completions without special tokens, but with `TAGS`: without `</think>` all would be unfinished."""
+    named, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
+    kept = {i: token.content for i, token in added.items() if token.content in TAGS and (token.special or i in named)}
+    if not kept:
+        return list(tokenizer.batch_decode(token_ids, skip_special_tokens=True))
+    texts = []
+    for ids in token_ids:
+        tags = [k for k, token_id in enumerate(ids) if token_id in kept]
+        starts, ends = [0, *(k + 1 for k in tags)], [*tags, len(ids)]
+        parts = tokenizer.batch_decode(
+            [list(ids[start:end]) for start, end in zip(starts, ends, strict=True)], skip_special_tokens=True
+        )
+        texts.append(parts[0] + "".join(kept[ids[k]] + part for k, part in zip(tags, parts[1:], strict=True)))
+    return texts
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str, extra: Sequence[int]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from documented import RECIPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import grpo.data.hub
 from grpo.check import check_model
@@ -29,6 +29,7 @@ from grpo.data import (
     Cursor,
     PromptSet,
     Row,
+    completion_texts,
     dataset_name,
     end_token_ids,
     fingerprint,
@@ -788,6 +789,28 @@ def test_fields_of_a_seed_do_not_run_into_each_other() -> None:
 def test_a_seed_stays_what_it_was() -> None:
     # printf '[7, 3, "x:0:abc", 2, 0]' | b2sum -l 64, halved: resumed runs depend on it
     assert sample_seed(7, 3, "x:0:abc", 2) == 0x5D7EC52635A75C25 >> 1
+
+
+# ------------------------------------------------------------------------------------------------- completions as text
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tags_that_rewards_read_stay_in_a_decoded_completion(special: bool) -> None:
+    """Others that the tokenizer declares special do not."""
+    tokenizer = char_tokenizer()
+    tokenizer.add_tokens([AddedToken(tag, special=special) for tag in ("<think>", "</think>")])
+    tokenizer.add_tokens([AddedToken("<tool>", special=True)])
+    opens, closes, tool = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<tool>"])
+    ids = [[opens, 2, closes, 3, tool, 4, 0], [2, closes], [closes], [3, 4, 0], []]
+    assert completion_texts(tokenizer, ids) == ["<think>1</think>23", "1</think>", "</think>", "23", ""]
+
+
+def test_a_tag_named_as_an_extra_special_token_stays() -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["</think>"]})
+    closes = tokenizer.convert_tokens_to_ids("</think>")
+    assert tokenizer.batch_decode([[2, closes, 3]], skip_special_tokens=True) == ["12"]
+    assert completion_texts(tokenizer, [[2, closes, 3, 0]]) == ["1</think>2"]
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole
