@@ -18,7 +18,7 @@ MAX_LENGTH = 1000
 MAX_DEPTH = 50
 """Parentheses and signs in one another."""
 
-SIGNS = str.maketrans("\u00d7\u00b7\u00f7\u2212", "**/-")
+SIGNS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("\u00d7\u00b7\u00f7\u2212", "**/-")
 TOKEN = re.compile(r"\s*(?:(\d{1,20})(?![\d.])|([-+*/()=]))", re.ASCII)
 
 
@@ -44,6 +44,11 @@ def countdown(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] |
     except (SyntaxError, ZeroDivisionError):
         return 0.0
     return 1.0 if not rest and result == target else 0.0
+
+
+def countdown_unclosed(completion: str, row: Mapping[str, Any]) -> float:
+    """The same for models that never close their thinking: where there is no `</think>`, all of it is read."""
+    return countdown(completion.replace("<think>", ""), row)
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:

@@ -7,12 +7,14 @@ format is judged by it alone. `####` before anything but a number is a heading, 
 `#### 5 or 6`, is no answer.
 
 How it is compared: as rational numbers, `1,234.50` = `1234.5`, `3/4` = `0.75`, `2e3` = `2000`. Currency and per
-cent signs, commas between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5.
+cent signs, commas between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5. Digits of other
+scripts and full-width signs are read as those of ASCII, and `3,5` as 3.5.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -23,13 +25,16 @@ GOLD = True
 MAX_DIGITS = 100
 """Characters of a number; a longer one is a wrong answer, as is an exponent of more than two digits."""
 
+SIGNS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("\u2212٫٬٪", "-.,%")
+"""Signs as Chinese, Japanese and Arabic write them."""
+DECIMAL_COMMA = re.compile(r"(?<![\d.,])(0|\d{1,20}(?=,\d{1,2}(?!\d))),(\d{1,20})(?![\d,])", re.A)
 EXPONENT = r"[eE][+-]?\d+"
 NUMBER = (
     r"(?:-[$€£]?|[$€£]\s?-?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?"
     rf"(?:\.\d+(?:{EXPONENT})?|(?<=\d)(?:\s?/\s?\d+|{EXPONENT})?)"
 )
 MARKED = re.compile(rf"####[\s*]*({NUMBER})(.*)")
-LAST = re.compile(rf"(?<![\w.)])(?:{NUMBER})")
+LAST = re.compile(rf"(?<![A-Za-zÀ-ɏ\d_.)])(?:{NUMBER})")
 BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 
@@ -48,8 +53,13 @@ def gsm8k(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | Non
     gold = value(str(answer).rpartition("####")[2].strip().rstrip(" \t\r\n%."))
     if gold is None:
         raise ValueError(f"the gold answer {answer!r} is no number")
-    text = behind_reasoning(completion, info)
-    return 1.0 if final_number(text.replace("\u2212", "-")) == gold else 0.0
+    text = in_ascii(behind_reasoning(completion, info))
+    return 1.0 if final_number(DECIMAL_COMMA.sub(r"\1.\2", text)) == gold else 0.0
+
+
+def gsm8k_unclosed(completion: str, row: Mapping[str, Any]) -> float:
+    """The same for models that never close their thinking: where there is no `</think>`, all of it is read."""
+    return gsm8k(completion.replace("<think>", ""), row)
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
@@ -60,6 +70,13 @@ def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
     begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
     text = completion.rpartition("</think>")[2]
     return "" if begun or "<think>" in text else text
+
+
+def in_ascii(text: str) -> str:
+    """`text` with the digits of all scripts, and full-width signs, as those of ASCII."""
+    if text.isascii():
+        return text
+    return re.sub(r"(?![0-9])\d", lambda digit: str(unicodedata.decimal(digit[0])), text.translate(SIGNS))
 
 
 def final_number(text: str) -> Fraction | None:
