@@ -26,6 +26,8 @@ from typing import Any
 GOLD = True
 """It compares with the row's gold answer, which is tried before a run."""
 
+MAX_TAIL = 20_000
+"""Characters at the end whose sentences are read."""
 MAX_SENTENCE = 500
 """Characters at the end of a sentence, or behind it, that are read."""
 MARKUP = re.compile(r"\\(?:text|math)[a-z]*|[*${}\\]")
@@ -52,7 +54,7 @@ OPTION = (
 FILL = (
     rf"(?:(?<![{LATIN}])(?:the|my|our|option|choice|letter|answer|statement|one|correct|right|best|final|most|likely|true"
     r"|appropriate|accurate|therefore|thus|then|hence|so|clearly|definitely|indeed|that|which|to|of|for|this|question"
-    r"|problem|given|is|was|be|would|must|should|will|has|just|simply|only|with|fits|works|matches|applies"
+    r"|problem|given|is|was|be|would|must|should|will|has|just|simply|only|with|fits|works|matches|applies|makes|sense"
     r"|la|el|los|opción|opcion|letra|correcta|correcto|es|sería|respuesta|alternativa|le|lettre|bonne|réponse|correcte"
     r"|est|donc|finale|proposition|die|der|das|richtige|antwort|korrekte|ist|lautet|also|buchstabe|a|opção|é|correta|certa"
     r"|lettera|opzione|corretta|giusta|è|là|phương|án|đáp|đúng|câu|seçenek|şıkkı|doğru|adalah|yang|benar|opsi|pilihan"
@@ -99,7 +101,8 @@ NOT_BUT = (
 CHOICES = tuple(re.compile(pattern, re.I) for pattern in (
     rf"(?:{NOUN}|{OPTION})(?P<gap>{FILL}{{0,24}}){NAMED}",
     rf"{NOUN}{FILL}{{0,24}}{NAMED}{END}",
-    rf"(?<!不){VERB}{FILL}{{0,12}}{NAMED}",
+    rf"(?<!不){VERB}{FILL}{{0,12}}{NAMED}(?!\s+(?:such|to|on|from|so|where|with|in|between|as\s+(?:the|an?))\b)",
+    rf"\b(?:matches|corresponds\s+to)\s+{FILL}{{0,12}}{NAMED}{END}",
     rf"{CLAUSE}[\s(\"'“]*{NAMED}\s*{RIGHT}",
     rf"\bmakes\s+(?:{OPTION}\s*)?{NAMED}\s+the\s+(?:correct|right|best)\b",
     rf"{OPTION}\s*{NAMED}\s*:[^.;:]{{1,60}}\sis\s+(?:the\s+)?(?:correct|right|best)\b",
@@ -135,6 +138,7 @@ SENTENCE_END = re.compile(r"[\n。！!?؟।;]+|\.(?=\s)")
 HEADING = re.compile(rf"({NOUN})\s*:?\s*\n\s*", re.I)
 OPENING = re.compile(
     rf"(?:(?i:{OPTION}) ?)?{LETTER}\s*(?:[.:。、](?=\s|$|[\u3040-\u9fff])|(?<=\))|$|(?<=\s)[-–—]\s(?=\w{{2}})){HEDGE}"
+    r"(?!\W*(?i:(?:is\s+)?(?:not|wrong|incorrect|false|untrue))\b)"
 )
 OPTIONS = re.compile(r"^ *(?:(?:Option|Choice) )?\(?([A-Z])[.:)](?!\S)", re.M)
 
@@ -188,7 +192,8 @@ def chosen(text: str) -> str | None:
         return bracketed[-1] if len({*bracketed}) == 1 else None
     text = re.sub(r"(?<!\w)\[([A-Z])\]", r"(\1)", text)
     text = HEADING.sub(r"\1: ", re.sub(r"[ \t\u3000]+", " ", plain(text)))
-    ends = [0, *(end.end() for end in SENTENCE_END.finditer(text)), len(text)]
+    begin = max(0, len(text) - MAX_TAIL)
+    ends = [begin, *(e.end() for e in SENTENCE_END.finditer(text, begin)), len(text)]
     for start, end in reversed([*itertools.pairwise(ends)]):
         letter = said(text, start, end)
         if letter is not None:
@@ -200,7 +205,10 @@ def chosen(text: str) -> str | None:
     listed = is_list(" ".join(options)) or is_list(" ".join(labels))
     if opening and not is_list(lines[0]) and not listed:
         return opening[1]
-    last = re.fullmatch(rf"(?:(?i:{OPTION}) ?)?{LETTER}\.?", lines[-1].strip()) if lines else None
+    alone = [re.fullmatch(rf"(?:(?i:{OPTION}) ?)?{LETTER}\.?", line.strip()) for line in (lines[:2] + lines[-1:])]
+    if alone and alone[0] and not alone[1] and not alone[2] and not lines[1].strip()[0].islower() and not listed:
+        return alone[0][1]  # of which the lines behind it say why
+    last = alone[-1] if lines else None
     return last[1] if last and not is_list(" ".join(lines[-2:])) else None
 
 
