@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,4 +50,10 @@ def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> N
         raise UserError(f"model.path={config.model.path}: vLLM cannot be asked whether it serves it: {last}")
     objection = json.loads(done.stdout.splitlines()[-1])
     if objection is not None:
-        raise UserError(str(objection))
+        raise UserError(with_cause(str(objection), done.stdout + done.stderr))
+
+
+def with_cause(objection: str, log: str) -> str:
+    """What vLLM objects, and where it only points to its log, the last error there."""
+    errors = re.findall(r"\b(\w+Error: .+)", log)
+    return f"{objection}: {errors[-1].strip()}" if "check the logs" in objection and errors else objection

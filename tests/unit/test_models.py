@@ -13,7 +13,7 @@ from grpo import config as module
 from grpo import families
 from grpo.check import read_config
 from grpo.config import Config
-from grpo.models import check_served, check_trained
+from grpo.models import check_served, check_trained, with_cause
 from grpo.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,13 @@ def test_vllm_is_asked_about_what_tests_have_not_seen(configured: Callable[..., 
         check_served(configured("sampler.engine={max_logprob: 3}"), settings, said.append)
     [line] = said
     assert line.startswith("asking vLLM whether it can serve")
+
+
+def test_where_vllm_points_to_its_log_the_error_is_taken_from_there() -> None:
+    log = "ERROR [registry.py] ValueError: first\nERROR [registry.py] ModuleNotFoundError: No module named 'x'\nend\n"
+    pointing = "vLLM cannot serve it: failed to be inspected. Please check the logs for more details"
+    assert with_cause(pointing, log) == f"{pointing}: ModuleNotFoundError: No module named 'x'"
+    assert with_cause("vLLM cannot serve it: no", log) == "vLLM cannot serve it: no"
 
 
 @pytest.mark.parametrize("name", sorted({*families.TRAINED, *families.REFUSED}))
