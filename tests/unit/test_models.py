@@ -26,10 +26,12 @@ def configured(make_recipe: Callable[..., Path], make_model: Callable[..., Path]
     return lambda *overrides: module.load(recipe, overrides)
 
 
-def test_refused_families_are_refused_by_name(configured: Callable[..., Config]) -> None:
-    assert families.REFUSED
-    for family, why in families.REFUSED.items():
-        with pytest.raises(UserError, match=rf"config\.json has model_type={family} cannot be trained: ") as refusal:
+def test_families_that_fail_on_cpu_are_refused_by_name(configured: Callable[..., Config]) -> None:
+    assert families.REFUSED_ON_CPU
+    for family, why in families.REFUSED_ON_CPU.items():
+        with pytest.raises(
+            UserError, match=rf"config\.json has model_type={family} cannot be trained on CPU: "
+        ) as refusal:
             check_trained(configured(), tiny.settings_of(family, 13), print)
         assert why in str(refusal.value)
 
@@ -78,7 +80,7 @@ def test_where_vllm_points_to_its_log_the_error_is_taken_from_there() -> None:
     assert with_cause("vLLM cannot serve it: no", log) == "vLLM cannot serve it: no"
 
 
-@pytest.mark.parametrize("name", sorted({*families.TRAINED, *families.REFUSED}))
+@pytest.mark.parametrize("name", sorted({*families.TRAINED, *families.REFUSED_ON_CPU}))
 def test_the_documentation_has_every_family(name: str) -> None:
     trained, refused = (ROOT / "docs" / "families.md").read_text().split("## Refused")
     assert f"`{name}`" in (trained if name in families.TRAINED else refused)
