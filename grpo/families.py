@@ -11,7 +11,12 @@ from typing import Any
 from grpo.config import Config
 from grpo.types import UserError
 
-TRAINED = frozenset({"cohere", "gemma2", "gemma3_text", "granite", "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe"})
+TRAINED = frozenset(
+    {
+        "cohere", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3",
+        "qwen3_moe",
+    }
+)  # fmt: skip
 """Two steps of a tiny model of each are trained by tests/integration/test_families.py, with logprobs of sampler and
 learner apart by rounding alone."""
 

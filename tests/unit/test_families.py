@@ -118,7 +118,8 @@ def test_the_saved_config_is_the_models_own(family: str, make_family: Callable[.
         ("cohere", "logit_scale"),
         ("gemma2", "final_logit_softcapping"), ("gemma2", "attn_logit_softcapping"), ("gemma2", "sliding_window"),
         ("gemma3_text", "final_logit_softcapping"), ("gemma3_text", "sliding_window"),
-        ("granite", "logits_scaling"), ("mistral", "sliding_window"),
+        ("granite", "logits_scaling"), ("mistral", "sliding_window"), ("mixtral", "sliding_window"),
+        ("phi3", "sliding_window"),
         ("vaultgemma", "final_logit_softcapping"), ("vaultgemma", "attn_logit_softcapping"),
     ],
 )  # fmt: skip
