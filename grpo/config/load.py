@@ -146,10 +146,9 @@ def _listed(tree: DictConfig) -> DictConfig:
 def _override(tree: DictConfig, text: str) -> DictConfig:
     key, equals, raw = text.partition("=")
     key = key.lstrip("+")  # Hydra's sign of a new option
-    if not equals and (said := aliases.meaning(key, _own_names())):
-        raise UserError(f"override {text!r} is not of the form section.option=value; {said}")
     if not equals or not re.fullmatch(r"[\w.\[\]]+", key):
-        raise UserError(f"override {text!r} is not of the form section.option=value")
+        said = aliases.answer(key, raw, _own_names()) if equals else aliases.meaning(key, _own_names())
+        raise UserError(f"override {text!r} is not of the form section.option=value" + (f"; {said}" if said else ""))
     bracketed = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
     index = re.match(r"([\w.]+)\[(\d+)\]", bracketed)
     if index and _item_class(_kind(index[1])):
@@ -283,6 +282,10 @@ def _check_texts(value: Any, kind: Any, name: str, source: str) -> None:
     """What is a text must be written as one: numbers would be turned into texts without a word."""
     if kind is str and not isinstance(value, str):
         raise UserError(f"{source}: {name} must be a string, not {value!r}")
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        for i, item in enumerate(value):
+            if isinstance(item, list | dict):
+                raise UserError(f"{source}: {name}[{i}] must be a single value, not {item!r}")
     if kind == dict[str, str] and isinstance(value, dict):
         for key, text in value.items():
             _check_texts(text, str, f"{name}.{key}", source)

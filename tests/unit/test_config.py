@@ -180,6 +180,8 @@ def test_data_sets_are_lists_and_a_path_is_the_list_of_one(recipe: Path) -> None
         ("rewards[3].weight=1", "the recipe has 1 rewards, counted from 0"),
         ("optimizer.betas=[0.9]", "optimizer.betas must be of type tuple[float, float], not [0.9]"),
         ("data.eval.every=often", "data.eval.every must be of type int, not 'often'"),
+        ("optimizer.betas=[0.9,[0.95]]", "optimizer.betas[1] must be a single value, not [0.95]"),
+        ("sampling.stop=[a,{b: c}]", "sampling.stop[1] must be a single value, not {'b': 'c'}"),
         ("algorithm.loss=ppo", "not 'ppo'; did you mean ppo_clip?"),
         ("algorithm.aggregation=token-mean", "did you mean token_mean?"),
     ],

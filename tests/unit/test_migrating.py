@@ -101,6 +101,10 @@ def test_the_answer_is_our_option_with_its_value(given: str, here: str, tmp_path
         ("loss=ppo_clip", "unknown option loss; did you mean algorithm.loss?"),  # it is ours
         ("num_generation=8", "did you mean num_generations (TRL): here algorithm.group_size?"),
         ("num_generations", "num_generations (TRL): here algorithm.group_size"),
+        (
+            "learning-rate=0.5",
+            "section.option=value; learning_rate=0.5 (TRL, OpenRLHF, open-instruct): here optimizer.lr=0.5",
+        ),
         ("optimizer.beta=0.9", "unknown option optimizer.beta; did you mean optimizer.betas?"),  # nearer than TRL's
         ("algorithm.loss=luspo", "luspo (TRL): not supported, because no loss"),
     ],
