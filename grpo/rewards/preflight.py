@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from grpo.columns import hint, render
+from grpo.columns import hint, line, nested, render
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
@@ -290,7 +290,8 @@ def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsample
         scored = scored or any(isinstance(o, Scored) for o in outcomes)
         abstained = abstained or any(isinstance(o, Failed) and o.kind == "abstained" for o in outcomes)
         if failures:
-            failed.append(f"{prompt.where}: {failures[0].kind}: {failures[0].detail}")
+            detail = failures[0].detail
+            failed.append(f"{prompt.where}: {failures[0].kind}: {detail}{nested_hint(detail, prompt.row)}")
         if failures and all(f.kind == "timeout" for f in failures):  # waiting as long on every row tells no more
             break
     if failed and not (scored or abstained):
@@ -300,6 +301,13 @@ def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsample
     if not scored:
         return f"warning: it returned None (abstained) on each of the {tried} rows tried"
     return f"ran on {tried} rows"
+
+
+def nested_hint(detail: str, row: Mapping[str, object]) -> str:
+    """Return the line that makes a column of what a function has not found, where it is inside another."""
+    missing = re.search(r"KeyError\b[^']*'([^']+)'", detail)
+    path = nested(missing[1], row) if missing else None
+    return f"; it is inside another: {line(missing[1], path)}" if missing and path else ""
 
 
 def run_on_gold(

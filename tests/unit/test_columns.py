@@ -15,7 +15,7 @@ from grpo.columns import hint, nested
 from grpo.config import TrainSetConfig
 from grpo.data import Row, map_columns
 from grpo.data.template import render_template
-from grpo.rewards.preflight import gold_text
+from grpo.rewards.preflight import gold_text, nested_hint
 from grpo.types import Prompt, UserError
 
 VERL: dict[str, Any] = {
@@ -96,6 +96,17 @@ def test_named_parts_are_not_written_as_python(template: str, line: dict[str, st
     assert proposed(str(caught.value)) == line
     [made] = map_columns([row], line, option="data.train[0]")
     assert render_template(template, made, option="data.template") == written
+
+
+def test_a_reward_that_misses_a_nested_column_is_told_the_line() -> None:
+    """In the words of Python, and in those of the graders here."""
+    for detail in (
+        "polite: KeyError: 'ground_truth' at polite.py:3",
+        "math_answer: KeyError: \"the row has no column 'ground_truth', only ['prompt']\" at math_answer.py:87",
+    ):
+        assert proposed(nested_hint(detail, VERL)) == {"ground_truth": "{reward_model[ground_truth]}"}
+    for detail in ("KeyError: 'JUDGE_KEY'", "KeyError: 'data_source'", "ValueError: 'ground_truth'"):
+        assert nested_hint(detail, VERL) == ""
 
 
 def test_lists_of_numbers_are_written() -> None:
