@@ -137,6 +137,8 @@ class DataConfig:
     """First turn of a chat prompt."""
     messages_column: str | None = None
     """With `style: chat`, take the turns from this column instead of the template."""
+    date: str | None = None
+    """Day, as 2026-01-31, for a chat template that writes today's: it would make other prompts tomorrow."""
     answer_column: str = "answer"
     """Where the gold answer is found when rewards are tried out."""
     gold_template: str = "{answer}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from datetime import date
 
 from grpo.config.rules import inert, need
 from grpo.config.schema import (
@@ -26,6 +27,8 @@ def validate_data(c: Config) -> None:
         c.data.system_prompt is None or (c.data.style == "chat" and c.data.messages_column is None),
         "data.system_prompt has no effect without data.style=chat or when data.messages_column gives the turns",
     )
+    need(c.data.date is None or c.data.style == "chat", "data.date has no effect without data.style=chat; leave it out")
+    need(c.data.date is None or _is_day(c.data.date), f"data.date={c.data.date} must be a day as in 2026-01-31")
     validate_gold(c)
     need(len(c.data.train) > 0, "data.train is empty: give at least one data set, as a path or {path: train.jsonl}")
     for option, sets in (("data.train", c.data.train), ("data.eval.sets", c.data.eval.sets)):
@@ -37,6 +40,13 @@ def validate_data(c: Config) -> None:
         inert(c.data, DataConfig(), ("contaminated", "overlap_ngram"), "data.", without)
         names = tuple(f.name for f in dataclasses.fields(EvalConfig) if f.name != "sets")
         inert(c.data.eval, EvalConfig(), names, "data.eval.", without)
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def validate_gold(c: Config) -> None:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -58,9 +59,10 @@ def make_prompts(
     """
     if not rows:
         raise UserError(f"{option}: there are no rows")
+    _refuse_pictures(rows, option)
     if data.style == "chat":
         turns: list[Messages | None] = [_messages(row, data, option) for row in rows]
-        texts = _apply_chat_template(rows, turns, tokenizer, option)
+        texts = _apply_chat_template(rows, turns, data, tokenizer, option)
         token_ids = _encode(tokenizer, rows, texts, option, add_special_tokens=False)
     else:
         turns = [None] * len(rows)
@@ -158,19 +160,65 @@ def _messages(row: Row, data: DataConfig, option: str) -> Messages:
     return tuple(out)
 
 
+def _refuse_pictures(rows: Sequence[Row], option: str) -> None:
+    """Images and sound are bytes, or what `datasets` has decoded of them; a run shows text alone."""
+    for row in rows:
+        for column, value in row.values.items():
+            if _holds_bytes(value):
+                raise UserError(
+                    f"{option}: {row.where}: column {column!r} holds bytes or an image, and prompts are text; to "
+                    f"train on the text alone, empty it: {option}.columns.{column}="
+                )
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, Mapping | list):
+        return any(_holds_bytes(part) for part in (value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, bytes | bytearray) or type(value).__module__.split(".")[0] in ("PIL", "torchcodec")
+
+
 def _apply_chat_template(
-    rows: Sequence[Row], turns: Sequence[Messages | None], tokenizer: PreTrainedTokenizerBase, option: str
+    rows: Sequence[Row],
+    turns: Sequence[Messages | None],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
 ) -> list[str]:
     if not tokenizer.chat_template:
         raise UserError("data.style=chat needs a tokenizer with a chat template, and this one has none; use template")
+    asked = list[str]()
+
+    def today(form: str) -> str:
+        """Stands in for the clock that templates may ask."""
+        asked.append(form)
+        return datetime.fromisoformat(data.date or "2000-01-01").strftime(form)
+
     texts = []
     for row, messages in zip(rows, turns, strict=True):
         chat: Any = [dict(turn) for turn in messages or ()]
         try:
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            text = str(
+                tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, strftime_now=today)
+            )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise UserError(f"{option}: {row.where}: the chat template refuses the turns: {one_line(error)}") from error
-        texts.append(str(text))
+        for turn in messages or ():
+            content = turn["content"]
+            if turn["role"] == "assistant":  # templates take the reasoning out of earlier answers
+                content = content.rpartition("</think>")[2]
+            if content.strip() not in text:
+                raise UserError(
+                    f"{option}: {row.where}: the chat template leaves out the {turn['role']} turn {content[:60]!r}; "
+                    "write it into a turn that it keeps"
+                )
+        texts.append(text)
+    if asked and data.date is None:
+        raise UserError(
+            "model.path: the chat template writes today's date, so the prompts would be others tomorrow, and a resumed "
+            f"run would be another; give a day to write: data.date={datetime.now().date()}"
+        )
+    if data.date is not None and not asked:
+        raise UserError(f"data.date={data.date} has no effect: the chat template writes no date; leave it out")
     return texts
 
 

@@ -143,6 +143,7 @@ def test_data_sets_are_lists_and_a_path_is_the_list_of_one(recipe: Path) -> None
         ("cluster.device=cuda", "cluster.device"),
         ("data.eval.every=5", "data.eval.every=5 has no effect without data.eval.sets"),
         ("data.system_prompt=hi", "data.system_prompt has no effect"),
+        ("data.date=2024-07-26", "data.date has no effect without data.style=chat"),
         ("algorithm.importance_high=0.5", "must lie on either side of 1"),
         ("algorithm.rejection_low=1.5", "must lie on either side of 1"),
         ("algorithm.dual_clip=0.5", "algorithm.dual_clip must be above 1"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from documented import RECIPES
 from hypothesis import given, settings
@@ -639,11 +640,58 @@ def test_chat_templates_that_are_missing_or_refuse() -> None:
     )
     with refused("data.train: x.jsonl:1: the chat template refuses the turns: no system"):
         prompts_of(rows_of({"q": "a"}), bos_tokenizer(chat_template=picky), style="chat", system_prompt="b")
-    with refused("x.jsonl:1: the prompt '' has no tokens"):
+    with refused("x.jsonl:1: the chat template leaves out the user turn 'a'"):
         prompts_of(rows_of({"q": "a"}), bos_tokenizer(chat_template="{{ '' }}"), style="chat")
 
 
 # -------------------------------------------------------------------------------------------------------------- length
+
+
+def test_a_turn_that_the_template_leaves_out_is_refused() -> None:
+    users = bos_tokenizer(
+        chat_template="{% for m in messages if m.role == 'user' %}{{ m.content | trim }}{% endfor %}<a>"
+    )
+    with refused("data.train: x.jsonl:1: the chat template leaves out the system turn 'ca'"):
+        prompts_of(rows_of({"q": "b"}), users, style="chat", system_prompt="ca")
+    assert prompts_of(rows_of({"q": " b\n"}), users, style="chat").prompts[0].text == "b<a>"
+    shots = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>c</think>b"},
+        {"role": "user", "content": "c"},
+    ]
+    strips = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}<a>"
+    out = prompts_of(rows_of({"m": shots}), bos_tokenizer(chat_template=strips), style="chat", messages_column="m")
+    assert out.prompts[0].text == "abc<a>"
+    last = bos_tokenizer(chat_template="{{ messages[-1].content }}<a>")
+    with refused("leaves out the user turn 'bb'"):
+        prompts_of(
+            rows_of({"m": [{"role": "user", "content": "bb"}, shots[2]]}), last, style="chat", messages_column="m"
+        )
+
+
+def test_a_template_that_writes_today_is_given_a_day() -> None:
+    template = "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{% endfor %}<a>"
+    dated = bos_tokenizer(chat_template=template)
+    with refused("model.path: the chat template writes today's date", "data.date=20"):
+        prompts_of(rows_of({"q": "b"}), dated, style="chat")
+    assert prompts_of(rows_of({"q": "b"}), dated, style="chat", date="2024-07-26").prompts[0].text == "26 Jul 2024 b<a>"
+    with refused("data.date=2024-07-26 has no effect: the chat template writes no date"):
+        prompts_of(rows_of({"q": "b"}), bos_tokenizer(chat_template=CHATML), style="chat", date="2024-07-26")
+
+
+def test_images_are_refused() -> None:
+    """As parquet gives them and as `datasets` does; the text beside them would be asked without what it is about."""
+    picture = PIL.Image.new("RGB", (1, 1))
+    for value in (
+        b"\x89PNG",
+        {"bytes": b"\x89PNG", "path": None},
+        [{"bytes": b"", "path": "a.png"}],
+        picture,
+        [picture],
+    ):
+        with refused("data.train: x.jsonl:2: column 'images' holds bytes or an image", "data.train.columns.images="):
+            prompts_of(rows_of({"q": "1", "images": []}, {"q": "2", "images": value}), char_tokenizer())
+    assert len(prompts_of(rows_of({"q": "1", "images": ""}, {"q": "2", "images": None}), char_tokenizer()).prompts) == 2
 
 
 def test_long_prompts_are_refused_with_the_list_and_the_limit_that_holds() -> None:
