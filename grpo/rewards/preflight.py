@@ -228,6 +228,7 @@ def try_golds(
             for label, some in own.items():
                 where = f"rewards[{i}]: {name} on {label}"
                 tried = evenly_spread(some, MAX_GOLDS)
+                refuse_unfit_answers(tried, where, i, gold_template, answer_column)
                 texts = (gold_text(prompt, where, gold_template, answer_column) for prompt in tried)
                 unread = _golds_without_reward(pool, where, i, tried, texts, unsampled, say)
                 said = f"{len(tried) - len(unread)} of {len(tried)} gold answers score above 0"
@@ -238,6 +239,26 @@ def try_golds(
                     said = f"warning: {said}; not those of {', '.join(unread[:SHOWN])}{more}"
                 lines.append(f"{name} on {label}: {said}")
     return lines
+
+
+def refuse_unfit_answers(prompts: Sequence[Prompt], where: str, i: int, gold_template: str, answer_column: str) -> None:
+    """An empty answer is what an empty completion gives, and a list or mapping would be written as Python.
+
+    Raises UserError naming the first rows.
+    """
+    answers = {prompt.where: prompt.row.get(answer_column) for prompt in prompts}
+    empty = [
+        f"{place}: it is empty" for place, answer in answers.items() if answer is not None and not str(answer).strip()
+    ]
+    if empty:
+        raise UserError(unreadable(where, i, empty[:SHOWN_BROKEN]))
+    for place, answer in answers.items():
+        if isinstance(answer, list | Mapping) and f"{{{answer_column}}}" in gold_template:
+            raise UserError(
+                f"{where}: the answer of {place} is {answer!r:.80}, which data.gold_template={gold_template!r} would "
+                f"write as Python; name a part of it: data.gold_template='{{{answer_column}[0]}}', or go on without: "
+                f"rewards.{i}.gold=false"
+            )
 
 
 def _golds_without_reward(

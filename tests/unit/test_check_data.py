@@ -436,3 +436,21 @@ def test_weights_of_another_form_are_named(make_model: Callable[..., Path], make
         UserError, match=r"safetensors only, and pytorch_model\.bin is none; transformers' save_pretrained"
     ):
         check_model(module.load(make_recipe(folder)))
+
+
+def test_gold_answers_that_are_none(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    """An empty answer equals an empty completion, so the gold answer scored 1; the first eight rows say nothing."""
+    reward = tmp_path / "same.py"
+    reward.write_text("def same(completion, row): return float(completion == str(row['answer']))")
+    one = ("data.train=DIR/a.jsonl", f"rewards.0.file={reward}")
+    for blank in ("", " \n"):
+        with pytest.raises(
+            UserError, match=r"cannot read the gold answer of a\.jsonl:31: it is empty; mend the data, or"
+        ):
+            planned(*one, a=[*sums(10, 40), {"question": "1+1", "answer": blank}])
+    lists = [{**row, "answer": [row["answer"]]} for row in sums(10, 40)]
+    with pytest.raises(
+        UserError, match=r"the answer of a\.jsonl:1 is \['12'\], which .* would write as Python; name a part"
+    ):
+        planned(*one, a=lists)
+    planned(*one, "rewards.0.gold=false", a=lists)
