@@ -38,9 +38,10 @@ def choose(config: Config, recipe: str) -> Path:
     """The folder of this run, absolute and not yet made: a name given by the user must be free, the recipe's own gets
     a number.
 
-    Raises UserError when `run.name` is taken.
+    Raises UserError when `run.name` is taken, or no folder can be made there.
     """
     root = Path(config.run.dir).expanduser().resolve()
+    _refuse_unwritable(config, root)
     if config.run.name is not None:
         folder = root / config.run.name
         if folder.exists():
@@ -51,6 +52,21 @@ def choose(config: Config, recipe: str) -> Path:
     while (root / (stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1
     return root / (stem if number == 1 else f"{stem}-{number}")
+
+
+def _refuse_unwritable(config: Config, root: Path) -> None:
+    """Raises UserError when a folder in `root`, which need not be there yet, cannot be made."""
+    above = root
+    while not above.exists():
+        above = above.parent
+    made = f"run.dir={config.run.dir}: {root} cannot be made"
+    if not above.is_dir():
+        raise UserError(f"{made}: Not a directory: {above}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{made}: {above} cannot be written to")
+    longest = os.pathconf(above, "PC_NAME_MAX")
+    if len(os.fsencode(config.run.name or "")) > longest:
+        raise UserError(f"run.name={config.run.name} is longer than the {longest} bytes that a folder's name may have")
 
 
 def create(config: Config, recipe: str) -> RunFolder:

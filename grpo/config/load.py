@@ -82,11 +82,14 @@ def _read(path: Path) -> DictConfig:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"recipe {path} does not exist{hint}")
+        raise UserError(f"recipe {path} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
     try:
         tree = OmegaConf.load(path)
     except Exception as error:  # yaml's error classes are many; each becomes the same sentence
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        tab = mark is not None and "\t" in path.read_text().split("\n")[mark.line][: mark.column + 1]
+        hint = "; the line is indented by a tab, where YAML takes spaces" if tab else ""
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}{hint}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} must be a mapping of sections: {', '.join(_names(Config))}")
     return _listed(tree)
@@ -280,6 +283,8 @@ def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
 
 def _check_texts(value: Any, kind: Any, name: str, source: str) -> None:
     """What is a text must be written as one: numbers would be turned into texts without a word."""
+    if kind == str | None and value is not None:
+        kind = str
     if kind is str and not isinstance(value, str):
         raise UserError(f"{source}: {name} must be a string, not {value!r}")
     if typing.get_origin(kind) is tuple and isinstance(value, list):

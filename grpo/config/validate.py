@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,14 @@ def _validate_rewards(c: Config) -> None:
             c.run.name not in ("", ".", "..") and "/" not in c.run.name and "\0" not in c.run.name,
             f"run.name={c.run.name} must be the name of a folder inside run.dir, without slashes; "
             f"nearest: run.name={Path(c.run.name).name or 'run'}",
+        )
+        need(c.run.name.isprintable(), f"run.name={c.run.name!r} must be printable: it is a folder's name")
+    for option, text in (("run.dir", c.run.dir), ("run.name", c.run.name or "")):
+        variable = re.search(r"\$(\w+)", text)
+        need(
+            variable is None,
+            f"{option}={text} has {variable and variable[0]}, which is not replaced here; write it in the recipe as "
+            f"${{oc.env:{variable and variable[1]}}}, or let the shell replace it",
         )
 
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grpo import config as module
 from grpo.config import Config, EvalSetConfig, TrainSetConfig, dump, load
@@ -299,6 +300,33 @@ def test_pairs_that_do_not_go_together(recipe: Path, overrides: list[str], words
 )
 def test_objectives_that_go_together(recipe: Path, overrides: list[str]) -> None:
     load(recipe, overrides)
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ("  name: no", "run.name must be a string, not False"),
+        ("  name: 007", "run.name must be a string, not 7"),
+        (
+            "  name: $USER",
+            "run.name=$USER has $USER, which is not replaced here; write it in the recipe as ${oc.env:USER}",
+        ),
+        ("  dir: $HOME/runs", "run.dir=$HOME/runs has $HOME, which is not replaced here"),
+        ('  name: "a\\nb"', "must be printable"),
+        ("\tname: a", "the line is indented by a tab, where YAML takes spaces"),
+    ],
+)
+def test_texts_that_yaml_or_a_shell_would_read_otherwise(recipe: Path, run: str, words: str) -> None:
+    tree = {section: value for section, value in yaml.safe_load(recipe.read_text()).items() if section != "run"}
+    recipe.write_text(f"{yaml.safe_dump(tree)}run:\n  steps: 1\n{run}\n")
+    assert words in refusal(recipe)
+
+
+def test_a_variable_in_an_override_is_not_replaced(recipe: Path) -> None:
+    assert "run.dir=$SCRATCH/runs has $SCRATCH, which is not replaced" in refusal(recipe, "run.dir=$SCRATCH/runs")
+    assert load(recipe, ["run.dir=a$/runs"]).run.dir == "a$/runs"
+    assert "recipe.yaml is a folder" not in refusal(recipe.parent / "none.yaml")
+    assert "is a folder" in refusal(recipe.parent)
 
 
 @pytest.mark.parametrize(

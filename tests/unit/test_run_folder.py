@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,6 +46,25 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match=r"run\.dir=.* cannot be made"):
         create(make_config(tmp_path), "r.yaml")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_it_is_needed(tmp_path: Path) -> None:
+    """By `choose`, which `grpo check` calls: nothing is made."""
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=rf"^run\.dir=.*/runs cannot be made: Not a directory: {tmp_path}/runs$"):
+        choose(make_config(tmp_path), "r.yaml")
+    (tmp_path / "runs").unlink()
+    with pytest.raises(UserError, match=r"is longer than the 255 bytes that a folder's name may have$"):
+        choose(make_config(tmp_path, f"run.name={'ü' * 128}"), "r.yaml")
+    choose(make_config(tmp_path, f"run.name={'ü' * 127}"), "r.yaml")
+    assert list(tmp_path.glob("runs")) == []
+
+
+def test_a_disk_that_is_read_only_is_refused(tmp_path: Path, make_disk: Callable[[str], Path]) -> None:
+    disk = make_disk("64k")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(UserError, match=rf"^run\.dir={disk}/a/b: .* cannot be made: {disk} cannot be written to$"):
+        choose(make_config(tmp_path, f"run.dir={disk}/a/b"), "r.yaml")
 
 
 def test_a_write_that_fails_is_raised_at_the_end(tmp_path: Path) -> None:
