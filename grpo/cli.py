@@ -19,6 +19,7 @@ from typing import Any
 
 from grpo import __version__
 from grpo import config as config_module
+from grpo.machine import usable_cpus
 from grpo.stopping import interrupt_early
 from grpo.training import tell, train_command
 from grpo.types import DONE, NOT_FOLLOWED, OURS, RESUMABLE, USERS, UserError
@@ -31,6 +32,7 @@ NAMED_ERRORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
+    open_closed_streams()
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)
     try:
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config_module.refuse_flags(rest)
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         interrupt_early()
+        refuse_lost_folder()
         code = dispatch(parsed, [*getattr(parsed, "overrides", ()), *rest])
         sys.stdout.flush()
         return code
@@ -59,6 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("grpo: interrupted before anything was started", file=sys.stderr)
         return OURS
+
+
+def open_closed_streams() -> None:
+    """Open standard streams that the caller has closed (`>&-`): the first files opened would take their places."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, "r+" if number == 0 else "w", closefd=False))  # noqa: SIM115 - as long as we are
+
+
+def refuse_lost_folder() -> None:
+    """Raises UserError when the working directory has been removed: libraries ask for it as they are imported."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working directory has been removed; change to one that is there") from error
 
 
 def nobody_reads() -> bool:
@@ -351,7 +373,7 @@ def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]
     from grpo.timeline import Timeline  # noqa: PLC0415
 
     config, logs = plan.config, folder / "logs"
-    workers = config.cluster.reward_workers or min(8, os.cpu_count() or 1)
+    workers = config.cluster.reward_workers or min(8, usable_cpus())
     with (
         RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
         cluster.session(config, logs),

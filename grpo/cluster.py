@@ -29,6 +29,7 @@ from ray.util.metrics import Gauge
 from grpo import sockets, sweeper
 from grpo.config import Config, refuse_own_ray
 from grpo.cuda import check_machine
+from grpo.machine import usable_cpus, usable_memory_gib
 from grpo.placement import Node, check_fit, emptied, lacking_room, nodes_of_cluster
 from grpo.stopping import handlers_kept
 from grpo.types import UserError
@@ -44,7 +45,7 @@ CONNECT_S = 5.0
 
 def check_memory(config: Config) -> None:
     """Raises UserError when the KV caches of a run on this machine's CPUs exceed its memory."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    total = usable_memory_gib()
     each, count = config.sampler.kv_cache_gib, config.cluster.samplers
     if each is not None and not config.on_gpu and each * count > total:
         raise UserError(
@@ -60,12 +61,18 @@ def cluster_address(config: Config) -> str | None:
 
 def local_node(config: Config) -> Node:
     """What a private Ray will offer."""
-    cpus: float = config.cluster.cpus if config.cluster.cpus is not None else os.cpu_count() or 1
+    cpus: float = config.cluster.cpus if config.cluster.cpus is not None else usable_cpus()
     gpus: float = config.cluster.gpus if config.cluster.gpus is not None else torch.cuda.device_count()
     return Node(name="this machine", cpus=cpus, gpus=gpus, free_cpus=cpus, free_gpus=gpus)
 
 
-def refuse_silent(address: str) -> None:
+def named(config: Config) -> str:
+    """Return the option, or the environment variable, that names the cluster to join, with its value."""
+    address = cluster_address(config)
+    return f"cluster.address={address}" if config.cluster.address else f"the environment variable RAY_ADDRESS={address}"
+
+
+def refuse_silent(config: Config, address: str) -> None:
     """Ray waits for minutes where nothing listens; one connection tells at once.
 
     Raises UserError when `address` is a host and port where nothing answers.
@@ -76,7 +83,8 @@ def refuse_silent(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise UserError(f"cluster.address={address}: nothing answers there ({error})") from error
+        private = "" if config.cluster.address else "; without it, a run starts a Ray of its own"
+        raise UserError(f"{named(config)}: nothing answers there ({error}){private}") from error
 
 
 class RayJob(JobConfig):  # type: ignore[misc]
@@ -124,12 +132,12 @@ def session(
             yield ""
         return
     refuse_own_ray(config)
-    refuse_silent(address)
+    refuse_silent(config, address)
     try:
         with handlers_kept():  # Ray's own handler of SIGTERM would end a run that waits, without a word
             context = ray.init(address=address, job_config=RayJob(), log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise UserError(f"cluster.address={address}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{named(config)}: {' '.join(str(error).split())[:300]}") from error
     try:
         place = f"the cluster at {address}"
         if log_dir is None and config.cluster.queue:

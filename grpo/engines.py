@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grpo.actors import STACK_SIGNAL, LearnerActor, SamplerActor, SyncResult
 from grpo.checkpoint import FileRecord
 from grpo.config import Config
+from grpo.machine import usable_cpus
 from grpo.placement import ENGINES, Reservation
 from grpo.probing import Probe
 from grpo.run_folder import is_disk_full
@@ -74,7 +75,7 @@ def sampler_environment(config: Config) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
     }
     if not config.on_gpu:
-        threads = config.sampler.threads or os.cpu_count() or 1
+        threads = config.sampler.threads or usable_cpus()
         environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
         if config.sampler_workers > 1:  # else vLLM wants a NUMA node for each
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -85,7 +86,7 @@ def learner_environment(config: Config, rank: int) -> dict[str, str]:
     """Environment of a learner's process, in place before it imports torch or deepspeed."""
     environment = COMMON | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.cluster.learner_ranks)}
     if not config.on_gpu:
-        threads = config.learner.threads or max(1, (os.cpu_count() or 1) // config.cluster.learner_ranks)
+        threads = config.learner.threads or max(1, usable_cpus() // config.cluster.learner_ranks)
         environment |= CPU_ENVIRONMENT | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     return environment
 

@@ -6,13 +6,14 @@ examples, as they are written behind `grpo train RECIPE`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import MISSING
+
+from grpo.machine import usable_cpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -590,7 +591,7 @@ class Config:
 
     @property
     def reward_workers(self) -> int:
-        return self.cluster.reward_workers or min(8, os.cpu_count() or 1)
+        return self.cluster.reward_workers or min(8, usable_cpus())
 
     def rewards_on(self, node: int) -> int:
         """Reward workers on the `node`-th of `cluster.reward_nodes`; the first ones have one more where they must."""

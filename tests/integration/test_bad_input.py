@@ -143,7 +143,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(
 
 
 def test_a_cluster_that_is_not_there_is_refused(
-    model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    model: Path, make_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
@@ -151,6 +151,10 @@ def test_a_cluster_that_is_not_there_is_refused(
     said = refused(capsys, make_recipe(model), f"cluster.address=127.0.0.1:{free}", command="check")
     assert f"cluster.address=127.0.0.1:{free}: nothing answers there" in said
     assert time.monotonic() - started < 30
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free}")  # as a shell's profile may set it
+    said = refused(capsys, make_recipe(model), command="check")
+    assert f"the environment variable RAY_ADDRESS=127.0.0.1:{free}: nothing answers there" in said
+    assert "without it, a run starts a Ray of its own" in said
 
 
 @pytest.mark.parametrize(
