@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
@@ -302,7 +304,7 @@ def check_critic(config: Config) -> None:
 
 
 def check_weights(folder: Path, option: str = "model.path") -> None:
-    """The folder's safetensors must be there, with all their bytes.
+    """The folder's safetensors must be there, with all their bytes, and hold finite numbers.
 
     Raises UserError naming the file.
     """
@@ -327,12 +329,24 @@ def check_weights(folder: Path, option: str = "model.path") -> None:
                 )
             )
         try:
-            with safe_open(file, "pt"):
-                continue
+            with safe_open(file, "pt") as weights:
+                keys = weights.keys()
+                broken = next((key for key in keys if not is_finite(weights.get_tensor(key))), None)
         except (SafetensorError, OSError) as error:
             found = data.disguise_of(file)
             what = f"is {found}" if found else f"is damaged or cut short: {error}"
             raise UserError(f"{option}: {file} {what}") from error
+        if broken is not None:
+            raise UserError(
+                f"{option}: {file}: {broken} has numbers that are not finite; the training that wrote it failed"
+            )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers of a tensor are finite; those of 8 bits count as such."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():
+        return True
+    return all(math.isfinite(float(end)) for end in tensor.aminmax())
 
 
 def model_fingerprint(path: str) -> str:

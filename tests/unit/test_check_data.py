@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import stand_in
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from grpo import config as module
@@ -454,3 +456,19 @@ def test_gold_answers_that_are_none(planned: Callable[..., Plan], tmp_path: Path
     ):
         planned(*one, a=lists)
     planned(*one, "rewards.0.gold=false", a=lists)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_refused(
+    value: float, dtype: torch.dtype, make_model: Callable[..., Path], make_recipe: Callable[..., Path]
+) -> None:
+    """It ended as a failed weight sync, after the engines had started."""
+    file = make_model("qwen2") / "model.safetensors"
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(weights | {"empty": torch.zeros(0), "count": torch.zeros(1, dtype=torch.int64)}, file)
+    check_model(module.load(make_recipe(file.parent)))
+    weights["model.norm.weight"][3] = value
+    save_file(weights, file)
+    with pytest.raises(UserError, match=r"model\.safetensors: model\.norm\.weight has numbers that are not finite"):
+        check_model(module.load(make_recipe(file.parent)))
