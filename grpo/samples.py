@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from grpo.evaluation import final_answer
 from grpo.types import Failed, Group, Scored, UserError
 
 PART = "reward_part/"
@@ -48,6 +49,7 @@ def write_groups(
         "sample_index": [i for group in groups for i in range(len(group.rollouts))],
         "prompt": [rollout.prompt.text for rollout in rollouts],
         "completion": [rollout.text for rollout in rollouts],
+        "extracted": [final_answer(rollout.text) for rollout in rollouts],
         "gold": [gold_answer(rollout.prompt.row, answer_column) for rollout in rollouts],
         "row": [as_json(dict(rollout.prompt.row)) for rollout in rollouts],
         "reward": [o.value if isinstance(o, Scored) else None for o in outcomes],
@@ -152,6 +154,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("sample_index", pa.int32()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
+        ("extracted", pa.string()),
         ("gold", pa.string()),
         ("row", pa.string()),
         ("reward", pa.float64()),

@@ -12,6 +12,7 @@ import yaml
 
 from grpo import config as config_module
 from grpo.config import Config
+from grpo.evaluation import final_answer
 from grpo.metrics import scored_rewards
 from grpo.objective.advantages import has_spread
 from grpo.samples import UNTRAINED, Trained, gold_answer
@@ -24,7 +25,7 @@ TABLE_GROUPS = 2
 TABLE_CHARACTERS = 2000
 """Of a text in it; the middle of a longer one is left out there, never in samples/."""
 NO_MARKUP = str.maketrans({"\n": "<br>"} | {mark: f"&#{ord(mark)};" for mark in "|*_`~[]\\"})
-COLUMNS = ("prompt_id", "prompt", "completion", "gold", "reward", "advantage", "finish")
+COLUMNS = ("prompt_id", "prompt", "completion", "extracted", "gold", "reward", "advantage", "finish")
 
 Row = Mapping[str, str]
 
@@ -59,7 +60,7 @@ def table_rows(groups: Sequence[Group], answer_column: str, trained: Trained = U
             advantage = trained.advantages.get(starts[i] + j)
             outcome = f"{value:g}" if value is not None else f"failed: {getattr(rollout.outcome, 'kind', '')}"
             texts = (
-                rollout.prompt.prompt_id, rollout.prompt.text, rollout.text,
+                rollout.prompt.prompt_id, rollout.prompt.text, rollout.text, final_answer(rollout.text),
                 gold_answer(rollout.prompt.row, answer_column) or "", outcome,
                 "" if advantage is None else f"{advantage:.3g}", rollout.completion.finish_reason,
             )  # fmt: skip

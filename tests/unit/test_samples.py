@@ -42,6 +42,7 @@ def test_what_is_known_of_a_completion_is_in_its_row(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "s.parquet").to_pylist()
     assert [row["gold"] for row in rows] == ["7", "7", '{"x": [1]}', None]
     assert json.loads(rows[0]["row"]) == {"question": "two", "answer": "7", "day": "2026-01-02"}
+    assert [row["extracted"] for row in rows] == ["7", "7", "7", "7"]
     assert [row["advantage"] for row in rows] == [0.75, -0.75, None, None]
     assert [row["learner_logprob_sum"] for row in rows] == [-1.5, None, None, -2.5]
     assert [row["reward_part/right"] for row in rows] == [1.0, 0.0, None, 0.5]
