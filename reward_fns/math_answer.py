@@ -160,8 +160,11 @@ HEDGED = re.compile(
     rf"(?:{ANSWER})(?:\s+(?:is|es|est|ist|é|è))?\W*?\s*([^\s*]+(?:\s+(?:or|o|ou|oder)\s+\S+)+?)[.*\s]*$", re.I | re.M
 )
 DENIED = re.compile(
-    rf"(?:{ANSWER})\s+(?:is\s+not|isn't|was\s+not|cannot\s+be|can't\s+be|can\s+not\s+be|(?:is|lies)\s+between|no\s+es|n'est\s+pas|ist\s+nicht|não\s+é"
-    r"|non\s+è)\s+(?!.*\b(?:but|sino|mais|sondern|mas|ma)\b)", re.I)  # fmt: skip
+    rf"(?:{ANSWER})\s+(?:is\s+not|isn't|was\s+not|cannot\s+be|can't\s+be|can\s+not\s+be|(?:is|lies)\s+between|no\s+es"
+    r"|n'est\s+pas|ist\s+nicht|não\s+é|non\s+è)\s+(?:.*\b(?:but|sino|mais|sondern|mas|ma|rather|instead|it\s+is|it's)\s+(.+))?",
+    re.I,
+)
+"""What an answer is not, and what it is instead."""
 NO = (
     r"(?:^|\b(?:there (?:is|are|exists?)|has|have|admits) )(?:no|not any)(?: (?:such|real|integer|integral|positive"
     r"|negative|rational|complex|valid|possible|natural|whole|common|and|or))* (?:solutions?|roots?|zeros"
@@ -360,11 +363,12 @@ def said(text: str) -> str:
     hedged = list(HEDGED.finditer(text))
     if hedged and not re.search(ANSWER, text[hedged[-1].end() :], re.I):
         return content(re.sub(r"\b(?:o|ou|oder)\b", "or", hedged[-1][1]), whole=True)
-    if matrices := IN_PROSE.findall(text):
-        return unified(matrices[-1])
+    matrices = list(IN_PROSE.finditer(text))
+    if matrices and not re.search(r"\d", text[matrices[-1].end() :]):
+        return unified(matrices[-1][1])
     sentence = last_sentence(text)
-    if DENIED.search(sentence):
-        return ""
+    if denied := DENIED.search(sentence):
+        return content(denied[1], whole=True) if denied[1] else ""
     _, verb, number = re.sub(
         r"^(.*)\b(is|are|be|equals?|have|has|get|es|son|est|sont|ist|sind|é|=|:) ", r"\1\0\2\0", sentence
     ).rpartition("\0")
