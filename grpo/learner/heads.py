@@ -111,6 +111,17 @@ def refuse_mismatched(where: str, tensors: Collection[tuple[str, torch.Size, tor
         )
 
 
+def refuse_buffers(where: str, model: torch.nn.Module) -> None:
+    """Raises UserError when a folder has numbers of its model that are no parameters: neither a sync nor a saved model
+    would have them. Routers with a correction of their scores do (DeepSeek 3, GLM 4 MoE)."""
+    names = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if names:
+        raise UserError(
+            f"{where}: {min(names)} is a buffer, and only parameters are sent to the samplers and saved; "
+            f"{type(model).__name__} cannot be trained"
+        )
+
+
 def attention_of(config: Config, settings: Any) -> str:
     """Return transformers' name of the attention that `model.attention` stands for in this process, for a model whose
     config.json is `settings`.
@@ -153,9 +164,11 @@ def load_policy(config: Config, *, on_paper: bool = False) -> Any:
     refuse_dropout(settings, "model.path")
     if on_paper and not Path(path).is_dir():  # nothing is fetched for a look
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 settings, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.trust_remote_code
             )
+        refuse_buffers(f"model.path={path}", model)
+        return model
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
@@ -168,6 +181,7 @@ def load_policy(config: Config, *, on_paper: bool = False) -> Any:
     )
     refuse_missing(f"model.path={path}", report["missing_keys"])
     refuse_mismatched(f"model.path={path}", report["mismatched_keys"])
+    refuse_buffers(f"model.path={path}", model)
     return model
 
 

@@ -197,6 +197,12 @@ def test_what_the_learner_would_refuse_is_refused_from_files(make_family: Callab
         check_models(config_of(folder))
 
 
+def test_a_buffer_that_would_not_travel_is_refused_from_files(make_family: Callable[..., Path]) -> None:
+    check_models(config_of(make_family("qwen2_moe")))
+    with pytest.raises(UserError, match=r"\.1\.mlp\.gate\.e_score_correction_bias is a buffer, .*Glm4MoeForCausalLM"):
+        check_models(config_of(make_family("glm4_moe")))
+
+
 def test_a_critic_that_the_family_has_not_is_refused_from_files(make_family: Callable[..., Path]) -> None:
     folder = make_family("granite")
     check_models(config_of(folder))
