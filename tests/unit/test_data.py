@@ -176,8 +176,8 @@ def test_json_that_is_not_one_object_a_line(tmp_path: Path, text: str, part: str
 @pytest.mark.parametrize(
     ("name", "text", "part"),
     [
-        ("x.jsonl", gzip.compress(b"{}"), "is compressed by gzip; unpack it with: gunzip"),
-        ("x.jsonl.gz", gzip.compress(b"{}"), "is compressed by gzip; unpack it with: gunzip"),
+        ("x.jsonl", gzip.compress(b"{}", mtime=0), "is compressed by gzip; unpack it with: gunzip"),
+        ("x.jsonl.gz", gzip.compress(b"{}", mtime=0), "is compressed by gzip; unpack it with: gunzip"),
         ("x.jsonl", '{"q": 1}'.encode("utf-16"), "is text in UTF-16; write it as UTF-8 with: iconv"),
         ("x.parquet", LFS, "is a Git LFS pointer in the place of the file; fetch it with: git lfs pull"),
         ("x.jsonl", LFS, "is a Git LFS pointer"),

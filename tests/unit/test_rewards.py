@@ -1222,7 +1222,7 @@ def test_of_large_sets_an_even_share_of_the_golds_is_tried(
     monkeypatch.setattr(preflight, "SAY_EVERY_S", 0.0)
     said: list[str] = []
     reward = write("def f(completion, row): return float(row['n'] in (0, 2, 5))", gold=True)
-    assert golds(reward, tmp_path, {"a": [{"answer": "", "n": i} for i in range(10)]}, say=said.append) == [
+    assert golds(reward, tmp_path, {"a": [{"answer": "7", "n": i} for i in range(10)]}, say=said.append) == [
         "f on a: warning: 3 of 4 gold answers score above 0 (of 10 rows, evenly spread); not those of a.jsonl:8"
     ]
     assert said[-1] == "rewards[0]: f on a: 4 of 4 gold answers scored"
