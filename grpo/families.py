@@ -17,7 +17,7 @@ TRAINED = frozenset(
         "qwen3_moe",
     }
 )  # fmt: skip
-"""Two steps of a tiny model of each are trained by tests/integration/test_families.py, with logprobs of sampler and
+"""Two steps of a tiny model of each are trained by tests/integration/test_family_runs.py, with logprobs of sampler and
 learner apart by rounding alone."""
 
 BFLOAT16_ON_CPU = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
