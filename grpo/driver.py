@@ -158,13 +158,13 @@ def train(loop: Loop) -> Outcome:
                 loop.saver.poll(wait=True)
                 return Outcome(finished=False, steps=at.step, before=at.before, after=at.after)
             save_s = time.monotonic() - saving
+        if config.run.save_last:
+            loop.saver.save(at.step, at.state(loop.prompts), whole.metrics)
+        loop.saver.poll(wait=True)
+        engines.save(loop.folder.path / "model")
     except Exception as error:
         rescue(loop, whole, error)
         raise
-    if config.run.save_last:
-        loop.saver.save(at.step, at.state(loop.prompts), whole.metrics)
-    loop.saver.poll(wait=True)
-    engines.save(loop.folder.path / "model")
     return Outcome(finished=True, steps=at.step, before=at.before, after=at.after)
 
 

@@ -50,7 +50,7 @@ class Progress:
         made = {"accuracy_before": self.before, "accuracy_after": self.after}
         out = {name: evaluation.accuracy for name, evaluation in made.items() if evaluation is not None}
         if self.after is not None and self.evaluated is not None:
-            out["accuracy_after_step"] = float(self.evaluated)
+            out["accuracy_after_step"] = self.evaluated
         return out
 
     def state(self, prompts: Sequence[Prompt]) -> dict[str, Any]:

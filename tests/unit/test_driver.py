@@ -829,6 +829,19 @@ def test_a_state_that_cannot_be_saved_does_not_hide_the_failure(tmp_path: Path) 
     assert said.startswith("besides, the state after step 2 could not be saved: ")
 
 
+def test_a_model_that_cannot_be_written_at_the_end_loses_no_step(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=2", "run.save_last=false"))
+
+    def save(folder: Path) -> None:
+        raise RuntimeError("no such user")
+
+    policy.save = save  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no such user"):
+        train(loop)
+    loop.folder.close()
+    assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
+
+
 def test_wrong_values_are_no_outage(tmp_path: Path) -> None:
     loop, _ = make_loop(tmp_path, make_config(tmp_path), Away(70, "wrong_type"))
     with pytest.raises(UserError) as raised:

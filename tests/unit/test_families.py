@@ -124,7 +124,7 @@ def test_the_saved_config_is_the_models_own(family: str, make_family: Callable[.
     ],
 )  # fmt: skip
 def test_a_feature_of_a_tiny_model_counts(family: str, feature: str) -> None:
-    """Switched off, it moves logprobs by a hundred times what the runs of tests/integration/test_family_runs.py allow."""
+    """Switched off, it moves logprobs by a hundred times what integration/test_family_runs.py allows."""
     logprobs = []
     for changes in ({}, {feature: families.OFF[feature]}):
         model = families.build(tiny(family, **changes), attention="eager")
