@@ -30,7 +30,7 @@ from grpo import sockets, sweeper
 from grpo.config import Config, refuse_own_ray
 from grpo.cuda import check_machine
 from grpo.machine import usable_cpus, usable_memory_gib
-from grpo.placement import Node, check_fit, emptied, lacking_room, nodes_of_cluster
+from grpo.placement import THIS_MACHINE, Node, check_fit, emptied, lacking_room, nodes_of_cluster
 from grpo.stopping import handlers_kept
 from grpo.types import UserError
 
@@ -63,7 +63,7 @@ def local_node(config: Config) -> Node:
     """What a private Ray will offer."""
     cpus: float = config.cluster.cpus if config.cluster.cpus is not None else usable_cpus()
     gpus: float = config.cluster.gpus if config.cluster.gpus is not None else torch.cuda.device_count()
-    return Node(name="this machine", cpus=cpus, gpus=gpus, free_cpus=cpus, free_gpus=gpus)
+    return Node(name=THIS_MACHINE, cpus=cpus, gpus=gpus, free_cpus=cpus, free_gpus=gpus)
 
 
 def named(config: Config) -> str:
@@ -122,7 +122,7 @@ def session(
         if config.on_gpu and config.cluster.gpus is None:
             check_machine(torch.cuda.device_count())
         node = local_node(config)
-        check_fit(config, [node], "this machine")
+        check_fit(config, [node], THIS_MACHINE)
         check_memory(config)
         folder = sockets.socket_folder(sockets.RAY)
         if log_dir is None:

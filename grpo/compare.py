@@ -159,11 +159,12 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """step -> metrics; empty without a file. Raises UserError naming a damaged line."""
     if not path.is_file():
         return {}
-    out = {}
+    out: dict[int, dict[str, float]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             values = json.loads(line)
-            out[int(values.pop("step"))] = {k: float(v) for k, v in values.items() if k != "time"}
+            step = out.setdefault(int(values.pop("step")), {})  # an evaluation may have a line of its own
+            step |= {k: float(v) for k, v in values.items() if k != "time"}
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}:{number} is damaged: {line[:80]!r}") from error
     return out

@@ -48,7 +48,7 @@ from grpo.step_metrics import (
     timings,
 )
 from grpo.timeline import Timeline
-from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult
+from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult, UserError
 from grpo.watching import Watch
 
 
@@ -136,7 +136,7 @@ def train(loop: Loop) -> Outcome:
             metrics = turn(loop, at.step + 1, probe)
             if metrics is None:
                 loop.reporter.say(f"every prompt has reached algorithm.retire_reward; done after {at.step} steps")
-                evaluate_once(loop)
+                whole = Whole(at.state(loop.prompts), {**whole.metrics, **evaluate_once(loop)})
                 break
             whole = Whole(at.state(loop.prompts), metrics)
             if eval_is_due(config, at.step) and loop.eval_prompts:
@@ -158,10 +158,9 @@ def train(loop: Loop) -> Outcome:
                 loop.saver.poll(wait=True)
                 return Outcome(finished=False, steps=at.step, before=at.before, after=at.after)
             save_s = time.monotonic() - saving
-        if config.run.save_last:
-            loop.saver.save(at.step, at.state(loop.prompts), whole.metrics)
         loop.saver.poll(wait=True)
         engines.save(loop.folder.path / "model")
+        save_last(loop, whole)
     except Exception as error:
         rescue(loop, whole, error)
         raise
@@ -176,16 +175,34 @@ class Whole:
     metrics: Mapping[str, float]
 
 
+def save_last(loop: Loop, whole: Whole) -> None:
+    """Write the checkpoint from which a longer run goes on. The run is done without it: where the disk has no room for
+    it, that is reported."""
+    if not loop.config.run.save_last:
+        return
+    try:
+        loop.saver.save(loop.progress.step, loop.progress.state(loop.prompts), whole.metrics)
+        loop.saver.poll(wait=True)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        loop.reporter.say(f"the last checkpoint could not be written: {error} (run.save_last=false leaves it out)")
+
+
 def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
     """Write a checkpoint of the last whole step before `error` ends the run, so that no good step is lost.
 
-    There is none to write before the first step, once the learner has begun the step that failed, when engines are lost
-    or the disk is full. A failure to write is reported beside `error`, which stays the reason.
+    There is none to write before the first step, once the learner has begun the step that failed, when the learner is
+    lost or the disk is full; a checkpoint that was begun before is finished where the learner answers. A failure to
+    write is reported beside `error`, which stays the reason.
     """
     at = loop.progress
-    if at.step == 0 or at.learned != at.step or isinstance(error, EngineFailure) or is_disk_full(error):
+    if isinstance(error, EngineFailure) and not error.learner_answers:
         return
     try:
+        loop.saver.poll(wait=True)
+        if at.step == 0 or at.learned != at.step or (is_disk_full(error) and not isinstance(error, UserError)):
+            return
         if loop.folder.facts["steps"] < at.step:  # the evaluation failed, behind the step itself
             record(loop, at.step, whole.metrics)
         loop.saver.save(at.step, whole.state, whole.metrics)
@@ -194,11 +211,15 @@ def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
         loop.reporter.say(f"besides, the state after step {at.step} could not be saved: {second}")
 
 
-def evaluate_once(loop: Loop) -> None:
-    """Evaluate the weights as they are, unless that has been done or there is nothing to evaluate on."""
+def evaluate_once(loop: Loop) -> dict[str, float]:
+    """Evaluate the weights as they are, unless that has been done or there is nothing to evaluate on. Return the
+    metrics of the evaluation."""
     at = loop.progress
-    if loop.eval_prompts and at.evaluated != at.step:
-        loop.folder.log_metrics(at.step, eval_metrics(evaluate(loop, at.step)))
+    if not loop.eval_prompts or at.evaluated == at.step:
+        return {}
+    metrics = eval_metrics(evaluate(loop, at.step))
+    loop.folder.log_metrics(at.step, metrics)
+    return metrics
 
 
 def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
@@ -287,6 +308,7 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
             kl_coef=at.kl_coef,
         )
         batched = time.monotonic()
+        loop.folder.raise_failed()  # while the state before the update can still be saved
         at.learned = step
         with loop.timeline.span("learner", "update"):
             result = loop.engines.step(steps)

@@ -48,7 +48,7 @@ class ActorDied(EngineFailure):
     """An actor's process ended."""
 
     def __init__(self, name: str, text: str) -> None:
-        super().__init__(text)
+        super().__init__(text, learner_answers=name.startswith("sampler"))
         self.name = name
 
 
@@ -377,7 +377,8 @@ class Engines:
                 if isinstance(cause, ray.exceptions.RayActorError):  # the learner waited for a sampler, and it died
                     raise self._died(what, cause) from error
                 said = " ".join(str(cause).split())[:500]
-                raise EngineFailure(f"while waiting for {what}: {type(cause).__name__}: {said}") from error
+                failure = f"while waiting for {what}: {type(cause).__name__}: {said}"
+                raise EngineFailure(failure, learner_answers=True) from error
             except ray.exceptions.RayActorError as error:
                 raise self._died(what, error) from error
         results: list[Any] = ray.get(list(references))

@@ -26,6 +26,7 @@ from grpo import checkpoint, data, engines, run_folder
 from grpo import config as config_module
 from grpo.check import Plan
 from grpo.compare import Samples, read_rows, read_samples, table, with_bounds
+from grpo.config import Config
 from grpo.driver import eval_seed
 from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
 from grpo.rollouts import Scorer, collect, enforce_failure_budget
@@ -140,7 +141,7 @@ def evaluate(
 
     Raises UserError when too many completions fail.
     """
-    writer = Writer(folder, plan.config.data.answer_column)
+    writer = Writer(folder, plan.config)
     for name, prompts in left.items():
         say(f"sampling {samples_of(plan, name)} completions of {len(prompts)} prompts of {name}")
         sample_set(plan, name, prompts, sampler, scorer, writer, say)
@@ -208,8 +209,9 @@ def sample_set(
 class Writer:
     """Groups to samples/<n>.parquet, every WRITE_S seconds."""
 
-    def __init__(self, folder: Path, answer_column: str) -> None:
-        self._folder, self._answer_column = folder / "samples", answer_column
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._folder, self._answer_column = folder / "samples", config.data.answer_column
+        self._rewards = config_module.part_names(config.rewards)
         numbers = [int(path.stem) for path in self._folder.glob("*.parquet") if path.stem.isdecimal()]
         self._number = 1 + max(numbers, default=-1)
         self._groups: list[Group] = []
@@ -223,7 +225,11 @@ class Writer:
     def flush(self) -> None:
         if self._groups:
             write_groups(
-                self._folder / f"{self._number:06d}.parquet", 0, self._groups, answer_column=self._answer_column
+                self._folder / f"{self._number:06d}.parquet",
+                0,
+                self._groups,
+                rewards=self._rewards,
+                answer_column=self._answer_column,
             )
             self._number += 1
         self._groups, self._written = [], time.monotonic()

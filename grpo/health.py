@@ -90,7 +90,10 @@ def _why_constant(config: Config, metrics: Metrics) -> str:
     varying = [
         name.split("/")[1]
         for name in metrics
-        if name.startswith("reward_part/") and name.endswith("/min") and metrics[name] != metrics[name[:-3] + "max"]
+        if name.startswith("reward_part/")
+        and name.endswith("/min")
+        and name.count("/") == 2  # entries of a mapping have no weight of their own
+        and metrics[name] != metrics[name[:-3] + "max"]
     ]
     if varying:
         cause = f"the values of {', '.join(varying)} differ, and their weights are 0 or cancel (rewards[i].weight)"

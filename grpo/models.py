@@ -43,7 +43,10 @@ def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> N
         if not config.on_gpu:
             quiet["CUDA_VISIBLE_DEVICES"] = ""
         # vLLM takes seconds to import, and changes what transformers does
-        command = [sys.executable, "-m", "grpo.sampler.paper", str(file)]
+        # from where this package is, and not from the working directory, whose files may have any names
+        places = [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        quiet["PYTHONPATH"] = os.pathsep.join(places)
+        command = [sys.executable, "-P", "-m", "grpo.sampler.paper", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | quiet)
     if done.returncode:
         last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -29,6 +29,10 @@ TRIED = 5_000
 """Steps of the search before it gives up and refuses: 128 bundles on 32 nodes take a second, and of a few every way."""
 
 
+THIS_MACHINE = "this machine"
+"""What the node of a private Ray is called."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
     """What one node must hold."""
@@ -100,6 +104,7 @@ def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
     if lacking := lacking_room(config, nodes, place):
         raise UserError(
             f"{lacking}; lower cluster.samplers, cluster.learner_ranks, cluster.sampler_cpus or cluster.learner_cpus"
+            + (", or let more share these CPUs: cluster.cpus" if place == THIS_MACHINE else "")
         )
 
 

@@ -140,7 +140,7 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
                     f"{origin.run} is done and has no checkpoint to go on from (run.save_every writes them); choose "
                     "another run.name"
                 )
-            refuse_other_run(origin.run, config, ())
+            refuse_other_run(origin.run, config, allowed)
         lines = (
             () if origin.run is None else (f"resumed    {origin.run.name} from its beginning: it has no checkpoint",)
         )

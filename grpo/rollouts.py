@@ -144,11 +144,11 @@ def is_whole(completion: Completion) -> bool:
 
 
 def rewards_of(future: Future[list[Scored | Failed]], prompt: Prompt, timeout_s: float) -> list[Scored | Failed]:
-    """The outcomes of a group. Raises RuntimeError naming what was awaited when they do not come."""
+    """The outcomes of a group. Raises RewardOutage naming what was awaited when they do not come."""
     try:
         return future.result(timeout=timeout_s)
     except TimeoutError as error:
-        raise RuntimeError(
+        raise RewardOutage(
             f"waited {timeout_s:g} s (cluster.step_timeout_s) for the reward workers to score prompt {prompt.prompt_id}"
         ) from error
 

@@ -14,20 +14,22 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from grpo import config as config_module
-from grpo.config import Config
+from grpo.config import Config, part_names
 from grpo.samples import UNTRAINED, Trained, write_groups
 from grpo.trackers import make_trackers, table_is_due, table_rows
 from grpo.types import Group, UserError
 
 RECIPE = "recipe.txt"
 """What the run was started with; `resume=auto` goes on in the newest folder of the same recipe."""
+ACCURACIES = ("accuracy_before", "accuracy_after", "accuracy_after_step")
+"""Facts that belong to the steps made so far."""
 MAX_WRITES_BEHIND = 8
 """Steps' files that may wait to be written before the run waits for them."""
 
@@ -193,7 +195,7 @@ class RunFolder:
         self._writing: list[Future[None]] = []
         self._trackers = make_trackers(config, self.path, step)
         self._exporters: list[Callable[[int, Mapping[str, float]], None]] = []
-        self._answer_column = config.data.answer_column
+        self._answer_column, self._rewards = config.data.answer_column, part_names(config.rewards)
 
     def rewind(self, config: Config, step: int) -> None:
         """Go back to `step`, of which there is a checkpoint: what was written after it is cut."""
@@ -201,7 +203,9 @@ class RunFolder:
         self._metrics.close()
         cut(self.path, step)
         self._open(config, step)
-        self.facts["steps"] = step
+        self.facts = {"steps": step, "warnings": []} | {
+            name: fact for name, fact in self.facts.items() if name not in ("steps", "warnings", *ACCURACIES)
+        }
 
     def export(self, exporter: Callable[[int, Mapping[str, float]], None]) -> None:
         """Hand every step's metrics to `exporter`, too."""
@@ -232,17 +236,22 @@ class RunFolder:
 
     def _write_samples(self, name: str, step: int, groups: Sequence[Group], trained: Trained) -> None:
         target = self.path / "samples" / f"{name}.parquet"
-        write_groups(target, step, groups, answer_column=self._answer_column, trained=trained)
+        write_groups(target, step, groups, rewards=self._rewards, answer_column=self._answer_column, trained=trained)
         if self._trackers and table_is_due(name, step):
             rows = table_rows(groups, self._answer_column, trained)
             for tracker in self._trackers:
                 tracker.table(step, name.partition("-")[0], rows)
 
     def _later(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Write in the background, one thing after the other. A write that failed is raised at the next one."""
-        while self._writing and (self._writing[0].done() or len(self._writing) > MAX_WRITES_BEHIND):
-            self._writing.pop(0).result()
+        """Write in the background, one thing after the other. `raise_failed` and `flush` raise what failed of it."""
+        if len(self._writing) > MAX_WRITES_BEHIND:
+            wait([self._writing[-MAX_WRITES_BEHIND]])
         self._writing.append(self._writer.submit(write, *arguments))
+
+    def raise_failed(self) -> None:
+        """Raise the first failure among the writes that have ended since the last call."""
+        while self._writing and self._writing[0].done():
+            self._writing.pop(0).result()
 
     def flush(self) -> None:
         """Wait until everything that has been given to be written is on the disk. Raises what failed of it."""

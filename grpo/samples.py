@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,20 @@ UNTRAINED = Trained()
 
 
 def write_groups(
-    target: Path, step: int, groups: Sequence[Group], *, answer_column: str = "answer", trained: Trained = UNTRAINED
+    target: Path,
+    step: int,
+    groups: Sequence[Group],
+    *,
+    rewards: Sequence[str],
+    answer_column: str = "answer",
+    trained: Trained = UNTRAINED,
 ) -> None:
-    """Write one parquet file with a row per completion. `answer_column`: of the data, with the gold answers."""
+    """Write one parquet file with a row per completion.
+
+    Args:
+        rewards: the recipe's, by name and in its order: the first that scored a data set judges it when it is read.
+        answer_column: of the data, with the gold answers.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     outcomes = [rollout.outcome for rollout in rollouts]
     completions = [rollout.completion for rollout in rollouts]
@@ -67,7 +77,7 @@ def write_groups(
     }
     table = pa.table(columns, schema=SAMPLE_SCHEMA)
     parts = [o.parts if isinstance(o, Scored) else {} for o in outcomes]
-    for name in merged_order([[*some] for some in parts]):
+    for name in part_columns(parts, rewards):
         table = table.append_column(f"{PART}{name}", pa.array([some.get(name) for some in parts], pa.float64()))
     for name, column in logged_columns(outcomes).items():
         table = table.append_column(name, column)
@@ -94,17 +104,11 @@ def logged_columns(outcomes: Sequence[Scored | Failed]) -> dict[str, pa.Array]:
     return out
 
 
-def merged_order(sequences: Iterable[Sequence[str]]) -> list[str]:
-    """Return every name of `sequences` in an order that all of them keep; where they contradict each other, in the
-    order of first appearance."""
-    before: dict[str, set[str]] = {}
-    for names in sequences:
-        for earlier, name in zip((None, *names), names, strict=False):
-            before.setdefault(name, set()).update({earlier} if earlier is not None else ())
-    try:
-        return [*TopologicalSorter(before).static_order()]
-    except CycleError:
-        return [*before]
+def part_columns(parts: Sequence[Mapping[str, float]], rewards: Sequence[str]) -> list[str]:
+    """Return the names in `parts` in the recipe's order of rewards, each with the entries of its mapping behind it."""
+    places = {name: i for i, name in enumerate(rewards)}
+    named = dict.fromkeys(name for some in parts for name in some)
+    return sorted(named, key=lambda name: (places.get(name.partition("/")[0], len(places)), "/" in name))
 
 
 def gold_answer(row: Mapping[str, Any], column: str) -> str | None:

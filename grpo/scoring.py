@@ -19,7 +19,7 @@ from grpo.config import Config, RewardConfig
 from grpo.placement import Reservation
 from grpo.rewards.counts import Counted, total
 from grpo.rewards.pool import RewardItem, RewardPool
-from grpo.types import Failed, Scored
+from grpo.types import Failed, RewardOutage, Scored
 
 COUNTS_S = 2.0
 """How long a node may take to say what it has scored."""
@@ -101,7 +101,7 @@ class SpreadPool:
     def _ask(self, items: list[RewardItem], future: Future[list[Scored | Failed]]) -> None:
         with self._lock:
             if not self._actors:
-                future.set_exception(RuntimeError("no node with reward workers is left"))
+                future.set_exception(RewardOutage("no node with reward workers is left"))
                 return
             node = min(self._actors, key=self._owed.__getitem__)
             actor = self._actors[node]

@@ -24,7 +24,7 @@ TABLE_GROUPS = 2
 """Groups of a table, of each the completions with the highest and the lowest reward."""
 TABLE_CHARACTERS = 2000
 """Of a text in it; the middle of a longer one is left out there, never in samples/."""
-NO_MARKUP = str.maketrans({"\n": "<br>"} | {mark: f"&#{ord(mark)};" for mark in "|*_`~[]\\"})
+NO_MARKUP = str.maketrans({"\n": "<br>", "\r": ""} | {mark: f"&#{ord(mark)};" for mark in "|*_`~[]\\"})
 COLUMNS = ("prompt_id", "prompt", "completion", "extracted", "gold", "reward", "advantage", "finish")
 
 Row = Mapping[str, str]
@@ -100,6 +100,7 @@ class TensorBoard:
 
     def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         self._board.add_text(f"samples/{name}", markdown(rows), step)
+        self._board.flush()
 
 
 class WandB:

@@ -94,7 +94,7 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
     # a handler may come in the middle of a console line, where another could not be written
     stopper = Stopper(plan.config.run.grace_s, lambda text: os.write(sys.stderr.fileno(), f"{text}\n".encode()))
     stopper.install()
-    code, reason, stopped, passing = OURS, "failed", "", False
+    code, reason, stopped, passing, full = OURS, "failed", "", False, False
     began = resumed.step  # the loop moves it
     try:
         for line in (*plan.lines, *resumed.lines):
@@ -115,7 +115,7 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
             stopped = f"interrupted by {stopper.asked}"
             keep_traceback(folder.path)
         elif run_folder.is_disk_full(error):
-            stopped = f"stopped by a full disk: {error}"
+            stopped, full = f"stopped by a full disk: {error}", True
             run_folder.drop_unfinished(folder.path)
         else:
             reason, passing = f"failed: {error}", isinstance(error, EngineFailure)
@@ -124,14 +124,13 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
         stopper.uninstall()
     every = checkpoint.found(folder.path)
     hint = f"go on with resume={folder.path}" if every else "there is no checkpoint to go on from"
+    newest = (run_folder.step_of(every[-1]) or 0) if every else 0
+    further = newest > began  # a try that gets no further than the one before ends with another code than 75
     if stopped:
-        code, reason = RESUMABLE if every else OURS, stopped
+        code, reason = RESUMABLE if every and (further or not full) else OURS, stopped
         console.say(f"grpo: {reason}; {hint}")
     elif every:
-        newest = run_folder.step_of(every[-1])
-        assert newest is not None
-        if passing and newest > began:  # a try that gets no further than the one before ends with another code
-            code = RESUMABLE
+        code = RESUMABLE if passing and further else code
         console.say(f"grpo: the state after step {newest} is saved; {hint}")
     try:
         folder.close()
@@ -238,6 +237,8 @@ def loop_of(
     from grpo.health import Health  # noqa: PLC0415
     from grpo.timeline import TimedScorer  # noqa: PLC0415
 
+    health = Health(plan.config, folder.metrics())
+    folder.facts["warnings"] = health.warnings()
     return driver.Loop(
         config=plan.config,
         prompts=plan.prompts,
@@ -253,7 +254,7 @@ def loop_of(
         progress=resumed.progress,
         saver=saver_of(plan, folder, group, console),
         stopping=lambda: stopper.asked is not None,
-        health=Health(plan.config, folder.metrics()),
+        health=health,
     )
 
 

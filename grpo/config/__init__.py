@@ -13,7 +13,7 @@ nearest valid one.
 from __future__ import annotations
 
 from grpo.config.describe import options_text
-from grpo.config.load import dump, load, load_for_evaluation, refuse_flags, refuse_unknown
+from grpo.config.load import dump, load, load_for_evaluation, read_dump, refuse_flags, refuse_unknown
 from grpo.config.schema import (
     AlgorithmConfig,
     ClusterConfig,
@@ -57,6 +57,7 @@ __all__ = [
     "load_for_evaluation",
     "options_text",
     "part_names",
+    "read_dump",
     "refuse_flags",
     "refuse_own_ray",
     "refuse_unknown",

@@ -142,10 +142,13 @@ def _said(known: str) -> str:
 def answer_value(option: str, value: object) -> str | None:
     """Return what another trainer's value of one of our own options is here, or None."""
     text = written(value).lower()
-    for alias, trainers in _index().values():
-        known = alias.values.get(text, LEAVE)
-        if known != LEAVE and any(f"{option}=" in other for other in alias.values.values()):
-            return f"{text}{_who(trainers)}: {_said(known)}"
+    found = [(alias, trainers, alias.values.get(text, LEAVE)) for alias, trainers in _index().values()]
+    own = [one for one in found if f"{option}=" in one[2] and not one[2].startswith(NO)]
+    refused = [
+        one for one in found if one[2].startswith(NO) and any(f"{option}=" in other for other in one[0].values.values())
+    ]
+    for _, trainers, known in own + refused:
+        return f"{text}{_who(trainers)}: {_said(known)}"
     return None
 
 

@@ -58,6 +58,13 @@ _MICROBATCHES = (
 )
 _RATIO = "in optimizer steps: the ratio x run.steps x algorithm.minibatches_per_step x algorithm.epochs_per_step"
 _EPOCHS = "the epochs x the prompts of data.train / algorithm.prompts_per_step"
+_OPTIMIZER_STEPS = (
+    "in steps of sampling: the optimizer steps / (algorithm.minibatches_per_step x algorithm.epochs_per_step)"
+)
+_TRL_COUNTS = (
+    "in steps of sampling; TRL counts optimizer steps, of which one of these makes "
+    "algorithm.minibatches_per_step x algorithm.epochs_per_step"
+)
 _SHARDING = "the learner is DeepSpeed: learner.zero_stage shards, learner.offload moves to host memory"
 _ONE_TURN = "a completion is one turn, without tools"
 _OWN_FILE = "a reward is a Python function in a file: rewards"
@@ -142,8 +149,10 @@ TABLE: dict[str, tuple[Alias, ...]] = {
             openrlhf="n_samples_per_prompt rollout.n_samples_per_prompt",
             open_instruct="num_samples_per_prompt_rollout",
             words="n_samples n_generations group_size rollouts_per_prompt rollout_n"),
-        _same("algorithm.prompts_per_step", verl="data.train_batch_size data.gen_batch_size",
+        _same("algorithm.prompts_per_step", verl="data.train_batch_size",
             openrlhf="rollout_batch_size rollout.batch_size", open_instruct="num_unique_prompts_rollout"),
+        Alias(here=LEAVE, verl="data.gen_batch_size",
+            why="a step samples what it learns from; algorithm.max_refills replaces groups without spread"),
         Alias(here="algorithm.prompts_per_step", why="in prompts and of all processes, so TRL's "
             "per_device_train_batch_size x processes x gradient_accumulation_steps / num_generations (or "
             "generation_batch_size / num_generations); a microbatch is learner.tokens_per_microbatch",
@@ -171,8 +180,9 @@ TABLE: dict[str, tuple[Alias, ...]] = {
             verl="~actor.use_dynamic_bsz ~model.use_remove_padding ~actor.use_remove_padding "
             "~rollout.log_prob_use_dynamic_bsz ~ref.log_prob_use_dynamic_bsz trainer.balance_batch",
             openrlhf="packing_samples use_dynamic_batch ds.packing_samples train.dynamic_batch_enable"),
-        _same("run.steps", _NEVER, trl="max_steps", verl="trainer.total_training_steps",
-            open_instruct="max_train_steps", words="num_steps total_steps training_steps n_steps"),
+        Alias(here="run.steps", why=_OPTIMIZER_STEPS, trl="max_steps"),
+        _same("run.steps", _NEVER, verl="trainer.total_training_steps", open_instruct="max_train_steps",
+            words="num_steps total_steps training_steps n_steps"),
         Alias(here="run.steps", why=_EPOCHS, trl="num_train_epochs", verl="trainer.total_epochs",
             openrlhf="num_episodes train.num_episodes", words="epochs"),
         Alias(here="run.steps", why="the episodes / (algorithm.prompts_per_step x algorithm.group_size)",
@@ -321,10 +331,10 @@ TABLE: dict[str, tuple[Alias, ...]] = {
             openrlhf="init_kl_coef algo.kl.init_coef", open_instruct="beta", words="kl_loss_coef kl_beta kl_coeff"),
         _on_off("algorithm.kl_place=loss", "algorithm.kl_place=reward algorithm.kl_estimator=k1",
             openrlhf="use_kl_loss algo.kl.use_loss"),
-        _on_off("algorithm.kl_place=loss", LEAVE, verl="~actor.use_kl_loss",
-            why="without a reference: algorithm.kl_coef=0"),
-        _on_off("algorithm.kl_place=reward algorithm.kl_estimator=k1", LEAVE, verl="algorithm.use_kl_in_reward",
-            why="without a reference: algorithm.kl_coef=0"),
+        _on_off("algorithm.kl_place=loss", "algorithm.kl_coef=0", verl="~actor.use_kl_loss",
+            why="whatever the coefficient beside it says"),
+        _on_off("algorithm.kl_place=reward algorithm.kl_estimator=k1", "algorithm.kl_coef=0",
+            verl="algorithm.use_kl_in_reward", why="whatever the coefficient beside it says"),
         Alias(values={**dict.fromkeys(("low_var_kl", "k3"), "algorithm.kl_estimator=k3"),
             **dict.fromkeys(("mse", "k2"), "algorithm.kl_estimator=k2"),
             **dict.fromkeys(("kl", "k1"), f"{NO}{_NO_GRADIENT}"),
@@ -348,7 +358,8 @@ TABLE: dict[str, tuple[Alias, ...]] = {
         Alias(values={"false": LEAVE}, here="algorithm.reference_refresh_every",
             why="a copy every so many steps (a mixup of 1); algorithm.reference_average mixes a share in after "
             "every step", trl="sync_ref_model"),
-        _same("algorithm.reference_refresh_every", trl="ref_model_sync_steps", open_instruct="ref_policy_update_freq"),
+        Alias(here="algorithm.reference_refresh_every", why=_OPTIMIZER_STEPS, trl="ref_model_sync_steps"),
+        _same("algorithm.reference_refresh_every", open_instruct="ref_policy_update_freq"),
         Alias(here="algorithm.reference_average={}", trl="ref_model_mixup_alpha", open_instruct="alpha",
             why="mixed in after every step; every so many steps there is only a copy"),
         _on_off(LEAVE, "algorithm.kl_coef=0", open_instruct="load_ref_policy"),
@@ -490,17 +501,19 @@ TABLE: dict[str, tuple[Alias, ...]] = {
         _same("run.name", trl="run_name", verl="trainer.experiment_name",
             openrlhf="wandb_run_name logger.wandb.run_name", open_instruct="exp_name run_name"),
         _same("run.seed", trl="seed", openrlhf="seed train.seed", open_instruct="seed"),
-        _same("run.save_every", {"-1": "run.save_every=0"}, trl="save_steps", verl="trainer.save_freq",
-            openrlhf="save_steps ckpt.save_steps", open_instruct="save_freq checkpoint_state_freq"),
+        Alias(values={"-1": "run.save_every=0"}, here="run.save_every={}", why=_TRL_COUNTS, trl="save_steps",
+            verl="trainer.save_freq", openrlhf="save_steps ckpt.save_steps", open_instruct="save_freq checkpoint_state_freq"),
         _same("run.keep_last", trl="save_total_limit", verl="trainer.max_actor_ckpt_to_keep",
             openrlhf="max_ckpt_num ckpt.max_num", open_instruct="keep_last_n_checkpoints"),
         _same("run.save_model", openrlhf="save_hf_ckpt ckpt.save_hf"),
         Alias(values={"true": "resume=auto", "auto": "resume=auto", **dict.fromkeys(("false", "disable", "none"), LEAVE)
             }, here="resume={}", why="behind the recipe on the command line, it is no option of a recipe",
-            trl="resume_from_checkpoint", verl="trainer.resume_mode trainer.resume_from_path",
+            trl="resume_from_checkpoint", verl="trainer.resume_from_path",
             openrlhf="load_checkpoint ckpt.load_enable"),
-        _same("data.eval.every", {"-1": "data.eval.every=0"}, trl="eval_steps", verl="trainer.test_freq",
-            openrlhf="eval_steps eval.steps", open_instruct="local_eval_every"),
+        Alias(values={"auto": "resume=auto", "disable": LEAVE, "resume_path": LEAVE},
+            why="behind the recipe on the command line, it is no option of a recipe", verl="trainer.resume_mode"),
+        Alias(values={"-1": "data.eval.every=0"}, here="data.eval.every={}", why=_TRL_COUNTS, trl="eval_steps",
+            verl="trainer.test_freq", openrlhf="eval_steps eval.steps", open_instruct="local_eval_every"),
         Alias(values={"no": LEAVE}, here="data.eval.every", why="steps between evaluations", trl="eval_strategy"),
         _same("data.eval.samples_per_prompt", trl="num_generations_eval", verl="~rollout.val_kwargs.n",
             openrlhf="eval_n_samples_per_prompt eval.n_samples_per_prompt", open_instruct="eval_pass_at_k"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import re
 import typing
 from collections.abc import Iterator
@@ -77,6 +78,12 @@ def load_for_evaluation(
     )
 
 
+def read_dump(path: Path) -> Config:
+    """Return the config that `dump` wrote to `path`; it was checked when it was first loaded."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    return typing.cast(Config, OmegaConf.to_object(merged))
+
+
 def _read(path: Path) -> DictConfig:
     """The tree of a YAML file."""
     if not path.is_file():
@@ -87,7 +94,8 @@ def _read(path: Path) -> DictConfig:
         tree = OmegaConf.load(path)
     except Exception as error:  # yaml's error classes are many; each becomes the same sentence
         mark = getattr(error, "problem_mark", None)
-        tab = mark is not None and "\t" in path.read_text().split("\n")[mark.line][: mark.column + 1]
+        lines = path.read_text(errors="replace").split("\n")
+        tab = mark is not None and mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]
         hint = "; the line is indented by a tab, where YAML takes spaces" if tab else ""
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}{hint}") from error
     if not isinstance(tree, DictConfig):
@@ -286,7 +294,8 @@ def _check_texts(value: Any, kind: Any, name: str, source: str) -> None:
     if kind == str | None and value is not None:
         kind = str
     if kind is str and not isinstance(value, str):
-        raise UserError(f"{source}: {name} must be a string, not {value!r}")
+        quoted = f"; write {json.dumps(str(value))}" if isinstance(value, int | float) else ""
+        raise UserError(f"{source}: {name} must be a string, not {value!r}{quoted}")
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         for i, item in enumerate(value):
             if isinstance(item, list | dict):

@@ -161,6 +161,8 @@ def load_policy(config: Config, *, on_paper: bool = False) -> Any:
     path = config.model.path
     settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     attention, dtype = attention_of(config, settings), torch_dtype(config.model.dtype)
+    if on_paper and not torch.cuda.is_available() and attention.startswith("flash"):
+        attention = "eager"  # has the same weights, and can be loaded where there is no GPU
     refuse_dropout(settings, "model.path")
     if on_paper and not Path(path).is_dir():  # nothing is fetched for a look
         with torch.device("meta"):

@@ -299,12 +299,17 @@ def _parse_result(result: Any, name: str) -> Part:
         raise ValueError("parts are numbers")
     if value is not None and not _is_number(value):
         raise ValueError("a value is a finite number")
-    return Part(value=value, entries={f"{name}/{key}": part for key, part in parts.items()})
+    return Part(value=value, entries={f"{name}/{writable(key)}": part for key, part in parts.items()})
 
 
 def failed(name: str, kind: FailureKind, detail: str) -> Failed:
     """A failure of the reward `name`, on one line."""
-    return Failed(kind=kind, detail=" ".join(f"{name}: {detail}".split())[:MAX_DETAIL])
+    return Failed(kind=kind, detail=" ".join(writable(f"{name}: {detail}").split())[:MAX_DETAIL])
+
+
+def writable(text: str) -> str:
+    """Return `text` with a question mark for each half of a surrogate pair: no file takes those."""
+    return text.encode(errors="replace").decode()
 
 
 def _is_number(value: Any) -> bool:

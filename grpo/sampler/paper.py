@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vllm.platforms import current_platform
 
-from grpo.config import Config, load
+from grpo.config import Config, read_dump
 from grpo.sampler.engine import engine_arguments
 from grpo.types import UserError
 
@@ -39,4 +39,4 @@ def objection_to(config: Config) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"\n{json.dumps(objection_to(load(Path(sys.argv[1]), [])))}\n")
+    sys.stdout.write(f"\n{json.dumps(objection_to(read_dump(Path(sys.argv[1]))))}\n")

@@ -19,6 +19,8 @@ from grpo.compare import COLUMNS, compare, read_samples
 from grpo.samples import write_groups
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, UserError
 
+REWARDS = ("right", "format")
+
 
 def group(number: int, values: list[float | None], dataset: str = "d") -> Group:
     prompt = Prompt(
@@ -52,7 +54,7 @@ def make_run(
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     for step, groups in evaluations.items():
-        write_groups(folder / "samples" / f"eval-{step:06d}.parquet", step, groups)
+        write_groups(folder / "samples" / f"eval-{step:06d}.parquet", step, groups, rewards=REWARDS)
     return folder
 
 
@@ -245,7 +247,7 @@ def test_evaluations_by_themselves_have_no_steps(tmp_path: Path) -> None:
 
 
 def test_samples_are_read_as_they_were_judged(tmp_path: Path) -> None:
-    write_groups(tmp_path / "s.parquet", 0, [group(1, [0.5, None])])
+    write_groups(tmp_path / "s.parquet", 0, [group(1, [0.5, None])], rewards=REWARDS)
     found = read_samples([tmp_path / "s.parquet"])["d"]["d:1:x"]
     assert [sample.value for sample in found] == [0.5, None]
     assert [(sample.answer, sample.tokens, sample.truncated) for sample in found] == [("7", 3, False)] * 2
@@ -257,7 +259,7 @@ def make_evaluation(folder: Path, groups: list[Group], prompts: int, k: int) -> 
     (folder / "key.json").write_text("{}")
     result = {"sets": {"d": {"prompts": prompts, "samples_per_prompt": k}}}
     (folder / "evaluation.json").write_text(json.dumps(result))
-    write_groups(folder / "samples" / "000000.parquet", 0, groups)
+    write_groups(folder / "samples" / "000000.parquet", 0, groups, rewards=REWARDS)
     return folder
 
 
@@ -304,7 +306,7 @@ def test_samples_that_are_not_whole_are_refused(tmp_path: Path) -> None:
 def test_a_flipped_bit_anywhere_in_the_samples_is_seen(tmp_path: Path) -> None:
     """Of every byte of the pages that are read: other rewards, or an error?"""
     file = tmp_path / "s.parquet"
-    write_groups(file, 0, [group(i, [i / 8, 0.5]) for i in range(8)])
+    write_groups(file, 0, [group(i, [i / 8, 0.5]) for i in range(8)], rewards=REWARDS)
     whole, bytes_ = read_samples([file]), file.read_bytes()
     assert pq.ParquetFile(file).metadata.num_row_groups == 1
     columns = [pq.ParquetFile(file).metadata.row_group(0).column(i) for i in range(18)]
@@ -326,5 +328,5 @@ def test_a_flipped_bit_anywhere_in_the_samples_is_seen(tmp_path: Path) -> None:
 def test_the_first_part_judges(tmp_path: Path) -> None:
     one = group(1, [1.0])
     swapped = dataclasses.replace(one.rollouts[0], outcome=Scored(value=1.0, parts={"format": 0.0, "right": 1.0}))
-    write_groups(tmp_path / "s.parquet", 0, [dataclasses.replace(one, rollouts=(swapped,))])
+    write_groups(tmp_path / "s.parquet", 0, [dataclasses.replace(one, rollouts=(swapped,))], rewards=REWARDS[::-1])
     assert read_samples([tmp_path / "s.parquet"])["d"]["d:1:x"][0].value == 0.0

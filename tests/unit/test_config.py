@@ -306,7 +306,7 @@ def test_objectives_that_go_together(recipe: Path, overrides: list[str]) -> None
     ("run", "words"),
     [
         ("  name: no", "run.name must be a string, not False"),
-        ("  name: 007", "run.name must be a string, not 7"),
+        ("  name: 007", 'run.name must be a string, not 7; write "7"'),
         (
             "  name: $USER",
             "run.name=$USER has $USER, which is not replaced here; write it in the recipe as ${oc.env:USER}",

@@ -654,6 +654,12 @@ def test_a_turn_that_the_template_leaves_out_is_refused() -> None:
     with refused("data.train: x.jsonl:1: the chat template leaves out the system turn 'ca'"):
         prompts_of(rows_of({"q": "b"}), users, style="chat", system_prompt="ca")
     assert prompts_of(rows_of({"q": " b\n"}), users, style="chat").prompts[0].text == "b<a>"
+    switched = bos_tokenizer(
+        chat_template="{% for m in messages %}{{ m.content | replace('/no_think', '') | replace('/think', '') | trim }}"
+        "{% endfor %}<a>"
+    )
+    assert prompts_of(rows_of({"q": "b"}), switched, style="chat", system_prompt="/no_think").prompts[0].text == "b<a>"
+    assert prompts_of(rows_of({"q": "b /think"}), switched, style="chat").prompts[0].text == "b<a>"
     shots = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "<think>c</think>b"},

@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -300,7 +300,7 @@ def test_it_learns_and_records_every_step(tmp_path: Path) -> None:
     assert not any("kl_ref" in name or "kl_coef" in name for name in metrics[0])  # there is no reference
     assert outcome.steps == 25
     assert policy.calls[:4] == ["publish", "sample", "step", "publish"]
-    assert policy.calls[-1] == "save"
+    assert policy.calls[-2:] == ["save", "capture"]
 
 
 class Listens(CountTwos):
@@ -602,11 +602,11 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, datasets: dict[str, int])
     def die(steps: Sequence[Any]) -> StepResult:
         if dying.progress.step == 5:
             died_at.append(dying.progress.step)
-            raise RuntimeError("the power went")
+            raise KeyboardInterrupt("the power went")
         return learn(steps)
 
     dying_policy.step = die  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="the power went"):
+    with pytest.raises(KeyboardInterrupt, match="the power went"):
         train(dying)
     dying.folder.close()
     run = tmp_path / "cut" / "run"
@@ -708,7 +708,7 @@ def test_a_run_that_is_asked_to_end_at_its_last_step_is_done(tmp_path: Path) -> 
     asked = iter([False, True])
     assert train(dataclasses.replace(loop, stopping=lambda: next(asked))).finished
     loop.folder.close()
-    assert policy.calls[-1] == "save"
+    assert policy.calls[-2:] == ["save", "capture"]
 
 
 class Away(CountTwos):
@@ -803,7 +803,9 @@ def test_what_is_not_a_good_state_is_not_saved(tmp_path: Path) -> None:
     cases: list[tuple[Callable[[Loop, TablePolicy], None], type[Exception], int | None]] = [
         (raising(0, RuntimeError("sampler"), "sample"), RuntimeError, None),
         (raising(2, RuntimeError("sampler"), "sample"), RuntimeError, 2),
-        (raising(2, EngineFailure("sampler"), "sample"), EngineFailure, None),
+        (raising(2, EngineFailure("learner"), "sample"), EngineFailure, None),
+        (raising(2, EngineFailure("sampler", learner_answers=True), "sample"), EngineFailure, 2),
+        (raising(2, UserError("judge: No space left on device"), "sample"), UserError, 2),
         (raising(2, OSError(errno.ENOSPC, "full"), "sample"), OSError, None),
         (raising(2, RuntimeError("update"), "step"), RuntimeError, None),
         (raising(2, RuntimeError("sync"), "publish"), RuntimeError, None),
@@ -817,6 +819,55 @@ def test_what_is_not_a_good_state_is_not_saved(tmp_path: Path) -> None:
         loop.folder.close()
         steps = [read(folder).step for folder in found(tmp_path / str(number) / "run")]
         assert steps == ([] if saved is None else [saved]), number
+
+
+def test_a_checkpoint_that_was_begun_is_finished(tmp_path: Path) -> None:
+    """Also where the state of the step that failed is none to save."""
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.save_every=2"))
+    plain = policy.step
+
+    def step(steps: Sequence[Any]) -> StepResult:
+        if loop.progress.step == 2:
+            raise RuntimeError("in the third update")
+        return plain(steps)
+
+    policy.step = step  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="in the third update"):
+        train(loop)
+    loop.folder.close()
+    assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
+
+
+def test_samples_that_could_not_be_written_end_the_run_before_the_next_update(tmp_path: Path) -> None:
+    loop, _ = make_loop(tmp_path, make_config(tmp_path))
+    write = loop.folder._write_samples
+
+    def fail(name: str, step: int, *more: Any) -> None:
+        if step == 2:
+            raise OSError(errno.EIO, "stale")
+        write(name, step, *more)
+
+    loop.folder._write_samples = fail  # type: ignore[method-assign]
+    raise_failed = loop.folder.raise_failed
+
+    def wait_first() -> None:
+        wait(loop.folder._writing[:-1])
+        raise_failed()
+
+    loop.folder.raise_failed = wait_first  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="stale"):
+        train(loop)
+    loop.folder.close()
+    assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
+
+
+def test_a_finished_run_needs_no_room_for_its_last_checkpoint(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=2"))
+    policy.needs = 2**60
+    assert train(loop).finished
+    loop.folder.close()
+    assert "save" in policy.calls
+    assert "the last checkpoint could not be written" in loop.reporter.said[-1]  # type: ignore[attr-defined]
 
 
 def test_a_state_that_cannot_be_saved_does_not_hide_the_failure(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_compare import group
+from test_compare import REWARDS, group
 
+from grpo.config import RewardConfig
 from grpo.evaluating import Writer, finished_prompts
 from grpo.samples import write_groups
 
@@ -21,6 +22,9 @@ IDS = [one.prompt.prompt_id for one in GROUPS]
 PLAN: Any = SimpleNamespace(
     eval_prompts=[one.prompt for one in GROUPS],
     config=SimpleNamespace(data=SimpleNamespace(eval=SimpleNamespace(samples_of=lambda name: 3))),
+)
+CONFIG: Any = SimpleNamespace(
+    data=SimpleNamespace(answer_column="answer"), rewards=[RewardConfig(file=f"{name}.py") for name in REWARDS]
 )
 
 
@@ -62,7 +66,7 @@ def without_a_column(samples: Path) -> None:
 
 
 def of_another_evaluation(samples: Path) -> None:
-    write_groups(samples / "000001.parquet", 0, [group(77, [1.0, 1.0, 1.0])])
+    write_groups(samples / "000001.parquet", 0, [group(77, [1.0, 1.0, 1.0])], rewards=REWARDS)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_a_file_that_is_not_whole_is_sampled_again(tmp_path: Path, damage: Calla
     samples.mkdir()
     lines: list[str] = []
     for number in range(2):
-        write_groups(samples / f"{number:06d}.parquet", 0, GROUPS[number * 3 : number * 3 + 3])
+        write_groups(samples / f"{number:06d}.parquet", 0, GROUPS[number * 3 : number * 3 + 3], rewards=REWARDS)
     assert finished_prompts(PLAN, tmp_path, lines.append) == {*IDS}
     assert lines == []
     damage(samples)
@@ -102,7 +106,7 @@ def test_files_of_any_name_are_no_obstacle_to_the_next_one(tmp_path: Path) -> No
     samples.mkdir()
     for name in ("000004", "mine", "4 copy"):
         (samples / f"{name}.parquet").touch()
-    writer = Writer(tmp_path, "answer")
+    writer = Writer(tmp_path, CONFIG)
     writer.add(GROUPS[0])
     writer.flush()
     assert (samples / "000005.parquet").stat().st_size > 0

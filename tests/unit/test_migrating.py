@@ -75,6 +75,8 @@ def refusal(tmp_path: Path, *overrides: str, more: str = "") -> str:
         ("optimizer.learning_rate=0.5", "optimizer.lr=0.5"),
         # one of our options, with another trainer's value
         ("algorithm.loss=dapo", "algorithm.loss=ppo_clip algorithm.aggregation=token_mean"),
+        ("algorithm.loss=grpo", "algorithm.loss=ppo_clip algorithm.aggregation=sequence_mean"),
+        ("algorithm.loss=dr_grpo", "algorithm.loss=ppo_clip algorithm.aggregation=constant_length"),
         ("algorithm.advantage=grpo", "algorithm.advantage=group_normalized"),
         ("model.dtype=bf16", "model.dtype=bfloat16"),
     ],

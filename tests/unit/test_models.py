@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 
 from grpo import config as module
 from grpo import families
-from grpo.check import read_config
 from grpo.config import Config
 from grpo.models import check_served, check_trained, with_cause
 from grpo.types import UserError
@@ -53,15 +51,6 @@ def test_a_window_that_engines_read_differently_must_hold_the_rows(configured: C
         families.refuse(config, tiny.settings_of("cohere2", 13, sliding_window=10))
 
 
-def test_quantized_weights_are_refused_from_files(configured: Callable[..., Config]) -> None:
-    config = configured()
-    file = Path(config.model.path) / "config.json"
-    written = json.loads(file.read_text())
-    file.write_text(json.dumps(written | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    with pytest.raises(UserError, match=r"config\.json has a quantization_config \(quant_method=gptq\)"):
-        check_trained(config, read_config(config, "model.path", config.model.path), print)
-
-
 def test_vllm_is_asked_about_what_tests_have_not_seen(configured: Callable[..., Config]) -> None:
     said: list[str] = []
     settings = tiny.settings_of("llama", 13)
@@ -71,6 +60,22 @@ def test_vllm_is_asked_about_what_tests_have_not_seen(configured: Callable[..., 
         check_served(configured("sampler.engine={max_logprob: 3}"), settings, said.append)
     [line] = said
     assert line.startswith("asking vLLM whether it can serve")
+
+
+def test_vllm_is_asked_for_an_evaluation_too_whatever_the_working_directory_has(
+    configured: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation has no learner and no training data, which no recipe may lack."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "string.py").write_text("raise RuntimeError('a file of the user')")
+    monkeypatch.chdir(tmp_path / "empty")
+    config = module.load_for_evaluation(
+        None, model=configured().model.path, data=["d.jsonl"], rewards=["r.py"],
+        overrides=["sampler.engine={block_size: 16}", "model.dtype=float32", "data.max_prompt_tokens=8",
+                   "sampling.max_tokens=4"],
+    )  # fmt: skip
+    assert config.cluster.learner_ranks == 0
+    check_served(config, tiny.settings_of("llama", 13), print)
 
 
 def test_where_vllm_points_to_its_log_the_error_is_taken_from_there() -> None:

@@ -182,6 +182,8 @@ def test_a_permission_does_not_need_a_checkpoint(tmp_path: Path) -> None:
     assert resuming.prepare(resuming.find("auto", config, "exp.yaml"), plan, ["data.train"]).step == 0
     create(config, "exp.yaml").close()
     assert resuming.prepare(resuming.find("auto", config, "exp.yaml"), plan, ["data.train"]).step == 0
+    plan.config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.5))
+    assert resuming.prepare(resuming.find("auto", config, "exp.yaml"), plan, ["optimizer.lr"]).step == 0
 
 
 def test_what_is_allowed_is_done(tmp_path: Path) -> None:

@@ -811,14 +811,14 @@ def test_the_working_directory_hides_nothing_but_can_be_imported(
         (
             "grpo",
             "\ndef f(completion): pass",
-            "rewards[0]: {file}:2: f(completion) does not fit style grpo, which gives (completion, row, info): "
-            "too many positional arguments",
+            "rewards[0]: {file}:2: f(completion) does not fit style grpo, which gives (completion, row, info, "
+            "log_extra, log_metric): too many positional arguments",
         ),
         (
             "grpo",
             "def f(completion, row, truth): pass",
             "rewards[0]: {file}:1: f(completion, row, truth) does not fit style grpo, which gives "
-            "(completion, row, info): missing a required argument: 'truth'",
+            "(completion, row, info, log_extra, log_metric): missing a required argument: 'truth'",
         ),
         (
             "grpo",

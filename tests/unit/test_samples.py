@@ -11,12 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from test_compare import group
+from test_compare import REWARDS, group
 
 from grpo.config import Config
-from grpo.samples import SAMPLE_SCHEMA, Trained, merged_order, read_columns, write_groups
+from grpo.samples import SAMPLE_SCHEMA, Trained, part_columns, read_columns, write_groups
 from grpo.trackers import COLUMNS, TABLE_CHARACTERS, TABLE_EVERY, make_trackers, markdown, table_is_due, table_rows
 from grpo.types import Failed, Group, Logged
 
@@ -38,7 +36,7 @@ def test_what_is_known_of_a_completion_is_in_its_row(tmp_path: Path) -> None:
         with_row(group(3, [0.5]), question="nothing"),
     ]
     trained = Trained(logprob_sums={0: -1.5, 3: -2.5}, advantages={0: 0.75, 1: -0.75})
-    write_groups(tmp_path / "s.parquet", 4, groups, trained=trained)
+    write_groups(tmp_path / "s.parquet", 4, groups, rewards=REWARDS, trained=trained)
     rows = pq.read_table(tmp_path / "s.parquet").to_pylist()
     assert [row["gold"] for row in rows] == ["7", "7", '{"x": [1]}', None]
     assert json.loads(rows[0]["row"]) == {"question": "two", "answer": "7", "day": "2026-01-02"}
@@ -47,7 +45,7 @@ def test_what_is_known_of_a_completion_is_in_its_row(tmp_path: Path) -> None:
     assert [row["learner_logprob_sum"] for row in rows] == [-1.5, None, None, -2.5]
     assert [row["reward_part/right"] for row in rows] == [1.0, 0.0, None, 0.5]
     assert [row["reward_part/format"] for row in rows] == [0.0, 0.0, None, 0.0]
-    write_groups(tmp_path / "s.parquet", 4, groups, answer_column="question")
+    write_groups(tmp_path / "s.parquet", 4, groups, rewards=REWARDS, answer_column="question")
     assert [row["gold"] for row in pq.read_table(tmp_path / "s.parquet").to_pylist()] == ["two", "two", None, "nothing"]
 
 
@@ -64,7 +62,7 @@ def test_logged_columns_stand_behind_the_others_typed_by_their_values(tmp_path: 
     )
     assert isinstance(rollouts[2].outcome, Failed)
     file = tmp_path / "s.parquet"
-    write_groups(file, 1, [dataclasses.replace(one, rollouts=rollouts)])
+    write_groups(file, 1, [dataclasses.replace(one, rollouts=rollouts)], rewards=REWARDS)
     table = pq.read_table(file)
     assert table.schema.names[: len(SAMPLE_SCHEMA)] == SAMPLE_SCHEMA.names
     behind = table.schema.names[len(SAMPLE_SCHEMA) :]
@@ -76,17 +74,12 @@ def test_logged_columns_stand_behind_the_others_typed_by_their_values(tmp_path: 
     assert read_columns(file, ["reward"]).schema.names == ["reward", "reward_part/right", "reward_part/format"]
 
 
-@given(st.permutations("abcdef"), st.lists(st.sets(st.sampled_from("abcdef")), max_size=6))
-def test_names_keep_the_order_that_each_completion_has_them_in(order: list[str], chosen: list[set[str]]) -> None:
-    sequences = [[name for name in order if name in some] for some in chosen]
-    merged = merged_order(sequences)
-    assert sorted(merged) == sorted(set().union(*chosen))
-    for one in sequences:
-        assert [name for name in merged if name in one] == one
-
-
-def test_orders_that_contradict_each_other_are_taken_as_they_come() -> None:
-    assert merged_order([["b", "a"], ["a", "b"], ["c"]]) == ["b", "a", "c"]
+def test_columns_keep_the_recipe_s_order_of_rewards() -> None:
+    """By it a file that is read back is judged; what order a function's own mapping has does not matter."""
+    parts = [{"r2": 0.0}, {"r1": 0.0, "r1/x": 1.0, "r1/y": 2.0, "r2": 0.0}, {"r1": 1.0, "r1/y": 2.0, "r1/x": 1.0}]
+    assert part_columns(parts, ["r0", "r1", "r2"]) == ["r1", "r1/x", "r1/y", "r2"]
+    assert part_columns(parts, ["r2", "r1"]) == ["r2", "r1", "r1/x", "r1/y"]
+    assert part_columns([{}], ["r1"]) == []
 
 
 def test_a_table_has_the_best_and_the_worst_of_groups_that_differ() -> None:

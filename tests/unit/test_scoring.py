@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from grpo.scoring import SpreadPool
+from grpo.types import RewardOutage
 
 
 class Node:
@@ -66,5 +67,5 @@ def test_what_a_lost_node_owed_is_asked_of_the_others(pool: Any) -> None:
     assert [future.result(timeout=0) for future in asked] == [["scored a"], ["scored b"]]
     last = pool.submit(["c"])
     second.die()
-    with pytest.raises(RuntimeError, match=r"no node with reward workers is left"):
+    with pytest.raises(RewardOutage, match=r"no node with reward workers is left"):
         last.result(timeout=0)
