@@ -193,11 +193,12 @@ def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
     """Write a checkpoint of the last whole step before `error` ends the run, so that no good step is lost.
 
     There is none to write before the first step, once the learner has begun the step that failed, when the learner is
-    lost or the disk is full; a checkpoint that was begun before is finished where the learner answers. A failure to
-    write is reported beside `error`, which stays the reason.
+    lost or the disk is full. A checkpoint that was begun before is finished unless ranks of the learner may still wait
+    for each other. A failure to write is reported beside `error`, which stays the reason.
     """
     at = loop.progress
-    if isinstance(error, EngineFailure) and not error.learner_answers:
+    idle = at.learned == at.step or isinstance(error, MismatchError | NonFiniteError)
+    if not idle or (isinstance(error, EngineFailure) and not error.learner_answers):
         return
     try:
         loop.saver.poll(wait=True)
