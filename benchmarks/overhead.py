@@ -37,6 +37,7 @@ from benchmarks.result import Figure, print_result
 from grpo import actors, check, cluster, config, driver
 from grpo import engines as engine_group
 from grpo.config import Config
+from grpo.health import Health
 from grpo.progress import Progress
 from grpo.rewards.pool import RewardPool
 from grpo.run_folder import RunFolder
@@ -272,7 +273,13 @@ def main() -> None:
     parser.add_argument("--microbatch-tokens", type=int, nargs="+", help="budgets that bare torch tries")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
-    fixed = [f"run.steps={arguments.steps + 3}", "optimizer.lr=0", "cluster.learner_ranks=1", "run.verify_every=0"]
+    fixed = [
+        f"run.steps={arguments.steps + 3}",
+        "optimizer.lr=0",
+        "cluster.learner_ranks=1",
+        "run.verify_every=0",
+        "run.save_last=false",
+    ]
     loaded = config.load(arguments.recipe, [*arguments.overrides, *fixed])
     c = check.resolve_paths(loaded)
     with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
@@ -302,6 +309,7 @@ def main() -> None:
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
                 progress=Progress.start(c, plan.prompts), stopping=lambda: False, timeline=Timeline(None),
                 saver=Saver(c, run.path, engines=engines, fingerprints=dict, flush=lambda: None, say=print),
+                health=Health(c),
             )  # fmt: skip
             actors.freeze_garbage()
             driver.train(loop)

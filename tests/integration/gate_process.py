@@ -14,7 +14,8 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
     from grpo import check, cluster, config, driver
     from grpo import engines as engine_group
     from grpo.console import Console
-    from grpo.progress import Progress
+    from grpo.health import Health
+from grpo.progress import Progress
     from grpo.rewards.pool import RewardPool
     from grpo.run_folder import RunFolder
     from grpo.saving import Saver
@@ -64,7 +65,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
                 eval_settings=engine_group.eval_settings(c, plan.end_token_ids),
                 progress=Progress.start(c, plan.prompts),
                 saver=Saver(c, run.path, engines=engines, fingerprints=dict, flush=lambda: None, say=print),
-                stopping=lambda: False, timeline=Timeline(None),
+                stopping=lambda: False, timeline=Timeline(None), health=Health(c),
             )  # fmt: skip
             error = ""
             try:
