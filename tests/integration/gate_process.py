@@ -15,7 +15,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
     from grpo import engines as engine_group
     from grpo.console import Console
     from grpo.health import Health
-from grpo.progress import Progress
+    from grpo.progress import Progress
     from grpo.rewards.pool import RewardPool
     from grpo.run_folder import RunFolder
     from grpo.saving import Saver
