@@ -38,7 +38,7 @@ def alive(processes: list[psutil.Process]) -> list[str]:
 @pytest.mark.parametrize(
     ("strike", "code", "words"),
     [
-        ("kill sampler", 75, "go on with resume="),  # the learner is alive, and its state is saved
+        ("kill sampler", None, "sampler-0 died"),  # while it samples, the learner's state can be saved
         pytest.param("SIGTERM", 75, "grpo: interrupted by SIGTERM; go on with resume=", marks=pytest.mark.slow),
         ("SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; go on with resume="),
         pytest.param("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; go on with resume=", marks=pytest.mark.slow),
@@ -78,7 +78,8 @@ def test_an_end_in_mid_run(
             ended = process.wait(timeout=60)
             if code is None:  # depends on whether the step under way was already saved
                 code = 75 if found(run) else 1
-                words += "go on with resume=" if code == 75 else "there is no checkpoint to go on from"
+                if strike == "Ctrl-C thrice":
+                    words += "go on with resume=" if code == 75 else "there is no checkpoint to go on from"
             assert ended == code
         finally:
             if process.poll() is None:
