@@ -231,7 +231,7 @@ class Engines:
         while streams:
             ready, _ = self._ready(list(streams), "completions from the samplers", self._timeout, time.monotonic())
             try:
-                [block] = self._wait([next(ready[0])], "completions from the samplers", self._timeout)
+                [block] = self._wait([next(ready[0])], "completions from the samplers", self._timeout, of_samplers=True)
             except StopIteration:
                 spans[streams.pop(ready[0])[0]]()
                 continue
@@ -362,8 +362,9 @@ class Engines:
             ray.kill(handle)
         self._reserved.release()
 
-    def _wait(self, references: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
-        """Results of `references`, or the first failure among them."""
+    def _wait(self, references: Sequence[Any], what: str, timeout_s: float, *, of_samplers: bool = False) -> list[Any]:
+        """Return the results of `references`, or raise the first failure among them. `of_samplers`: they are calls to
+        samplers while the learner has nothing to do."""
         pending = list(references)
         asked = time.monotonic()
         while pending:
@@ -378,7 +379,7 @@ class Engines:
                     raise self._died(what, cause) from error
                 said = " ".join(str(cause).split())[:500]
                 failure = f"while waiting for {what}: {type(cause).__name__}: {said}"
-                raise EngineFailure(failure, learner_answers=True) from error
+                raise EngineFailure(failure, learner_answers=of_samplers) from error
             except ray.exceptions.RayActorError as error:
                 raise self._died(what, error) from error
         results: list[Any] = ray.get(list(references))

@@ -42,8 +42,8 @@ def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> N
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
         if not config.on_gpu:
             quiet["CUDA_VISIBLE_DEVICES"] = ""
-        # vLLM takes seconds to import, and changes what transformers does
-        # from where this package is, and not from the working directory, whose files may have any names
+        # a process of its own: vLLM takes seconds to import, and changes what transformers does. It imports this
+        # package from where it is, and nothing from the working directory, whose files may have any names
         places = [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         quiet["PYTHONPATH"] = os.pathsep.join(places)
         command = [sys.executable, "-P", "-m", "grpo.sampler.paper", str(file)]

@@ -50,7 +50,7 @@ class EngineFailure(RuntimeError):
     """An actor failed or did not answer in time: says who, what was awaited, and what it last wrote."""
 
     def __init__(self, text: str, *, learner_answers: bool = False) -> None:
-        """`learner_answers`: what failed was a call or a sampler, and every rank of the learner is alive."""
+        """`learner_answers`: what failed was a sampler or a call to one, and every rank of the learner is alive."""
         super().__init__(text)
         self.learner_answers = learner_answers
 

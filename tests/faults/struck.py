@@ -121,10 +121,10 @@ def main(fault: str, phase: str, notes: Path, arguments: list[str]) -> int:
         engines.Engines.sample = sample  # type: ignore[method-assign]
     plain_wait = engines.Engines._wait
 
-    def wait(self: Any, references: Any, what: str, timeout_s: float) -> Any:
+    def wait(self: Any, references: Any, what: str, timeout_s: float, **more: Any) -> Any:
         if phase in WAITS and phase != "sampling":
             count(what == WAITS[phase][0])
-        return plain_wait(self, references, what, timeout_s)
+        return plain_wait(self, references, what, timeout_s, **more)
 
     engines.Engines._wait = wait  # type: ignore[method-assign]
     return cli.main(arguments)

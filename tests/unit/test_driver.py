@@ -478,17 +478,22 @@ def test_survivors_learn_as_if_the_failed_had_never_been(advantage: str, tmp_pat
     assert not torch.equal(policy.learner.weight, TablePolicy(config).learner.weight)
 
 
-def test_the_samples_of_a_step_with_a_mismatch_are_kept(tmp_path: Path) -> None:
-    loop, policy = make_loop(tmp_path, make_config(tmp_path))
+def publish_other_weights(policy: TablePolicy, version: int) -> None:
+    """Let the sampler get other weights than the learner's as those of `version`."""
     publish = policy.publish
 
-    def publish_other_weights(version: int, probe: Any, *, full_check: bool) -> Any:
-        done = publish(version, probe, full_check=full_check)
-        if version == 2:
+    def published(policy_version: int, probe: Any, *, full_check: bool) -> Any:
+        done = publish(policy_version, probe, full_check=full_check)
+        if policy_version == version:
             policy.sampler += torch.randn(policy.sampler.shape)
         return done
 
-    policy.publish = publish_other_weights  # type: ignore[method-assign]
+    policy.publish = published  # type: ignore[method-assign]
+
+
+def test_the_samples_of_a_step_with_a_mismatch_are_kept(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path))
+    publish_other_weights(policy, 2)
     with pytest.raises(MismatchError):
         train(loop)
     loop.folder.close()
@@ -824,15 +829,7 @@ def test_what_is_not_a_good_state_is_not_saved(tmp_path: Path) -> None:
 def test_a_checkpoint_that_was_begun_is_finished(tmp_path: Path) -> None:
     """Also where the state of the step that failed is none to save."""
     loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.save_every=2"))
-    publish = policy.publish
-
-    def publish_other_weights(version: int, probe: Any, *, full_check: bool) -> Any:
-        done = publish(version, probe, full_check=full_check)
-        if version == 2:
-            policy.sampler += torch.randn(policy.sampler.shape)
-        return done
-
-    policy.publish = publish_other_weights  # type: ignore[method-assign]
+    publish_other_weights(policy, 2)
     with pytest.raises(MismatchError):
         train(loop)
     loop.folder.close()
