@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from grpo.compare import COLUMNS, compare, read_samples
+from grpo.compare import COLUMNS, compare, read_metrics, read_samples
 from grpo.samples import write_groups
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, UserError
 
@@ -323,6 +323,11 @@ def test_a_flipped_bit_anywhere_in_the_samples_is_seen(tmp_path: Path) -> None:
             except UserError:
                 continue
     assert unseen == []
+
+
+def test_an_evaluation_with_a_line_of_its_own_belongs_to_its_step(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "reward/mean": 0.5}\n{"step": 3, "eval/accuracy": 0.25}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == {3: {"reward/mean": 0.5, "eval/accuracy": 0.25}}
 
 
 def test_the_first_part_judges(tmp_path: Path) -> None:

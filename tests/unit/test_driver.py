@@ -836,6 +836,30 @@ def test_a_checkpoint_that_was_begun_is_finished(tmp_path: Path) -> None:
     assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
 
 
+def test_after_a_failed_update_nothing_is_asked_of_the_learner(tmp_path: Path) -> None:
+    """Ranks that wait for the one that failed would not answer."""
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.save_every=2"))
+    plain, captured = policy.step, policy.captured
+    failed = False
+
+    def step(steps: Sequence[Any]) -> StepResult:
+        nonlocal failed
+        failed = loop.progress.step == 2
+        if failed:
+            raise RuntimeError("in the third update")
+        return plain(steps)
+
+    def asked(*, wait: bool) -> dict[str, FileRecord] | None:
+        assert not failed
+        return captured(wait=wait)
+
+    policy.step, policy.captured = step, asked  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="in the third update"):
+        train(loop)
+    loop.folder.close()
+    assert not [line for line in loop.reporter.said if line.startswith("besides")]  # type: ignore[attr-defined]
+
+
 def test_samples_that_could_not_be_written_end_the_run_before_the_next_update(tmp_path: Path) -> None:
     loop, _ = make_loop(tmp_path, make_config(tmp_path))
     write = loop.folder._write_samples

@@ -411,6 +411,19 @@ def test_rewards_of_our_own_style_log_a_value_of_their_completion(write: Write, 
     ]
 
 
+def test_half_surrogate_pairs_are_replaced_in_what_a_reward_says(write: Write, tmp_path: Path) -> None:
+    """No file takes them: the samples would not be written, for a completion that a function has quoted."""
+    reward = write(
+        "def f(completion, row):\n    if completion == 'a': raise ValueError('cannot parse \\ud83d')\n"
+        "    return {'b\\ud83d': 1.0}\n"
+    )
+    failed, scored_one = scored(reward, tmp_path, ["a", "b"])
+    assert isinstance(failed, Failed)
+    assert "cannot parse ?" in failed.detail
+    assert isinstance(scored_one, Scored)
+    assert [*scored_one.parts] == ["f", "f/b?"]
+
+
 def test_long_texts_are_cut_and_say_so(write: Write, tmp_path: Path) -> None:
     said = logged(write, tmp_path, "log_extra('x', ['a' * 2000, 'b' * 2010])")
     assert not isinstance(said, str)
