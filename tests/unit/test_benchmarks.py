@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import (
     evaluation,
+    families,
     gpu_day,
     graders,
     logprobs,
@@ -34,10 +35,10 @@ from grpo.cuda import LOADED_DRIVER
 from grpo.types import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPERS = {"__init__", "curves", "result"}
+HELPERS = {"__init__", "curves", "result", "tiny_families"}
 TESTED = {
     "overhead", "logprobs", "objectives", "reasoning", "graders", "evaluation", "recipe_hours", "plan_memory",
-    "weight_check", "gpu_day",
+    "weight_check", "gpu_day", "families",
 }  # fmt: skip
 
 
@@ -67,6 +68,36 @@ def test_a_figure_that_json_does_not_have_is_refused(value: float, capsys: pytes
     with pytest.raises(ValueError):
         print_result("some", rows=[{"ratio": value}])
     assert not capsys.readouterr().out
+
+
+def test_families_continues_after_the_last_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def attempt(family: str, folder: Path) -> families.Result:
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        tried.append(family)
+        return families.Result("refused", f"{folder}/model has | in it") if len(tried) == 1 else families.Result(
+            "trained", mismatch=2e-6
+        )  # fmt: skip
+
+    monkeypatch.setattr(families, "RESULTS", tmp_path)
+    monkeypatch.setattr(families, "attempt", attempt)
+    monkeypatch.setattr(families, "SHARED", ["one", "two", "three"])
+    monkeypatch.setattr(sys, "argv", ["families"])
+    with pytest.raises(KeyboardInterrupt):
+        families.main()
+    assert tried == ["one", "two"]
+    tried.clear()
+    families.main()
+    assert tried == ["three"]
+    found = last_line(capsys.readouterr().out)
+    assert found == {"benchmark": "families", "families": 3, "tried": 3, "refused": 2, "trained": 1}
+    table = (tmp_path / "families.md").read_text()
+    assert "| `one` | refused | /model has / in it |" in table
+    assert "| `two` | trained | 2.0e-06 |" in table
 
 
 def test_recipe_hours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

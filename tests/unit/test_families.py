@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import tanh
 
+from benchmarks import tiny_families as families
 from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig
 from grpo.learner import heads
 from grpo.learner.changes import find_change

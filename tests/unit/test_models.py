@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import families as tiny
 import pytest
 
+from benchmarks import tiny_families as tiny
 from grpo import config as module
 from grpo import families
 from grpo.config import Config
