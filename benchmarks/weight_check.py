@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -38,6 +39,7 @@ from benchmarks.result import print_result
 if TYPE_CHECKING:
     import torch
 
+    from grpo.config import Config
     from grpo.probing import Probe, Reading, Spread
 
 
@@ -65,20 +67,25 @@ class Row:
 class PlainLearner:
     """A model of transformers as the full check sees a learner: `grpo.weight_sync.ProbedLearner`."""
 
-    def __init__(self, path: str, dtype: str) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
+    def __init__(self, config: Config) -> None:
+        from grpo.learner import heads
 
-        from grpo.learner.heads import LogprobHead
+        self.model = heads.load_policy(config).eval()
+        self.head = heads.install(self.model, config)
 
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-        self.head = LogprobHead(self.model.get_output_embeddings(), float32_head=False)
-
-    def weights(self) -> dict[str, torch.Tensor]:
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Return the model's parameters by their names in transformers."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return what is sent: the parameters by their names in the model's folder."""
+        from grpo.learner.heads import as_in_folder
+
+        pairs = (as_in_folder(self.model, name, tensor).items() for name, tensor in self.parameters().items())
+        return dict(itertools.chain.from_iterable(pairs))
+
     def parameter_count(self) -> int:
-        return len(self.weights())
+        return len(self.parameters())
 
     def read_probe(self, probe: Probe, noise: Spread | None = None) -> Reading:
         from grpo.learner.probe import read_probe
@@ -155,7 +162,7 @@ class Bench:
         )
         self.probe = make_probe(prompts, longest=config.max_row_tokens - 1)
         self.groups = PERTURBED_GROUPS[config.model.dtype]
-        self.learner = PlainLearner(path, dtype)
+        self.learner = PlainLearner(config)
         self._sampler = Sampler(config, "shared_memory", 0)
         self._sampler.init_transfer({"node": "here"})
         self._sender = SharedMemorySender("here")
@@ -165,6 +172,7 @@ class Bench:
         recorder._load = lambda pairs: load([(name, self._given(name, tensor)) for name, tensor in pairs])
         self._fault = ("", "")
         self.first = {name: tensor.clone() for name, tensor in self.learner.weights().items()}
+        self._start = {name: tensor.clone() for name, tensor in self.learner.parameters().items()}
         self._before = self.first
         self.readings: list[tuple[float, float]] = []
         """(q90, rms) of each transfer's difference, in units of the noise."""
@@ -236,8 +244,8 @@ class Bench:
         from grpo.weight_sync import WeightSyncError, prove
 
         with torch.no_grad():
-            for name, tensor in self.learner.weights().items():
-                tensor.copy_(self.first[name])
+            for name, tensor in self.learner.parameters().items():
+                tensor.copy_(self._start[name])
         self._fault = ("", "")
         self.transfer(self.learner.read_probe(self.probe))
         self.learner.optimizer_step(self.probe)

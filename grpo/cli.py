@@ -22,7 +22,7 @@ from grpo import config as config_module
 from grpo.machine import usable_cpus
 from grpo.stopping import interrupt_early
 from grpo.training import tell, train_command
-from grpo.types import DONE, NOT_FOLLOWED, OURS, RESUMABLE, USERS, UserError
+from grpo.types import DONE, NOT_FOLLOWED, OURS, RESUMABLE, USERS, RewardOutage, UserError
 
 NAMED_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
@@ -360,6 +360,12 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
             except KeyboardInterrupt:
                 console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
                 return RESUMABLE
+            except RewardOutage as error:
+                still = evaluating.unfinished(plan, folder, lambda line: None)
+                kept = sum(map(len, left.values())) - sum(map(len, still.values()))
+                console.say(f"grpo: {error}")
+                console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on")
+                return RESUMABLE if kept else USERS
         for line in evaluating.report(result):
             console.say(line)
         console.say(f"evaluation {folder}")

@@ -143,6 +143,7 @@ class Engines:
         self._timeout = config.cluster.step_timeout_s
         self._names: dict[Any, str] = {}
         self._processes: dict[Any, Any] = {}
+        self._outstanding: dict[int, int] = {}
         """Actor -> what it is asked first: where it runs."""
         self._known: dict[Any, tuple[str, int]] = {}
         """The answers so far."""
@@ -226,6 +227,7 @@ class Engines:
         count = len(self.samplers)
         shares = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]
         streams = {self._ask(i, share, settings): (i, share) for i, share in enumerate(shares) if share}
+        self._outstanding = {i: sum(len(r.seeds) for r in share) for i, share in enumerate(shares) if share}
         done: set[tuple[int, int]] = set()
         spans = {i: self._timeline.begin(f"sampler {i}", "sample") for i, _ in streams.values()}
         while streams:
@@ -243,7 +245,12 @@ class Engines:
                 continue
             fresh = [key not in done for key in zip(block.index.tolist(), block.sample_index.tolist(), strict=True)]
             done.update(zip(block.index.tolist(), block.sample_index.tolist(), strict=True))
+            self._outstanding[streams[ready[0]][0]] -= sum(fresh)
             yield only(block, fresh)
+
+    def outstanding(self) -> dict[str, int]:
+        """Return how many completions of the last `sample` each sampler still has to give."""
+        return {f"sampler-{i}": count for i, count in self._outstanding.items()}
 
     def _ask(self, sampler: int, share: Sequence[SampleRequest], settings: SamplingSettings) -> Any:
         return self.samplers[sampler].sample.options(num_returns="streaming").remote(share, settings)

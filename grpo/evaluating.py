@@ -29,8 +29,8 @@ from grpo.compare import Samples, read_rows, read_samples, table, with_bounds
 from grpo.config import Config
 from grpo.driver import eval_seed
 from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
-from grpo.rollouts import Scorer, collect, enforce_failure_budget
-from grpo.samples import write_groups
+from grpo.rollouts import PASSING, Scorer, collect, enforce_failure_budget, may_pass
+from grpo.samples import read_columns, write_groups
 from grpo.types import Group, Moment, Prompt, UserError
 from grpo.watching import Watch
 
@@ -139,13 +139,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample and score what is `unfinished`, then write and return the result.
 
-    Raises UserError when too many completions fail.
+    Raises UserError when too many completions fail; what has been sampled until then is in the folder.
     """
     writer = Writer(folder, plan.config)
-    for name, prompts in left.items():
-        say(f"sampling {samples_of(plan, name)} completions of {len(prompts)} prompts of {name}")
-        sample_set(plan, name, prompts, sampler, scorer, writer, say)
-    writer.flush()
+    try:
+        for name, prompts in left.items():
+            say(f"sampling {samples_of(plan, name)} completions of {len(prompts)} prompts of {name}")
+            sample_set(plan, name, prompts, sampler, scorer, writer, say)
+    finally:
+        writer.flush()
     return conclude(plan, folder)
 
 
@@ -207,37 +209,45 @@ def sample_set(
 
 
 class Writer:
-    """Groups to samples/<n>.parquet, every WRITE_S seconds."""
+    """Groups to samples/<n>.parquet, every WRITE_S seconds. Those with failures that may pass get a file of their own,
+    which the next evaluation into the folder may remove."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._folder, self._answer_column = folder / "samples", config.data.answer_column
         self._rewards = config_module.part_names(config.rewards)
         numbers = [int(path.stem) for path in self._folder.glob("*.parquet") if path.stem.isdecimal()]
         self._number = 1 + max(numbers, default=-1)
-        self._groups: list[Group] = []
+        self._whole: list[Group] = []
+        self._failed: list[Group] = []
         self._written = time.monotonic()
 
     def add(self, group: Group) -> None:
-        self._groups.append(group)
+        again = any(may_pass(rollout.outcome) for rollout in group.rollouts)
+        (self._failed if again else self._whole).append(group)
         if time.monotonic() - self._written > WRITE_S:
             self.flush()
 
     def flush(self) -> None:
-        if self._groups:
-            write_groups(
-                self._folder / f"{self._number:06d}.parquet",
-                0,
-                self._groups,
-                rewards=self._rewards,
-                answer_column=self._answer_column,
-            )
-            self._number += 1
-        self._groups, self._written = [], time.monotonic()
+        for groups in (self._whole, self._failed):
+            if groups:
+                write_groups(
+                    self._folder / f"{self._number:06d}.parquet",
+                    0,
+                    groups,
+                    rewards=self._rewards,
+                    answer_column=self._answer_column,
+                )
+                self._number += 1
+        self._whole, self._failed, self._written = [], [], time.monotonic()
 
 
 def finished_prompts(plan: Plan, folder: Path, say: Callable[[str], None]) -> set[str]:
-    """The prompts whose completions are all in the folder, each once. A file that is not whole, or that has prompts
-    of another file, is removed: its prompts are sampled again, with the same seeds."""
+    """Return the prompts whose completions are all in the folder, each once.
+
+    A file that is not whole, that has prompts of another file, or, while there is no result, failures that may pass, is
+    removed: its prompts are sampled again, with the same seeds.
+    """
+    concluded = (folder / RESULT).exists()
     asked = {prompt.prompt_id: samples_of(plan, prompt.dataset) for prompt in plan.eval_prompts}
     done: set[str] = set()
     for path in sorted((folder / "samples").glob("*.parquet")):
@@ -250,13 +260,23 @@ def finished_prompts(plan: Plan, folder: Path, say: Callable[[str], None]) -> se
         else:
             twice = done & found.keys()
             parts = [name for name, some in found.items() if sorted(some) != list(range(asked.get(name, 0)))]
-            if not twice and not parts:
+            failed = 0 if concluded else count_passing(path)
+            if not twice and not parts and not failed:
                 done |= found.keys()
                 continue
-            why = f"{path} has prompts of another file" if twice else f"{path} does not hold all of {parts[0]}"
+            why = (
+                f"{path} has prompts of another file" if twice
+                else f"{path} does not hold all of {parts[0]}" if parts
+                else f"{path} holds {failed} completions without a reward"
+            )  # fmt: skip
         say(f"{why}; it is removed, and its prompts are sampled again")
         path.unlink()
     return done
+
+
+def count_passing(file: Path) -> int:
+    """Return how many completions of a samples file failed in a way that may pass."""
+    return sum(kind in PASSING for kind in read_columns(file, ["failed"])["failed"].to_pylist())
 
 
 def result_of(plan: Plan, samples: Samples) -> dict[str, Any]:

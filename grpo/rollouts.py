@@ -36,10 +36,19 @@ PASSING: tuple[FailureKind, ...] = ("generation", "exception", "timeout", "worke
 """Kinds of failure that trying again can help with; the others are what a reward function has returned."""
 
 
+def may_pass(outcome: Scored | Failed) -> bool:
+    """Return whether the outcome is a failure that trying again can help with."""
+    return isinstance(outcome, Failed) and outcome.kind in PASSING
+
+
 class SamplerGroup(Protocol):
     """What samples: `grpo.engines.Engines`."""
 
     def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]: ...
+
+    def outstanding(self) -> dict[str, int]:
+        """Return how many completions of the last `sample` each sampler still has to give, by its name."""
+        ...
 
 
 class Scorer(Protocol):

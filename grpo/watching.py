@@ -46,6 +46,10 @@ class Watch:
             self._sampled += len(block.lengths)
             yield block
 
+    def outstanding(self) -> dict[str, int]:
+        """Return the samplers' own."""
+        return self._sampler.outstanding()
+
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
         """Score, and count."""
         self._submitted += len(items)
@@ -61,6 +65,10 @@ class Watch:
         parts = []
         if self._sampled < self._completions:
             parts.append(f"sampling, {self._sampled} of {self._completions} completions")
+            left = self._sampler.outstanding()
+            slowest = max(left, key=left.__getitem__, default="")
+            if len(left) > 1 and left[slowest]:
+                parts.append(f"{slowest} has {left[slowest]} left")
         if counted.scored < self._submitted:
             parts.append(f"scoring, {counted.scored} of {self._submitted}")
             if counted.slowest:

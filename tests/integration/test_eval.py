@@ -130,6 +130,34 @@ def test_a_signal_leaves_what_was_sampled(run: Path) -> None:
     assert not list(out.glob("*/evaluation.json"))
 
 
+def test_after_an_outage_the_same_command_goes_on(run: Path, tmp_path: Path) -> None:
+    """What was scored is kept, the rest is sampled again with the same seeds: the result is that of a judge that was
+    never away. A judge that is away at the start is refused."""
+    judge, away = tmp_path / "judge.py", tmp_path / "away"
+    judge.write_text(
+        "import pathlib\n\n\ndef judge(completion, row):\n"
+        f"    if (away := pathlib.Path({str(away)!r})).exists() and row['sum'] >= int(away.read_text()):\n"
+        "        raise ConnectionError('no route to the judge')\n"
+        "    return float(len(completion) % 2)\n"
+    )
+    sums = sorted(json.loads(line)["sum"] for line in (run.parent.parent / "eval.jsonl").read_text().splitlines())
+    command = ["eval", str(run), "--reward", str(judge), "--out"]
+    away.write_text("0")
+    said = grpo(*command, str(tmp_path / "evals"), code=2)
+    assert "judge on data.eval.sets[0] (eval) fails on every row tried" in said
+    away.write_text(str(sums[10]))
+    kept = sum(value < sums[10] for value in sums)
+    said = grpo(*command, str(tmp_path / "evals"), code=75)
+    assert "no route to the judge" in said
+    assert f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on" in said
+    away.unlink()
+    said = grpo(*command, str(tmp_path / "evals"))
+    assert f"eval: {kept} of 16 prompts have been evaluated before" in said
+    result = result_in(said)[1]
+    assert result["sets"]["eval"]["failed"] == 0
+    assert result == result_in(grpo(*command, str(tmp_path / "others")))[1]
+
+
 def test_bad_input_is_named(run: Path, tmp_path: Path) -> None:
     assert "no held-out data" in grpo("eval", str(run.parent.parent), code=2)
     data = str(run.parent.parent / "eval.jsonl")

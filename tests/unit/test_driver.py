@@ -92,6 +92,9 @@ class TablePolicy:
                 truncated=np.asarray([tokens[-1] != END]),
             )
 
+    def outstanding(self) -> dict[str, int]:
+        return {}
+
     def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         every = torch.log_softmax(self.learner(input_ids), -1)
         return every.gather(-1, target_ids[..., None])[..., 0], -(every.exp() * every).sum(-1)

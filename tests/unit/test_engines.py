@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grpo import engines
-from grpo.types import EngineFailure
+from grpo.timeline import Timeline
+from grpo.types import EngineFailure, SampledBlock, SampleRequest
 
 import ray  # isort: skip - grpo sets what it reads when it is imported
 
@@ -28,6 +30,30 @@ def test_only_a_call_to_a_sampler_leaves_the_learner_s_state_to_save(
     with pytest.raises(EngineFailure, match="while waiting for completions: ValueError: no such token") as failure:
         group._wait([object()], "completions", 1.0, of_samplers=of_samplers)
     assert failure.value.learner_answers == of_samplers
+
+
+def test_what_each_sampler_still_owes_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [SampleRequest(index=i, token_ids=(1,), seeds=(1, 2)) for i in range(3)]
+    blocks = {0: [block([0], [0]), block([0], [1])], 1: [block([1, 2], [0, 0]), block([1, 1, 2], [0, 1, 1])]}
+    group = engines.Engines.__new__(engines.Engines)
+    group.samplers, group._timeline, group._timeout, group._outstanding = [None, None], Timeline(None), 1.0, {}
+    monkeypatch.setattr(engines.Engines, "_ask", lambda self, i, share, settings: iter(blocks[i]))
+    monkeypatch.setattr(engines.Engines, "_ready", lambda self, pending, *_: (pending[-1:], []))
+    monkeypatch.setattr(engines.Engines, "_wait", lambda self, pending, *_, of_samplers: pending)
+    seen = [group.outstanding() for _ in group.sample(requests, None)]  # type: ignore[arg-type]
+    assert seen == [
+        {"sampler-0": 2, "sampler-1": 2}, {"sampler-0": 2, "sampler-1": 0}, {"sampler-0": 1, "sampler-1": 0},
+        {"sampler-0": 0, "sampler-1": 0},
+    ]  # fmt: skip
+
+
+def block(index: list[int], samples: list[int]) -> SampledBlock:
+    """Completions of one token each."""
+    ones = np.ones(len(index), dtype=np.int32)
+    return SampledBlock(
+        index=np.array(index), sample_index=np.array(samples), lengths=ones, truncated=ones.astype(bool),
+        token_ids=ones, sampler_logprobs=ones.astype(np.float32), policy_versions=ones,
+    )  # fmt: skip
 
 
 def test_a_sampler_that_died_leaves_the_learner_s_state_to_save() -> None:

@@ -49,9 +49,13 @@ class Sampler:
 
     def __init__(self, *sizes: int) -> None:
         self.sizes = sizes
+        self.left: dict[str, int] = {}
 
     def sample(self, requests: Sequence[Any], settings: Any) -> Iterator[SampledBlock]:
         yield from (block(size) for size in self.sizes)
+
+    def outstanding(self) -> dict[str, int]:
+        return self.left
 
 
 class Scorer:
@@ -94,6 +98,15 @@ def test_a_line_says_who_is_awaited(now: list[float]) -> None:
     watch.submit([None] * 48)  # type: ignore[list-item]
     scorer.counted = Counted(scored=163, failed=7, slow=3)
     assert watch.line() == "step 8: scoring, 63 of 64; 65 s"
+
+
+def test_the_slowest_of_several_samplers_is_named(now: list[float]) -> None:
+    sampler = Sampler()
+    watch = Watch("step 8", 64, sampler=sampler, scorer=Scorer(), say=print)
+    sampler.left = {"sampler-0": 24}
+    assert watch.line() == "step 8: sampling, 0 of 64 completions; 0 s"  # there is no other
+    sampler.left = {"sampler-0": 3, "sampler-1": 24, "sampler-2": 0}
+    assert watch.line() == "step 8: sampling, 0 of 64 completions; sampler-1 has 24 left; 0 s"
 
 
 def test_it_is_said_every_interval_and_only_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
