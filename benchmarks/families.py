@@ -1,16 +1,20 @@
-"""Try every causal language model that vLLM and transformers share: two steps with the real engines, or a refusal.
+"""Try every causal language model that vLLM and transformers share, with a tiny random model of each.
 
-    python -m benchmarks.families                 # all that have no result yet; about 40 seconds each on two cores
+    python -m benchmarks.families                 # all that have no result yet; five seconds each on two cores
     python -m benchmarks.families glm4 olmo2      # these again
+    python -m benchmarks.families --train glm4    # two steps of `grpo train` instead; 40 seconds each
     python -m benchmarks.families --table-only    # write the table anew from the results
 
-Each family gets a tiny random model (`benchmarks.tiny_families`) and the recipe below. Results are kept in
-docs/results/families.json after each family, and docs/results/families.md is written from them, so the benchmark
-continues where it was interrupted. The last line is one JSON object that counts the outcomes:
+Without `--train`, what `grpo check` asks of the files, then the learner's model and a real sampler in one process: the
+plain and the full check of a weight sync, one optimizer step apart. Each family has a process of its own, forked from
+one that has imported the engines. Results are kept in docs/results/families.json after each family, and
+docs/results/families.md is written from them, so the benchmark continues where it was interrupted. The last line is one
+JSON object that counts the outcomes:
 
     trained   two steps, and no logprob of sampler and learner apart by more than TOLERANCE
+    agrees    sampler and learner agree before and after the optimizer step, and with perturbed weights
     refused   `grpo check` refuses it from its files
-    stopped   the run refuses to go on: the weight check, or an engine that cannot load the model
+    stopped   an engine fails, or the weight check ends the run
     unmade    no tiny model can be made of it
 """
 
@@ -18,25 +22,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from benchmarks.result import print_result
 from benchmarks.tiny_families import SHARED, TOLERANCE, Unmade, save
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 
-HEAD = """Written by `python -m benchmarks.families`: two steps of a tiny random model of each causal language model
-that vLLM and transformers share, on CPU in float32 ([docs/families.md](../families.md)). The difference is that of
-logprobs of sampled tokens between sampler and learner."""
+HEAD = """Written by `python -m benchmarks.families` from tiny random models of the causal language models that vLLM and
+transformers share, on CPU in float32 ([docs/families.md](../families.md)). *Agrees*: sampler and learner compute the
+same logprobs before and after an optimizer step and with perturbed weights, by the check of every weight sync; the
+figure is their largest difference in units of rounding noise (limit 2). *Trained*: two steps of `grpo train`; the
+figure is the largest difference in nats. *Refused*: by `grpo check`, from files. *Stopped*: an engine fails, or the
+weight check ends the run. *Unmade*: no tiny model can be made of it."""
+
+PATIENCE_S = 300.0
+"""For one family."""
 
 REWARD = """
 def spread(completion, row):
@@ -61,27 +74,110 @@ cluster: {{reward_workers: 1}}
 class Result:
     """What became of one family."""
 
-    outcome: Literal["trained", "refused", "stopped", "unmade"]
+    outcome: Literal["trained", "agrees", "refused", "stopped", "unmade"]
     why: str = ""
-    """The sentence of a refusal, the last line of a run that stopped, or why no model can be made."""
-    mismatch: float | None = None
-    """Largest difference of a sampled token's logprobs between sampler and learner, of a trained one."""
+    """Why it did not pass."""
+    difference: float | None = None
+    """Trained: largest difference of a sampled token's logprobs between sampler and learner, in nats. Agrees: 90 %
+    quantile of the probe's differences, largest of the syncs, in units of the learner's rounding noise (limit 2)."""
 
 
-def attempt(family: str, folder: Path) -> Result:
-    """Return what becomes of a tiny random model of `family`; its model, recipe and run are written to `folder`."""
+def write_recipe(family: str, folder: Path) -> Path:
+    """Write a tiny random model of `family` and a recipe for it to `folder`. Raises Unmade."""
     sys.path.insert(0, str(ROOT / "recipes"))
     from arithmetic import make_tokenizer
 
-    try:
-        save(family, folder / "model", make_tokenizer())
-    except Unmade as error:
-        return Result("unmade", str(error))
+    save(family, folder / "model", make_tokenizer())
     (folder / "spread.py").write_text(REWARD)
     rows = [{"question": f"{a}+{b}"} for a in range(10, 30) for b in range(40, 44)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(folder=folder))
+    return recipe
+
+
+def examine(family: str, folder: Path) -> Result:
+    """Return whether a sampler and a learner in this process agree on a tiny random model of `family`."""
+    import transformers
+
+    from benchmarks.weight_check import Bench
+    from grpo import families
+    from grpo.config import load
+    from grpo.learner.paper import check_models
+    from grpo.sampler.paper import objection_to
+    from grpo.types import UserError
+
+    config = load(write_recipe(family, folder), [])
+    try:
+        families.refuse(config, transformers.AutoConfig.from_pretrained(config.model.path))
+        if (objection := forked(objection_to, config)) is not None:
+            raise UserError(objection)
+        check_models(config)
+    except UserError as error:
+        return Result("refused", str(error))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+    questions = [json.loads(line)["question"] for line in (folder / "train.jsonl").read_text().splitlines()[:64]]
+    bench = Bench(config.model.path, "float32", [tokenizer(f"{question}=")["input_ids"] for question in questions])
+    for module in bench.learner.model.modules():
+        module.do_not_compile = (
+            True  # where vLLM serves transformers' own classes, it decorates them for all of a process
+        )
+    row = bench.examine("none")
+    if row.caught:
+        return Result("stopped", f"the weight check: {row.plain_q90:.2g} and {row.full_q90:.2g} times the noise")
+    return Result("agrees", difference=max(row.plain_q90, row.full_q90))
+
+
+def forked(call: Callable[..., T], *arguments: object) -> T:
+    """Return what `call` returns in a fork of this process. Raises what it raises, and RuntimeError where it does not
+    answer."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(there, call, *arguments))
+    process.start()
+    there.close()
+    try:
+        if not here.poll(PATIENCE_S):
+            raise RuntimeError(f"no answer within {PATIENCE_S:g} s")
+        value, error = here.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"its process ended with {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+    if error is not None:
+        raise error
+    result: T = value
+    return result
+
+
+def answer(there: Connection, call: Callable[..., T], *arguments: object) -> None:
+    """Send what `call` returns or raises; an error that cannot travel, as text."""
+    try:
+        there.send((call(*arguments), None))
+    except Unmade as error:
+        there.send((None, error))
+    except Exception as error:  # noqa: BLE001 - whatever an engine comes upon is the finding
+        there.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
+
+
+def outcome_of(family: str, folder: Path) -> Result:
+    """Return what `examine` finds, in a fork."""
+    try:
+        return forked(examine, family, folder)
+    except Unmade as error:
+        return Result("unmade", str(error))
+    except RuntimeError as error:
+        return Result("stopped", str(error))
+
+
+def attempt(family: str, folder: Path) -> Result:
+    """Return what becomes of a tiny random model of `family` in `grpo check` and `grpo train`."""
+    try:
+        recipe = write_recipe(family, folder)
+    except Unmade as error:
+        return Result("unmade", str(error))
     checked = grpo("check", str(recipe))
     if checked.returncode == 2:
         return Result("refused", checked.stderr.strip().removeprefix("grpo: "))
@@ -98,7 +194,7 @@ def attempt(family: str, folder: Path) -> Result:
         return Result("stopped", f"{len(steps)} steps, a gradient of 0 among them")
     if not 0 < mismatch < TOLERANCE:
         return Result("stopped", f"logprobs of sampler and learner differ by {mismatch:.2g}")
-    return Result("trained", mismatch=mismatch)
+    return Result("trained", difference=mismatch)
 
 
 def grpo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -106,6 +202,15 @@ def grpo(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "grpo", *arguments], capture_output=True, text=True, timeout=800, cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "1000"},
     )  # fmt: skip
+
+
+def import_engines() -> None:
+    """Import what takes seconds, once for all forks."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    ModelRegistry.get_supported_archs()
 
 
 def table(results: Mapping[str, Result]) -> str:
@@ -119,7 +224,7 @@ def table(results: Mapping[str, Result]) -> str:
         "|---|---|---|",
     ]
     for family, result in sorted(results.items()):
-        why = f"{result.mismatch:.1e}" if result.mismatch is not None else " ".join(result.why.split())[:300]
+        why = f"{result.difference:.2g}" if result.difference is not None else " ".join(result.why.split())[:300]
         lines.append(f"| `{family}` | {result.outcome} | {why.replace('|', '/')} |")
     missing = sorted(set(SHARED) - set(results))
     if missing:
@@ -130,20 +235,24 @@ def table(results: Mapping[str, Result]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all without a result")
+    parser.add_argument("--train", action="store_true", help="two steps of `grpo train`")
     parser.add_argument("--table-only", action="store_true", help="try nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: docs/results")
     a = parser.parse_args()
     if unknown := sorted(set(a.families) - set(SHARED)):
         parser.error(f"vLLM and transformers do not share {', '.join(unknown)}; they share {', '.join(SHARED)}")
-    kept = RESULTS / "families.json"
+    kept = a.results / "families.json"
     results = {name: Result(**r) for name, r in json.loads(kept.read_text()).items()} if kept.exists() else {}
     todo = [] if a.table_only else a.families or [family for family in SHARED if family not in results]
+    if todo and not a.train:
+        import_engines()
     for number, family in enumerate(todo, 1):
         with tempfile.TemporaryDirectory(prefix="grpo-family-") as folder:
-            result = attempt(family, Path(folder))
+            result = attempt(family, Path(folder)) if a.train else outcome_of(family, Path(folder))
         results[family] = result = replace(result, why=result.why.replace(folder, ""))
         print(f"{number}/{len(todo)} {family}: {result.outcome} {result.why[:200]}", flush=True)
         kept.write_text(json.dumps({name: asdict(results[name]) for name in sorted(results)}, indent=1) + "\n")
-    (RESULTS / "families.md").write_text(table(results))
+    (a.results / "families.md").write_text(table(results))
     print_result(
         "families", families=len(SHARED), tried=len(results), **Counter(result.outcome for result in results.values())
     )  # fmt: skip

@@ -72,6 +72,12 @@ OWN: dict[str, dict[str, Any]] = {
     "granite": {
         "logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1,
     },
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    "falcon": {"ffn_hidden_size": 256},
+    "lfm2": {
+        "num_hidden_layers": 4, "conv_dim": 64, "block_dim": 64, "block_ff_dim": 128, "block_multiple_of": 32,
+        "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False,
+    },
     "deepseek_v3": {"topk_method": "noaux_tc"},
     "gemma4_text": {"num_experts": None},
     "hyperclovax": {"logits_scaling": 0.25},
@@ -79,7 +85,6 @@ OWN: dict[str, dict[str, Any]] = {
     "cwm": {"bos_token_id": 1},
     "exaone4": {"num_hidden_layers": 4},
     "glm4_moe": {"head_dim": 32},
-    "lfm2": {"num_hidden_layers": 4, "conv_dim": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"intermediate_size_mlp": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},

@@ -27,9 +27,16 @@ WINDOW_PLUS_ONE = frozenset({"cohere2", "cohere2_moe"})
 """Families whose window vLLM makes one token longer than transformers does."""
 
 REFUSED_ON_CPU: dict[str, str] = {
+    "bloom": "vLLM computes other logprobs than transformers does",
+    "deepseek_v2": "vLLM's compressed attention cannot be given new weights",
     "ernie4_5_moe": "after a weight sync vLLM samples from another distribution than the learner's",
     "gemma3n_text": "vLLM computes other logprobs than transformers does",
+    "gptj": "vLLM leaves the bias of the vocabulary projection as it was when it is given new weights",
     "gpt_oss": "vLLM reloads its experts otherwise than it loads them, and would sample with the old ones after a step",
+    "hrm_text": "vLLM cannot be given new weights of its fused projections",
+    "laguna": "vLLM's router on CPU does not compute what this family asks for",
+    "lfm2": "vLLM computes other logprobs than transformers does",
+    "llama4_text": "vLLM's experts on CPU cannot weigh their inputs",
     "olmo_hybrid": "vLLM's linear attention of this family needs Triton",
 }
 """Why, as the end of a sentence: each was tried with a tiny random model. On GPUs none was, and the first weight sync

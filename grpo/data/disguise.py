@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 PARQUET = b"PAR1"
@@ -28,6 +29,8 @@ def disguise_of(path: Path) -> str | None:
 
     Raises OSError when it cannot be read.
     """
+    if not stat.S_ISREG(path.stat().st_mode):
+        return "a pipe or a device, and is read more than once; write what it gives to a file"
     with path.open("rb") as file:
         start = file.read(64)
     found = (what for first, what in FIRST_BYTES.items() if start.startswith(first) or start.lower().startswith(first))

@@ -235,11 +235,11 @@ def load_critic(config: Config, *, on_paper: bool = False) -> Any:
 
 
 def refuse_dropout(config: Any, option: str) -> None:
-    """Dropout would make a model's numbers differ from one pass to the next, and from the sampler's.
-
-    Raises UserError naming the model's setting.
-    """
+    """Raise UserError for a model with dropout: its numbers would differ from one pass to the next, and from the
+    sampler's. The dropout of heads that a language model does not have is none of its."""
     for name, value in config.to_dict().items():
+        if name.startswith(("summary_", "classifier_")):
+            continue
         if "drop" in name and isinstance(value, float) and value > 0:
             raise UserError(
                 f"{option}: the model's config.json has {name}={value}; the learner needs dropout 0.0, or its "

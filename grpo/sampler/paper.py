@@ -9,9 +9,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from grpo.config import Config, read_dump
 from grpo.sampler.engine import engine_arguments
@@ -23,7 +34,9 @@ def objection_to(config: Config) -> str | None:
     if config.on_gpu and not current_platform.is_cuda():
         return None  # vLLM of another kind of machine than the run's
     try:
-        engine_arguments(config, "gloo", 0).create_engine_config()
+        settings = engine_arguments(config, "gloo", 0).create_engine_config()
+        if config.sampler_workers == 1:
+            build_without_weights(settings)
     except UserError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - whatever vLLM comes upon
@@ -36,6 +49,22 @@ def objection_to(config: Config) -> str | None:
         )
         return f"model.path={config.model.path}: vLLM cannot serve it: {text[:400].rstrip('.')}{hint}"
     return None
+
+
+def build_without_weights(settings: VllmConfig) -> None:
+    """Build the model's modules with the shapes of their weights alone. Raises whatever vLLM comes upon."""
+    with tempfile.TemporaryDirectory(prefix="grpo-check-") as folder, set_current_vllm_config(settings):
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        try:
+            with torch.device("meta"), set_default_torch_dtype(settings.model_config.dtype):
+                initialize_model(settings)
+        except NotImplementedError as error:
+            if "meta tensor" not in str(error):  # some modules compute constants, which this device cannot
+                raise
+        finally:
+            destroy_model_parallel()
+            destroy_distributed_environment()
 
 
 if __name__ == "__main__":

@@ -75,18 +75,18 @@ def test_families_continues_after_the_last_result(
 ) -> None:
     tried: list[str] = []
 
-    def attempt(family: str, folder: Path) -> families.Result:
+    def outcome_of(family: str, folder: Path) -> families.Result:
         if len(tried) == 2:
             raise KeyboardInterrupt
         tried.append(family)
         return families.Result("refused", f"{folder}/model has | in it") if len(tried) == 1 else families.Result(
-            "trained", mismatch=2e-6
+            "trained", difference=2e-6
         )  # fmt: skip
 
-    monkeypatch.setattr(families, "RESULTS", tmp_path)
-    monkeypatch.setattr(families, "attempt", attempt)
+    monkeypatch.setattr(families, "outcome_of", outcome_of)
+    monkeypatch.setattr(families, "import_engines", lambda: None)
     monkeypatch.setattr(families, "SHARED", ["one", "two", "three"])
-    monkeypatch.setattr(sys, "argv", ["families"])
+    monkeypatch.setattr(sys, "argv", ["families", "--results", str(tmp_path)])
     with pytest.raises(KeyboardInterrupt):
         families.main()
     assert tried == ["one", "two"]
@@ -97,7 +97,7 @@ def test_families_continues_after_the_last_result(
     assert found == {"benchmark": "families", "families": 3, "tried": 3, "refused": 2, "trained": 1}
     table = (tmp_path / "families.md").read_text()
     assert "| `one` | refused | /model has / in it |" in table
-    assert "| `two` | trained | 2.0e-06 |" in table
+    assert "| `two` | trained | 2e-06 |" in table
 
 
 def test_recipe_hours(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -193,6 +194,13 @@ def test_a_file_that_is_something_else_is_said_to_be_it(
 ) -> None:
     with refused(f"data.train: {tmp_path}/{name} {part}"):
         read_rows(write(tmp_path / name, text), split="train", option="data.train")
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    """Nobody may ever write into it, and a resumed run cannot read it again."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with refused("data.train: ", "rows.jsonl is a pipe or a device, and is read more than once; write what it gives to"):
+        read_rows(str(tmp_path / "rows.jsonl"), split="train", option="data.train")
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"])

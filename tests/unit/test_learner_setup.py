@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from grpo.config import AlgorithmConfig, Config, CriticConfig, DataConfig, ModelConfig, RunConfig
-from grpo.learner.heads import load_critic, load_policy
+from grpo.learner.heads import load_critic, load_policy, refuse_dropout
 from grpo.learner.setup import lr_factor
 from grpo.types import UserError
 
@@ -53,6 +54,15 @@ def test_a_model_that_lacks_weights_is_refused(family: str, make_model: Callable
     if family == "qwen2":
         with pytest.raises(UserError, match=f"critic.path={folder} lacks 1 of the model's weights: {gone}"):
             load_critic(config)
+
+
+def test_the_dropout_of_other_heads_is_no_obstacle() -> None:
+    """GPT-2 declares that of a summary, GPT-NeoX that of a classifier; the published models have both above 0."""
+    settings = {"attn_pdrop": 0.0, "summary_first_dropout": 0.1, "classifier_dropout": 0.1}
+    refuse_dropout(SimpleNamespace(to_dict=lambda: settings), "model.path")
+    settings["resid_pdrop"] = 0.1
+    with pytest.raises(UserError, match=r"model\.path: the model's config\.json has resid_pdrop=0\.1"):
+        refuse_dropout(SimpleNamespace(to_dict=lambda: settings), "model.path")
 
 
 def test_a_critic_with_dropout_is_refused(make_model: Callable[..., Path]) -> None:
