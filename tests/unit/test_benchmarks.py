@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from benchmarks import (
+    equality,
     evaluation,
     families,
     gpu_day,
@@ -38,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HELPERS = {"__init__", "curves", "result", "tiny_families"}
 TESTED = {
     "overhead", "logprobs", "objectives", "reasoning", "graders", "evaluation", "recipe_hours", "plan_memory",
-    "weight_check", "gpu_day", "families",
+    "weight_check", "gpu_day", "families", "equality",
 }  # fmt: skip
 
 
@@ -68,6 +71,28 @@ def test_a_figure_that_json_does_not_have_is_refused(value: float, capsys: pytes
     with pytest.raises(ValueError):
         print_result("some", rows=[{"ratio": value}])
     assert not capsys.readouterr().out
+
+
+def test_equality_sees_one_bit(tmp_path: Path) -> None:
+    """Two runs that are the same but for their times are equal; one bit that differs is named."""
+
+    def write(name: str, weights: str = "a", reward: float = 0.1, zero: float = 0.0, **more: float) -> Path:
+        run = tmp_path / name
+        (run / "samples").mkdir(parents=True)
+        (run / "summary.json").write_text(json.dumps({"weights_sha256": weights, "wall_s": len(name)}))
+        line = {"step": 1, "time": 5.0, "time/step_s": float(len(name)), "reward/mean": reward, **more}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        table = pa.table({"seed": [1, 2], "sampler_logprobs": [[-0.5, float("nan")], [zero]]})
+        pq.write_table(table, run / "samples" / "step-000001.parquet")
+        return run
+
+    first = write("first")
+    assert equality.differences(first, write("the same")) == []
+    assert equality.differences(first, write("weights", weights="b")) == ["summary.json: weights_sha256: a and b"]
+    assert equality.differences(first, write("bit", zero=-0.0)) == ["step-000001.parquet: column sampler_logprobs"]
+    other = float(np.nextafter(0.1, 1))
+    assert equality.differences(first, write("metric", reward=other)) == [f"step 1: reward/mean: 0.1 and {other}"]
+    assert equality.differences(first, write("more", **{"policy/loss": 1.0})) == ["step 1: policy/loss: None and 1.0"]
 
 
 def test_families_continues_after_the_last_result(

@@ -199,7 +199,7 @@ def test_a_file_that_is_something_else_is_said_to_be_it(
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     """Nobody may ever write into it, and a resumed run cannot read it again."""
     os.mkfifo(tmp_path / "rows.jsonl")
-    with refused("data.train: ", "rows.jsonl is a pipe or a device, and is read more than once; write what it gives to"):
+    with refused("data.train: ", "rows.jsonl is a pipe or a device, and is read more than once"):
         read_rows(str(tmp_path / "rows.jsonl"), split="train", option="data.train")
 
 
