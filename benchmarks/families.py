@@ -24,11 +24,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -97,35 +98,54 @@ def write_recipe(family: str, folder: Path) -> Path:
 
 
 def examine(family: str, folder: Path) -> Result:
-    """Return whether a sampler and a learner in this process agree on a tiny random model of `family`."""
+    """Return whether a sampler and a learner in this process agree on a tiny random model of `family`.
+
+    The option that a refusal names as the nearest is set, and the family examined with it.
+    """
     import transformers
 
     from benchmarks.weight_check import Bench
+    from grpo.config import load
+
+    recipe, options = write_recipe(family, folder), []
+    while (refusal := forked(refusal_of, recipe, options)) is not None:
+        nearest = re.search(r"nearest: (\S+\.\S+=\w+)", refusal)
+        if nearest is None or nearest[1] in options:
+            return Result("refused", refusal)
+        options.append(nearest[1])
+    config = load(recipe, options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
+    questions = [json.loads(line)["question"] for line in (folder / "train.jsonl").read_text().splitlines()[:64]]
+    bench = Bench(
+        config.model.path, config.model.dtype, [tokenizer(f"{question}=")["input_ids"] for question in questions],
+        prefix_caching=config.sampler.prefix_caching,
+    )  # fmt: skip
+    for module in bench.learner.model.modules():  # vLLM decorates transformers' own classes where it serves them
+        module.do_not_compile = True
+    row = bench.examine("none")
+    if row.caught:
+        return Result("stopped", f"the weight check: {row.plain_q90:.2g} and {row.full_q90:.2g} times the noise")
+    return Result("agrees", f"with {' '.join(options)}" if options else "", max(row.plain_q90, row.full_q90))
+
+
+def refusal_of(recipe: Path, options: Sequence[str]) -> str | None:
+    """Return why `grpo check` refuses the recipe's model."""
+    import transformers
+
     from grpo import families
     from grpo.config import load
     from grpo.learner.paper import check_models
     from grpo.sampler.paper import objection_to
     from grpo.types import UserError
 
-    config = load(write_recipe(family, folder), [])
+    config = load(recipe, options)
     try:
         families.refuse(config, transformers.AutoConfig.from_pretrained(config.model.path))
-        if (objection := forked(objection_to, config)) is not None:
-            raise UserError(objection)
-        check_models(config)
+        if (objection := objection_to(config)) is None:
+            check_models(config)
+        return objection
     except UserError as error:
-        return Result("refused", str(error))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model.path)
-    questions = [json.loads(line)["question"] for line in (folder / "train.jsonl").read_text().splitlines()[:64]]
-    bench = Bench(config.model.path, "float32", [tokenizer(f"{question}=")["input_ids"] for question in questions])
-    for module in bench.learner.model.modules():
-        module.do_not_compile = (
-            True  # where vLLM serves transformers' own classes, it decorates them for all of a process
-        )
-    row = bench.examine("none")
-    if row.caught:
-        return Result("stopped", f"the weight check: {row.plain_q90:.2g} and {row.full_q90:.2g} times the noise")
-    return Result("agrees", difference=max(row.plain_q90, row.full_q90))
+        return str(error)
 
 
 def forked(call: Callable[..., T], *arguments: object) -> T:
@@ -224,7 +244,9 @@ def table(results: Mapping[str, Result]) -> str:
         "|---|---|---|",
     ]
     for family, result in sorted(results.items()):
-        why = f"{result.difference:.2g}" if result.difference is not None else " ".join(result.why.split())[:300]
+        why = " ".join(result.why.split())[:300]
+        if result.difference is not None:
+            why = f"{result.difference:.2g} {why}".strip()
         lines.append(f"| `{family}` | {result.outcome} | {why.replace('|', '/')} |")
     missing = sorted(set(SHARED) - set(results))
     if missing:

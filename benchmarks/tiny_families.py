@@ -51,7 +51,7 @@ SHAPE: dict[str, Any] = {
     "query_pre_attn_scalar": 32,
     # states instead of attention
     "state_size": 16, "mamba_d_state": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
-    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     # Gemma 3n and 4
     "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "laurel_rank": 8,
 }  # fmt: skip

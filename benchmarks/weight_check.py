@@ -133,7 +133,7 @@ class PlainLearner:
 class Bench:
     """A sampler that can be given wrong weights, and the learner whose weights it should have."""
 
-    def __init__(self, path: str, dtype: str, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, path: str, dtype: str, rows: Sequence[Sequence[int]], *, prefix_caching: bool = True) -> None:
         from grpo.config import (
             AlgorithmConfig,
             Config,
@@ -158,7 +158,7 @@ class Bench:
             data=DataConfig(train=[], max_prompt_tokens=TOKENS),
             algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
             run=RunConfig(steps=1),
-            sampler=SamplerConfig(max_num_seqs=64),
+            sampler=SamplerConfig(max_num_seqs=64, prefix_caching=prefix_caching),
         )
         self.probe = make_probe(prompts, longest=config.max_row_tokens - 1)
         self.groups = PERTURBED_GROUPS[config.model.dtype]

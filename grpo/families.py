@@ -30,13 +30,16 @@ REFUSED_ON_CPU: dict[str, str] = {
     "bloom": "vLLM computes other logprobs than transformers does",
     "deepseek_v2": "vLLM's compressed attention cannot be given new weights",
     "ernie4_5_moe": "after a weight sync vLLM samples from another distribution than the learner's",
+    "falcon_mamba": "vLLM computes its states on GPUs only",
     "gemma3n_text": "vLLM computes other logprobs than transformers does",
-    "gptj": "vLLM leaves the bias of the vocabulary projection as it was when it is given new weights",
     "gpt_oss": "vLLM reloads its experts otherwise than it loads them, and would sample with the old ones after a step",
     "hrm_text": "vLLM cannot be given new weights of its fused projections",
+    "jamba": "vLLM computes its states on GPUs only",
     "laguna": "vLLM's router on CPU does not compute what this family asks for",
     "lfm2": "vLLM computes other logprobs than transformers does",
     "llama4_text": "vLLM's experts on CPU cannot weigh their inputs",
+    "mamba": "vLLM computes its states on GPUs only",
+    "mellum": "vLLM does not report which of its router's weights a sync has filled",
     "olmo_hybrid": "vLLM's linear attention of this family needs Triton",
 }
 """Why, as the end of a sentence: each was tried with a tiny random model. On GPUs none was, and the first weight sync

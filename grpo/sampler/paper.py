@@ -40,7 +40,9 @@ def objection_to(config: Config) -> str | None:
     except UserError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - whatever vLLM comes upon
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(str(error).split())
+        if not isinstance(error, ValueError):  # of KeyError and the like the text alone says little
+            text = f"{type(error).__name__}: {text}"
         text = re.sub(r"^1 validation error for \w+ (Value error, |Assertion failed, )?", "", text).partition(
             " [type="
         )[0]

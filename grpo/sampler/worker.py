@@ -7,6 +7,7 @@ sampler's own process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,8 +156,8 @@ def slot_size(model: Any, name: str, parameter: torch.Tensor) -> int:
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     rows = getattr(owner, "org_vocab_size", None)
-    if rows is not None and parameter.dim() == 2 and leaf == "weight":
-        return int(rows * parameter.shape[1])
+    if rows is not None and leaf in ("weight", "bias"):
+        return int(rows) * math.prod(parameter.shape[1:])
     if isinstance(owner, LinearBase) and leaf in ("weight", "bias"):
         out = owner.output_size
         if isinstance(owner, QKVParallelLinear):  # its own count repeats key-value heads that several workers share

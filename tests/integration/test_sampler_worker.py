@@ -34,12 +34,14 @@ model.norm = nn.Module()
 sizes = {
     "qkv.weight": ((2 + 2) * 8, 16), "qkv.bias": ((2 + 2) * 8,), "shared.weight": ((2 + 2) * 8, 16),
     "gate_up.weight": (24, 16), "down.weight": (16, 12), "down.bias": (16,), "embed.weight": (32, 16),
+    "embed.bias": (32,),
     "norm.weight": (16,),
 }
 found = {name: slot_size(model, name, torch.empty(*size)) for name, size in sizes.items()}
 assert found == {
     "qkv.weight": (4 + 2 + 2) * 8 * 16, "qkv.bias": (4 + 2 + 2) * 8, "shared.weight": (4 + 1 + 1) * 8 * 16,
-    "gate_up.weight": 2 * 24 * 16, "down.weight": 16 * 24, "down.bias": 16, "embed.weight": 10 * 16, "norm.weight": 16,
+    "gate_up.weight": 2 * 24 * 16, "down.weight": 16 * 24, "down.bias": 16, "embed.weight": 10 * 16, "embed.bias": 10,
+    "norm.weight": 16,
 }, found
 
 one = Loaded(consumed={"a": 1, "b": 2}, unfilled=(), unmapped=("a", "c"))
