@@ -1,13 +1,13 @@
-"""The one place for options and their defaults: a recipe (YAML) and `key=value` overrides become a frozen `Config`.
+"""Options and their defaults: build a frozen `Config` from a recipe (YAML) and `key=value` overrides.
 
-    schema    every option, its type, its default and what it means
-    describe  the same in words, for `grpo options`
-    foreign   what other trainers call them; aliases answers with it
-    load      YAML and overrides -> Config; the only importer of omegaconf, with the schema's `MISSING`
+    schema    all options, with types, defaults and meanings
+    describe  descriptions of the options, for `grpo options`
+    foreign   names of the options in other trainers; aliases uses it to answer such names
+    load      YAML and overrides -> Config; the only importer of omegaconf, except for `MISSING` in the schema
     validate  the batch algebra, ranges, and options that would have no effect
 
-Everyone else sees plain frozen dataclasses. Every mistake is a `UserError` that names the option, the value and the
-nearest valid one.
+All other modules see plain frozen dataclasses. Every mistake is a `UserError` that names the option, the value and the
+nearest valid value.
 """
 
 from __future__ import annotations

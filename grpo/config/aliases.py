@@ -1,4 +1,4 @@
-"""Answers to options of other trainers: what they are called here, with their value where the meaning permits."""
+"""Answers to options of other trainers: their name here, with a converted value where the meaning permits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF", "open_instruct
 VERL_SECTIONS = (
     "actor_rollout_ref", "trainer", "reward_model", "custom_reward_function", "global_profiler", "ray_kwargs",
 )  # fmt: skip
-"""Their options that the table does not have are answered, too."""
+"""Sections of verl. Their options are answered even if the table does not have them."""
 OFF = ("false", "0", "", "none", "null", "[]", "{}")
-"""Values by which something that is not supported is not asked for."""
+"""Values that turn an option off: an unsupported option with such a value can simply be left out."""
 SHOWN = 12
-"""Answers in a message."""
+"""Maximum number of answers in a message."""
 LIKE = 0.85
-"""How alike a misspelt name must be to another trainer's."""
+"""Minimum similarity between a misspelled name and a name of another trainer."""
 
 
 @functools.cache
 def _index() -> dict[str, tuple[Alias, tuple[str, ...]]]:
-    """Name -> what it is, and the trainers that have it."""
+    """Return a mapping from name to (its alias, the trainers that use the name)."""
     found: dict[str, tuple[Alias, tuple[str, ...]]] = {}
     for alias in (alias for topic in TABLE.values() for alias in topic):
         for field in (*TRAINERS, "words"):
@@ -37,18 +37,18 @@ def _index() -> dict[str, tuple[Alias, tuple[str, ...]]]:
 
 
 def names_of(alias: Alias, field: str) -> list[str]:
-    """Return the names of one trainer in full."""
+    """Return the names of an alias in one trainer, with `~` expanded."""
     names: str = getattr(alias, field)
     return [name.replace("~", "actor_rollout_ref.") for name in names.split()]
 
 
 def answer(name: str, value: object, own: frozenset[str]) -> str | None:
-    """Return what answers an option which is not ours, or None where nothing is known about it.
+    """Return the answer to an option that is not ours, or None if it is unknown.
 
     Args:
-        name: as it was given, with its sections.
+        name: the name as given, with its sections.
         value: None, text, number, list or mapping.
-        own: the last parts of our own options, which are looked for by other means.
+        own: the last parts of our own option names, for which spelling suggestions are made elsewhere.
     """
     found, name = _find(name, own), _plain(name)
     if found is not None:
@@ -64,7 +64,7 @@ def answer(name: str, value: object, own: frozenset[str]) -> str | None:
 
 
 def meaning(name: str, own: frozenset[str]) -> str | None:
-    """Return what another trainer's option is here, whatever its value, or None."""
+    """Return the counterpart of another trainer's option, regardless of its value, or None."""
     found = _find(name, own)
     if found is None:
         return None
@@ -77,12 +77,13 @@ def meaning(name: str, own: frozenset[str]) -> str | None:
 
 
 def is_known(name: str) -> bool:
-    """Return whether another trainer has an option of this whole name."""
+    """Return whether another trainer has an option with this full name."""
     return _plain(name) in _index()
 
 
 def _find(name: str, own: frozenset[str]) -> tuple[Alias, tuple[str, ...]] | None:
-    """By the whole name, by what is above it, by its last part where that is none of ours."""
+    """Look up an option by its full name, then by its parent sections, then by its last part unless we have an option
+    with the same last part."""
     index, plain = _index(), _plain(name)
     leaf, whole = plain.rpartition(".")[2], [plain, *_widened(plain)]
     return next((index[known] for known in (*whole, *(() if leaf in own else (leaf,))) if known in index), None)
@@ -97,14 +98,14 @@ def _who(trainers: tuple[str, ...]) -> str:
 
 
 def _widened(name: str) -> Iterator[str]:
-    """`a.b.c` -> `a.b.*`, `a.*`."""
+    """Yield wildcards of the parent sections: `a.b.c` -> `a.b.*`, `a.*`."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield f"{name}.*"
 
 
 def _outcome(value: object, alias: Alias) -> str | None:
-    """What a value is here, or None where that is not known."""
+    """Return the answer to a value of another trainer's option, or None if the value is unknown."""
     if isinstance(value, list) and alias.values:
         parts = [_outcome(item, alias) for item in value]
         set_here = dict.fromkeys(part.removeprefix("here ") for part in parts if part and part.startswith("here "))
@@ -140,7 +141,7 @@ def _said(known: str) -> str:
 
 
 def answer_value(option: str, value: object) -> str | None:
-    """Return what another trainer's value of one of our own options is here, or None."""
+    """Return the answer to another trainer's value of one of our own options, or None if the value is unknown."""
     text = written(value).lower()
     found = [(alias, trainers, alias.values.get(text, LEAVE)) for alias, trainers in _index().values()]
     own = [one for one in found if f"{option}=" in one[2] and not one[2].startswith(NO)]
@@ -153,7 +154,7 @@ def answer_value(option: str, value: object) -> str | None:
 
 
 def written(value: object) -> str:
-    """Return a value as it is written behind `option=`."""
+    """Return a value as it is written after `option=`."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -164,14 +165,14 @@ def written(value: object) -> str:
 
 
 def nearest(name: str) -> tuple[str, float] | None:
-    """Return the most alike name of another trainer that is not a dotted one, and how alike it is."""
+    """Return the most similar undotted name of another trainer and its similarity, or None if none is similar."""
     flat = [known for known in _index() if "." not in known]
     near = difflib.get_close_matches(name, flat, n=1, cutoff=LIKE)
     return (near[0], difflib.SequenceMatcher(None, near[0], name).ratio()) if near else None
 
 
 def flags(tokens: list[str]) -> list[tuple[str, object]]:
-    """Return `--name value`, `--name=value` and `--name` as names and values; a flag without a value is true."""
+    """Parse `--name value`, `--name=value` and `--name` into names and values; a flag without a value is true."""
     found: list[tuple[str, list[str]]] = []
     for token in tokens:
         if token.startswith("--"):
@@ -188,6 +189,6 @@ def _parsed(values: list[str]) -> object:
 
 
 def joined(answers: list[str]) -> str:
-    """Return one message out of answers, of which there may be many."""
+    """Join answers into one message, which shows at most SHOWN of them."""
     more = f"; and {len(answers) - SHOWN} more: docs/migrating.md" if len(answers) > SHOWN else ""
     return f"{'options' if len(answers) > 1 else 'an option'} of another trainer: {'; '.join(answers[:SHOWN])}{more}"

@@ -1,4 +1,4 @@
-"""Options in words: what `grpo options` prints, from the types, defaults and texts of `grpo.config.schema`."""
+"""The output of `grpo options`, from the types, defaults and docstrings of `grpo.config.schema`."""
 
 from __future__ import annotations
 
@@ -21,38 +21,37 @@ from grpo.config import schema
 from grpo.types import UserError
 
 WIDTH = 120
-"""Columns of a line."""
+"""Maximum width of a line, in columns."""
 INDENT = "    "
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One option in words."""
+    """Description of one option."""
 
     name: str
-    """In full, with `[i]` for the place in a list."""
+    """Full name, with `[i]` for an index into a list."""
     kind: str
     default: str
-    """As a recipe writes it; "required" where there is none."""
+    """Default as written in a recipe, or "required" if there is none."""
     meaning: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A section in words."""
+    """Description of one section."""
 
     name: str
     meaning: str
     examples: tuple[str, ...]
-    """Overrides, as a shell takes them."""
+    """Overrides, quoted for a shell."""
     options: tuple[Option, ...]
 
 
 def options_text(asked: str = "") -> str:
-    """Return every option with its default, type and meaning, or those of the section that is asked for, with
-    examples, or the one option that is asked for.
+    """Return the descriptions of all options, or of one section (with examples), or of one option.
 
-    Raises UserError when neither is called like that.
+    Raises UserError if `asked` is neither a section nor an option.
     """
     found = [*sections(schema.Config, "")]
     if not asked:
@@ -74,12 +73,13 @@ def options_text(asked: str = "") -> str:
 
 
 def plain(name: str) -> str:
-    """`name` without places in lists: rewards[0].weight, rewards.0.weight and rewards[i].weight are rewards.weight."""
+    """Return `name` without list indices: rewards[0].weight, rewards.0.weight and rewards[i].weight give
+    rewards.weight."""
     return re.sub(r"\[\w*\]|\.\d+(?=\.|$)", "", name.strip().rstrip("."))
 
 
 def sections(cls: type, prefix: str) -> Iterator[Section]:
-    """Yield every section below `cls`, with the options that are its own."""
+    """Yield every section below `cls`, each with its direct options."""
     hints, texts = typing.get_type_hints(cls), field_texts(cls)
     options, below = [], []
     for f in dataclasses.fields(cls):
@@ -106,7 +106,7 @@ def sections(cls: type, prefix: str) -> Iterator[Section]:
 
 
 def field_texts(cls: type) -> dict[str, str]:
-    """Return the text below each field in the source, of `cls` and the classes that it extends."""
+    """Return the docstring below each field of `cls` and its base classes, read from the source."""
     tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
     bodies = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
     found = {}
@@ -119,7 +119,7 @@ def field_texts(cls: type) -> dict[str, str]:
 
 
 def in_yaml(text: str) -> str:
-    """Return a text on one line, with None as recipes write it."""
+    """Return a text as one line, with None replaced by null, as recipes write it."""
     return re.sub(r"\bNone\b", "null", " ".join(text.split()))
 
 
@@ -152,7 +152,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def section_lines(section: Section, *, examples: bool) -> Iterator[str]:
-    """Yield a section with its options."""
+    """Yield the lines of a section and its options."""
     yield from textwrap.wrap(f"{section.name}: {section.meaning}", WIDTH, subsequent_indent=INDENT)
     if examples and section.examples:
         yield ""
@@ -164,7 +164,7 @@ def section_lines(section: Section, *, examples: bool) -> Iterator[str]:
 
 
 def option_lines(option: Option) -> Iterator[str]:
-    """Yield an option with its default and type, and below it its meaning."""
+    """Yield the lines of an option: name, default and type, then the meaning."""
     line = f"{option.name} = {option.default}   ({option.kind})"
     yield from textwrap.wrap(line, WIDTH, subsequent_indent=INDENT, break_on_hyphens=False)
     yield from textwrap.wrap(

@@ -1,4 +1,4 @@
-"""A recipe and overrides -> `Config`. Unknown keys and wrong types fail here, with the nearest valid name."""
+"""Load a recipe and overrides into a `Config`. Unknown keys and wrong types fail here, with the nearest valid name."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ NOT_REPLAYABLE = (
     "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "min_tokens", "logit_bias", "bad_words", "allowed_token_ids", "n", "best_of", "logits_processors",
 )  # fmt: skip
-"""Sampling settings that the learner cannot replay on its own logits; refused by name in `sampling`."""
+"""Sampling settings that the learner cannot apply to its own logits; refused by name in `sampling`."""
 
 
 def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read `recipe`, apply `section.option=value` overrides, check everything that needs no other file.
+    """Read `recipe`, apply `section.option=value` overrides, and validate everything that needs no other file.
 
     Raises UserError naming the file or option at fault.
     """
@@ -45,8 +45,9 @@ def load_for_evaluation(
     rewards: typing.Sequence[str],
     overrides: typing.Sequence[str],
 ) -> Config:
-    """The config of `grpo eval`: `recipe`, or nothing but defaults, with another model, and data and rewards where they
-    are given. It has no learner rank, and what only training needs may be missing.
+    """Return the config of `grpo eval`: `recipe` or the defaults, with `model`, and with `data` and `rewards` if given.
+
+    The config has no learner ranks, and options that only training needs may be missing from the recipe.
 
     Raises UserError naming the file or option at fault.
     """
@@ -79,20 +80,23 @@ def load_for_evaluation(
 
 
 def read_dump(path: Path) -> Config:
-    """Return the config that `dump` wrote to `path`; it was checked when it was first loaded."""
+    """Return the config that `dump` wrote to `path`, without validation: it was validated when it was first loaded."""
     merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
     return typing.cast(Config, OmegaConf.to_object(merged))
 
 
 def _read(path: Path) -> DictConfig:
-    """The tree of a YAML file."""
+    """Read a recipe file into a tree.
+
+    Raises UserError if it does not exist, is not valid YAML, or is not a mapping.
+    """
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"recipe {path} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
     try:
         tree = OmegaConf.load(path)
-    except Exception as error:  # yaml's error classes are many; each becomes the same sentence
+    except Exception as error:  # yaml has many error classes; all get the same message
         mark = getattr(error, "problem_mark", None)
         lines = path.read_text(errors="replace").split("\n")
         tab = mark is not None and mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]
@@ -104,7 +108,7 @@ def _read(path: Path) -> DictConfig:
 
 
 def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> Config:
-    """A checked config out of a tree and overrides; `path`: where the tree is from."""
+    """Build and validate a config from a tree and overrides. `path` names the source of the tree in errors."""
     for override in overrides:
         tree = _listed(_override(tree, override))
     _answer_others(OmegaConf.to_container(tree), path)
@@ -124,12 +128,12 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML; `load` of it gives the same config."""
+    """Return the resolved config as YAML; loading it gives the same config."""
     return yaml.safe_dump(_literal(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def _literal(tree: Any) -> Any:
-    """`tree` for a YAML file that OmegaConf reads: what looks like an interpolation is escaped, tuples are lists."""
+    """Return `tree` for a YAML file that OmegaConf reads: interpolations are escaped, and tuples become lists."""
     if isinstance(tree, dict):
         return {key: _literal(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -140,7 +144,7 @@ def _literal(tree: Any) -> Any:
 
 
 def _listed(tree: DictConfig) -> DictConfig:
-    """`tree` with the data sets as lists of mappings, also where the recipe has no more than paths."""
+    """Return `tree` with data sets as lists of mappings, also if the recipe gives only paths."""
     plain: Any = OmegaConf.to_container(tree)
     data = plain.get("data")
     held_out = data.get("eval") if isinstance(data, dict) else None
@@ -156,7 +160,7 @@ def _listed(tree: DictConfig) -> DictConfig:
 
 def _override(tree: DictConfig, text: str) -> DictConfig:
     key, equals, raw = text.partition("=")
-    key = key.lstrip("+")  # Hydra's sign of a new option
+    key = key.lstrip("+")  # Hydra's prefix for a new option
     if not equals or not re.fullmatch(r"[\w.\[\]]+", key):
         said = aliases.answer(key, raw, _own_names()) if equals else aliases.meaning(key, _own_names())
         raise UserError(f"override {text!r} is not of the form section.option=value" + (f"; {said}" if said else ""))
@@ -171,21 +175,24 @@ def _override(tree: DictConfig, text: str) -> DictConfig:
         kind = _kind(bracketed)
         value = None if raw == "null" else _value(kind, raw)
         OmegaConf.update(tree, bracketed, value, merge=_item_class(kind) is None, force_add=True)
-    except Exception as error:  # a bad list index or an unparsable value, in omegaconf's or yaml's own words
+    except Exception as error:  # an invalid list index or an unparsable value, from omegaconf or yaml
         raise UserError(f"override {text!r}: {' '.join(str(error).split())}") from error
     return tree
 
 
 def _value(kind: Any, raw: str) -> Any:
-    """The value of an override. Texts are taken as they stand: templates are seldom valid YAML; so are paths in the
-    place of a list of data sets."""
+    """Parse the value of an override.
+
+    Strings are not parsed as YAML, since templates are seldom valid YAML. Nor are paths given instead of a list of
+    data sets.
+    """
     if kind in (str, str | None) or (_item_class(kind) and not raw.startswith(("[", "{"))):
         return raw
     return OmegaConf.from_dotlist([f"value={raw}"])["value"]
 
 
 def _kind(key: str) -> Any:
-    """The type of an option, None of an unknown one."""
+    """Return the type of an option, or None if the option is unknown."""
     kind: Any = Config
     for part in re.sub(r"\[(\d+)\]", r".\1", key).split("."):
         if part.isdigit():
@@ -200,7 +207,7 @@ def _kind(key: str) -> Any:
 
 
 def _item_class(kind: Any) -> type | None:
-    """The dataclass whose list `kind` is, if it is one."""
+    """Return the item class if `kind` is a list of dataclasses, else None."""
     if typing.get_origin(kind) is not list:
         return None
     [item] = typing.get_args(kind)
@@ -212,14 +219,15 @@ def _names(cls: type) -> list[str]:
 
 
 def _answer_others(tree: Any, source: str) -> None:
-    """Raises UserError with an answer to each option of another trainer."""
+    """Raise UserError with an answer to each option of another trainer."""
     said = [aliases.answer(name, value, _own_names()) for name, value in _unknown(tree, Config, "")]
     if answers := [answer for answer in said if answer]:
         raise UserError(f"{source}: {aliases.joined(answers)}")
 
 
 def refuse_flags(tokens: typing.Sequence[str]) -> None:
-    """Raises UserError for options that are given as flags: ours are `section.option=value`, others have an answer."""
+    """Raise UserError for options given as flags: ours are written `section.option=value`; those of other trainers are
+    answered."""
     ours = {option.replace("[i]", "[0]") for option, _ in _options(Config, "")}
     said = []
     for name, value in aliases.flags(list(tokens)):
@@ -232,7 +240,8 @@ def refuse_flags(tokens: typing.Sequence[str]) -> None:
 
 
 def _unknown(node: Any, cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    """(full name, value) of every key that is not an option, nor nearly one, mappings below one in their parts."""
+    """Yield (full name, value) of every key that is not an option and is not similar to one. Mappings below such a key
+    are flattened."""
     hints = typing.get_type_hints(cls)
     for key, value in node.items() if isinstance(node, dict) else ():
         name, inner = f"{prefix}{key}", hints.get(str(key))
@@ -257,12 +266,12 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 @functools.cache
 def _own_names() -> frozenset[str]:
-    """The last parts of all options."""
+    """Return the last parts of all option names."""
     return frozenset(option.rpartition(".")[2] for option, _ in _options(Config, ""))
 
 
 def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
-    """Every key of the tree must be an option; the error names the nearest one."""
+    """Raise UserError for a key that is not an option, naming the nearest one, and for a value of the wrong shape."""
     if not isinstance(node, dict):
         raise UserError(f"{source}: {prefix.rstrip('.') or 'the recipe'} must be a mapping, not {node!r}")
     hints = typing.get_type_hints(cls)
@@ -290,7 +299,8 @@ def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
 
 
 def _check_texts(value: Any, kind: Any, name: str, source: str) -> None:
-    """What is a text must be written as one: numbers would be turned into texts without a word."""
+    """Raise UserError for a string option with a value that is not a string: omegaconf would convert numbers
+    silently."""
     if kind == str | None and value is not None:
         kind = str
     if kind is str and not isinstance(value, str):
@@ -306,7 +316,10 @@ def _check_texts(value: Any, kind: Any, name: str, source: str) -> None:
 
 
 def _misfit(node: Any, cls: type, prefix: str) -> str | None:
-    """Which option does not fit its type: omegaconf says it of a whole tree, so each option is tried by itself."""
+    """Return a message naming the first option whose value does not fit its type, or None.
+
+    omegaconf reports the error for the whole tree, so each option is tried separately.
+    """
     hints = typing.get_type_hints(cls)
     for key, value in node.items():
         if dataclasses.is_dataclass(hints[key]):
@@ -332,7 +345,7 @@ def _misfit(node: Any, cls: type, prefix: str) -> str | None:
 
 
 def _nearest_choice(option: str, value: Any, choices: list[str]) -> str:
-    """`; did you mean ...?`, or what another trainer's value is here."""
+    """Return `; did you mean ...?`, or the answer to another trainer's value, or an empty string."""
     near = [choice for choice in choices if str(value).replace("-", "_") in choice]
     if not near and (said := aliases.answer_value(option, value)):
         return f"; {said}"
@@ -341,7 +354,8 @@ def _nearest_choice(option: str, value: Any, choices: list[str]) -> str:
 
 
 def _nearest(key: str, cls: type, prefix: str) -> str:
-    """`did you mean ...?`: an option of this very name, the nearest in this section, the nearest of all."""
+    """Return `did you mean ...?` with the nearest option: one of exactly this name, then the nearest in this section,
+    then the nearest of all. An option of another trainer is suggested if it is more similar."""
     everywhere: dict[str, str] = {}
     for option, _ in sorted(_options(Config, ""), key=lambda o: _shared(o[0], prefix), reverse=True):
         everywhere.setdefault(option.rpartition(".")[2], option)
@@ -358,12 +372,12 @@ def _nearest(key: str, cls: type, prefix: str) -> str:
 
 
 def _shared(option: str, prefix: str) -> int:
-    """How many characters the two begin with in common."""
+    """Return the length of the common prefix."""
     return next((i for i, (a, b) in enumerate(zip(option, prefix, strict=False)) if a != b), len(prefix))
 
 
 def refuse_unknown(name: str, source: str) -> None:
-    """Raise UserError unless `name` is an option or a section of them, with or without the number of a list's item."""
+    """Raise UserError unless `name` is an option or a section, with or without a list index."""
     options = [option for option, _ in _options(Config, "")]
     parts = {option[:end] for option in options for end in (*(m.start() for m in re.finditer(r"[.\[]", option)), None)}
     sections = parts | {part + "[i]" for part in parts if any(o.startswith(part + "[i]") for o in options)}
@@ -374,7 +388,7 @@ def refuse_unknown(name: str, source: str) -> None:
 
 
 def _options(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """(full name, field) of every option of `cls`; of lists, those of their items."""
+    """Yield (full name, field) of every option below `cls`, including options of list items."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         kind, item_class = hints[f.name], _item_class(hints[f.name])

@@ -1,4 +1,4 @@
-"""docs/migrating.md, out of the table of `grpo.config.foreign`:
+"""Generate docs/migrating.md from the table in `grpo.config.foreign`:
 
 python -m grpo.config.migrating > docs/migrating.md
 """
@@ -13,7 +13,7 @@ from grpo.config.foreign import LEAVE, NO, TABLE, Alias
 
 
 def page() -> str:
-    """Return docs/migrating.md."""
+    """Return the text of docs/migrating.md."""
     lines = [
         "<!-- python -m grpo.config.migrating > docs/migrating.md -->",
         "# From TRL, verl, OpenRLHF or open-instruct",
@@ -50,7 +50,7 @@ def _row(alias: Alias) -> str:
 
 
 def _here(alias: Alias) -> str:
-    """The first column: options here, then values, then the reason."""
+    """Return the first column of a row: our options, then values, then the reason."""
     parts = []
     if alias.here == LEAVE:
         parts.append("left out")

@@ -1,4 +1,4 @@
-"""The two forms that a rule between options has."""
+"""Helpers for validation rules between options."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from grpo.types import UserError
 
 
 def need(ok: bool, sentence: str) -> None:
-    """Raises UserError with `sentence` unless `ok`."""
+    """Raise UserError with `sentence` unless `ok`."""
     if not ok:
         raise UserError(sentence)
 
 
 def inert(section: Any, defaults: Any, names: tuple[str, ...], prefix: str, why: str) -> None:
-    """Options that would change nothing must be left at their defaults. Raises UserError naming the first."""
+    """Raise UserError for the first of `names` that is not at its default, because it would have no effect."""
     for name in names:
         value, default = getattr(section, name), getattr(defaults, name)
         need(value == default, f"{prefix}{name}={value} has no effect {why}; leave it out (default {default})")

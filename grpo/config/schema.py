@@ -1,7 +1,7 @@
-"""Every option: its type, its default and what it means.
+"""All options, with their types, defaults and meanings.
 
-`grpo options` prints the text below each option. A section's docstring has what it is for, then lines of options as
-examples, as they are written behind `grpo train RECIPE`.
+`grpo options` prints the text below each option. The docstring of a section states its purpose, followed by example
+overrides, written as they follow `grpo train RECIPE`.
 """
 
 from __future__ import annotations
@@ -18,47 +18,50 @@ from grpo.machine import usable_cpus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The model that is trained.
+    """The model to train.
 
     model.path=Qwen/Qwen2.5-0.5B-Instruct
     model.path=/models/base model.dtype=float32
     """
 
     path: str = MISSING
-    """Folder in Hugging Face layout, or a hub id."""
+    """Folder in Hugging Face layout, or a Hugging Face Hub id."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute dtype of sampler and learner. With bfloat16 the optimizer keeps float32 master weights."""
+    """Compute dtype of the sampler and the learner. With bfloat16, the optimizer keeps float32 master weights."""
     float32_head: bool = False
-    """Compute the vocabulary projection in float32, in sampler and learner."""
+    """Compute the vocabulary projection (LM head) in float32, in both the sampler and the learner."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention of the learner's forward. `auto`: `eager` where the model caps its attention scores (Gemma 2) or has no
-    other; FlashAttention 3 or 2 in bfloat16 on a GPU where it is installed; else PyTorch's own (`sdpa`)."""
+    """Attention implementation of the learner. `auto` selects `eager` if the model caps its attention scores (Gemma 2)
+    or supports nothing else; FlashAttention 3 or 2 in bfloat16 on a GPU, if it is installed; otherwise PyTorch's
+    `sdpa`."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model."""
+    """Allow running the Python code that comes with the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig:
-    """One data set; docs/data.md."""
+    """A data set; see docs/data.md."""
 
     path: str = MISSING
-    """A .jsonl or .parquet file, a folder in `datasets` layout, or a hub id; `PATH:config` where there are several."""
+    """A .jsonl or .parquet file, a folder in `datasets` layout, or a Hugging Face Hub id. `PATH:config` selects one of
+    several configs."""
     split: str = MISSING
     """Split of a folder or hub data set; files have none."""
     name: str | None = None
-    """What it is called in metrics, prompt ids and `rewards[i].sets`. None: the file's or folder's name, or the hub
-    id."""
+    """Name of the data set in metrics, prompt ids and `rewards[i].sets`. None: the name of the file or folder, or the
+    hub id."""
     columns: dict[str, str] = field(default_factory=dict)
-    """New column: Python format string over the row's own. Exactly one field gives the value itself."""
+    """Columns to add: name -> Python format string over the columns of the row. A format string that is exactly one
+    field gives the value itself, not its text."""
     between: dict[str, list[float]] = field(default_factory=dict)
-    """Column: [lowest, highest]. Rows whose number lies elsewhere are left out."""
+    """Range filters: column -> [lowest, highest]. Rows whose number is outside this range are dropped."""
     limit: int | None = None
-    """Use the first N of the rows that every filter has left."""
+    """Use only the first N rows that remain after all filters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSetConfig(DatasetConfig):
-    """A data set to train on; docs/data.md.
+    """A data set to train on; see docs/data.md.
 
     data.train=train.jsonl
     data.train[0].limit=1000
@@ -68,13 +71,13 @@ class TrainSetConfig(DatasetConfig):
     split: str = "train"
     """Split of a folder or hub data set; files have none."""
     weight: float | None = None
-    """Share of the prompts that are drawn from it, relative to the other sets'. All or none: without weights the rows
-    of all sets are one pool."""
+    """Relative share of the prompts that are drawn from this data set. Set it for all data sets or for none: without
+    weights, the rows of all data sets form one pool."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSetConfig(DatasetConfig):
-    """A held-out data set; docs/data.md.
+    """A held-out data set; see docs/data.md.
 
     data.eval.sets=test.jsonl
     'data.eval.sets=[{path: test.jsonl}, {path: aime.jsonl, samples_per_prompt: 16}]'
@@ -83,83 +86,85 @@ class EvalSetConfig(DatasetConfig):
     split: str = "test"
     """Split of a folder or hub data set; files have none."""
     samples_per_prompt: int | None = None
-    """k of avg@k. None: `data.eval.samples_per_prompt`."""
+    """Completions sampled per prompt: the k of avg@k. None: `data.eval.samples_per_prompt`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Evaluation on held-out data; docs/evaluation.md.
+    """Evaluation on held-out data; see docs/evaluation.md.
 
     data.eval.sets=test.jsonl data.eval.every=10 data.eval.samples_per_prompt=4
     data.eval.sets=test.jsonl data.eval.temperature=0
     """
 
     sets: list[EvalSetConfig] = field(default_factory=list)
-    """Held-out data sets, or the path of one. None: no evaluation."""
+    """Held-out data sets, or the path of a single one. Empty: no evaluation."""
     every: int = 0
-    """Evaluate every N steps, besides before the first and after the last. 0: only those two."""
+    """Evaluate every N steps, in addition to before the first step and after the last. 0: only those two."""
     samples_per_prompt: int = 1
-    """k of avg@k."""
+    """Completions sampled per prompt: the k of avg@k."""
     temperature: float = 1.0
-    """Sampling temperature. 0 is greedy: free here, refused in training."""
+    """Sampling temperature. 0 samples greedily, which is allowed in evaluation but not in training."""
     top_p: float = 1.0
-    """Sample from the most probable tokens that together have this share of the probability. 1: off."""
+    """Sample only from the most probable tokens whose cumulative probability reaches this value. 1: off."""
     top_k: int = 0
-    """Sample from the N most probable tokens. 0: off."""
+    """Sample only from the N most probable tokens. 0: off."""
     min_p: float = 0.0
-    """Leave out tokens less probable than this share of the most probable one. 0: off."""
+    """Exclude tokens whose probability is below this fraction of the most probable token's. 0: off."""
     max_tokens: int | None = None
-    """Longest completion, in tokens. None: `sampling.max_tokens`."""
+    """Maximum length of a completion, in tokens. None: `sampling.max_tokens`."""
     by: tuple[str, ...] = ()
-    """Columns such as level or subject: the numbers are given for each of their values, too."""
+    """Columns, such as level or subject, whose values also get separate evaluation results."""
 
     def samples_of(self, name: str) -> int:
-        """Completions of each prompt of the data set called `name`."""
+        """Return the number of completions per prompt for the data set called `name`."""
         own = next((each.samples_per_prompt for each in self.sets if each.name == name), None)
         return own or self.samples_per_prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Prompts: the data sets, and how a row becomes a prompt; docs/data.md.
+    """Prompts: the data sets, and how a row becomes a prompt; see docs/data.md.
 
     data.train=train.jsonl 'data.template={question} Answer:'
     data.style=chat 'data.system_prompt=Think first.' data.max_prompt_tokens=512
     """
 
     train: list[TrainSetConfig] = MISSING
-    """Data sets, or the path of one."""
+    """Training data sets, or the path of a single one."""
     style: Literal["template", "chat"] = "template"
-    """`template`: the rendered template is the prompt. `chat`: it becomes a user turn under the tokenizer's chat
-    template."""
+    """`template`: the rendered template is the prompt. `chat`: the rendered template is a user turn, formatted with the
+    tokenizer's chat template."""
     template: str = "{question}"
-    """Python format string over the row's columns, which gives the prompt or its user turn."""
+    """Python format string over the columns of the row. It gives the prompt, or the user turn with `style: chat`."""
     system_prompt: str | None = None
-    """First turn of a chat prompt."""
+    """System prompt, the first turn of a chat prompt."""
     messages_column: str | None = None
-    """With `style: chat`, take the turns from this column instead of the template."""
+    """With `style: chat`, read the turns from this column instead of rendering the template."""
     date: str | None = None
-    """Day, as 2026-01-31, for a chat template that writes today's: it would make other prompts tomorrow."""
+    """Fixed date, such as 2026-01-31, for chat templates that insert today's date: otherwise the prompts would change
+    from day to day."""
     answer_column: str = "answer"
-    """Where the gold answer is found when rewards are tried out."""
+    """Column of the gold answer, used when rewards are tested before the run."""
     gold_template: str = "{answer}"
-    """How a gold answer is written as a completion when rewards are tried out."""
+    """Python format string that turns a gold answer into a completion, used when rewards are tested before the run."""
     max_prompt_tokens: int = 1024
-    """Longest prompt, in tokens."""
+    """Maximum length of a prompt, in tokens."""
     overlong_prompts: Literal["refuse", "drop"] = "refuse"
-    """What to do with longer prompts. They are listed either way and never cut."""
+    """Refuse the run if prompts exceed `max_prompt_tokens`, or drop these prompts. They are listed either way and never
+    truncated."""
     contaminated: Literal["report", "drop"] = "report"
-    """What to do with training prompts that overlap with an evaluation prompt."""
+    """Report training prompts that overlap with an evaluation prompt, or drop them."""
     overlap_ngram: int = 13
-    """Prompts overlap when they are the same text or share this many words in a row. 0: only the same text."""
+    """Two prompts overlap if their texts are identical or share this many consecutive words. 0: only if identical."""
     seed: int = 0
-    """Seed of the shuffled order; independent of `run.seed`."""
+    """Seed of the shuffled order of prompts; independent of `run.seed`."""
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How completions are sampled in training; the learner replays the same settings.
+    """Sampling of completions in training; the learner applies the same settings to its own logits.
 
     sampling.max_tokens=2048 sampling.temperature=0.8
     'sampling.stop=[</answer>]'
@@ -168,72 +173,78 @@ class SamplingConfig:
     temperature: float = 1.0
     """Sampling temperature, above 0."""
     max_tokens: int = 1024
-    """Longest completion, in tokens."""
+    """Maximum length of a completion, in tokens."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; slower, since text must then be produced while sampling."""
+    """Strings that end a completion. Slower, because tokens must be decoded to text while sampling."""
     stop_token_ids: tuple[int, ...] = ()
-    """End tokens besides the model's own."""
+    """Token ids that end a completion, in addition to the model's own end tokens."""
     seeded: bool = True
-    """One seed per completion: the same completions whatever the batch or the number of samplers. Without seeds the
-    engine draws from a generator that no checkpoint keeps, and a resumed run goes on otherwise than a straight one."""
+    """Use one seed per completion, so that completions do not depend on the batch or the number of samplers. If false,
+    the engine draws from a generator whose state is not in the checkpoints, and a resumed run differs from an
+    uninterrupted one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerConfig:
-    """vLLM, which samples.
+    """The sampler (vLLM).
 
     cluster.device=gpu sampler.max_num_seqs=512 sampler.gpu_memory_utilization=0.6
     sampler.engine.block_size=32
     """
 
     threads: int | None = None
-    """Compute threads on CPU. None: all of the machine's (sampler and learner take turns)."""
+    """Compute threads on CPU. None: one per CPU of the machine (sampler and learner take turns)."""
     gpu_memory_utilization: float = 0.4
-    """Share of a GPU's memory that vLLM may take."""
+    """Fraction of the GPU memory that vLLM may use."""
     kv_cache_gib: float | None = None
-    """Space for the KV cache. None: 0.25 on CPU; on GPU what `gpu_memory_utilization` leaves."""
+    """Size of the KV cache, in GiB. None: 0.25 on CPU; on GPU, the memory that remains within
+    `gpu_memory_utilization`."""
     max_num_seqs: int = 256
-    """Completions in flight at once in one sampler."""
+    """Maximum number of completions in flight in one sampler."""
     enforce_eager: bool | None = None
-    """Do without CUDA graphs. None: only on CPU, where there are none."""
+    """Run without CUDA graphs. None: true on CPU, false on GPU."""
     prefix_caching: bool = True
-    """Compute the prompt once for all completions of a group."""
+    """Compute the KV cache of a prompt once for all completions of its group."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's EngineArgs, by its own names; what other options set is refused."""
+    """Additional arguments of vLLM's EngineArgs, under their vLLM names. Arguments that other options set are
+    refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
-    """DeepSpeed, which learns.
+    """The learner (DeepSpeed).
 
     learner.zero_stage=3 learner.offload=optimizer
     learner.gradient_checkpointing=true learner.tokens_per_microbatch=32768
     """
 
     threads: int | None = None
-    """Compute threads of a rank on CPU, and of an optimizer in host memory. None: the machine's, divided by the
-    learner's ranks; on a GPU the node's, divided by its GPUs."""
+    """Compute threads of a learner rank on CPU, and of an optimizer in host memory. None: the CPUs of the machine
+    divided by the number of learner ranks; on GPUs, the CPUs of the node divided by its number of GPUs."""
     zero_stage: int = 2
-    """0 keeps everything on every rank (float32 only), 1 shards optimizer states, 2 gradients too, 3 weights too."""
+    """ZeRO stage. 0 shards nothing (float32 only), 1 shards optimizer states, 2 also gradients, 3 also weights."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """`optimizer` keeps optimizer states in host memory (ZeRO 1-3), `parameters` the weights as well (ZeRO 3)."""
+    """States to keep in host memory. `optimizer`: the optimizer states (ZeRO 1-3). `parameters`: the weights as well
+    (ZeRO 3)."""
     reference_offload: bool = False
-    """Keep the frozen reference in host memory while it is not used (ZeRO 0-2; at ZeRO 3 it is sharded)."""
+    """Keep the frozen reference model in host memory while it is not in use (ZeRO 0-2; with ZeRO 3 it is sharded)."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     tokens_per_microbatch: int = 16384
-    """Padded tokens in one forward; rows are packed up to it."""
+    """Maximum number of tokens of one forward pass, padding included. Microbatches are filled with rows up to this
+    limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailureBudget:
-    """Shares of a step's rollouts that may fail by one kind (`grpo.types.FailureKind`). None: only the sum counts.
+    """Limits on the share of a step's rollouts that may fail in one way (`grpo.types.FailureKind`). None: only
+    `algorithm.max_failed_fraction` applies.
 
     algorithm.max_failed_of.timeout=0.02
     """
 
     generation: float | None = None
-    """The sampler gave a logprob that is not finite."""
+    """The sampler returned a logprob that is not finite."""
     exception: float | None = None
     """A reward function raised an exception."""
     timeout: float | None = None
@@ -241,19 +252,19 @@ class FailureBudget:
     not_finite: float | None = None
     """A reward function returned NaN or infinity."""
     wrong_type: float | None = None
-    """A reward function returned what is no number."""
+    """A reward function returned something other than a number."""
     wrong_count: float | None = None
-    """A reward function returned more or fewer rewards than completions."""
+    """A reward function returned a number of rewards that differs from the number of completions."""
     worker_died: float | None = None
-    """A reward function ended its process, or used too much memory."""
+    """The process of a reward function exited, or exceeded its memory limit."""
     abstained: float | None = None
     """Every reward function abstained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
-    """The objective; docs/objectives.md has the formula, paper and use of every choice, and what goes together is in
-    `grpo.objective.legal`.
+    """The objective. docs/objectives.md has the formula, paper and use of every choice; `grpo.objective.legal` lists
+    the valid combinations.
 
     algorithm.prompts_per_step=32 algorithm.group_size=8
     algorithm.eps_high=0.28 algorithm.max_refills=4 algorithm.mask_truncated=true
@@ -261,27 +272,27 @@ class AlgorithmConfig:
     """
 
     prompts_per_step: int = MISSING
-    """Prompts sampled in a step, one group each."""
+    """Prompts sampled per step; each gives one group of completions."""
     group_size: int = MISSING
-    """Completions of each prompt."""
+    """Completions sampled per prompt."""
     minibatches_per_step: int = 1
-    """Parts that a step's rollouts are split into, with one optimizer step each."""
+    """Number of minibatches that a step's rollouts are split into. Each minibatch is one optimizer step."""
     epochs_per_step: int = 1
-    """How often a step's rollouts are trained on."""
+    """Number of training passes over a step's rollouts."""
 
     advantage: Literal[
         "group_normalized", "group_centered", "leave_one_out", "batch_normalized", "optimal_baseline", "pass_at_k",
         "reinforce_pp", "reinforce_pp_baseline", "gae",
     ] = "group_normalized"  # fmt: skip
-    """How rewards become advantages."""
+    """Advantage estimator: how rewards become advantages."""
     std_eps: float = 1e-6
-    """Added to the standard deviation that advantages are divided by."""
+    """Epsilon added to the standard deviation that advantages are divided by."""
     pass_k: int = 4
     """k of `pass_at_k`."""
     gamma: float = 1.0
-    """Discount per token of `reinforce_pp` and `gae`."""
+    """Discount factor per token of `reinforce_pp` and `gae`."""
     gae_lambda: float = 1.0
-    """Lambda of `gae`. 1: the return minus the value."""
+    """Lambda of `gae`. With 1, the advantage is the return minus the value."""
 
     loss: Literal["ppo_clip", "gspo", "cispo", "sapo", "gmpo", "reinforce"] = "ppo_clip"
     """The policy loss."""
@@ -290,74 +301,78 @@ class AlgorithmConfig:
     eps_high: float = 0.2
     """The ratio is clipped at 1 + eps_high; `gmpo` clips the log ratio at eps_high."""
     dual_clip: float | None = None
-    """With a negative advantage the ratio counts no further than this; above 1. None: off."""
+    """Upper bound of the ratio when the advantage is negative (dual-clip PPO); must be above 1. None: off."""
     sapo_tau_positive: float = 1.0
-    """Temperature of `sapo` where the advantage is positive."""
+    """Temperature of `sapo` for tokens with a positive advantage."""
     sapo_tau_negative: float = 1.05
-    """Temperature of `sapo` where the advantage is negative."""
+    """Temperature of `sapo` for tokens with a negative advantage."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"] = "token_mean"
-    """How the losses of tokens are averaged."""
+    """How the losses of tokens are aggregated into one loss."""
     constant_length: int | None = None
-    """Tokens that `constant_length` divides every row by. None: `sampling.max_tokens`."""
+    """Number of tokens that the `constant_length` aggregation divides every row by. None: `sampling.max_tokens`."""
     entropy_coef: float = 0.0
-    """The loss falls by this times the entropy."""
+    """Coefficient of the entropy bonus, which is subtracted from the loss."""
     max_kl_old: float | None = None
-    """The step ends before the minibatch at which the KL from the step's start exceeds this. None: off."""
+    """Skip the remaining minibatches of a step once the KL from the policy at the start of the step exceeds this. None:
+    off."""
 
     kl_coef: float = 0.0
-    """Coefficient of the KL to the frozen reference. 0: there is no reference."""
+    """Coefficient of the KL to the frozen reference model. 0: no reference model is loaded."""
     kl_place: Literal["loss", "reward"] = "loss"
-    """Put the KL to the reference into the loss, or into the reward."""
+    """Add the KL to the reference to the loss, or subtract it from the reward."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL to the reference, per token."""
     kl_gradient: Literal["autodiff", "k2", "ratio_weighted"] = "autodiff"
-    """Gradient of the KL estimator in the loss."""
+    """Gradient of the KL estimator when the KL is in the loss."""
     kl_clamp: float | None = None
-    """The log ratio to the reference is held within +- this, in the loss. None: off."""
+    """Clamp the log ratio to the reference to +- this value, in the loss. None: off."""
     kl_target: float | None = None
-    """Adapt `kl_coef` after every step so that the measured KL goes towards this. None: off."""
+    """Target of the measured KL. `kl_coef` is adapted after every step to approach it. None: off."""
     kl_horizon: float = 10.0
-    """Steps in which `kl_coef` may change by a fifth."""
+    """Number of steps over which `kl_target` may change `kl_coef` by about a fifth."""
     reference_refresh_every: int = 0
     """Copy the policy to the reference every N steps. 0: never."""
     reference_average: float = 0.0
-    """After every step the reference moves this share of the way to the policy. 0: never."""
+    """Move the reference this fraction of the way to the policy after every step (moving average). 0: never."""
 
     importance_level: Literal["none", "token", "sequence"] = "token"
-    """Weight the policy term by exp(old - sampler), the mismatch of the token or of its sequence."""
+    """Weight the policy term by exp(old logprob - sampler logprob) of the token, or by the product of these weights
+    over its sequence."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
-    """Clamp these weights to their bounds, or set them to 0 beyond."""
+    """Clamp importance weights to their bounds, or set weights outside the bounds to 0."""
     importance_low: float = 0.0
-    """Lower bound of these weights."""
+    """Lower bound of importance weights."""
     importance_high: float = 2.0
-    """Upper bound of these weights."""
+    """Upper bound of importance weights."""
     rejection_low: float | None = None
-    """Leave out rows whose geometric mean of exp(old - sampler) lies below this. None: off."""
+    """Exclude rows whose geometric mean of exp(old logprob - sampler logprob) is below this. None: off."""
     rejection_high: float | None = None
-    """Leave out rows whose geometric mean of exp(old - sampler) lies above this. None: off."""
+    """Exclude rows whose geometric mean of exp(old logprob - sampler logprob) is above this. None: off."""
 
     mask_truncated: bool = False
-    """Leave out completions that ran out of `max_tokens`: they are in no loss and no denominator."""
+    """Exclude completions that were truncated at `max_tokens` from the loss and its denominators."""
     length_penalty_tokens: int = 0
-    """Within this many tokens of `max_tokens` the reward falls linearly, by `length_penalty` at the end. 0: off."""
+    """Number of tokens before `max_tokens` over which the reward decreases linearly, by `length_penalty` at the end. 0:
+    off."""
     length_penalty: float = 1.0
-    """What the reward has lost at `max_tokens`, with `length_penalty_tokens`."""
+    """Amount subtracted from the reward at `max_tokens`, with `length_penalty_tokens`."""
     max_refills: int = 0
-    """Replace groups without spread by sampling further prompts, up to N times a step. 0: off."""
+    """Replace groups whose rewards are all equal by sampling more prompts, up to N times per step. 0: off."""
     retire_reward: float | None = None
-    """A prompt whose completions all reach this reward is not drawn again. None: off."""
+    """Stop drawing a prompt once all its completions reach this reward. None: off."""
 
     max_failed_fraction: float = 0.1
-    """The run stops when more than this share of a step's rollouts failed, by whatever kind."""
+    """Stop the run if more than this share of a step's rollouts failed, whatever the kind of failure."""
     max_failed_of: FailureBudget = FailureBudget()
     max_mismatch: float | None = None
-    """The run stops when the root mean square of a step's sampler minus learner logprobs exceeds this. None: five times
-    the learner's rounding noise on the probe of the weight sync, divided by a temperature below 1."""
+    """Stop the run if the root mean square of a step's differences between sampler and learner logprobs exceeds this.
+    None: five times the learner's rounding noise on the probe of the weight sync, divided by the sampling temperature
+    if that is below 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
-    """A reward function: a Python function of the user, or one of reward_fns/; docs/graders.md.
+    """A reward function: your own Python function, or one of reward_fns/ (docs/graders.md).
 
     'rewards=[{file: reward_fns/math_answer.py}]'
     'rewards=[{file: reward_fns/math_answer.py}, {file: mine.py, name: polite, weight: 0.2}]'
@@ -365,38 +380,41 @@ class RewardConfig:
     """
 
     file: str = MISSING
-    """Python file; relative paths are looked up from the working directory, then from the recipe's folder."""
+    """Python file. Relative paths are resolved against the working directory, then against the folder of the recipe."""
     name: str | None = None
-    """Function in the file. None: the file's own name."""
+    """Name of the function in the file. None: the name of the file without its suffix."""
     weight: float = 1.0
-    """Factor of its value in the sum of all rewards."""
+    """Weight of this reward in the sum of all rewards."""
     style: Literal["grpo", "trl", "verl"] = "grpo"
-    """How it is called: f(completion, row, info) of this package, as TRL's GRPOTrainer calls it, or as verl does."""
+    """Calling convention. `grpo`: f(completion, row, info); `trl`: as TRL's GRPOTrainer calls rewards; `verl`: as verl
+    calls them."""
     gold: bool | None = None
-    """Try it before the run: the gold answer must score, a corrupted one must not. None: where the file says
-    `GOLD = True`."""
+    """Test the reward on gold answers before the run: a gold answer must score above 0, and a corrupted one must score
+    lower. None: only if the file sets `GOLD = True`."""
     timeout_s: float = 30.0
-    """Deadline of one call; the worker is killed when it passes."""
+    """Deadline of one call, in seconds. A worker that exceeds it is killed."""
     memory_gib: float = 8.0
-    """Memory that it and what it starts may use; of several rewards the largest counts, as a worker runs all."""
+    """Memory limit of a reward worker and the processes that it starts, in GiB. Each worker runs all rewards, so the
+    largest value of all rewards applies."""
     sets: tuple[str, ...] = ()
-    """Names of the data sets whose rows it scores; on others it abstains. Empty: all."""
+    """Names of the data sets whose rows this reward scores; it abstains on all others. Empty: all data sets."""
     env: tuple[str, ...] = ()
-    """Environment variables that it needs although they look like secrets, which are otherwise kept from rewards."""
+    """Environment variables to pass to the reward although they look like secrets. All others that look like secrets
+    are hidden from rewards."""
 
     @property
     def function(self) -> str:
-        """The function's name."""
+        """Return the name of the reward function."""
         return self.name or Path(self.file).stem
 
     def applies_to(self, dataset: str) -> bool:
-        """Whether it scores the rows of this data set."""
+        """Return whether this reward scores the rows of `dataset`."""
         return not self.sets or dataset in self.sets
 
 
 def part_names(rewards: Sequence[RewardConfig]) -> list[str]:
-    """What the rewards are called in metrics and samples: the function's name, with the file's name before it where
-    two functions are called the same."""
+    """Return the names of the rewards in metrics and samples: the function name, prefixed with the file name if several
+    functions have the same name."""
     functions = [reward.function for reward in rewards]
     return [
         f"{Path(reward.file).stem}.{reward.function}" if functions.count(reward.function) > 1 else reward.function
@@ -406,140 +424,146 @@ def part_names(rewards: Sequence[RewardConfig]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer and its schedule.
+    """The optimizer and its learning-rate schedule.
 
     optimizer.lr=3e-6 optimizer.schedule=cosine optimizer.warmup_steps=10
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """The optimizer."""
+    """Optimizer algorithm."""
     lr: float = 1e-6
-    """Learning rate; the highest one of the schedule."""
+    """Learning rate at the peak of the schedule."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two averages."""
+    """Decay rates of AdamW's two moment estimates."""
     eps: float = 1e-8
-    """Added to the denominator of AdamW's step."""
+    """Epsilon added to the denominator of AdamW's update."""
     weight_decay: float = 0.0
-    """Weight decay, of matrices alone; AdamW's is decoupled from the gradient."""
+    """Weight decay. It applies to matrices only; with AdamW it is decoupled from the gradient."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of lr after the warmup; `linear` and `cosine` end at 0."""
+    """Schedule of lr after the warmup; `linear` and `cosine` decay to 0."""
     warmup_steps: int = 0
-    """Optimizer steps over which lr rises linearly to its value."""
+    """Number of optimizer steps over which lr rises linearly to its value."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm. 0: no clipping."""
+    """Clip the gradient to this norm. 0: no clipping."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CriticConfig:
-    """The value model of `algorithm.advantage=gae`.
+    """The critic (value model) of `algorithm.advantage=gae`.
 
     algorithm.advantage=gae critic.coef=0.5 critic.optimizer.lr=1e-5
     """
 
     path: str | None = None
-    """Folder or hub id of its weights; a head of zeros is put on. None: `model.path`."""
+    """Folder or hub id of the initial weights; a value head initialized to zeros is added. None: `model.path`."""
     coef: float = 1.0
-    """Factor of the value loss."""
+    """Coefficient of the value loss."""
     clip: float | None = 0.2
-    """Values are clipped to this distance from their old ones, as in PPO's code. None: off."""
+    """Clip values to this distance from the old values, as in the PPO code. None: off."""
     truncated: Literal["zero", "bootstrap"] = "zero"
-    """Value of the state behind a truncated completion: 0, or the critic's estimate."""
+    """Value of the state after a truncated completion: 0, or the critic's estimate."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """The run: its length, its folder, what it keeps and where it reports.
+    """The run: length, folder, checkpoints and trackers.
 
     run.steps=100 run.name=first run.save_every=20 resume=auto
     run.wandb=true run.wandb_project=sums
     """
 
     name: str | None = None
-    """Name of the run's folder. None: the recipe's name, with a number behind it when that folder exists."""
+    """Name of the run folder. None: the name of the recipe, with a number appended if that folder exists."""
     dir: str = "runs"
-    """The folder that holds the runs' folders."""
+    """Folder in which run folders are created."""
     steps: int = MISSING
-    """Steps of the run. Of a finished run that is resumed: all of them, the finished ones too."""
+    """Total number of steps of the run. To extend a finished run, resume it with a larger total, which includes the
+    finished steps."""
     seed: int = 0
-    """Seed of the completions and of the engines."""
+    """Seed of the completions and the engines."""
     save_every: int = 0
-    """Write a checkpoint every N steps, from which the run can be resumed. 0: only at the end, of whatever kind it is.
-    The last step's weights are always written to model/ as a Hugging Face folder."""
+    """Write a resumable checkpoint every N steps. 0: only when the run ends, for whatever reason. The weights of the
+    last step are always written to model/ as a Hugging Face folder."""
     save_last: bool = True
-    """Write a checkpoint after the last step, too, from which a longer run (`run.steps`) can go on."""
+    """Also write a checkpoint after the last step, so that the run can be resumed with a larger `run.steps`."""
     save_model: bool = False
-    """Put a Hugging Face folder into every checkpoint, too."""
+    """Also write the model as a Hugging Face folder into every checkpoint."""
     keep_last: int = 2
-    """Keep the last N checkpoints."""
+    """Number of most recent checkpoints to keep."""
     keep_every: int = 0
-    """Keep the checkpoints of every N-th step, too. 0: none of these."""
+    """Also keep every checkpoint whose step is a multiple of N. 0: off."""
     keep_best: str | None = None
-    """Keep the checkpoint with the highest value of this metric, too."""
+    """Also keep the checkpoint with the highest value of this metric. None: off."""
     verify_every: int = 50
-    """Repeat the start's full weight-sync check (perturb, compare, restore) every N steps. 0: only at start."""
+    """Repeat the full check of the weight sync (perturb, compare, restore) every N steps. 0: only at the start."""
     grace_s: float = 120.0
-    """After SIGTERM, SIGUSR1 or Ctrl-C, the step under way has this long to be finished and saved."""
+    """Time to finish and save the current step after SIGTERM, SIGUSR1 or Ctrl-C, in seconds."""
     trace: bool = False
-    """Write a timeline of every step to trace/, for Perfetto or chrome://tracing."""
+    """Write a timeline of every step to trace/, to be viewed in Perfetto or chrome://tracing."""
     tensorboard: bool = True
-    """Write the metrics to tensorboard/ in the run's folder, too."""
+    """Also write the metrics as TensorBoard events to tensorboard/ in the run folder."""
     prometheus: bool = False
-    """Hand the metrics to the exporter of the Ray cluster, as ray_grpo_<name> with the tag `run`."""
+    """Also export the metrics through the Prometheus exporter of the Ray cluster, as ray_grpo_<name> with the tag
+    `run`."""
     wandb: bool = False
-    """Send the metrics to Weights & Biases, too."""
+    """Also send the metrics to Weights & Biases."""
     wandb_project: str = "grpo"
-    """Project of the run there."""
+    """Weights & Biases project of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """Machines: which Ray, how many samplers and learner ranks, what is reserved, how long is waited.
+    """The cluster: Ray address, number of samplers and learner ranks, reserved resources, deadlines.
 
     cluster.device=gpu cluster.samplers=4 cluster.learner_ranks=4
     cluster.device=gpu cluster.layout=disaggregated cluster.samplers=2 cluster.learner_ranks=6
     """
 
     address: str | None = None
-    """A running Ray cluster. None: RAY_ADDRESS if set, else a private Ray for this run."""
+    """Address of a running Ray cluster. None: RAY_ADDRESS if set, otherwise a private Ray instance for this run."""
     queue: bool = False
-    """Wait until a running cluster has room for all engines, where the run would else be refused."""
+    """Wait until a running cluster has room for all engines, instead of refusing the run."""
     cpus: int | None = None
-    """CPUs of the private Ray. None: the machine's."""
+    """CPUs of the private Ray instance. None: all CPUs of the machine."""
     gpus: int | None = None
-    """GPUs of the private Ray. None: the machine's."""
+    """GPUs of the private Ray instance. None: all GPUs of the machine."""
     device: Literal["cpu", "gpu"] = "cpu"
-    """What samplers and learner compute on."""
+    """Device of the samplers and the learner."""
     layout: Literal["colocated", "disaggregated"] = "colocated"
-    """`colocated`: samplers and learner take turns on the same GPUs, weights change hands where they are.
-    `disaggregated`: each has its own, weights go over the network (NCCL, on CPU gloo)."""
+    """`colocated`: samplers and learner take turns on the same GPUs, and weights are shared on the device.
+    `disaggregated`: samplers and learner have separate GPUs, and weights are sent over the network (NCCL; gloo on
+    CPU)."""
     sleep: bool | None = None
-    """Colocated samplers and learner leave each other the memory of the GPU: while one works, the other's weights, KV
-    cache and optimizer states are in host memory or gone. None: on GPUs; on CPU there is nothing to gain."""
+    """Let colocated samplers and learner release GPU memory for each other: while one works, the weights, KV cache and
+    optimizer states of the other are offloaded to host memory or discarded. None: true on GPUs; false on CPU, where
+    it gains nothing."""
     samplers: int = 1
-    """Samplers; each holds the whole model and samples its share of the completions."""
+    """Number of samplers. Each holds the whole model and samples its share of the completions."""
     tensor_parallel: int = 1
-    """GPUs (on CPU: processes) that every layer of one sampler is split over."""
+    """Tensor parallelism: number of GPUs (on CPU: processes) that each layer of a sampler is split over."""
     pipeline_parallel: int = 1
-    """Groups of them that the layers of one sampler are dealt out to."""
+    """Pipeline parallelism: number of groups of `tensor_parallel` GPUs that the layers of a sampler are distributed
+    over."""
     learner_ranks: int = 1
-    """Data-parallel ranks of the learner, a GPU each."""
+    """Number of data-parallel ranks of the learner, one GPU each."""
     sampler_cpus: float = 1.0
     """CPUs that Ray reserves for each sampler."""
     learner_cpus: float = 1.0
-    """CPUs that Ray reserves for each rank of the learner."""
+    """CPUs that Ray reserves for each learner rank."""
     reward_workers: int | None = None
-    """Processes that score completions. None: one per CPU of this machine, at most 8."""
+    """Number of processes that score completions. None: one per CPU of this machine, at most 8."""
     reward_nodes: int = 0
-    """Nodes that these are spread over, a CPU reserved for each of them. 0: all are beside the driver."""
+    """Number of nodes to spread the reward workers over, with one CPU reserved per worker. 0: all run on the driver's
+    node."""
     max_replacements: int = 3
-    """How many samplers that died may be replaced; counted anew when all engines are started again."""
+    """Maximum number of dead samplers to replace. The count starts over when all engines are restarted."""
     max_restarts: int = 2
-    """How often the engines may be started again from the last checkpoint when a learner rank dies or hangs."""
+    """Maximum number of times to restart the engines from the last checkpoint when a learner rank dies or hangs."""
     start_timeout_s: float = 600.0
-    """Deadline for placing and loading the engines."""
+    """Deadline for placing and loading the engines, in seconds."""
     step_timeout_s: float = 3600.0
-    """Deadline of any one wait inside a step."""
+    """Deadline of each single wait within a step, in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -562,12 +586,12 @@ class Config:
 
     @property
     def sampler_workers(self) -> int:
-        """Processes of one sampler, on GPUs a GPU each."""
+        """Return the number of processes of one sampler; on GPUs, each has one GPU."""
         return self.cluster.tensor_parallel * self.cluster.pipeline_parallel
 
     @property
     def gpus_used(self) -> int:
-        """GPUs of the whole run."""
+        """Return the number of GPUs of the whole run."""
         c = self.cluster
         if not self.on_gpu:
             return 0
@@ -575,14 +599,14 @@ class Config:
 
     @property
     def takes_turns(self) -> bool:
-        """Whether samplers and learner leave each other the memory."""
+        """Return whether samplers and learner release GPU memory for each other (`cluster.sleep`)."""
         if self.cluster.sleep is None:
             return self.on_gpu and self.cluster.layout == "colocated"
         return self.cluster.sleep
 
     @property
     def enforce_eager(self) -> bool:
-        """Whether vLLM runs without CUDA graphs."""
+        """Return whether vLLM runs without CUDA graphs."""
         return not self.on_gpu if self.sampler.enforce_eager is None else self.sampler.enforce_eager
 
     @property
@@ -594,12 +618,15 @@ class Config:
         return self.cluster.reward_workers or min(8, usable_cpus())
 
     def rewards_on(self, node: int) -> int:
-        """Reward workers on the `node`-th of `cluster.reward_nodes`; the first ones have one more where they must."""
+        """Return the number of reward workers on the `node`-th of `cluster.reward_nodes`.
+
+        Workers that cannot be divided evenly go to the first nodes, one more each.
+        """
         each, more = divmod(self.reward_workers, self.cluster.reward_nodes)
         return each + (node < more)
 
     @property
     def max_row_tokens(self) -> int:
-        """Longest row that a forward may see: prompt and completion, of training or evaluation."""
+        """Return the maximum length of a row (prompt plus completion) in training or evaluation, in tokens."""
         completion = max(self.sampling.max_tokens, self.data.eval.max_tokens or 0)
         return self.data.max_prompt_tokens + completion

@@ -1,4 +1,4 @@
-"""What must hold between the options of data."""
+"""Validation rules between the options of the data section."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from grpo.config.schema import (
 
 
 def validate_data(c: Config) -> None:
-    """The section data, and what depends on it."""
+    """Validate the section data and the options that depend on it.
+
+    Raises UserError at the first invalid option.
+    """
     need(
         c.data.messages_column is None or c.data.style == "chat",
         "data.messages_column has no effect with data.style=template; set data.style=chat",
@@ -50,7 +53,10 @@ def _is_day(text: str) -> bool:
 
 
 def validate_gold(c: Config) -> None:
-    """A reward whose `gold` its file decides may have it."""
+    """Raise UserError if `data.gold_template` is set and every reward has `gold: false`.
+
+    `gold: null` counts as possibly true, since the reward file decides.
+    """
     if all(reward.gold is False for reward in c.rewards):
         inert(c.data, DataConfig(), ("gold_template",), "data.", "without a reward that has gold: true")
 
