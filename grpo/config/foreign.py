@@ -1,8 +1,8 @@
-"""What options of TRL, verl, OpenRLHF and open-instruct are called here: one table, from which error messages are made
-(`grpo.config.aliases`) and docs/migrating.md (`grpo.config.migrating`).
+"""Table of the options of TRL, verl, OpenRLHF and open-instruct and their counterparts here. It is the source of error
+messages (`grpo.config.aliases`) and of docs/migrating.md (`grpo.config.migrating`).
 
-Names are those of TRL's GRPOConfig with the TrainingArguments below it, of verl's ppo_trainer.yaml, of OpenRLHF's
-train_ppo_ray (the flags with underscores and the later ones with dots) and of open-instruct's grpo_fast.
+The names come from TRL's GRPOConfig and its base class TrainingArguments, from verl's ppo_trainer.yaml, from OpenRLHF's
+train_ppo_ray (the older flags with underscores and the later ones with dots), and from open-instruct's grpo_fast.
 """
 
 from __future__ import annotations
@@ -11,39 +11,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 LEAVE = "leave it out"
-"""In the place of options: nothing has to be set here."""
+"""Used instead of options: nothing has to be set here."""
 NO = "no: "
-"""Begins what a value becomes that is not supported; the reason follows."""
+"""Prefix of the counterpart of an unsupported value; the reason follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """One thing, and what each trainer calls it."""
+    """One setting, with its names in each trainer."""
 
     here: str = ""
-    """Options of ours: `option={}` takes the value as it is, `[i]` each item of a list, `{0}` and `{1}` those of a
-    pair; without braces the value has to be worked out by `why`. LEAVE: nothing to set. Empty: not supported, because
-    of `why`; or only what `values` says."""
+    """Counterpart in our options. `option={}` takes the value unchanged, `[i]` takes each item of a list, `{0}` and
+    `{1}` take the items of a pair. Without braces, the user has to compute the value as `why` states. LEAVE: nothing to
+    set. Empty: not supported, for the reason in `why`, or only the values in `values` are known."""
     values: Mapping[str, str] = field(default_factory=dict)
-    """Value there -> options here (behind `; ` a remark), LEAVE, or NO and the reason. Others are as `here` says."""
+    """Value there -> options here (with a remark after `; `), LEAVE, or NO followed by the reason. `here` applies to
+    all other values."""
     why: str = ""
-    """The reason, the formula, or what else to know."""
+    """Reason, formula, or remark."""
     trl: str = ""
     verl: str = ""
     """`~` stands for `actor_rollout_ref.`; `.*` for everything below."""
     openrlhf: str = ""
     open_instruct: str = ""
     words: str = ""
-    """Names that belong to none of them, and are tried all the same."""
+    """Names that no trainer uses but that users try."""
 
 
 def _same(option: str, values: Mapping[str, str] | None = None, **names: str) -> Alias:
-    """Return an option that means the same under another name, but for some `values`."""
+    """Return the alias of an option that differs only in its name, except for some `values`."""
     return Alias(here=f"{option}={{}}", values=values or {}, **names)  # type: ignore[arg-type]
 
 
 def _on_off(on: str, off: str, **names: str) -> Alias:
-    """Return a switch."""
+    """Return the alias of a boolean option, with the counterparts of true and false."""
     return Alias(values={"true": on, "false": off}, **names)  # type: ignore[arg-type]
 
 
@@ -553,4 +554,4 @@ TABLE: dict[str, tuple[Alias, ...]] = {
 }
 # fmt: on
 # fmt: on
-"""Topic -> what belongs to it."""
+"""Topic -> aliases."""

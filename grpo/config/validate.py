@@ -1,4 +1,4 @@
-"""What must hold between options: ranges, the batch algebra, and no option without effect."""
+"""Validation rules: ranges, the batch algebra, and no option without effect."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ ENGINE_ARGUMENTS_TAKEN = frozenset(
         "enable_sleep_mode",
     )
 )  # fmt: skip
-"""What `sampler.engine` may not set: other options do, or the learner could not replay it."""
+"""Arguments that `sampler.engine` may not set: other options set them, or the learner could not replay them."""
 
 
 def validate(c: Config) -> None:
-    """Raises UserError at the first option that cannot be, with the nearest value that can."""
+    """Raise UserError for the first invalid option, with the nearest valid value."""
     _validate_numbers(c)
     _validate_ranges(c)
     _validate_objective(c)
@@ -52,7 +52,8 @@ def validate(c: Config) -> None:
 
 
 def _validate_numbers(c: Config) -> None:
-    """No NaN and no infinity anywhere: every comparison below would let one through. And no NUL, which no path has."""
+    """Raise UserError for a NaN or infinity, which could pass the comparisons of the other rules, or a NUL character,
+    which is invalid in paths."""
 
     def walk(name: str, value: Any) -> None:
         if dataclasses.is_dataclass(value):
@@ -232,7 +233,7 @@ def _validate_kl(c: Config) -> None:
 
 
 def _validate_corrections(c: Config) -> None:
-    """Mismatch, length and dynamic sampling."""
+    """Validate the options of mismatch correction, length penalty, dynamic sampling, and failure and mismatch limits."""
     a, plain = c.algorithm, AlgorithmConfig()
     if a.importance_level == "none":
         names = ("importance_mode", "importance_low", "importance_high")
@@ -348,7 +349,7 @@ def _validate_engines(c: Config) -> None:
 
 
 def _validate_gpus(c: Config) -> None:
-    """Where they share GPUs, a sampler's workers and the learner's ranks meet one to one."""
+    """Raise UserError unless colocated sampler workers and learner ranks match one to one."""
     workers = c.cluster.samplers * c.sampler_workers
     need(
         c.cluster.layout == "disaggregated" or workers == c.cluster.learner_ranks,
@@ -419,7 +420,7 @@ def _validate_rewards(c: Config) -> None:
 
 
 def refuse_own_ray(c: Config) -> None:
-    """On a cluster that runs already. Raises UserError for options of a private Ray."""
+    """Raise UserError for options of a private Ray instance, when the run uses a running cluster."""
     inert(c.cluster, ClusterConfig(), ("cpus", "gpus"), "cluster.", "on a cluster that runs already")
 
 
