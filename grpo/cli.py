@@ -1,7 +1,7 @@
 """The `grpo` command: wiring only.
 
-Exit codes: 0 done; 2 the user's mistake, said in one sentence; 75 stopped and resumable (signal, full disk, outage);
-130 a run or job that is no longer followed and goes on; 1 anything else.
+Exit codes: 0 done; 2 a mistake of the user, reported in one sentence; 75 stopped and resumable (signal, full disk,
+outage); 130 a run or job that is no longer followed but continues; 1 anything else.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from grpo.types import DONE, NOT_FOLLOWED, OURS, RESUMABLE, USERS, RewardOutage,
 NAMED_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
 )  # fmt: skip
-"""What the machine says of files that cannot be written or read."""
+"""Error numbers of files that cannot be written or read; reported in one line, without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code."""
+    """Run the command line and return the exit code."""
     open_closed_streams()
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"grpo: {error.filename}: {error.strerror}", file=sys.stderr)
         return OURS if error.errno in (errno.ENOSPC, errno.EDQUOT) else USERS
     except RuntimeError as error:
-        if "home directory" not in str(error):  # pathlib's words about ~nobody
+        if "home directory" not in str(error):  # pathlib's message about an unknown user, as in ~nobody
             raise
         print(f"grpo: a path begins with ~ and a user that there is none of: {error}", file=sys.stderr)
         return USERS
@@ -65,18 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def open_closed_streams() -> None:
-    """Open standard streams that the caller has closed (`>&-`): the first files opened would take their places."""
+    """Reopen standard streams that the caller has closed (`>&-`), on the null device. Otherwise the first files to be
+    opened would get their file descriptors."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             opened = os.open(os.devnull, os.O_RDWR)
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-            setattr(sys, name, open(number, "r+" if number == 0 else "w", closefd=False))  # noqa: SIM115 - as long as we are
+            setattr(sys, name, open(number, "r+" if number == 0 else "w", closefd=False))  # noqa: SIM115 - open until exit
 
 
 def refuse_lost_folder() -> None:
-    """Raises UserError when the working directory has been removed: libraries ask for it as they are imported."""
+    """Raise UserError if the working directory has been removed: libraries query it when they are imported."""
     try:
         os.getcwd()
     except FileNotFoundError as error:
@@ -84,10 +85,11 @@ def refuse_lost_folder() -> None:
 
 
 def nobody_reads() -> bool:
-    """Whether the one who read what is printed has gone, as `| head` does; then nothing is printed any more."""
+    """Return whether the reader of stdout has closed the pipe, as `| head` does. If so, redirect stdout to the null
+    device."""
     stdout = sys.stdout.fileno()
     pipe = select.poll()
-    pipe.register(stdout, 0)  # an error is told without being asked for
+    pipe.register(stdout, 0)  # errors are reported without being requested
     if not pipe.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
@@ -95,7 +97,7 @@ def nobody_reads() -> bool:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Commands and their arguments."""
+    """Return the parser of all commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="grpo",
         description="Train language models with GRPO: vLLM samples, DeepSpeed learns, Ray holds them together.",
@@ -136,14 +138,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def in_lines(*lines: str) -> str:
-    """Text behind a command's arguments, with line breaks as they are."""
+    """Join lines of an epilog; their line breaks are kept in the help text."""
     return "\n".join(lines)
 
 
 def add_command(
     commands: Any, name: str, words: str, *examples: str, notes: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """A command, its purpose and lines to copy. `notes`: what else is to be known."""
+    """Add a command with its purpose, `notes`, and `examples` to copy. Return its parser."""
     lines = [*notes, *([""] if notes else []), "examples:", *(f"  grpo {example}" for example in examples)]
     command: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -156,13 +158,13 @@ def add_command(
 
 
 def add_recipe(command: argparse.ArgumentParser, overrides: str | None = None) -> None:
-    """The recipe and its overrides."""
+    """Add the arguments for a recipe and its overrides."""
     command.add_argument("recipe", help="a YAML file, see recipes/")
     command.add_argument("overrides", nargs="*", metavar="section.option=value", help=overrides)
 
 
 def add_looking_commands(commands: Any) -> None:
-    """Of what is there: a model, runs, a dump; and of a run that is not."""
+    """Add the commands that do not train: eval, compare, replay and plan."""
     words = "evaluate a model on held-out data: avg@k, pass@k, maj@k with intervals; cached and resumable"
     examples = (
         "eval runs/a data.eval.samples_per_prompt=16",
@@ -205,7 +207,7 @@ def add_looking_commands(commands: Any) -> None:
 
 
 def add_job_commands(commands: Any) -> None:
-    """Of runs on a cluster: docs/cluster.md."""
+    """Add the commands for jobs on a cluster (docs/cluster.md): submit, jobs, status, logs and stop."""
     words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
     examples = (
         "submit recipe.yaml run.dir=/shared/runs run.name=a resume=auto --address http://HEAD:8265",
@@ -241,7 +243,7 @@ def add_job_commands(commands: Any) -> None:
 
 
 def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run the command that was asked for."""
+    """Run the requested command and return its exit code."""
     if parsed.command == "options":
         print(config_module.options_text(parsed.name))
         return DONE
@@ -288,7 +290,10 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """`resume=` and `allow=`, which are no options of a recipe, apart from the overrides."""
+    """Split `resume=` and `allow=`, which are not options of a recipe, from the overrides.
+
+    Raises UserError for a misspelling of them, and for `allow=` without `resume=`.
+    """
     asked = {
         name: value for name, _, value in (text.partition("=") for text in overrides) if name in ("resume", "allow")
     }
@@ -303,11 +308,11 @@ def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> int:
-    """`grpo check`."""
+    """Run `grpo check`: check the recipe and the cluster, and print the plan."""
     from grpo import check, cluster, run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
     from grpo.console import wrapped  # noqa: PLC0415
 
-    run_folder.choose(config, str(recipe))  # refuses a taken name
+    run_folder.choose(config, str(recipe))  # refuses a name that is in use
     config = check.resolve_paths(config)
     with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
         plan = check.check(config, recipe, Path(log_dir), say=tell, ids=ids)
@@ -318,7 +323,7 @@ def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> i
 
 
 def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """`grpo plan`."""
+    """Run `grpo plan`: print the predicted memory and time. The exit code says whether the recipe fits."""
     from grpo.planning import plan_lines  # noqa: PLC0415 - torch takes seconds to import
     from grpo.shapes import gpu_of  # noqa: PLC0415
 
@@ -332,7 +337,7 @@ def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """`grpo eval`: check, look into the cache, start samplers, evaluate what is missing."""
+    """Run `grpo eval`: check, look up cached results, start samplers and evaluate the missing prompts."""
     from grpo import check, cluster, evaluating  # noqa: PLC0415
     from grpo.console import Console  # noqa: PLC0415
 
@@ -343,7 +348,7 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     config = check.resolve_paths(config)
     with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-        interrupt_early()  # a cluster that was joined has put Ray's handlers in the place of ours
+        interrupt_early()  # joining a cluster has replaced our signal handlers by Ray's
         plan = check.check_evaluation(config, recipe or Path("command line"), Path(log_dir))
     key = evaluating.key_of(plan, check.model_fingerprint(config.model.path))
     folder = evaluating.folder_of(parsed.out.expanduser().resolve(), evaluating.name_of(model), key)
@@ -373,7 +378,7 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]:
-    """Start samplers and reward workers, evaluate, and take them down."""
+    """Start samplers and reward workers, evaluate, and shut them down."""
     from grpo import cluster, engines, evaluating  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
     from grpo.timeline import Timeline  # noqa: PLC0415
@@ -384,7 +389,7 @@ def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]
         RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
         cluster.session(config, logs),
     ):
-        interrupt_early()  # Ray has put its own handlers in the place of ours
+        interrupt_early()  # Ray has replaced our signal handlers
         console.say(f"starting {config.cluster.samplers} samplers")
         group = engines.Engines(config, logs, console.say, Timeline(None))
         try:
