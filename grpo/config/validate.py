@@ -233,7 +233,7 @@ def _validate_kl(c: Config) -> None:
 
 
 def _validate_corrections(c: Config) -> None:
-    """Validate the options of mismatch correction, length penalty, dynamic sampling, and failure and mismatch limits."""
+    """Validate mismatch correction, length penalty, dynamic sampling, and the failure and mismatch limits."""
     a, plain = c.algorithm, AlgorithmConfig()
     if a.importance_level == "none":
         names = ("importance_mode", "importance_low", "importance_high")
