@@ -1,6 +1,6 @@
-"""Everything that can be known before an engine starts: data, batch algebra, rewards, resources. Gives the plan.
+"""Check data, batch algebra, rewards and resources before an engine starts, and return the plan.
 
-`grpo check` stops here; `grpo train` goes through the same door.
+`grpo check` stops here; `grpo train` runs the same checks first.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from grpo.types import Moment, Prompt, UserError
 
 TRIED_ROWS = 8
 READ_BYTES = 16e9
-"""Of a model's weights, to see whether its numbers are finite: half a minute on a shared file system."""
+"""Approximate number of bytes of a model's weights to read when checking that they are finite: half a minute on a
+shared file system."""
 MIN_SECRET = 8
-"""Characters of a secret that is looked for; shorter ones occur by chance."""
+"""Minimum length of a secret to search for, in characters; shorter ones occur by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run will do, checked."""
+    """A checked run, ready to start."""
 
     config: Config
     tokenizer: Any
@@ -50,20 +51,21 @@ class Plan:
     end_token_ids: tuple[int, ...]
     reward_files: tuple[Path, ...]
     lines: tuple[str, ...]
-    """The plan in words."""
+    """Description of the plan, to be printed."""
     fingerprints: Mapping[str, str]
-    """What was read: data sets (after their filters) and reward files, by the option that names them -> SHA-256."""
+    """SHA-256 of the data sets (after their filters) and the reward files, by the option that names them."""
     dropped: tuple[str, ...]
-    """`<prompt id> (<why>)` of every row that a filter has left out, of training and evaluation."""
+    """`<prompt id> (<reason>)` for every row of training and evaluation data that a filter dropped."""
 
 
 def check(
     config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None, *, ids: bool = False
 ) -> Plan:
-    """Check a loaded config against its files. `say` is told how far long work is; `ids`: the plan has those of the
-    first prompt.
+    """Check a loaded config against its files.
 
-    Raises UserError at the first thing that would not work.
+    `say` receives the progress of long work. `ids`: include the token ids of the first prompt in the plan.
+
+    Raises UserError at the first problem.
     """
     refuse_secrets(config)
     settings = check_model(config)
@@ -102,9 +104,9 @@ def check(
 
 
 def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None) -> Plan:
-    """As `check`, for an evaluation alone: no training data, no learner.
+    """Check a config for evaluation only, like `check`, but without training data and learner.
 
-    Raises UserError at the first thing that would not work.
+    Raises UserError at the first problem.
     """
     refuse_secrets(config)
     settings = check_model(config)
@@ -115,7 +117,7 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
     prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_by(config, prompts)
     names = {dataset.name for dataset in held_out}
-    # rewards of sets that only training draws from have nothing to score here
+    # rewards for training sets only have nothing to score here
     own = [reward for reward in config.rewards if not reward.sets or names & {*reward.sets}]
     config = dataclasses.replace(
         config, rewards=[dataclasses.replace(r, sets=tuple(n for n in r.sets if n in names)) for r in own]
@@ -147,7 +149,7 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
 
 
 def load_tokenizer(config: Config) -> tuple[Any, tuple[int, ...]]:
-    """The model's tokenizer, and the ids that end a completion."""
+    """Return the tokenizer of the model and the token ids that end a completion."""
     path = config.model.path
     tokenizer = data.load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
     return tokenizer, tuple(data.end_token_ids(tokenizer, path, config.sampling.stop_token_ids))
@@ -156,9 +158,9 @@ def load_tokenizer(config: Config) -> tuple[Any, tuple[int, ...]]:
 def check_token_ids(
     config: Config, settings: Any, tokenizer: Any, ends: Sequence[int], sets: Sequence[data.PromptSet]
 ) -> None:
-    """Every token id must have a row in the model's embedding: tokenizers may have more tokens than that.
+    """Check that every token id has a row in the model's embedding: a tokenizer may have more tokens than the model.
 
-    Raises UserError naming the row and the token.
+    Raises UserError naming the data row and the token, or the option at fault.
     """
     rows = settings.get_text_config().vocab_size
     beyond = f"beyond the {rows} rows of the model's embedding (config.json's vocab_size)"
@@ -178,9 +180,9 @@ def check_token_ids(
 
 
 def refuse_secrets(config: Config) -> None:
-    """The config is saved with the run, and so must hold no secret, by ${oc.env:...} or otherwise.
+    """Refuse a config that contains a secret, through ${oc.env:...} or otherwise, since it is saved with the run.
 
-    Raises UserError naming the environment variable whose value it holds.
+    Raises UserError naming the environment variable whose value the config contains.
     """
     texts = list(leaves(dataclasses.asdict(config)))
     for name in secrets(os.environ):
@@ -193,7 +195,7 @@ def refuse_secrets(config: Config) -> None:
 
 
 def leaves(tree: Any) -> Iterator[str]:
-    """Every value of a nested config as text."""
+    """Yield every value of a nested config as text."""
     if isinstance(tree, dict | list | tuple):
         for value in tree.values() if isinstance(tree, dict) else tree:
             yield from leaves(value)
@@ -202,9 +204,11 @@ def leaves(tree: Any) -> Iterator[str]:
 
 
 def check_model(config: Config) -> Any:
-    """The model's config must exist and hold prompt and completion. Returns it.
+    """Check the model at `model.path` and return its config.
 
-    Raises UserError.
+    Its folder, weights, attention package, maximum length and parallel split are checked.
+
+    Raises UserError at the first problem.
     """
     path = Path(config.model.path)
     if not path.is_dir() and data.is_path(config.model.path):
@@ -248,7 +252,10 @@ def check_model(config: Config) -> Any:
 
 
 def read_config(config: Config, option: str, path: str) -> Any:
-    """The model's config.json. Raises UserError where there is none, or it is not that of a model."""
+    """Return the config.json of a model.
+
+    Raises UserError if there is none, or if it is not a model config.
+    """
     remark = ""
     refuse_outer_folder(option, path)
     try:
@@ -256,13 +263,13 @@ def read_config(config: Config, option: str, path: str) -> Any:
             return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{option}={path}{remark}: {' '.join(str(error).split())[:300]}") from error
-    except Exception as error:  # whatever its classes come upon
+    except Exception as error:  # whatever the config classes raise
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{option}={path}: its config.json is not that of a model: {why}") from error
 
 
 def refuse_adapter(option: str, path: str) -> None:
-    """Raises UserError for a folder with an adapter: transformers would take the base that the adapter names."""
+    """Raise UserError for a folder with an adapter: transformers would load the base model that the adapter names."""
     file = Path(path).expanduser() / "adapter_config.json"
     if file.is_file():
         try:
@@ -276,7 +283,8 @@ def refuse_adapter(option: str, path: str) -> None:
 
 
 def refuse_quantized(option: str, path: str, model: Any) -> None:
-    """Raises UserError for quantized weights: the learner's are whole, and the sampler's must be the same."""
+    """Raise UserError for quantized weights: the learner trains unquantized weights, and the sampler must use the
+    same."""
     settings = getattr(model, "quantization_config", None)
     if settings:
         how = settings.get("quant_method") if isinstance(settings, dict) else None
@@ -287,9 +295,9 @@ def refuse_quantized(option: str, path: str, model: Any) -> None:
 
 
 def check_critic(config: Config) -> None:
-    """The critic's folder must hold a model of the policy's vocabulary.
+    """Check that `critic.path` is a model with the vocabulary size of the policy.
 
-    Raises UserError.
+    Raises UserError at the first problem.
     """
     assert config.critic.path is not None
     refuse_adapter("critic.path", config.critic.path)
@@ -306,8 +314,9 @@ def check_critic(config: Config) -> None:
 
 
 def check_weights(folder: Path, option: str = "model.path") -> None:
-    """The folder's safetensors must be there, with all their bytes, and hold finite numbers. Of more than READ_BYTES
-    every so many a tensor is read.
+    """Check that the safetensors files of the folder exist, are complete, and hold finite numbers.
+
+    If they exceed READ_BYTES, only every n-th tensor is read.
 
     Raises UserError naming the file.
     """
@@ -347,14 +356,14 @@ def check_weights(folder: Path, option: str = "model.path") -> None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all numbers of a tensor are finite; those of 8 bits count as such."""
+    """Return whether all numbers of a tensor are finite. Integers and 8-bit floats count as finite."""
     if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():
         return True
     return all(math.isfinite(float(end)) for end in tensor.aminmax())
 
 
 def model_fingerprint(path: str) -> str:
-    """SHA-256 of a model's config and weights, in a folder or under a hub id."""
+    """Return the SHA-256 of the config and weights of a model, given by its folder or hub id."""
     folder = Path(path)
     if not folder.is_dir():
         with data.hub_or_cache():
@@ -363,9 +372,9 @@ def model_fingerprint(path: str) -> str:
 
 
 def read_data(config: Config, tokenizer: Any) -> tuple[list[data.PromptSet], list[data.PromptSet]]:
-    """The prompts of every data set, of training and evaluation, filtered.
+    """Return the filtered prompts of every training set and every evaluation set.
 
-    Raises UserError.
+    Raises UserError, also if two data sets have the same name.
     """
 
     def read(option: str, sets: Sequence[DatasetConfig]) -> list[data.PromptSet]:
@@ -390,7 +399,7 @@ def read_data(config: Config, tokenizer: Any) -> tuple[list[data.PromptSet], lis
 
 
 def check_batch(config: Config, train: Sequence[data.PromptSet]) -> None:
-    """A step must never need the same prompt twice.
+    """Check that a step never needs the same prompt twice.
 
     Raises UserError with the nearest number of prompts.
     """
@@ -419,9 +428,10 @@ def check_batch(config: Config, train: Sequence[data.PromptSet]) -> None:
 
 
 def check_reward_sets(config: Config, sets: Sequence[data.PromptSet]) -> None:
-    """`rewards[i].sets` name data sets that there are, and every data set has a reward.
+    """Check that `rewards[i].sets` name existing data sets, that every data set has a reward, and that every training
+    set has one with a weight other than 0.
 
-    Raises UserError.
+    Raises UserError at the first problem.
     """
     names = sorted({dataset.name for dataset in sets})
     for i, reward in enumerate(config.rewards):
@@ -442,7 +452,7 @@ def check_reward_sets(config: Config, sets: Sequence[data.PromptSet]) -> None:
 
 
 def check_by(config: Config, held_out: Sequence[Prompt]) -> None:
-    """Raises UserError when no row of the evaluation has a column of `data.eval.by`."""
+    """Raise UserError if a column of `data.eval.by` is in no row of the evaluation data."""
     columns = sorted({column for prompt in held_out for column in prompt.row})
     for column in config.data.eval.by:
         if column not in columns:
@@ -453,9 +463,9 @@ def check_by(config: Config, held_out: Sequence[Prompt]) -> None:
 
 
 def decide_gold(config: Config, files: Sequence[Path]) -> Config:
-    """`rewards[i].gold` where the recipe leaves it to the reward's file.
+    """Return the config with `rewards[i].gold` read from the reward file where the recipe does not set it.
 
-    Raises UserError when `data.gold_template` has no effect then.
+    Raises UserError if `data.gold_template` then has no effect.
     """
     decided = [
         dataclasses.replace(reward, gold=preflight.declares_gold(file)) if reward.gold is None else reward
@@ -467,19 +477,21 @@ def decide_gold(config: Config, files: Sequence[Path]) -> Config:
 
 
 def check_trackers(config: Config) -> None:
-    """Raises UserError when W&B is asked for and not installed."""
+    """Raise UserError if W&B is enabled but not installed."""
     if config.run.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("run.wandb=true needs the wandb package: pip install 'grpo[wandb]'")
 
 
 def unsampled_by(tokenizer: Any, ends: Sequence[int], moment: Moment) -> preflight.Unsampled:
-    """How rewards are handed completions that were written, not sampled: a text's ids end with the first of `ends`, and
-    one that the vocabulary has no tokens for has no others."""
+    """Return how to pass rewards completions that were not sampled.
+
+    The token ids of a text end with the first of `ends`. A text that the vocabulary cannot encode has only that id.
+    """
 
     def encode(text: str) -> list[int]:
         try:
             return [*tokenizer.encode(text, add_special_tokens=False), *ends[:1]]
-        except Exception:  # noqa: BLE001 - tokenizers raises no other where there is no token for what is unknown
+        except Exception:  # noqa: BLE001 - tokenizers raises bare Exception if the vocabulary has no unknown token
             return [*ends[:1]]
 
     return preflight.Unsampled(encode=encode, moment=moment)
@@ -493,7 +505,8 @@ def try_rewards(
     log_dir: Path,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Run every reward on a few real rows of each data set, and on all gold answers."""
+    """Run every reward on a few real rows of each data set and, if it has `gold: true`, on all gold answers. Return
+    report lines."""
     prompts = {f"{dataset.option} ({dataset.name})": dataset.prompts for dataset in sets}
     gold_template, answer_column = config.data.gold_template, config.data.answer_column
     report = preflight.try_out(
@@ -520,7 +533,7 @@ def try_rewards(
 
 
 def describe(config: Config, train: Sequence[data.PromptSet], held_out: Sequence[data.PromptSet]) -> list[str]:
-    """The plan: data, batch algebra, objective, engines."""
+    """Return the lines of the plan: data, batch algebra, objective, engines, warnings."""
     prompts = [prompt for dataset in train for prompt in dataset.prompts]
     eval_prompts = [prompt for dataset in held_out for prompt in dataset.prompts]
     a = config.algorithm
@@ -556,7 +569,7 @@ def describe(config: Config, train: Sequence[data.PromptSet], held_out: Sequence
 
 
 def mix(config: Config, train: Sequence[data.PromptSet], drawn: int) -> list[str]:
-    """A line for each data set, where there are several: how many prompts, and how often they are drawn."""
+    """Return a line for each data set, if there are several: its number of prompts and how often they are drawn."""
     if len(train) == 1:
         return []
     weights = [of.weight for of in config.data.train if of.weight is not None]
@@ -571,7 +584,7 @@ def mix(config: Config, train: Sequence[data.PromptSet], drawn: int) -> list[str
 
 
 def anchor(config: Config) -> str:
-    """The KL to the reference, in words."""
+    """Describe the KL to the reference in words."""
     a = config.algorithm
     if a.kl_coef == 0:
         return "no reference"
@@ -580,8 +593,10 @@ def anchor(config: Config) -> str:
 
 
 def resolve_paths(config: Config) -> Config:
-    """The model's path absolute where it is a local one, since actors may run in another working directory; and every
-    data set with its name."""
+    """Return the config with a local model path made absolute and with every data set named.
+
+    Actors may run in another working directory.
+    """
 
     def named(sets: Sequence[Any]) -> list[Any]:
         return [dataclasses.replace(one, name=one.name or data.dataset_name(one.path)) for one in sets]
