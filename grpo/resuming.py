@@ -1,4 +1,4 @@
-"""From `resume=auto|PATH` to where a run goes on: which checkpoint, whether it is of the same run, and its progress."""
+"""Resolve `resume=auto|PATH` to a checkpoint, check that it belongs to the same run, and restore its progress."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from grpo.types import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a run comes from."""
+    """The run folder and checkpoint that a run starts from."""
 
     run: Path | None = None
-    """The run folder to go on in; None for a new one."""
+    """The run folder to resume in; None: a new one."""
     checkpoint: Path | None = None
-    """None: from the beginning."""
+    """The checkpoint to resume from; None: start from the beginning."""
     done: bool = False
-    """The run has reached its last step: there is nothing to do."""
+    """The run has reached its last step, and nothing is left to do."""
     state: tuple[str, ...] = ()
-    """What the folder held when this was decided (`state_of`)."""
+    """State of the folder (`state_of`) at the time of this decision."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """What a run goes on with."""
+    """State from which a run continues."""
 
     progress: Progress
     folder: Path | None
-    """The checkpoint."""
+    """The checkpoint; None: start from the beginning."""
     manifest: Manifest | None
     lines: tuple[str, ...]
-    """What to say about it."""
+    """Lines to print about it."""
 
     @property
     def step(self) -> int:
@@ -50,12 +50,13 @@ class Resumed:
 
 
 def find(resume: str | None, config: Config, recipe: str) -> Origin:
-    """The run folder and checkpoint that `resume` means.
+    """Return the run folder and checkpoint that `resume` refers to.
 
-    `auto`: the last checkpoint of the run of this name, of the newest one where the recipe's own name is numbered; a
-    new run where there is none. A path: a run folder (its last checkpoint) or a checkpoint.
+    `auto` means the last checkpoint of the run with this name, or a new run if there is none. Without `run.name`, it is
+    the run with the highest number among those named after the recipe. A path is a run folder, which means its last
+    checkpoint, or a checkpoint.
 
-    Raises UserError when the path is neither.
+    Raises UserError if the path is neither, or if the run folder has no checkpoint.
     """
     if resume is None:
         return Origin()
@@ -85,16 +86,16 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
 
 
 def state_of(run: Path) -> tuple[str, ...]:
-    """What another process changes in a run's folder when it works there: checkpoints, and the end."""
+    """Return the parts of a run folder that another process working there would change: its checkpoints and its end."""
     summary = run / "summary.json"
     ended = f"ended {summary.stat().st_mtime_ns}" if summary.exists() else "not ended"
     return (*(path.name for path in checkpoint.found(run)), ended)
 
 
 def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
-    """A folder that `resume=auto` has found by its name must be of a run with these options.
+    """Refuse a folder that `resume=auto` has found by its name if its run has other options.
 
-    Raises UserError naming the first that differs.
+    Raises UserError naming the first option that differs and is not in `allowed`.
     """
     try:
         before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -106,7 +107,8 @@ def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
 
 
 def newest(config: Config, recipe: str) -> Path | None:
-    """The folder of the run of this name."""
+    """Return the folder of the run with this name, or the recipe's folder with the highest number; None if there is
+    none."""
     root = Path(config.run.dir).expanduser().resolve()
     if config.run.name is not None:
         return root / config.run.name if (root / config.run.name).exists() else None
@@ -120,7 +122,8 @@ def newest(config: Config, recipe: str) -> Path | None:
 
 
 def _is_of(folder: Path, stem: str) -> bool:
-    """Whether a run folder is of the recipe of this name: `exp-2` is also what a recipe exp-2.yaml calls its first."""
+    """Return whether a run folder belongs to the recipe of this name: `exp-2` may be the second run of exp.yaml or the
+    first of exp-2.yaml."""
     try:
         return Path((folder / run_folder.RECIPE).read_text(encoding="utf-8").strip()).stem == stem
     except OSError:
@@ -128,9 +131,9 @@ def _is_of(folder: Path, stem: str) -> bool:
 
 
 def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
-    """Read the checkpoint and hold it against what the run is now.
+    """Read the checkpoint and compare it with the current run.
 
-    Raises UserError when a file of it is damaged, when it is of another run, or when it lies beyond the last step.
+    Raises UserError if one of its files is damaged, if it belongs to another run, or if it is beyond the last step.
     """
     config = plan.config
     if origin.checkpoint is None:
@@ -163,10 +166,12 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
 
 
 def progress_of(manifest: Manifest, plan: Plan) -> Progress:
-    """What a checkpoint says, but for what `plan` was allowed to have otherwise: other data or another order of them
-    (another seed, other weights) are drawn from their beginning, and another `kl_coef` takes the adapted one's place.
+    """Restore the progress of a checkpoint, adapted to the differences that were allowed.
 
-    Raises UserError when the checkpoint is of another version.
+    With other data or another order of the data (another seed, other weights), prompts are drawn from the beginning.
+    Another `kl_coef` replaces the adapted one.
+
+    Raises UserError if the checkpoint was written by another version.
     """
     config, before = plan.config, manifest.config
     same_data = manifest.fingerprints.get("data.train") == plan.fingerprints.get("data.train")
@@ -180,7 +185,7 @@ def progress_of(manifest: Manifest, plan: Plan) -> Progress:
         before["data"]["eval"].get(name) != value
         for name, value in plain(config)["data"]["eval"].items()
         if name not in ("sets", "every", "by")
-    ):  # what was measured otherwise is nothing to compare with
+    ):  # earlier results are not comparable
         progress.before = progress.after = progress.evaluated = None
     if before["algorithm"]["kl_coef"] != config.algorithm.kl_coef:
         progress.kl_coef = config.algorithm.kl_coef
@@ -188,19 +193,19 @@ def progress_of(manifest: Manifest, plan: Plan) -> Progress:
 
 
 def weights_of(config: Mapping[str, Any]) -> list[float | None]:
-    """Of the training sets."""
+    """Return the weights of the training sets."""
     return [dataset["weight"] for dataset in config["data"]["train"]]
 
 
 def again(plan: Plan, run: Path) -> Resumed:
-    """From the last checkpoint of the run under way, after its engines were lost."""
+    """Restore from the last checkpoint of the current run, after its engines were lost."""
     folder = checkpoint.found(run)[-1]
     manifest = checkpoint.read(folder)
     return Resumed(progress=progress_of(manifest, plan), folder=folder, manifest=manifest, lines=())
 
 
 def fingerprints(plan: Plan) -> dict[str, str]:
-    """Of everything that the run reads. Empty of models where nothing is ever saved: reading them takes time."""
+    """Return the fingerprints of everything that the run reads: data sets, reward files and models."""
     paths = {"model.path": plan.config.model.path}
     if plan.config.critic.path is not None:
         paths["critic.path"] = plan.config.critic.path

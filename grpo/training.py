@@ -1,7 +1,7 @@
-"""`grpo train`: check, start Ray and the engines, run the loop, and say how it ended.
+"""`grpo train`: check, start Ray and the engines, run the loop, and report the outcome.
 
-Owns the order in which things are started and taken down, and what an end of any kind becomes: an exit code, a reason
-in summary.json and a last line. Engines that are lost are started again from the last checkpoint here.
+This module owns the order of start and shutdown, and turns every outcome into an exit code, a reason in summary.json
+and a last line. It restarts lost engines from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from grpo.stopping import Stopper, held, interrupt_early
 from grpo.types import DONE, OURS, RESUMABLE, USERS, EngineFailure, RewardOutage, UserError
 
 PATIENCE_S = 30.0
-"""How long a cluster may take to give back what the engines of a failed attempt held, or to lose a node."""
+"""How long a cluster may take to release the resources of a failed attempt, or to notice a lost node."""
 
 
 def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int:
-    """`grpo train`: check, start Ray and the engines, run the loop, say what came of it.
+    """Run `grpo train`: check, start Ray and the engines, run the loop, report the outcome. Return the exit code.
 
-    `asked`: `resume` and `allow`, where they are given.
+    `asked`: the values of `resume` and `allow`, if given.
     """
     started = time.monotonic()
     origin: Any = None
@@ -37,7 +37,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     for name in allowed:
         config_module.refuse_unknown(name, f"allow={name}")
     try:
-        with held():  # the imports take seconds, and only behind them is it known whether the run can be resumed
+        with held():  # the imports take seconds, and only after them is it known whether the run can be resumed
             from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
 
             origin = resuming.find(asked.get("resume"), config, str(recipe))
@@ -47,9 +47,9 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
             print(f"{origin.run} is done: it has {config.run.steps} steps; more of them: run.steps=N")
             return DONE
         if origin.run is None:
-            run_folder.choose(config, str(recipe))  # refuses a taken name before the work of checking
+            run_folder.choose(config, str(recipe))  # refuses a name that is in use before the checks, which take longer
         with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-            interrupt_early()  # a cluster that was joined has put Ray's handlers in the place of ours
+            interrupt_early()  # joining a cluster has replaced our signal handlers by Ray's
             plan = check.check(config, recipe, Path(log_dir), say=tell)
         resumed = resuming.prepare(origin, plan, allowed)
     except KeyboardInterrupt:
@@ -88,14 +88,14 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
 
 
 def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
-    """Run, and say however that ends: the exit code, and the reason for the summary."""
+    """Run to any outcome and report it. Return the exit code and the reason for the summary."""
     from grpo import checkpoint, run_folder  # noqa: PLC0415
 
-    # a handler may come in the middle of a console line, where another could not be written
+    # a handler may run in the middle of a console line, so it writes to stderr directly
     stopper = Stopper(plan.config.run.grace_s, lambda text: os.write(sys.stderr.fileno(), f"{text}\n".encode()))
     stopper.install()
     code, reason, stopped, passing, full = OURS, "failed", "", False, False
-    began = resumed.step  # the loop moves it
+    began = resumed.step  # copied: the loop advances it
     try:
         for line in (*plan.lines, *resumed.lines):
             console.say(line)
@@ -107,10 +107,10 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
     except UserError as error:
         code, reason, passing = USERS, f"failed: {error}", isinstance(error, RewardOutage)
         console.say(f"grpo: {error}")
-    except KeyboardInterrupt:  # Stopped, or what Ray makes of it
+    except KeyboardInterrupt:  # Stopped, or an exception that Ray raises for it
         stopped = f"interrupted by {stopper.asked}"
-    except Exception as error:  # noqa: BLE001 - the run's last words: whatever it was is shown, recorded and turned into exit 1
-        # Stopped may come out of C code as that code's own error; a signal to the whole job also ends the engines
+    except Exception as error:  # noqa: BLE001 - any error is shown, recorded and turned into exit code 1
+        # C code may turn Stopped into its own error; a signal to the whole job also ends the engines
         if stopper.enforced or (stopper.asked and isinstance(error, EngineFailure)):
             stopped = f"interrupted by {stopper.asked}"
             keep_traceback(folder.path)
@@ -125,7 +125,7 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
     every = checkpoint.found(folder.path)
     hint = f"go on with resume={folder.path}" if every else "there is no checkpoint to go on from"
     newest = (run_folder.step_of(every[-1]) or 0) if every else 0
-    further = newest > began  # a try that gets no further than the one before ends with another code than 75
+    further = newest > began  # an attempt that fails without making progress does not end with 75
     if stopped:
         code, reason = RESUMABLE if every and (further or not full) else OURS, stopped
         console.say(f"grpo: {reason}; {hint}")
@@ -134,13 +134,14 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
         console.say(f"grpo: the state after step {newest} is saved; {hint}")
     try:
         folder.close()
-    except Exception as error:  # noqa: BLE001 - said beside the first failure, which stays the reason
+    except Exception as error:  # noqa: BLE001 - reported in addition to the first failure, which stays the reason
         console.say(f"grpo: besides, a file could not be written: {error}")
     return code, reason
 
 
 def keep_traceback(path: Path) -> str:
-    """Write the present exception's traceback to the run folder, where that can still be written to; says where."""
+    """Write the traceback of the current exception to the run folder. Return a text with its path, or with the
+    traceback itself if it cannot be written."""
     target = path / "logs" / "driver-traceback.txt"
     try:
         target.write_text(traceback.format_exc())
@@ -150,7 +151,10 @@ def keep_traceback(path: Path) -> str:
 
 
 def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
-    """`run`, and when engines are lost, again from the last checkpoint: `cluster.max_restarts` times."""
+    """Call `run`, and restart it from the last checkpoint when engines are lost, up to `cluster.max_restarts` times.
+
+    Returns whether the run has finished. Raises EngineFailure when the engines cannot be restarted.
+    """
     from grpo import checkpoint, resuming  # noqa: PLC0415
 
     lost: EngineFailure | None = None
@@ -158,8 +162,8 @@ def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stoppe
     for left in range(plan.config.cluster.max_restarts, -1, -1):
         try:
             return run(plan, resumed, folder, console, stopper, patience_s=PATIENCE_S if lost else 0.0)
-        except UserError as error:  # what was lost has left too little
-            if lost is None or folder.facts["steps"] > began:  # nothing to do with what was lost
+        except UserError as error:  # after the loss, the cluster may be too small
+            if lost is None or folder.facts["steps"] > began:  # unrelated to the loss
                 raise
             raise EngineFailure(f"{lost}; the engines cannot be started again: {error}") from error
         except EngineFailure as error:
@@ -175,9 +179,9 @@ def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stoppe
 
 
 def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *, patience_s: float) -> bool:
-    """Start what the plan needs, train, and take everything down; what came of it is in the folder's facts.
+    """Start what the plan needs, train, and shut everything down. Results are stored in the facts of the folder.
 
-    Returns whether the run is at its end; else it was stopped between two steps.
+    Returns whether the run has finished; otherwise it was stopped between two steps.
     """
     from grpo import (  # noqa: PLC0415
         actors,
@@ -196,7 +200,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
     with contextlib.ExitStack() as stack:
         files, spread = plan.reward_files, config.cluster.reward_nodes > 0
         scorer: Any = None
-        if not spread:  # they load while Ray starts
+        if not spread:  # the workers load while Ray starts
             pool = RewardPool(config.rewards, files=files, workers=config.reward_workers, log_dir=logs)
             scorer = stack.enter_context(pool)
         dashboard = stack.enter_context(cluster.session(config, logs, patience_s=patience_s, say=console.say))
@@ -204,7 +208,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
             scorer = stack.enter_context(SpreadPool(config, files, logs))
         if config.run.prometheus:
             folder.export(cluster.exporter(folder.path.name))
-        stopper.install()  # Ray has put its own handlers in the place of ours
+        stopper.install()  # Ray has replaced our signal handlers
         console.say(f"starting {config.cluster.samplers} samplers and {config.cluster.learner_ranks} learner ranks")
         timeline = Timeline(folder.path / "trace" if config.run.trace else None)
         group = engines.Engines(config, logs, console.say, timeline)
@@ -218,7 +222,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
             with stopper.finishing_steps():
                 outcome = driver.train(loop)
         finally:
-            folder.facts["nodes"] |= group.hosts  # a sampler that was replaced may sit elsewhere
+            folder.facts["nodes"] |= group.hosts  # a replacement sampler may run on another host
             group.close()
     if not outcome.finished:
         return False
@@ -232,7 +236,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
 def loop_of(
     plan: Any, resumed: Any, group: Any, scorer: Any, timeline: Any, folder: Any, console: Any, stopper: Stopper
 ) -> Any:
-    """The loop's parts."""
+    """Assemble the parts of the training loop."""
     from grpo import data, driver, engines  # noqa: PLC0415
     from grpo.health import Health  # noqa: PLC0415
     from grpo.timeline import TimedScorer  # noqa: PLC0415
@@ -259,7 +263,7 @@ def loop_of(
 
 
 def placed(hosts: Mapping[str, str], dashboard: str) -> str:
-    """Which engines are on which host."""
+    """Return a line that lists the engines on each host."""
     by_host: dict[str, list[str]] = {}
     for name, host in hosts.items():
         by_host.setdefault(host, []).append(name)
@@ -268,7 +272,7 @@ def placed(hosts: Mapping[str, str], dashboard: str) -> str:
 
 
 def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
-    """What writes the run's checkpoints."""
+    """Return the saver that writes the checkpoints of the run."""
     from grpo import resuming  # noqa: PLC0415
     from grpo.saving import Saver  # noqa: PLC0415
 
@@ -283,7 +287,7 @@ def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
 
 
 def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:
-    """The last lines."""
+    """Print the last lines: warnings, the accuracy gain, and the run folder."""
     from grpo.health import warning_line  # noqa: PLC0415
 
     for warning in summary["warnings"]:
@@ -298,5 +302,5 @@ def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None
 
 
 def tell(text: str) -> None:
-    """How far the work is that comes before the console."""
+    """Print progress to stderr, before there is a console."""
     print(text, file=sys.stderr, flush=True)
