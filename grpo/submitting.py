@@ -1,7 +1,7 @@
 """`grpo submit`, `jobs`, `status`, `logs` and `stop`: a run as a job of a Ray cluster, through Ray's job server (HTTP).
 
-The driver runs on the cluster's head, and goes on when the submitting side ends. Its exit code is ours: Ray knows it of
-a job that ends by itself, and of one that is stopped it is read from the job's last line.
+The driver runs on the head of the cluster and continues when the submitting side ends. The exit code of the job becomes
+ours. Ray reports it for a job that ends by itself; for a stopped job it is read from the last line of the job's log.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from grpo.types import DONE, NOT_FOLLOWED, OURS, UserError
 
 CONNECT_S = 5.0
 ANSWER_S = 60.0
-"""How long a job server may take to answer."""
+"""Timeout of an answer of the job server, in seconds."""
 QUIET_S = 30.0
-"""After this long without a word of the job its server is asked whether it is still there."""
+"""After this many seconds without output of the job, the server is queried whether the job still exists."""
 RECONNECT_S = 60.0
-"""How long a job server may be away while a job is followed."""
+"""How long a job server may be unreachable while a job is followed, in seconds."""
 PENDING_S = 60.0
-"""How long a job that has been stopped may take to begin."""
+"""How long a stopped job may stay pending before `grpo stop` gives up, in seconds."""
 POLL_S = 0.5
 TAKING_DOWN_S = 60
-"""What a stopped run may take beyond `run.grace_s` before Ray kills it."""
+"""Seconds beyond `run.grace_s` that a stopped run may take before Ray kills it."""
 PENDING = "PENDING"
-"""Ray's word for a job that has not begun."""
+"""Ray's status of a job that has not started."""
 TOKENS = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
 LAST_LINE = "grpo: exit code "
 Then = Literal["end", "follow", "follow, stop on signals"]
-"""What the submitting side does once the job is handed over."""
+"""Action of the submitting side after it has submitted the job."""
 
 
 def submit(
     config: Config, recipe: Path, asked: Mapping[str, str], *, address: str, env: Sequence[str], then: Then,
     driver_cpus: float = 0.0,
 ) -> int:  # fmt: skip
-    """Pack, upload and start. Returns the job's exit code when it is followed to its end.
+    """Pack, upload and start a job. Return the exit code: of the job if it is followed to its end.
 
-    `asked`: `resume` and `allow`, where they are given. `env`: NAME=VALUE, or NAME for this environment's value.
-    `driver_cpus`: that a node must have for the driver; 0: it is on the head.
+    `asked`: the values of `resume` and `allow`, if given. `env`: NAME=VALUE, or NAME for the value in this environment.
+    `driver_cpus`: CPUs to reserve on a node for the driver; 0: the driver runs on the head.
     """
     from grpo import packing  # noqa: PLC0415 - transformers takes seconds to import
 
@@ -64,7 +64,7 @@ def submit(
     variables = parse_env(env)
     variables.setdefault("RAY_JOB_STOP_WAIT_TIME_S", str(int(config.run.grace_s) + TAKING_DOWN_S))
     signals_are_its, stopping = then == "follow, stop on signals", False
-    job = f"grpo-{secrets.token_hex(8)}"  # named here: it is known also when the server's answer does not come
+    job = f"grpo-{secrets.token_hex(8)}"  # named here, so that it is known even if the server does not answer
     with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
         size = packing.pack(config, recipe, Path(name), asked.get("resume"))
         try:
@@ -94,15 +94,15 @@ def submit(
 
 
 def refuse_unplaceable(client: Any, driver_cpus: float) -> None:
-    """Ray would let a job wait without a word, and not let go of it when it is stopped.
+    """Refuse a driver that fits on no node: Ray would let the job wait silently, and could not stop it.
 
-    Raises UserError where no node has so many CPUs, taken or free.
+    Raises UserError if no node has this many CPUs, used or free.
     """
     if driver_cpus == 0:
         return
     found = client._do_request("GET", "/api/v0/nodes", params={"detail": "true", "limit": 10_000})
     found.raise_for_status()
-    nodes = [  # of which several may have one address
+    nodes = [  # several nodes may have the same address
         (node["node_ip"], node["resources_total"].get("CPU", 0.0))
         for node in found.json()["data"]["result"]["result"]
         if node["state"] == "ALIVE"
@@ -116,7 +116,10 @@ def refuse_unplaceable(client: Any, driver_cpus: float) -> None:
 
 
 def parse_env(texts: Sequence[str]) -> dict[str, str]:
-    """Raises UserError when a variable has no name, or no value."""
+    """Return the variables of `--env` with their values.
+
+    Raises UserError if a variable has no valid name, or no value.
+    """
     variables = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -129,30 +132,30 @@ def parse_env(texts: Sequence[str]) -> dict[str, str]:
 
 
 def entrypoint(recipe: str, asked: Mapping[str, str]) -> str:
-    """The job's command line. Ray signals the shell, too, which has to live on to say how the run ended."""
+    """Return the command line of the job. Ray also signals the shell, which must survive to report the exit code."""
     command = ["python", "-m", "grpo", "train", recipe, *(f"{name}={value}" for name, value in asked.items())]
     return f'trap : TERM; {shlex.join(command)}; code=$?; echo "{LAST_LINE}$code"; exit $code'
 
 
 @contextmanager
 def answers(address: str) -> Iterator[Any]:
-    """A client of the job server at `address`; what goes wrong in the block is a sentence.
+    """Yield a client of the job server at `address`.
 
-    Raises UserError.
+    Raises UserError for errors of the connection, of the server and of authentication, also within the block.
     """
     refuse_unreachable(address)
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would take them in the place of `address`
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # Ray would use them instead of `address`
         os.environ.pop(name, None)
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & {*os.environ}:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ray start` does; before Ray is imported, which reads it
-    logging.disable(logging.INFO)  # Ray says what it uploads and when a connection ends
+    logging.disable(logging.INFO)  # Ray logs uploads and closed connections
     import aiohttp  # noqa: PLC0415
     import requests  # noqa: PLC0415
     from ray.exceptions import AuthenticationError  # noqa: PLC0415
     from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - ray takes seconds to import
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
-        """Waits for no answer without end."""
+        """A client with a timeout for every request."""
 
         def _do_request(self, *what: Any, **options: Any) -> Any:
             return super()._do_request(*what, timeout=ANSWER_S, **options)
@@ -160,14 +163,14 @@ def answers(address: str) -> Iterator[Any]:
     try:
         try:
             client = Client(address)
-        except (requests.exceptions.InvalidHeader, UnicodeError) as error:  # whose words have the token in them
+        except (requests.exceptions.InvalidHeader, UnicodeError) as error:  # its message contains the token
             raise UserError(
                 f"--address {address}: the token has characters that no HTTP header may have; it is read from {TOKENS}"
             ) from error
         except (LookupError, TypeError, AttributeError, requests.exceptions.JSONDecodeError) as error:
             raise UserError(f"--address {address}: what answers there is no job server of Ray") from error
         yield client
-    except BrokenPipeError:  # whoever reads what is printed has gone, not the server
+    except BrokenPipeError:  # the reader of our stdout is gone, not the server
         raise
     except AuthenticationError as error:
         reason = error.message.splitlines()[0].partition(". ")[0]
@@ -177,7 +180,7 @@ def answers(address: str) -> Iterator[Any]:
 
 
 def refuse_unreachable(address: str) -> None:
-    """Raises UserError where an address is none, or nothing answers there."""
+    """Raise UserError if `address` is invalid, or if nothing answers there."""
     try:
         place = urlsplit(address)
         usual = {"http": 80, "https": 443}[place.scheme]
@@ -190,29 +193,28 @@ def refuse_unreachable(address: str) -> None:
         raise UserError(f"--address {address} is not of the form http://HEAD:8265")
     try:
         socket.create_connection((host, port), timeout=CONNECT_S).close()
-    except (OSError, UnicodeError) as error:  # a name that no host can have
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
         raise UserError(f"--address {address}: nothing answers there ({error})") from error
 
 
 def refuse_odd_name(job: str) -> None:
-    """A name is a part of an address, in which some would mean another.
-
-    Raises UserError.
-    """
+    """Raise UserError for an invalid job name: it becomes part of a URL, where special characters could change the
+    request."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", job):
         raise UserError(f"{job!r} is no job's name: letters, digits, '_', '-' and '.', as grpo submit prints it")
 
 
 def hint(job: str, address: str) -> str:
-    """What else can be done with a job."""
+    """Return the commands that follow and stop a job."""
     return f"Follow it: grpo logs {job} --address {address}; stop it: grpo stop {job} --address {address}"
 
 
 def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool = False, stopping: bool = False) -> int:
-    """Print what the job prints until it ends; returns its exit code, or NOT_FOLLOWED after Ctrl-C.
+    """Print the output of a job until it ends. Return its exit code, or NOT_FOLLOWED after Ctrl-C, or OURS if the
+    server stays unreachable.
 
-    `known`: that there is such a job, so that a server that does not answer may come back. `stop_on_signal`: the first
-    signal is the job's, and it is followed to its end. `stopping`: it has come before.
+    `known`: the job is known to exist, so reconnect if the server does not answer. `stop_on_signal`: the first signal
+    stops the job, which is then followed to its end. `stopping`: that signal has already arrived.
     """
     shown, lost = 0, None
     while True:
@@ -220,7 +222,7 @@ def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool 
             try:
                 seen = 0
                 with answers(address) as client:
-                    client.get_job_info(job)  # says it well where there is no such job
+                    client.get_job_info(job)  # fails with a clear message if the job does not exist
                     known = True
                     if stopping:
                         client.stop_job(job)
@@ -247,7 +249,7 @@ def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool 
 
 
 def printed(client: Any, job: str) -> Iterator[str]:
-    """What the job prints, from its beginning, until it ends. Where it waits to begin, that is said."""
+    """Yield the output of a job from its beginning until it ends. Report once if the job is still pending."""
     stream, said = client.tail_job_logs(job), False
 
     async def following() -> str | None:
@@ -267,7 +269,7 @@ def printed(client: Any, job: str) -> Iterator[str]:
 
 
 def wait(client: Any, job: str) -> int:
-    """The exit code of a job, once it has ended; of a job that has none, why."""
+    """Wait until a job has ended and return its exit code. If it has none, print the reason and return OURS."""
     while not (details := client.get_job_info(job)).status.is_terminal():
         time.sleep(POLL_S)
     code = exit_code(client, job, details)
@@ -277,7 +279,7 @@ def wait(client: Any, job: str) -> int:
 
 
 def exit_code(client: Any, job: str, details: Any) -> int | None:
-    """Of a job that has ended; None where its command was not started, or was killed."""
+    """Return the exit code of a job that has ended; None if its command was not started, or was killed."""
     if details.driver_exit_code is not None:
         return int(details.driver_exit_code)
     last = re.search(rf"^{LAST_LINE}(\d+)\n*\Z", client.get_job_logs(job), re.MULTILINE)
@@ -285,8 +287,10 @@ def exit_code(client: Any, job: str, details: Any) -> int | None:
 
 
 def still_pending(client: Any, job: str) -> str:
-    """Ray's words on a job that has not begun within PENDING_S, else nothing. What Ray stops is its first process,
-    which such a job has not."""
+    """Return Ray's message if the job is still pending after PENDING_S, else an empty string.
+
+    Ray stops a job through its first process, and a pending job has none yet.
+    """
     deadline = time.monotonic() + PENDING_S
     while (details := client.get_job_info(job)).status == PENDING:
         if time.monotonic() > deadline:
@@ -296,12 +300,12 @@ def still_pending(client: Any, job: str) -> str:
 
 
 def local_time(milliseconds: int | None) -> str:
-    """Return a time of Ray's in the local time zone; "" where there is none."""
+    """Format a timestamp of Ray in the local time zone; "" if there is none."""
     return datetime.fromtimestamp(milliseconds / 1000).isoformat(" ", "seconds") if milliseconds else ""
 
 
 def jobs(address: str) -> int:
-    """Print the runs that were submitted to a cluster, the newest first: `grpo jobs`."""
+    """Run `grpo jobs`: print the runs that were submitted to a cluster, newest first."""
     rows = [["job", "status", "run", "recipe", "started", "ended", "exit"]]
     with answers(address) as client:
         found = [details for details in client.list_jobs() if details.submission_id]
@@ -309,7 +313,7 @@ def jobs(address: str) -> int:
         for details in sorted(ours, key=lambda details: details.start_time or 0, reverse=True):
             code = None
             if details.status.is_terminal():
-                with suppress(RuntimeError):  # its log has gone with its node
+                with suppress(RuntimeError):  # its log was lost with its node
                     code = exit_code(client, details.submission_id, details)
             known = [details.metadata.get(name, "") for name in ("run", "recipe")]
             times = [local_time(details.start_time), local_time(details.end_time)]
@@ -325,7 +329,7 @@ def jobs(address: str) -> int:
 
 
 def status(job: str, address: str) -> int:
-    """`grpo status`."""
+    """Run `grpo status`: print the state of a job."""
     with answers(address) as client:
         details = client.get_job_info(job)
         code = exit_code(client, job, details) if details.status.is_terminal() else None
@@ -344,8 +348,10 @@ def status(job: str, address: str) -> int:
 
 
 def stop(job: str, address: str) -> int:
-    """`grpo stop`: SIGTERM to the driver, and wait until it has saved and ended. Ray kills it after the time that the
-    job was given for that."""
+    """Run `grpo stop`: send SIGTERM to the driver, and wait until it has saved and ended.
+
+    Ray kills the driver after the time limit that the job was submitted with (`run.grace_s` + TAKING_DOWN_S).
+    """
     with answers(address) as client:
         if client.get_job_info(job).status.is_terminal():
             print(f"grpo: {job} has ended before")
