@@ -1,5 +1,5 @@
-"""What travels with a submitted run: this package, the recipe with its options resolved, the reward files it names and
-the modules beside them that they import. Never the working directory, the data or the model."""
+"""Pack the files of a submitted run: this package, the recipe with its options resolved, the reward files that it
+names, and the modules that these import. The working directory, the data and the model are never included."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from grpo.types import UserError
 
 MIB = 2**20
 LIMIT_MIB = 10
-"""What all files together may have before they are compressed."""
+"""Maximum total size of all files before compression."""
 PACKAGE = Path(__file__).parent
 
 
 def pack(options: Config, recipe: Path, folder: Path, resume: str | None = None) -> int:
-    """Write what travels into `folder`, which becomes the job's working directory; returns its bytes.
+    """Write the files of the job into `folder`, which becomes its working directory. Return their size in bytes.
 
-    The recipe keeps its name there: a run is called after it, and `resume=auto` finds the run by it.
+    The recipe keeps its file name: the run is named after it, and `resume=auto` finds the run by it.
 
-    Raises UserError when the recipe needs something that does not travel, or when it is too much.
+    Raises UserError if the recipe needs something that is not included, or if the files are too large.
     """
     refuse_local(options, resume)
     check.refuse_secrets(options)
@@ -53,7 +53,7 @@ def pack(options: Config, recipe: Path, folder: Path, resume: str | None = None)
 
 
 def refuse_local(options: Config, resume: str | None) -> None:
-    """Raises UserError naming an option whose value means something on this machine only."""
+    """Raise UserError for an option whose value is valid only on this machine."""
     if options.cluster.address is not None:
         raise UserError(
             f"cluster.address={options.cluster.address}: a submitted run joins the cluster of --address; leave it out"
@@ -65,7 +65,7 @@ def refuse_local(options: Config, resume: str | None) -> None:
     for option, sets in (("data.train", options.data.train), ("data.eval.sets", options.data.eval.sets)):
         named |= {f"{option}[{i}].path": one.path for i, one in enumerate(sets)}
     for option, value in named.items():
-        bare = Path(value.rpartition(":")[0] or value)  # FOLDER:config
+        bare = Path(value.rpartition(":")[0] or value)  # the path in FOLDER:config
         if not os.path.isabs(value) and (data.is_path(value) or Path(value).exists() or bare.exists()):
             raise UserError(
                 f"{option}={value} does not travel with the job: put it where every node sees it and give its whole "
@@ -81,12 +81,12 @@ def refuse_local(options: Config, resume: str | None) -> None:
 
 
 def rewards(options: Config, recipe: Path, files: Mapping[Path, Path]) -> tuple[Config, dict[Path, Path]]:
-    """The config with its reward files as the job finds them, and place in the job -> file: `files`, and what the
-    rewards need.
+    """Return (the config with the reward paths of the job, a mapping from path in the job to source file).
 
-    A relative path stays what it is, so that the options are the same wherever the run goes on.
+    The mapping extends `files` with the files that the rewards need. Relative paths are unchanged, so that the options
+    are the same wherever the run is resumed.
 
-    Raises UserError when two files would have one place.
+    Raises UserError if two different files would get the same path.
     """
     found, changed = dict(files), []
     for i, (reward, file) in enumerate(zip(options.rewards, locate(options.rewards, recipe), strict=True)):
@@ -101,14 +101,18 @@ def rewards(options: Config, recipe: Path, files: Mapping[Path, Path]) -> tuple[
 
 
 def imported(file: Path, place: Path) -> dict[Path, Path]:
-    """Place in the job -> file of the modules and packages that `file` imports, and of what those import. They are
-    looked for as a reward worker does: not where Python itself has the name, then beside the file that a link means
-    (then they are in `place`), and where nothing that is installed has the name, in the working directory."""
+    """Return a mapping from path in the job to source file, for the modules and packages that `file` imports, directly
+    or indirectly.
+
+    The search follows a reward worker: skip modules of the standard library, then search the folder of `file` with
+    links resolved (these modules are placed in `place`), then, unless a module of this name is installed, the working
+    directory.
+    """
     own, here = file.resolve().parent, Path.cwd()
     found: dict[Path, Path] = {}
     todo = [file]
     while todo:
-        for name in set(top_names(todo.pop())) - sys.stdlib_module_names - {PACKAGE.name}:  # which travels anyway
+        for name in set(top_names(todo.pop())) - sys.stdlib_module_names - {PACKAGE.name}:  # always included
             folder, target = own, place
             sources = modules_of(own, name)
             if not sources and not installed(name):
@@ -120,7 +124,7 @@ def imported(file: Path, place: Path) -> dict[Path, Path]:
 
 
 def top_names(file: Path) -> Iterator[str]:
-    """The first part of every module's name that a source file imports."""
+    """Yield the top-level name of every module that a source file imports."""
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError) as error:
@@ -133,16 +137,16 @@ def top_names(file: Path) -> Iterator[str]:
 
 
 def modules_of(folder: Path, name: str) -> Sequence[Path]:
-    """The source files of the package or the module `name` in `folder`; none where there is no such."""
+    """Return the source files of the package or module `name` in `folder`; empty if there is none."""
     return modules(folder / name) or [path for path in [folder / f"{name}.py"] if path.is_file()]
 
 
 def modules(folder: Path) -> Sequence[Path]:
-    """Every source file of a package."""
+    """Return all source files of a package, sorted."""
     return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
 
 
 def installed(name: str) -> bool:
-    """Whether a module of this name is found without the working directory."""
+    """Return whether a module of this name can be found outside the working directory."""
     places = [place for place in sys.path if Path(place or ".").resolve() != Path.cwd()]
     return importlib.machinery.PathFinder.find_spec(name, places) is not None

@@ -1,7 +1,8 @@
-"""What a recipe takes on GPUs that are not here: bytes on each, seconds of a step, hours of the run.
+"""Predict the memory per GPU, the seconds per step and the hours of a run, without any GPU.
 
-Arithmetic only. The bytes follow what the engines hold, tensor by tensor; the seconds are the work divided by data
-sheets and four stated efficiencies. docs/scale.md has the formulas, their sources and the errors against measurements.
+This is pure arithmetic. The bytes are counted tensor by tensor, as the engines hold them. The seconds are the amount
+of work divided by data-sheet rates and four stated efficiencies. docs/scale.md has the formulas, their sources and the
+errors compared with measurements.
 """
 
 from __future__ import annotations
@@ -15,43 +16,45 @@ from grpo.shapes import Gpu, Shape, split_problems
 from grpo.weight_sync import BUCKET_BYTES, CHECKSUM_BYTES
 
 LEARNER_SHARE = 0.3
-"""Of the bfloat16 peak that forward and backward reach; prefill, too."""
+"""Fraction of the bfloat16 peak that forward and backward passes reach; also prefill."""
 MEMORY_SHARE = 0.6
-"""Of the memory's bandwidth that decoding reaches."""
+"""Fraction of the memory bandwidth that decoding reaches."""
 LINK_SHARE = 0.7
-"""Of a link's bandwidth that a collective reaches."""
+"""Fraction of the bandwidth of a link that a collective reaches."""
 ALL_REDUCE_S = 15e-6
-"""Of one among the GPUs of a sampler, beyond its bytes: two a layer and decoding step."""
+"""Latency of one all-reduce among the GPUs of a sampler, in addition to its transfer time. Each decoding step has two
+per layer."""
 REST = 1.2
-"""A step over the sum of its parts: rewards, padding, waiting for the slowest, bookkeeping."""
+"""Ratio of a step to the sum of its parts; covers rewards, padding, waiting for the slowest, and bookkeeping."""
 DECODE_S = 5e-3
-"""Of a decoding step, beyond its reading and arithmetic: vLLM's scheduler and sampling, with CUDA graphs;"""
+"""Overhead of a decoding step with CUDA graphs, in addition to memory reads and arithmetic: vLLM's scheduler and
+sampling."""
 EAGER_LAYER_S = 0.5e-3
-"""and for each layer without them (`sampler.enforce_eager`)."""
+"""Additional overhead per layer of a decoding step without CUDA graphs (`sampler.enforce_eager`)."""
 HOST_BANDWIDTH = 50e9
-"""Bytes a second of an optimizer in host memory."""
+"""Memory bandwidth of an optimizer in host memory, in bytes per second."""
 
 PCIE_BANDWIDTH = 25e9
-"""Bytes a second between a GPU and pinned host memory."""
+"""Bandwidth between a GPU and pinned host memory, in bytes per second."""
 ZERO_BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size, elements."""
+"""DeepSpeed's reduce_bucket_size, in elements."""
 ZERO_LIVE = 1_000_000_000
-"""DeepSpeed's stage3_max_live_parameters and sub_group_size."""
+"""DeepSpeed's stage3_max_live_parameters and sub_group_size, in elements."""
 SAMPLING_COPIES = 4
-"""float32 copies of the logits of a decoding step: logits, logprobs, probabilities, noise."""
+"""Number of float32 copies of the logits of a decoding step: logits, logprobs, probabilities, noise."""
 
 Parts = dict[str, float]
-"""What -> bytes, or seconds."""
+"""Name of a part -> bytes, or seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """What a recipe does not say: mean tokens of a prompt and of a completion over the run."""
+    """Lengths that a recipe does not define: the mean tokens of a prompt and of a completion over the run."""
 
     prompt: float
     completion: float
     longest: float
-    """Tokens of a step's longest completion: as a rule some run to the limit."""
+    """Tokens of the longest completion of a step; usually some completions reach the limit."""
 
 
 def itemsize(config: Config) -> int:
@@ -61,14 +64,16 @@ def itemsize(config: Config) -> int:
 def model_states(
     parameters: int, *, stage: int, ranks: int, width: int, moments: int = 2, offload: str = "none"
 ) -> tuple[Parts, Parts]:
-    """A trained model on one rank, as DeepSpeed holds it with gradients accumulated in float32: (on the rank's device,
-    in host memory). `width`: bytes of a weight."""
+    """Return the bytes of a trained model on one rank: (on the device, in host memory).
+
+    This is how DeepSpeed holds it with gradients accumulated in float32. `width`: bytes of a weight.
+    """
     p, share = parameters, parameters / ranks
-    optimizer = 4 * moments * p if stage == 0 else 4 * (moments + 1) * share  # no master copy of float32 at ZeRO 0
+    optimizer = 4 * moments * p if stage == 0 else 4 * (moments + 1) * share  # ZeRO 0 has no float32 master copy
     weights = width * (share if stage == 3 else p)
     gradients = 4 * (share if stage >= 2 else p)
     if stage == 1 and width == 2 and offload == "none":
-        gradients += 2 * p  # BF16_Optimizer keeps the bfloat16 gradients beside its float32 ones
+        gradients += 2 * p  # BF16_Optimizer keeps the bfloat16 gradients in addition to the float32 ones
     device: Parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
     host: Parts = {}
     if offload != "none":
@@ -85,15 +90,18 @@ def model_states(
 
 
 def layer_bytes(shape: Shape, width: int) -> int:
-    """What one layer keeps of a token for the backward pass: two norms (their input in float32, normalised, scaled),
-    queries, keys, values and their result, and four tensors of the feed-forward part."""
+    """Return the bytes that one layer keeps per token for the backward pass: two norms (input in float32, normalized,
+    scaled), queries, keys, values and the attention output, and four tensors of the feed-forward part."""
     norms = 2 * shape.hidden * (4 + 2 * width)
     attention = width * 2 * (shape.queries + shape.keys)
     return norms + attention + width * 4 * shape.intermediate
 
 
 def activation_bytes(shape: Shape, tokens: int, width: int, *, checkpointing: bool, eager_row: int = 0) -> float:
-    """Of one microbatch. `eager_row`: with eager attention the longest row, whose square of probabilities is kept."""
+    """Return the bytes of the activations of one microbatch.
+
+    `eager_row`: the length of the longest row with eager attention, which keeps its square matrix of probabilities.
+    """
     layer = layer_bytes(shape, width) + eager_row * shape.heads * (4 + (width if width < 4 else 0))
     kept = shape.layers * shape.hidden * width + layer if checkpointing else shape.layers * layer
     last_norm = shape.hidden * (4 + 2 * width)
@@ -101,8 +109,9 @@ def activation_bytes(shape: Shape, tokens: int, width: int, *, checkpointing: bo
 
 
 def head_bytes(shape: Shape, tokens: int, width: int, *, float32_head: bool, entropy: bool) -> float:
-    """Logprobs from hidden states, at the peak of forward or backward (`grpo.objective.logprobs`): a chunk of logits,
-    and the gradient of the projection in float32 beside the sum's next term."""
+    """Return the peak bytes, in forward or backward, of computing logprobs from hidden states
+    (`grpo.objective.logprobs`): a chunk of logits, and the float32 gradient of the projection plus the next term that
+    is added to it."""
     wide = 4 if float32_head else width
     chunk = min(tokens, max(1, CHUNK_ELEMENTS // shape.vocab)) * shape.vocab
     forward = chunk * 8
@@ -113,7 +122,7 @@ def head_bytes(shape: Shape, tokens: int, width: int, *, float32_head: bool, ent
 
 
 def learner_memory(config: Config, shape: Shape) -> tuple[Parts, Parts]:
-    """(bytes on each rank's device, bytes of host memory for each rank), at the peak of a step."""
+    """Return (bytes on the device of each rank, bytes of host memory of each rank) at the peak of a step."""
     c, a, width = config.learner, config.algorithm, itemsize(config)
     moments = 2 if config.optimizer.name == "adamw" else 0
     ranks = config.cluster.learner_ranks
@@ -132,10 +141,10 @@ def learner_memory(config: Config, shape: Shape) -> tuple[Parts, Parts]:
     eager_row = row if config.model.attention == "eager" else 0
     activations = activation_bytes(shape, tokens, width, checkpointing=c.gradient_checkpointing, eager_row=eager_row)
     head = head_bytes(shape, tokens, width, float32_head=config.model.float32_head, entropy=a.entropy_coef != 0)
-    if not config.on_gpu and "reduce bucket" in device:  # memory that is not written to is not taken there
+    if not config.on_gpu and "reduce bucket" in device:  # memory that is never written is not allocated on CPU
         device["reduce bucket"] = min(device["reduce bucket"], width * shape.parameters)
     share = shape.parameters if c.zero_stage == 0 else min(shape.parameters / ranks, ZERO_LIVE)
-    # flattened gradients and the root of the second moment, in float32; a sync. Neither while there are activations
+    # float32 flattened gradients and square root of the second moment, or a sync; neither overlaps with activations
     step = 0.0 if c.offload != "none" else 4 * (1 if c.zero_stage < 2 else 2) * share
     later = max(step, transfer_bytes(shape, width) + perturbed_bytes(config, shape))
     device |= {"activations": activations, "logits": head, "step and sync": max(0.0, later - activations - head)}
@@ -143,21 +152,24 @@ def learner_memory(config: Config, shape: Shape) -> tuple[Parts, Parts]:
 
 
 def transfer_bytes(shape: Shape, width: int) -> float:
-    """Two buckets of a weight sync, of which the largest tensor is one alone, and what its checksums are made in."""
+    """Return the bytes of a weight sync: two buckets, each large enough for the largest tensor, and the checksum
+    buffer."""
     return 2 * max(BUCKET_BYTES, shape.embedding * width) + CHECKSUM_BYTES
 
 
 def perturbed_bytes(config: Config, shape: Shape) -> float:
-    """What the full check of a sync keeps of a rank: the group of parameters that is perturbed, as it was. The first
-    group has the embedding."""
+    """Return the bytes per rank of the original values that the full check of a sync keeps: one group of perturbed
+    parameters at a time. The first group contains the embedding."""
     groups = PERTURBED_GROUPS[config.model.dtype]
     kept = shape.embedding + (shape.parameters - shape.embedding) / groups
     return itemsize(config) * kept / (config.cluster.learner_ranks if config.learner.zero_stage == 3 else 1)
 
 
 def sync_memory(config: Config, shape: Shape, learner: Parts, sampler: Parts) -> Parts:
-    """Bytes of a GPU in a weight sync of engines that take turns: both have their weights there. From ZeRO 2 on there
-    are no gradients between steps."""
+    """Return the bytes on a GPU during a weight sync of engines that take turns, when both have their weights on it.
+
+    From ZeRO 2 on, there are no gradients between steps.
+    """
     gradients = learner.get("gradients", 0.0) if config.learner.zero_stage >= 2 else 0.0
     return {
         "learner": states(learner) - gradients, "perturbed": perturbed_bytes(config, shape),
@@ -166,8 +178,10 @@ def sync_memory(config: Config, shape: Shape, learner: Parts, sampler: Parts) ->
 
 
 def sampler_memory(config: Config, shape: Shape, memory: float) -> Parts:
-    """Bytes of one sampler on each of its GPUs of `memory` bytes, over which its layers are split; the KV cache takes
-    what is left of its share, or what it is given."""
+    """Return the bytes of one sampler on each of its GPUs, which have `memory` bytes each.
+
+    The KV cache has the configured size, or else takes what is left of `gpu_memory_utilization`.
+    """
     s, width, workers = config.sampler, itemsize(config), config.sampler_workers
     batched = max(8192, config.max_row_tokens)
     parts: Parts = {
@@ -186,10 +200,12 @@ def sampling_seconds(
     shape: Shape, gpu: Gpu, lengths: Lengths, *, completions: float, prompts: float, kv: float, max_num_seqs: int,
     width: int = 2, eager: bool = False, until_all_end: bool = True,
 ) -> float:  # fmt: skip
-    """One sampler's seconds for its `completions` of `prompts`, on GPUs that together are as fast as `gpu` and have
-    `kv` bytes of cache. A decoding step reads the weights once and the keys and values of what is in flight; the last
-    completions are decoded by themselves unless others follow without a pause. Where they share
-    each layer, they add up its two results."""
+    """Return the seconds that one sampler takes for its `completions` of `prompts`.
+
+    `gpu` stands for all GPUs of the sampler; `kv`: bytes of its whole cache. A decoding step reads the weights once,
+    and the keys and values of the completions in flight. With `until_all_end`, the last completions are decoded alone;
+    otherwise others follow without a pause. GPUs that share each layer sum up its two results in all-reduces.
+    """
     held = lengths.prompt + lengths.completion / 2
     per_token = shape.kv_bytes(width)
     in_flight = max(1.0, min(completions, max_num_seqs, kv / (held * per_token)))
@@ -208,51 +224,59 @@ def sampling_seconds(
 
 
 def pass_seconds(shape: Shape, gpu: Gpu, lengths: Lengths, *, rows: float, ranks: int, passes: float) -> float:
-    """`passes` forwards over the rows, shared by the ranks; a backward counts as two."""
+    """Return the seconds of `passes` forward passes over the rows, shared by the ranks; a backward pass counts as
+    two."""
     tokens = lengths.prompt + lengths.completion
-    flops = 2 * shape.multiplied + 2 * shape.layers * shape.queries * tokens  # scores and sums, half of them masked
+    flops = 2 * shape.multiplied + 2 * shape.layers * shape.queries * tokens  # scores and weighted sums, half masked
     return passes * flops * rows * tokens / (LEARNER_SHARE * gpu.flops * ranks)
 
 
 def exchange_bytes(shape: Shape, *, stage: int, ranks: int, width: int, microbatches: float, updates: float) -> float:
-    """What each rank sends in a step: gradients once an update below ZeRO 2, else once a microbatch; weights once an
-    update, at ZeRO 3 twice a microbatch."""
+    """Return the bytes that each rank sends in a step.
+
+    Gradients are sent once per update below ZeRO 2, else once per microbatch. Weights are sent once per update, with
+    ZeRO 3 twice per microbatch.
+    """
     if ranks == 1:
         return 0
-    reduced = 8 * updates if stage < 2 else width * microbatches  # an all-reduce of float32 goes both ways
+    reduced = 8 * updates if stage < 2 else width * microbatches  # a float32 all-reduce sends its data twice
     gathered = 2 * width * microbatches if stage == 3 else width * updates * (stage > 0)
     return shape.parameters * (reduced + gathered) * (ranks - 1) / ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What `grpo plan` finds."""
+    """Results of `grpo plan`."""
 
     learner: Parts
     host: Parts
-    """Host memory for each rank."""
+    """Host memory of each rank."""
     sampler: Parts
     sync: Parts
-    """What a GPU holds during a weight sync, where samplers and learner take turns on it; else empty."""
+    """Bytes on a GPU during a weight sync, if samplers and learner take turns on it; else empty."""
     seconds: Parts
-    """Of a step by part; they add up to it."""
+    """Seconds of each part of a step; their sum is the step."""
     gpus: int
     at_once: float
     """Completions of mean length that fit into a sampler's KV cache."""
     hours: float
     problems: tuple[str, ...]
-    """Why it does not fit, with the options to change. Empty: it fits."""
+    """Reasons why the recipe does not fit, with the options to change. Empty: it fits."""
 
 
 def make_plan(
     config: Config, shape: Shape, gpu: Gpu, lengths: Lengths, *, nodes: int, gpus_per_node: int,
     evaluations: int = 0, evaluated: float = 0, rounds: float = 1,
 ) -> Plan:  # fmt: skip
-    """`evaluations` of the run, of `evaluated` completions each; `rounds`: how often a step samples, with refills."""
+    """Return the plan of a recipe.
+
+    `evaluations`: number of evaluations in the run, of `evaluated` completions each. `rounds`: mean number of times
+    that a step samples, including refills.
+    """
     a, c, s, width = config.algorithm, config.learner, config.sampler, itemsize(config)
     learner, host = learner_memory(config, shape)
     sampler = sampler_memory(config, shape, gpu.memory)
-    if config.takes_turns:  # before a save both are away for a moment, the sampler with its weights
+    if config.takes_turns:  # before a save, both are briefly offloaded, the sampler including its weights
         host = host | {"set aside": states(learner) + sampler["weights"]}
     sync = sync_memory(config, shape, learner, sampler) if config.takes_turns else {}
     gpus, ranks, samplers = config.gpus_used, config.cluster.learner_ranks, config.cluster.samplers
@@ -307,10 +331,10 @@ def make_plan(
 def find_problems(
     config: Config, shape: Shape, gpu: Gpu, learner: Parts, sampler: Parts, sync: Parts, nodes: int, gpus_per_node: int
 ) -> list[str]:
-    """One sentence for each reason that it does not fit, with the options to change."""
+    """Return one sentence for each reason why the recipe does not fit, with the options to change."""
     s, ranks, gpus = config.sampler, config.cluster.learner_ranks, config.gpus_used
     both = config.cluster.layout == "colocated" and not config.takes_turns
-    given = s.kv_cache_gib is not None  # then vLLM does not look at the other
+    given = s.kv_cache_gib is not None  # vLLM then ignores gpu_memory_utilization
     share, held = ("kv_cache_gib", s.kv_cache_gib) if given else ("gpu_memory_utilization", s.gpu_memory_utilization)
     out = []
     samplers, workers = config.cluster.samplers, config.sampler_workers
@@ -360,10 +384,11 @@ def find_problems(
 
 
 def learner_options(config: Config) -> list[str]:
-    """What makes a learner rank smaller, as options that may be given one after the other, each with those before."""
+    """Return options that reduce the memory of a learner rank, in the order in which they can be added."""
     c, colocated = config.learner, config.cluster.layout == "colocated"
     options, stage, fewest = [], c.zero_stage, config.max_row_tokens
-    highest = 2 if colocated or c.reference_offload else 3  # states that move; a reference that is not sharded
+    # ZeRO 3 excludes states that can be offloaded for a colocated sampler, and an unsharded reference in host memory
+    highest = 2 if colocated or c.reference_offload else 3
     if not c.gradient_checkpointing:
         options.append("learner.gradient_checkpointing=true")
     if c.tokens_per_microbatch > fewest:
@@ -379,5 +404,5 @@ def learner_options(config: Config) -> list[str]:
 
 
 def states(learner: Parts) -> float:
-    """Bytes of a rank that leave the GPU when the sampler has its turn."""
+    """Return the bytes of a rank that are offloaded from the GPU while the sampler works."""
     return sum(learner.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "critic", "reference"))

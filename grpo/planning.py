@@ -1,4 +1,4 @@
-"""`grpo plan`: the plan of a recipe in words, and the layout of its GPUs that would be quicker."""
+"""`grpo plan`: report the plan of a recipe, and propose a faster layout of its GPUs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from grpo.shapes import Gpu, Shape, shape_of
 from grpo.types import UserError
 
 Layout = tuple[Literal["colocated", "disaggregated"], int, int]
-"""How, samplers, learner ranks."""
+"""(`cluster.layout`, number of samplers, number of learner ranks)."""
 LEARNING = ("old logprobs", "reference", "values", "update", "exchange", "host optimizer")
 """Parts of a step in which the learner works."""
 WORTH = 0.9
-"""A layout is proposed when it takes less than this share of the recipe's hours."""
+"""A layout is proposed if it takes less than this fraction of the hours of the recipe."""
 
 
 def quicker(
     config: Config, shape: Shape, gpu: Gpu, lengths: Lengths, *, nodes: int, gpus_per_node: int
 ) -> tuple[list[str], Plan] | None:
-    """Return the options of the quickest layout of as many GPUs, with its plan; None where the recipe's own is as good.
+    """Return the options of the fastest layout on the same number of GPUs, with its plan; None if the recipe's own
+    layout is about as good.
 
-    Samplers and learner in turn on all of them, or apart in every proportion; a sampler on 1, 2, 4 or 8 GPUs.
+    The candidates are colocated layouts and disaggregated ones in every proportion, with 1, 2, 4 or 8 GPUs per sampler.
     """
 
     def planned(other: Config) -> Plan:
@@ -42,7 +43,7 @@ def quicker(
 
 
 def layouts(config: Config, gpus_per_node: int) -> Iterator[Config]:
-    """Yield the recipe on as many GPUs in every layout that it may have."""
+    """Yield the recipe in every valid layout on the same number of GPUs."""
     gpus, c = config.gpus_used, config.cluster
     for parallel in (parallel for parallel in (1, 2, 4, 8) if parallel <= min(gpus, gpus_per_node)):
         apart: list[Layout] = [("disaggregated", n, gpus - n * parallel) for n in range(1, -(-gpus // parallel))]
@@ -68,15 +69,15 @@ def layouts(config: Config, gpus_per_node: int) -> Iterator[Config]:
 
 
 def in_flight(config: Config, samplers: int, parallel: int) -> list[int]:
-    """Return how many completions a sampler may have in flight: as many on each GPU as in the recipe, and all of its
-    own of a step."""
+    """Return candidate values of `sampler.max_num_seqs`: as many per GPU as in the recipe, and all of a sampler's
+    completions of a step."""
     as_now = max(1, round(config.sampler.max_num_seqs / config.sampler_workers * parallel))
     of_step = -(-config.algorithm.prompts_per_step * config.algorithm.group_size // samplers)
     return sorted({as_now, max(as_now, of_step)})
 
 
 def changes(config: Config, other: Config) -> list[str]:
-    """Return the options in which a layout differs, as they are given."""
+    """Return the options in which `other` differs, as `option=value`."""
     found = []
     for section in ("cluster", "learner", "sampler"):
         old, new = getattr(config, section), getattr(other, section)
@@ -92,9 +93,10 @@ def samplers_of(config: Config) -> str:
 
 
 def assumed_lengths(config: Config, prompt: float | None, completion: float | None) -> Lengths:
-    """The lengths that were given; else 150 tokens of prompt and a third of `sampling.max_tokens`.
+    """Return the given lengths. The defaults are 150 tokens for the prompt and a third of `sampling.max_tokens` for the
+    completion.
 
-    Raises UserError when they are beyond the recipe's limits.
+    Raises UserError if they exceed the limits of the recipe.
     """
     limits = (("--prompt-tokens", prompt, config.data.max_prompt_tokens, "data.max_prompt_tokens"),
               ("--completion-tokens", completion, config.sampling.max_tokens, "sampling.max_tokens"))  # fmt: skip
@@ -111,7 +113,7 @@ def assumed_lengths(config: Config, prompt: float | None, completion: float | No
 def report(
     plan: Plan, config: Config, shape: Shape, lengths: Lengths, *, gpu: tuple[str, Gpu], nodes: int, per_node: int
 ) -> list[str]:
-    """The table that `grpo plan` prints."""
+    """Return the lines of the table that `grpo plan` prints."""
 
     def line(name: str, parts: Parts, unit: float, total: str) -> str:
         shown = ", ".join(f"{what} {value / unit:.1f}" for what, value in parts.items() if value / unit >= 0.05)
@@ -143,7 +145,7 @@ def report(
 
 
 def who_works(plan: Plan, config: Config) -> str:
-    """The shares of a step in which samplers and learner work."""
+    """Describe the fractions of a step in which samplers and learner work."""
     step = sum(plan.seconds.values())
     learning = sum(plan.seconds[part] for part in LEARNING) / step
     idle = "in turn on the same GPUs" if config.cluster.layout == "colocated" else "and wait for each other"
@@ -154,7 +156,10 @@ def plan_lines(
     config: Config, *, gpu: tuple[str, Gpu], nodes: int, gpus_per_node: int, prompt: float | None,
     completion: float | None,
 ) -> tuple[str, bool]:  # fmt: skip
-    """(`grpo plan`'s table, whether it fits). Raises UserError for what cannot be planned."""
+    """Return (the table of `grpo plan`, whether the recipe fits).
+
+    Raises UserError for a recipe that cannot be planned.
+    """
     if not config.on_gpu:
         raise UserError("the recipe runs on CPUs; a plan is for GPUs: cluster.device=gpu")
     for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):

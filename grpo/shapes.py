@@ -1,6 +1,7 @@
-"""What is known without a run: the sizes of models and the data sheets of GPUs.
+"""Sizes of models and data-sheet values of GPUs.
 
-A model's shape comes from the config.json of its folder, or from `KNOWN` for hub ids: the numbers of their config.json.
+The shape of a model comes from the config.json of its folder. For hub ids it comes from `KNOWN`, which has the numbers
+of their config.json.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from grpo.types import UserError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
-"""Model types whose parameters are counted here to the last one."""
+"""Model types whose parameters are counted exactly here."""
 VOCAB_PADDING = 64
 """vLLM's DEFAULT_VOCAB_PADDING_SIZE."""
 
@@ -33,16 +34,16 @@ class Shape:
     kv_heads: int
     head_dim: int
     tied: bool
-    """Embedding and projection are one matrix."""
+    """Embedding and vocabulary projection share one matrix."""
 
     @property
     def queries(self) -> int:
-        """Width of a token's queries in a layer."""
+        """Return the width of a token's queries in a layer."""
         return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Width of a token's keys in a layer, and of its values."""
+        """Return the width of a token's keys in a layer, which is also the width of its values."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -51,7 +52,7 @@ class Shape:
 
     @property
     def body(self) -> int:
-        """Parameters of the layers and the last norm."""
+        """Return the number of parameters of the layers and the last norm."""
         attention = 2 * self.hidden * (self.queries + self.keys)
         if self.family == "qwen2":
             attention += self.queries + 2 * self.keys  # biases
@@ -66,16 +67,17 @@ class Shape:
 
     @property
     def multiplied(self) -> int:
-        """Parameters that a token is multiplied with: all but the embedding, which is looked up."""
+        """Return the number of parameters that a token is multiplied with: all except the embedding, which is a
+        lookup."""
         return self.body + self.embedding
 
     def over(self, parts: int) -> Shape:
-        """As it lies on `parts` GPUs together that share every layer: with more of them than key-value heads, each has
-        a copy of one."""
+        """Return the total shape on `parts` GPUs that share every layer. If there are more GPUs than key-value heads,
+        each GPU has a copy of one head."""
         return replace(self, kv_heads=max(self.kv_heads, parts))
 
     def kv_bytes(self, itemsize: int) -> int:
-        """Keys and values of one token in all layers."""
+        """Return the bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.keys * itemsize
 
 
@@ -102,15 +104,15 @@ KNOWN = {
     "meta-llama/Llama-3.1-8B": _known("128256 4096 14336 32 32 8", family="llama"),
     "allenai/Llama-3.1-Tulu-3-8B-DPO": _known("128264 4096 14336 32 32 8", family="llama"),
 }
-"""Vocabulary, hidden, intermediate, layers, heads and key-value heads by each hub id's config.json; the Instruct models
-of Qwen2.5 have their base model's."""
+"""Shapes by hub id: vocabulary, hidden, intermediate, layers, heads and key-value heads from its config.json. The
+Instruct models of Qwen2.5 have the shapes of their base models."""
 
 
 def split_problems(
     tensor: int, pipeline: int, *, heads: int, kv_heads: int, intermediate: int, vocab: int, layers: int
 ) -> list[str]:
-    """Why vLLM cannot split a model over `cluster.tensor_parallel` x `cluster.pipeline_parallel` workers, with the
-    nearest values that it can. A size that is not known is 0."""
+    """Return the reasons why vLLM cannot split a model over `cluster.tensor_parallel` x `cluster.pipeline_parallel`
+    workers, with the nearest valid values. An unknown size is 0."""
 
     def obstacle(parts: int) -> str:
         padded = -(-vocab // VOCAB_PADDING) * VOCAB_PADDING
@@ -135,7 +137,8 @@ def split_problems(
 
 
 def refuse_outer_folder(option: str, path: str) -> None:
-    """Raises UserError for a folder that holds no model itself, as a run's does, naming the one inside it that does."""
+    """Raise UserError for a folder that is not a model itself, such as a run folder, naming the model folder inside it
+    if there is one."""
     folder = Path(path).expanduser()
     if not folder.is_dir() or (folder / "config.json").is_file():
         return
@@ -151,8 +154,11 @@ def refuse_outer_folder(option: str, path: str) -> None:
 
 
 def model_inside(folder: Path) -> Path | None:
-    """Return the folder of a model inside a run's, a checkpoint's or a cache's: a run's final one before those of its
-    checkpoints, of several the one with the highest number."""
+    """Return the model folder inside the folder of a run, a checkpoint or a cache, or None.
+
+    The final model of a run takes precedence over the models of its checkpoints. Of several models, the one with the
+    highest number is returned.
+    """
     for pattern in ("model", "checkpoints/*/model", "snapshots/*", "*", "*/*"):
         found = [file.parent for file in folder.glob(f"{pattern}/config.json")]
         if found:
@@ -163,9 +169,9 @@ def model_inside(folder: Path) -> Path | None:
 
 
 def shape_of(path: str) -> Shape:
-    """The shape of the model at `path`, a folder or a hub id.
+    """Return the shape of the model at `path`, a folder or a hub id.
 
-    Raises UserError when neither is known, or the family is not one that is counted here.
+    Raises UserError if the model is unknown, or if its family is not in FAMILIES.
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
@@ -216,7 +222,10 @@ def _read(file: Path) -> Shape:
 
 
 def _planned(file: Path) -> dict[str, Any]:
-    """The settings of a model whose parameters are counted here."""
+    """Read a config.json.
+
+    Raises UserError if it is damaged, or if the parameters of such a model are not counted here.
+    """
     try:
         settings: Any = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -237,26 +246,28 @@ def _planned(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU of a server, by its data sheet."""
+    """Data-sheet values of one GPU of a server."""
 
     flops: float
-    """bfloat16 without sparsity, a second."""
+    """bfloat16 operations per second, without sparsity."""
     memory: float
-    """Bytes, as the name says them (GB): what the card has beyond is left to CUDA, NCCL and fragments."""
+    """Bytes of memory according to the name of the GPU (GB). What the card has beyond that is left to CUDA, NCCL and
+    fragmentation."""
     bandwidth: float
-    """Bytes of memory read in a second."""
+    """Memory bandwidth, in bytes per second."""
     link: float
-    """Bytes a second to another GPU of the node, one way,"""
+    """Bandwidth to another GPU of the same node, one way, in bytes per second."""
     network: float = 50e9
-    """and to one of another node: a 400 Gbit/s port for each GPU, of the A100's servers 200."""
+    """Bandwidth to a GPU of another node, one way, in bytes per second: one port of 400 Gbit/s per GPU, or 200 in A100
+    servers."""
     parts: int = 1
-    """GPUs that this one stands for, which share every layer."""
+    """Number of GPUs that this one stands for; they share every layer."""
 
 
 PCIE = 32e9
-"""Bytes a second one way of a PCIe 4 slot,"""
+"""Bandwidth of a PCIe 4 slot, one way, in bytes per second. Assumed as `link` of a GPU given by its data sheet."""
 SLOW_NETWORK = 25e9
-"""and of a port of 200 Gbit/s: what is taken for a GPU that is given by its data sheet."""
+"""Bandwidth of a 200 Gbit/s port, in bytes per second. Assumed as `network` of a GPU given by its data sheet."""
 GPUS = {
     "a100-40": Gpu(flops=312e12, memory=40e9, bandwidth=1.555e12, link=300e9, network=25e9),
     "a100-80": Gpu(flops=312e12, memory=80e9, bandwidth=2.039e12, link=300e9, network=25e9),
@@ -266,22 +277,24 @@ GPUS = {
     "h800": Gpu(flops=989e12, memory=80e9, bandwidth=3.35e12, link=200e9),
     "h200": Gpu(flops=989e12, memory=141e9, bandwidth=4.8e12, link=450e9),
 }
-"""SXM modules, the L40S a PCIe card, by NVIDIA's data sheets; docs/scale.md names each."""
+"""SXM modules, except for the L40S, which is a PCIe card. From NVIDIA's data sheets; docs/scale.md names each."""
 
 
 LARGEST = {"--gpu-memory": 2000, "--tflops": 50_000, "--bandwidth": 100}
-"""Above these a number is in another unit."""
+"""Maximum values. A larger number must be in another unit."""
 
 
 def gpu_of(
     name: str | None, *, memory: float | None = None, tflops: float | None = None, bandwidth: float | None = None
 ) -> tuple[str, Gpu]:
-    """Return (its name, the GPU): a known one, one by its data sheet, or without a name the one in this machine.
+    """Return (name, GPU): a known GPU, one given by its data sheet, or without a name the one in this machine.
 
     Args:
-        memory: GB; tflops: bfloat16 without sparsity; bandwidth: TB a second. They come before a known one's own.
+        memory: in GB. Like the next two, it overrides the value of a known GPU.
+        tflops: in bfloat16, without sparsity.
+        bandwidth: in TB per second.
 
-    Raises UserError with the known ones and the numbers that are missing.
+    Raises UserError with the known GPUs and the missing numbers.
     """
     sheet = {"--gpu-memory": memory, "--tflops": tflops, "--bandwidth": bandwidth}
     for flag, value in sheet.items():
@@ -304,7 +317,7 @@ def gpu_of(
 
 
 def _not_known(name: str | None, seen: tuple[str, float] | None, missing: list[str]) -> str:
-    """What is said of a GPU that is not known."""
+    """Return the error message for an unknown GPU."""
     near = [known for known in GPUS if name and known.startswith(name.lower())]
     near = near or difflib.get_close_matches((name or "").lower(), GPUS, n=1, cutoff=0.7)
     what = f"--gpu {name}" if seen is None and name else f"the GPU here is {name}" if name else "--gpu is missing"
@@ -316,16 +329,16 @@ def _not_known(name: str | None, seen: tuple[str, float] | None, missing: list[s
 
 
 def known_as(name: str, memory: float) -> str | None:
-    """Return what torch's name of a GPU with so many bytes is here; None of one that is not known."""
+    """Return our name of the GPU that torch calls `name` and that has `memory` bytes; None if it is unknown."""
     words = re.split(r"[^a-z0-9]+", name.lower())
-    if "pcie" in words:  # slower than the modules of the table
+    if "pcie" in words:  # slower than the SXM modules of the table
         return None
     fits = [known for known, gpu in GPUS.items() if known.split("-")[0] in words and 0.9 < memory / gpu.memory < 1.15]
     return fits[0] if fits else None
 
 
 def _seen() -> tuple[str, float] | None:
-    """The name and the bytes of this machine's first GPU."""
+    """Return (name, bytes of memory) of the first GPU in this machine, or None."""
     import torch  # noqa: PLC0415 - takes seconds to import
 
     if not torch.cuda.is_available():
