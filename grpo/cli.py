@@ -323,7 +323,7 @@ def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> i
 
 
 def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run `grpo plan`: print the predicted memory and time. The exit code says whether the recipe fits."""
+    """Run `grpo plan`: print the predicted memory and time. Return DONE if the recipe fits, else USERS."""
     from grpo.planning import plan_lines  # noqa: PLC0415 - torch takes seconds to import
     from grpo.shapes import gpu_of  # noqa: PLC0415
 
@@ -348,7 +348,7 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
     config = check.resolve_paths(config)
     with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-        interrupt_early()  # joining a cluster has replaced our signal handlers by Ray's
+        interrupt_early()  # joining a cluster has replaced our signal handlers with Ray's
         plan = check.check_evaluation(config, recipe or Path("command line"), Path(log_dir))
     key = evaluating.key_of(plan, check.model_fingerprint(config.model.path))
     folder = evaluating.folder_of(parsed.out.expanduser().resolve(), evaluating.name_of(model), key)

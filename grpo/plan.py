@@ -384,10 +384,11 @@ def find_problems(
 
 
 def learner_options(config: Config) -> list[str]:
-    """Return options that reduce the memory of a learner rank, in the order in which they can be added."""
+    """Return options that reduce the memory of a learner rank, in the order to apply them: each is valid in addition to
+    those before it."""
     c, colocated = config.learner, config.cluster.layout == "colocated"
     options, stage, fewest = [], c.zero_stage, config.max_row_tokens
-    # ZeRO 3 excludes states that can be offloaded for a colocated sampler, and an unsharded reference in host memory
+    # with ZeRO 3, the states cannot be offloaded for a colocated sampler, and the reference is sharded instead
     highest = 2 if colocated or c.reference_offload else 3
     if not c.gradient_checkpointing:
         options.append("learner.gradient_checkpointing=true")

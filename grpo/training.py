@@ -49,7 +49,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
         if origin.run is None:
             run_folder.choose(config, str(recipe))  # refuses a name that is in use before the checks, which take longer
         with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-            interrupt_early()  # joining a cluster has replaced our signal handlers by Ray's
+            interrupt_early()  # joining a cluster has replaced our signal handlers with Ray's
             plan = check.check(config, recipe, Path(log_dir), say=tell)
         resumed = resuming.prepare(origin, plan, allowed)
     except KeyboardInterrupt:

@@ -237,8 +237,8 @@ class LearnerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailureBudget:
-    """Limits on the share of a step's rollouts that may fail in one way (`grpo.types.FailureKind`). None: only
-    `algorithm.max_failed_fraction` applies.
+    """Limits on the share of a step's rollouts that may fail with one kind of failure (`grpo.types.FailureKind`). None:
+    only `algorithm.max_failed_fraction` applies.
 
     algorithm.max_failed_of.timeout=0.02
     """
@@ -313,8 +313,8 @@ class AlgorithmConfig:
     entropy_coef: float = 0.0
     """Coefficient of the entropy bonus, which is subtracted from the loss."""
     max_kl_old: float | None = None
-    """Skip the remaining minibatches of a step once the KL from the policy at the start of the step exceeds this. None:
-    off."""
+    """End the step before the first minibatch on which the KL from the policy at the start of the step exceeds this.
+    None: off."""
 
     kl_coef: float = 0.0
     """Coefficient of the KL to the frozen reference model. 0: no reference model is loaded."""
@@ -336,8 +336,9 @@ class AlgorithmConfig:
     """Move the reference this fraction of the way to the policy after every step (moving average). 0: never."""
 
     importance_level: Literal["none", "token", "sequence"] = "token"
-    """Weight the policy term by exp(old logprob - sampler logprob) of the token, or by the product of these weights
-    over its sequence."""
+    """Importance weights that correct the mismatch between sampler and learner. `token`: each token's policy term is
+    weighted by exp(old logprob - sampler logprob). `sequence`: by the product of these weights over the sequence.
+    `none`: no weights."""
     importance_mode: Literal["truncate", "mask"] = "truncate"
     """Clamp importance weights to their bounds, or set weights outside the bounds to 0."""
     importance_low: float = 0.0
@@ -531,9 +532,8 @@ class ClusterConfig:
     device: Literal["cpu", "gpu"] = "cpu"
     """Device of the samplers and the learner."""
     layout: Literal["colocated", "disaggregated"] = "colocated"
-    """`colocated`: samplers and learner take turns on the same GPUs, and weights are shared on the device.
-    `disaggregated`: samplers and learner have separate GPUs, and weights are sent over the network (NCCL; gloo on
-    CPU)."""
+    """`colocated`: samplers and learner take turns on the same GPUs and pass weights through shared memory (CUDA IPC).
+    `disaggregated`: samplers and learner have separate GPUs and send weights over the network (NCCL; gloo on CPU)."""
     sleep: bool | None = None
     """Let colocated samplers and learner release GPU memory for each other: while one works, the weights, KV cache and
     optimizer states of the other are offloaded to host memory or discarded. None: true on GPUs; false on CPU, where
