@@ -34,9 +34,9 @@ ANSWER_S = 60.0
 QUIET_S = 30.0
 """After this many seconds without output of the job, the server is queried whether the job still exists."""
 RECONNECT_S = 60.0
-"""How long a job server may be unreachable while a job is followed, in seconds."""
+"""Time that a job server may be unreachable while a job is followed, in seconds."""
 PENDING_S = 60.0
-"""How long a stopped job may stay pending before `grpo stop` gives up, in seconds."""
+"""Time that a stopped job may stay pending before `grpo stop` gives up, in seconds."""
 POLL_S = 0.5
 TAKING_DOWN_S = 60
 """Seconds beyond `run.grace_s` that a stopped run may take before Ray kills it."""

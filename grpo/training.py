@@ -23,7 +23,7 @@ from grpo.stopping import Stopper, held, interrupt_early
 from grpo.types import DONE, OURS, RESUMABLE, USERS, EngineFailure, RewardOutage, UserError
 
 PATIENCE_S = 30.0
-"""How long a cluster may take to release the resources of a failed attempt, or to notice a lost node."""
+"""Time that a cluster may take to release the resources of a failed attempt, or to notice a lost node, in seconds."""
 
 
 def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int:

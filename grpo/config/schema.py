@@ -307,7 +307,7 @@ class AlgorithmConfig:
     sapo_tau_negative: float = 1.05
     """Temperature of `sapo` for tokens with a negative advantage."""
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean"] = "token_mean"
-    """How the losses of tokens are aggregated into one loss."""
+    """Aggregation of the losses of tokens into one loss."""
     constant_length: int | None = None
     """Number of tokens that the `constant_length` aggregation divides every row by. None: `sampling.max_tokens`."""
     entropy_coef: float = 0.0
