@@ -1,16 +1,16 @@
-"""Data files to tokenized prompts, and the order in which they are used.
+"""Turn data files into tokenized prompts, and determine the order in which they are drawn.
 
-    read_set        a data set's options -> PromptSet   read, mapped, filtered, tokenized once
-    read_rows       path or hub id   -> list[Row]       every row parsed, none skipped
-    load_tokenizer  model path       -> tokenizer
-    completion_texts  ids            -> texts           as rewards read them
-    make_prompts    rows             -> PromptSet       tokenized once, length-checked
-    Cursor          number of prompts -> endless shuffled stream of their indices, resumable
-    MixedCursor     several data sets -> the same, dealt by their weights
-    sample_seed     who is sampled   -> the seed of one completion
+    read_set          a data set's options -> PromptSet   read, mapped, filtered, tokenized once
+    read_rows         path or hub id       -> list[Row]   all rows parsed, none skipped
+    load_tokenizer    model path           -> tokenizer
+    completion_texts  token ids            -> texts       the form that rewards read
+    make_prompts      rows                 -> PromptSet   tokenized once, length checked
+    Cursor            number of prompts    -> endless shuffled stream of their indices, resumable
+    MixedCursor       several data sets    -> the same, interleaved by their weights
+    sample_seed       identity of a sample -> the seed of one completion
 
-Everything here runs before an engine starts, or costs nothing. transformers, datasets and pyarrow take seconds to
-import, so they are imported in the functions that need them: the order and the records alone need none of them.
+All of it runs before an engine starts, or takes negligible time. transformers, datasets and pyarrow take seconds to
+import, so only the functions that need them import them. The order and the records need none of them.
 """
 
 from __future__ import annotations

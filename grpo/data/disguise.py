@@ -1,4 +1,4 @@
-"""Files whose first bytes show that they are not what they are taken for."""
+"""Detect files whose first bytes show a different format than expected."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FIRST_BYTES = {
 
 
 def disguise_of(path: Path) -> str | None:
-    """Return what a file is by its first bytes, and what to do about it; None for one that begins like none of these.
+    """Return the actual format of a file, by its first bytes, and what to do about it. None if they match no entry.
 
-    Raises OSError when it cannot be read.
+    Raises OSError when the file cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         return "a pipe or a device, and is read more than once; write what it gives to a file"

@@ -1,4 +1,4 @@
-"""What is a path and what a hub id, and how long an unreachable hub is waited for."""
+"""Distinguish paths from hub ids, and bound the wait for an unreachable hub."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def is_path(name: str) -> bool:
-    """Whether `name` can only be meant as a local path: a hub id is `name` or `owner/name`."""
+    """Return whether `name` can only be a local path: a hub id is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.endswith(FILE_ENDINGS) or name.count("/") > 1
 
 
 def nearest_path(path: Path) -> str:
-    """`; did you mean ...?` for a path that does not exist, from the names in its folder."""
+    """Return `; did you mean ...?` for a path that does not exist, from the names in its folder."""
     parent = path.parent
     if not parent.is_dir():
         return f"; its folder {parent} does not exist either"
@@ -31,18 +31,18 @@ def nearest_path(path: Path) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The reason that `error` gives, on one line of bearable length."""
+    """Return the message of `error` on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 @contextmanager
 def hub_or_cache() -> Iterator[str]:
-    """Inside, hub ids load from the hub, or from the local cache alone where the hub does not answer.
+    """Load hub ids from the hub inside this context, or only from the local cache when the hub does not answer.
 
-    The libraries retry a dead connection for half a minute before they look into their cache. One request with a
-    short deadline decides first, through their own client, so that proxies and HF_ENDPOINT count. Yields a remark for
-    the error message: empty when the hub answered.
+    The libraries retry a dead connection for half a minute before they look into their cache. So one request with a
+    short deadline probes the hub first. It uses their own client, so that proxies and HF_ENDPOINT apply. Yields a
+    remark for the error message: empty when the hub answered.
     """
     if constants.is_offline_mode():
         yield " (offline mode is set, so only the local cache was searched)"
@@ -63,7 +63,7 @@ def hub_or_cache() -> Iterator[str]:
 
 @functools.cache
 def _hub_answers() -> bool:
-    """Asked once a process. Any HTTP response counts: a refusal is for the real request to report."""
+    """Probe the hub, once per process. Any HTTP response counts: the real request reports a rejection."""
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_TIMEOUT_S)
     except (HTTPError, OSError):

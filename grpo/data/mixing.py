@@ -1,9 +1,9 @@
-"""Several data sets with weights: whose turn it is, exactly.
+"""Interleave several data sets in exact proportion to their weights.
 
-Set i with share p_i = weight / sum of the weights gets draw n when it has had fewer than n p_i draws, and of those sets
-the one whose next draw is due first: the m-th draw of a set is due at m / p_i. Each set then has n p_i draws, to within
-one, after every n. (The set that is furthest behind, which is simpler, falls short by more than one where there are
-many sets of unequal weights.)
+Set i has the share p_i = weight / sum of the weights. Draw n goes to one of the sets that have had fewer than n p_i
+draws: the one whose next draw is due first, where the m-th draw of a set is due at m / p_i. After every n, each set
+then has n p_i draws, to within one. (Choosing the set that is furthest behind is simpler, but with many sets of unequal
+weights some fall short by more than one.)
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from grpo.types import Prompt, UserError
 
 
 class MixedCursor:
-    """Endless stream of the indices of several data sets that stand one behind the other, dealt by their weights.
+    """Endless stream of the indices of several concatenated data sets, interleaved by their weights.
 
-    Each set has a `Cursor` of its own. When a set has no more prompts for a draw, because the rest of them are retired,
-    its turns go to the others by the same rule.
+    Each set has its own `Cursor`. When a set has no more prompts for a draw, because the rest of them are retired, its
+    turns go to the other sets by the same rule.
     """
 
     def __init__(self, sizes: Mapping[str, int], weights: Sequence[float], *, seed: int) -> None:
         self.names = list(sizes)
         self.weights = list(weights)
-        # data.seed is below 2**32: the orders of the sets have nothing to do with each other
+        # data.seed is below 2**32, so the seeds of the sets differ and their orders are independent
         self._cursors = [Cursor(size, seed=seed + (i << 32)) for i, size in enumerate(sizes.values())]
         self._shares = whole_numbers(weights)
         self._drawn = [0 for _ in sizes]
@@ -37,17 +37,17 @@ class MixedCursor:
 
     @property
     def epochs(self) -> float:
-        """How often the data have been gone through: prompts drawn / prompts."""
+        """Number of passes over the data: prompts drawn / prompts."""
         sizes = [cursor.size for cursor in self._cursors]
         return sum(c.epochs * size for c, size in zip(self._cursors, sizes, strict=True)) / sum(sizes)
 
     @property
     def epochs_by_set(self) -> dict[str, float]:
-        """The same of each data set."""
+        """Number of passes over each data set, by its name."""
         return {name: cursor.epochs for name, cursor in zip(self.names, self._cursors, strict=True)}
 
     def draw(self, count: int, retired: Collection[int]) -> list[int]:
-        """The next `count` indices, all different, none of `retired`."""
+        """Return the next `count` indices, all different, none of `retired`."""
         out: list[set[int]] = [
             {i - start for i in retired if start <= i < start + cursor.size}
             for start, cursor in zip(self._starts, self._cursors, strict=True)
@@ -77,7 +77,7 @@ class MixedCursor:
         return min(able, key=due)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as plain JSON."""
+        """Return the state that `restore` needs, as plain JSON."""
         return {
             "weights": self.weights,
             "drawn": list(self._drawn),
@@ -86,9 +86,9 @@ class MixedCursor:
 
     @classmethod
     def restore(cls, sizes: Mapping[str, int], state: Mapping[str, Any]) -> MixedCursor:
-        """The cursor that continues the stream where `state` was taken.
+        """Return a cursor that continues the stream from `state`.
 
-        Raises UserError when the data sets are others.
+        Raises UserError when the data sets differ.
         """
         if list(state["sets"]) != list(sizes):
             raise UserError(
@@ -102,7 +102,7 @@ class MixedCursor:
 
 
 def start_cursor(prompts: Sequence[Prompt], data: DataConfig) -> Cursor | MixedCursor:
-    """The order in which `prompts` are drawn, from its beginning."""
+    """Return a cursor at the start of the order in which `prompts` are drawn."""
     weights = [dataset.weight for dataset in data.train if dataset.weight is not None]
     if not weights:
         return Cursor(len(prompts), seed=data.seed)
@@ -110,28 +110,28 @@ def start_cursor(prompts: Sequence[Prompt], data: DataConfig) -> Cursor | MixedC
 
 
 def restore_cursor(prompts: Sequence[Prompt], state: Mapping[str, Any]) -> Cursor | MixedCursor:
-    """The cursor that continues where `state` was taken."""
+    """Return a cursor that continues from `state`."""
     if "sets" in state:
         return MixedCursor.restore(sizes_of(prompts), state)
     return Cursor.restore(len(prompts), state)
 
 
 def sizes_of(prompts: Sequence[Prompt]) -> dict[str, int]:
-    """Data set -> number of its prompts, in their order."""
+    """Return data set -> number of its prompts, in the order of the prompts."""
     return {name: len(list(group)) for name, group in itertools.groupby(prompts, key=lambda prompt: prompt.dataset)}
 
 
 def whole_numbers(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the proportions of `weights` as they are written in decimals, so that turns are exact."""
+    """Return integers in the exact proportions of the decimal notation of `weights`, so that turns are exact."""
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(weight.denominator for weight in exact))
     return [int(weight * scale) for weight in exact]
 
 
 def most_in_one_draw(weights: Sequence[float], count: int, *, any_start: bool) -> list[int]:
-    """The most prompts of each set that one draw of `count` may need.
+    """Return the largest number of prompts of each set that one draw of `count` may need.
 
-    `any_start`: draws may be of any size, so that this one may begin anywhere; else each one is of `count`.
+    `any_start`: earlier draws may have any size, so this one may start anywhere; else every draw is of `count`.
     """
     shares = whole_numbers(weights)
     total = sum(shares)

@@ -1,4 +1,4 @@
-"""The order of prompts and the seeds of completions: pure functions of a few integers and names."""
+"""Order of prompts and seeds of completions: pure functions of a few integers and names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from grpo.types import UserError
 class Cursor:
     """Endless shuffled stream of the indices 0..size-1, resumable at any point.
 
-    Epoch e visits every index once, in the order of a permutation that depends on (seed, e) alone. A `take` may
-    straddle two epochs; an index that it already got from the old epoch is then put off to the next `take`, so that
-    no step holds the same prompt twice. Indices put off this way are part of the state: nothing else about the past
-    matters to the stream.
+    Epoch e visits every index once, in the order of a permutation that depends on (seed, e) alone. A `take` may span
+    two epochs. An index that it already got from the old epoch is then deferred to the next `take`, so that no step has
+    the same prompt twice. The deferred indices are part of the state; the stream depends on nothing else in the past.
     """
 
     def __init__(self, size: int, *, seed: int) -> None:
@@ -29,27 +28,27 @@ class Cursor:
         self.size = size
         self.seed = seed
         self.epoch = 0
-        """Epoch of the index that was yielded last."""
-        self._rest = self._permutation(0)  # what this epoch has still to yield, in order
-        self._deferred = 0  # how many at the front of _rest were put off and stand out of the permutation's order
+        """Epoch of the last index that was yielded."""
+        self._rest = self._permutation(0)  # indices of this epoch not yet yielded, in order
+        self._deferred = 0  # number of deferred indices at the front of _rest, out of permutation order
 
     @property
     def position(self) -> int:
-        """How many indices of this epoch have been yielded."""
+        """Number of indices of this epoch that have been yielded."""
         return self.size - len(self._rest)
 
     @property
     def epochs_by_set(self) -> dict[str, float]:
-        """Nothing: all prompts are one pool."""
+        """Empty: all prompts form one pool."""
         return {}
 
     @property
     def epochs(self) -> float:
-        """How often the data have been gone through."""
+        """Number of passes over the data."""
         return self.epoch + self.position / self.size
 
     def draw(self, count: int, retired: Collection[int]) -> list[int]:
-        """The next `count` indices, all different, none of `retired`."""
+        """Return the next `count` indices, all different, none of `retired`."""
         if not retired:
             return self.take(count)
         if count > self.size - len(retired):
@@ -62,7 +61,7 @@ class Cursor:
         return drawn
 
     def take(self, n: int) -> list[int]:
-        """The next `n` indices, all different."""
+        """Return the next `n` indices, all different."""
         if not 0 <= n <= self.size:
             raise ValueError(f"cannot take {n} different prompts out of {self.size}")
         taken, self._rest = self._rest[:n], self._rest[n:]
@@ -83,7 +82,7 @@ class Cursor:
         return taken
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as plain JSON: four integers, and the list of indices that were put off."""
+        """Return the state that `restore` needs, as plain JSON: four integers and the list of deferred indices."""
         return {
             "size": self.size,
             "seed": self.seed,
@@ -94,9 +93,9 @@ class Cursor:
 
     @classmethod
     def restore(cls, size: int, state: Mapping[str, Any]) -> Cursor:
-        """The cursor that continues the stream where `state` was taken.
+        """Return a cursor that continues the stream from `state`.
 
-        Raises UserError when the data set no longer has the size that the state was taken with.
+        Raises UserError when the data set no longer has the size recorded in `state`.
         """
         if state["size"] != size:
             raise UserError(
@@ -118,9 +117,10 @@ class Cursor:
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, sample_index: int, attempt: int = 0) -> int:
-    """Seed of one completion, in [0, 2**63): what a signed 64-bit field takes, and never a negative special value.
+    """Return the seed of one completion, in [0, 2**63): it fits a signed 64-bit field and is never negative, which
+    could be a special value.
 
-    A hash of who is sampled, so it does not depend on order, batch or the number of samplers.
+    It is a hash of the arguments, so it does not depend on order, batch or the number of samplers.
     """
     fields = json.dumps([run_seed, step, prompt_id, sample_index, attempt])
     digest = hashlib.blake2b(fields.encode(), digest_size=8).digest()

@@ -1,8 +1,8 @@
-"""Training prompts that evaluation prompts were taken from, or the other way round.
+"""Find training prompts that overlap with evaluation prompts.
 
-What is compared is what the rows put into the prompt, not the words that the template adds to all of them. Two texts
-are the same when they are the same words and signs, whatever the case and the white space; they share an n-gram when n
-words in a row are the same, whatever stands between the words.
+The comparison covers the text that comes from the rows, not the words that the template adds to all prompts. Two texts
+are the same when their words and signs are the same; case and white space are ignored. They share an n-gram when n
+consecutive words are the same, whatever stands between the words.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Overlap:
     prompt: Prompt
     held_out: Prompt
     exact: bool
-    """Whether they are the same text; else they share an n-gram."""
+    """True if both texts are the same; else they share an n-gram."""
 
 
 def find_overlaps(train: Sequence[Prompt], held_out: Sequence[Prompt], data: DataConfig) -> list[Overlap]:
-    """The training prompts that overlap with any evaluation prompt, in order."""
+    """Return the training prompts that overlap with any evaluation prompt, in order."""
     n = data.overlap_ngram
     texts: dict[tuple[str, ...], Prompt] = {}
     grams: dict[tuple[str, ...], Prompt] = {}
@@ -52,7 +52,7 @@ def find_overlaps(train: Sequence[Prompt], held_out: Sequence[Prompt], data: Dat
 
 
 def content(prompt: Prompt, data: DataConfig) -> str:
-    """What the row has put into the prompt, casefolded: the values of the template's columns, or the last user turn."""
+    """Return the text from the row, casefolded: the values of the template's columns, or the last user turn."""
     if data.messages_column is not None:
         turns = [turn["content"] for turn in prompt.messages or () if turn["role"] == "user"]
         return turns[-1].casefold() if turns else ""
@@ -61,6 +61,6 @@ def content(prompt: Prompt, data: DataConfig) -> str:
 
 
 def _grams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    """Every run of n words; none in a shorter text, nor for n = 0."""
+    """Return every run of n words; none for a shorter text, nor for n = 0."""
     words = WORD.findall(text)
     return zip(*(words[i:] for i in range(n)), strict=False)

@@ -1,8 +1,8 @@
-"""Rows to prompts: rendered, tokenized once and length-checked, before any engine starts.
+"""Turn rows into prompts: render, tokenize once and check lengths, before any engine starts.
 
-From here on only token ids travel; the text of a `Prompt` is a view. Every special token is decided here: the ids are
-what the tokenizer gives by default (style template) or what the chat template writes (style chat), with at most one
-BOS in front.
+After this point only token ids are passed on; the text of a `Prompt` is a view. This module decides all special tokens:
+the ids are what the tokenizer adds by default (style template) or what the chat template writes (style chat), with at
+most one BOS at the start.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 Messages = tuple[Mapping[str, str], ...]
 
 SWITCH = re.compile(r"(?<!<)/(?:no_)?think\b|/system_override")
-"""Words in a turn by which templates switch their mode, and which they take out."""
+"""Words in a turn that switch the mode of a template; the template removes them."""
 SHOWN = 10
-"""How many overlong prompts an error lists."""
+"""Number of overlong prompts that an error lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +46,23 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     """At least one."""
     dropped: tuple[str, ...]
-    """`<prompt id> (<why>)` of each row that a filter has left out."""
+    """`<prompt id> (<reason>)` of each row that a filter has dropped."""
     notes: tuple[str, ...]
-    """What the filters did, for the plan."""
+    """Messages about the effect of the filters, for the plan."""
 
 
 def make_prompts(
     rows: Sequence[Row], *, data: DataConfig, tokenizer: PreTrainedTokenizerBase, dataset: str, option: str
 ) -> PromptSet:
-    """Render and tokenize every row by `data`; `dataset` is the short name in prompt ids, `option` is for messages.
+    """Render and tokenize all rows as `data` configures.
 
-    Prompts above data.max_prompt_tokens are refused or dropped, by data.overlong_prompts, and never cut. Raises
-    UserError naming the row, or the option, at fault.
+    Prompts longer than data.max_prompt_tokens are refused or dropped (data.overlong_prompts), never truncated.
+
+    Args:
+        dataset: short name, used in prompt ids.
+        option: named in messages.
+
+    Raises UserError naming the row or the option at fault.
     """
     if not rows:
         raise UserError(f"{option}: there are no rows")
@@ -100,12 +105,12 @@ def make_prompts(
 
 
 def prompt_id(dataset: str, row: Row) -> str:
-    """`<data set>:<row index>:<content hash>`; the content is the row with its mapped columns."""
+    """Return `<data set>:<row index>:<content hash>`; the content is the row with its mapped columns."""
     return f"{dataset}:{row.index}:{_content_hash(row.values)}"
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Hex sha256 over prompt ids and token ids in order: equal means the same tokens from the same rows."""
+    """Return the hex SHA-256 of prompt ids and token ids in order: equal means the same tokens from the same rows."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.prompt_id, prompt.token_ids]).encode() + b"\n")
@@ -113,8 +118,8 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def shown(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], *, ids: bool) -> list[str]:
-    """Return a prompt for a reader: what its ids decode to, special tokens and all, line by line, and the tokens that
-    end a completion. White space that could not be seen is written as an escape."""
+    """Return lines that show a prompt: the text that its ids decode to, with special tokens, and the tokens that end a
+    completion. Invisible white space is written as an escape."""
     text = tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     ended_by = ", ".join(f"{end} {tokenizer.convert_ids_to_tokens(end)!r}" for end in ends) or "nothing"
     lines = re.findall(r"[^\n]*\n|[^\n]+", str(text))
@@ -133,7 +138,7 @@ def _visible(line: str) -> str:
 
 
 def _messages(row: Row, data: DataConfig, option: str) -> Messages:
-    """The turns of a row: its messages column, or the rendered template behind the system prompt."""
+    """Return the turns of a row: its messages column, or the system prompt followed by the rendered template."""
     if data.messages_column is None:
         text = render_template(data.template, row, option=f"{option}: data.template")
         user = {"role": "user", "content": text}
@@ -150,7 +155,7 @@ def _messages(row: Row, data: DataConfig, option: str) -> Messages:
         raise UserError(f"{place} must be a list of {{role, content}} turns, not {turns!r:.80}")
     out: list[Mapping[str, str]] = []
     for i, turn in enumerate(turns):
-        # Columnar files give every turn the keys of all turns, null where it had none.
+        # Columnar files give every turn the keys of all turns, null for a key that the turn lacks.
         given = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, Mapping) else {}
         if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
             raise UserError(
@@ -163,7 +168,7 @@ def _messages(row: Row, data: DataConfig, option: str) -> Messages:
 
 
 def _refuse_pictures(rows: Sequence[Row], option: str) -> None:
-    """Images and sound are bytes, or what `datasets` has decoded of them; a run shows text alone."""
+    """Raise UserError for images and sound (bytes, or objects that `datasets` has decoded): prompts are text only."""
     for row in rows:
         for column, value in row.values.items():
             if _holds_bytes(value):
@@ -191,7 +196,7 @@ def _apply_chat_template(
     asked = list[str]()
 
     def today(form: str) -> str:
-        """Stands in for the clock that templates may ask."""
+        """Return data.date instead of today to templates that write the date."""
         asked.append(form)
         return datetime.fromisoformat(data.date or "2000-01-01").strftime(form)
 
@@ -206,7 +211,7 @@ def _apply_chat_template(
             raise UserError(f"{option}: {row.where}: the chat template refuses the turns: {one_line(error)}") from error
         for turn in messages or ():
             content = turn["content"]
-            if turn["role"] == "assistant":  # templates take the reasoning out of earlier answers
+            if turn["role"] == "assistant":  # templates remove the reasoning from earlier answers
                 content = content.rpartition("</think>")[2]
             content = SWITCH.sub("", content)
             if not any(form.strip() in text for form in (content, turn["content"], json.dumps(turn["content"])[1:-1])):
@@ -228,10 +233,10 @@ def _apply_chat_template(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], texts: list[str], option: str, *, add_special_tokens: bool
 ) -> list[list[int]]:
-    """Ids of every text. An error, and not a guess, for a character that the tokenizer cannot represent.
+    """Return the ids of each text. Raise UserError for a character that the tokenizer cannot represent.
 
-    Where there is an unknown token, that token is the tokenizer's own answer. Without one, some tokenizers raise, some
-    give None for the id, and some leave the character out.
+    A tokenizer with an unknown token represents such a character by it, which is accepted. Of the other tokenizers some
+    raise, some return None as the id, and some drop the character.
     """
     options: dict[str, Any] = {
         "add_special_tokens": add_special_tokens,
@@ -240,7 +245,7 @@ def _encode(
         "return_attention_mask": False,
         "verbose": False,
     }
-    # The tokenizers library raises a bare Exception, the classes written in Python raise what they come upon.
+    # The tokenizers library raises a bare Exception, the classes written in Python raise exceptions of any type.
     try:
         encoded = tokenizer(texts, **options)
     except Exception as error:
@@ -267,11 +272,11 @@ def _encode(
 
 
 def _left_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> set[str]:
-    """Characters of `texts` that become no tokens, or not all the bytes that they need.
+    """Return the characters of `texts` that are encoded as no tokens, or without some of their bytes.
 
-    Only BPE without an unknown token and without all 256 bytes does this; it takes any character alone, so each
-    distinct one is tried once. A character of special tokens alone may be among them. White space and unprintable
-    characters are let pass: normalizers remove them on purpose.
+    Only BPE without an unknown token and without all 256 bytes drops characters. It does so whatever the context, so
+    each distinct character is tested once. The result may include characters that occur only in special tokens. White
+    space and unprintable characters are not tested: normalizers remove them on purpose.
     """
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, BPE):
         return set()
@@ -290,12 +295,12 @@ def _left_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> set[s
 def _without_doubled_ends(
     token_ids: list[list[int]], first_text: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Undo two things that a tokenizer adds to a text and that a prompt must not have.
+    """Remove two kinds of tokens that a tokenizer may add to a text and that a prompt must not have.
 
-    A BOS in front of a text that itself begins with BOS: the row or the template meant one. An EOS behind the text
-    (add_eos_token): it tells the model that the text is over, while the completion is to continue it. It is taken off
-    and not refused, since the setting belongs to the tokenizer's files and serves training on whole texts. An EOS that
-    the text itself ends with stays: there it is the format's own separator.
+    - A BOS before a text that itself begins with BOS: the row or the template already supplies it.
+    - An EOS after the text (add_eos_token): it marks the end of the text, which the completion must continue. It is
+      removed rather than refused, because the setting belongs to the tokenizer's files and serves training on whole
+      texts. An EOS at the end of the text itself stays: there it is a separator of the format.
     """
     bare = tokenizer([first_text], add_special_tokens=False, padding=False, truncation=False)["input_ids"][0]
     full = token_ids[0]

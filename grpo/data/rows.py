@@ -1,7 +1,7 @@
-"""Reading a data set: every row or an error that names the place. Nothing is skipped, cast or filled in.
+"""Read a data set: return all rows, or raise an error with the file and line. Nothing is skipped, cast or filled in.
 
-JSON lines are parsed here and not by `datasets`, which unifies columns over rows, fills the gaps with nulls and reports
-a malformed line without its number.
+JSON lines are parsed here rather than by `datasets`, which unifies columns over rows, fills missing values with nulls
+and reports a malformed line without its number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Row:
 
 
 def dataset_name(path: str) -> str:
-    """Short name of a data set, for prompt ids: a file's name without its ending, a folder's name with the
+    """Return the short name of a data set, for prompt ids: a file's name without its suffix, a folder's name with the
     configuration, or the hub id."""
     local, configuration = _local(path)
     if local.is_dir():
@@ -44,11 +44,16 @@ def dataset_name(path: str) -> str:
 
 
 def read_rows(path: str, *, split: str, option: str) -> list[Row]:
-    """All rows of a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id (`owner/name`); `FOLDER:config`
-    and `owner/name:config` where the data set has several configurations.
+    """Return all rows of a data set, at least one.
 
-    `split` chooses within folders and hub data sets; a file has none, nor has a folder that holds a single saved
-    `Dataset`. `option` is the config option at fault, named in every error. Raises UserError; never returns no rows.
+    Args:
+        path: a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id (`owner/name`). `FOLDER:config` or
+            `owner/name:config` selects one of several configurations.
+        split: selects within folders and hub data sets. A file has no splits, nor has a folder that holds a single
+            saved `Dataset`.
+        option: the config option, named in all errors.
+
+    Raises UserError when the data set cannot be read or has no rows.
     """
     if not path.strip():
         raise UserError(f"{option}: the path is empty")
@@ -81,8 +86,8 @@ def _read_file(path: Path, option: str) -> list[Row]:
 
 
 def _read_json_lines(path: Path, option: str) -> list[Row]:
-    """Lines end at \\n only: JSON strings may hold the other characters that Python would split at. A byte order mark
-    in front, as Windows writes it, is no part of the text."""
+    """Parse JSON lines. They are split at \\n only, because JSON strings may contain the other characters that Python
+    splits at. A leading byte order mark, which Windows writes, is removed."""
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     lines = data.split(b"\n")
     while lines and not lines[-1].strip():
@@ -110,7 +115,7 @@ def _read_json_lines(path: Path, option: str) -> list[Row]:
 
 
 def _parse_line(line: bytes) -> Any:
-    """One JSON value; ValueError says in one line what is wrong with it."""
+    """Return one JSON value. Raises ValueError with a message of one line."""
     if not line.strip():
         raise ValueError("the line is blank; blank lines may only stand at the end")
     try:
@@ -139,7 +144,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_half_characters(text: str, value: Any) -> None:
-    """Python takes one of the two escapes that make up a character for a text, but no file can be written with it."""
+    """Raise ValueError for a lone surrogate: Python accepts it in a string but cannot encode it."""
     if re.search(r"\\u[dD][89a-fA-F]", text) is None:
         return
     try:
@@ -169,9 +174,9 @@ def _read_parquet(path: Path, option: str) -> list[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
-        table.validate(full=True)  # else a damaged offset is read from elsewhere in memory
+        table.validate(full=True)  # else a damaged offset reads memory outside its buffer
         values = table.to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # text that is none, and numbers beyond range
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # invalid text, numbers out of range
         raise UserError(f"{option}: {path} is not a readable parquet file: {one_line(error)}") from error
     twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if twice:
@@ -180,7 +185,7 @@ def _read_parquet(path: Path, option: str) -> list[Row]:
 
 
 def _local(path: str) -> tuple[Path, str | None]:
-    """The local path that `path` means, and the configuration behind a folder's colon."""
+    """Return the local path in `path`, and the configuration after a folder's colon."""
     local = Path(path).expanduser()
     folder, colon, configuration = path.rpartition(":")
     if colon and not local.exists() and Path(folder).expanduser().is_dir():
@@ -189,14 +194,14 @@ def _local(path: str) -> tuple[Path, str | None]:
 
 
 def _read_folder(folder: Path, configuration: str | None, split: str, option: str) -> list[Row]:
-    """`save_to_disk` folders are recognised by the files that only it writes; any other goes to `load_dataset`."""
+    """Read a folder. One with files that only `save_to_disk` writes is loaded as such, any other by `load_dataset`."""
     import datasets  # noqa: PLC0415
 
     name = folder.resolve().name + (f":{configuration}" if configuration else "")
     saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
     if saved and configuration:
         raise UserError(f"{option}: folder {folder} was written by save_to_disk and has no configuration to choose")
-    # datasets, pyarrow, fsspec and the builders share no base class of errors, and all of them mean: unreadable.
+    # datasets, pyarrow, fsspec and the builders share no base class of errors; each of them means unreadable.
     try:
         found = datasets.load_from_disk(str(folder)) if saved else _load_dataset(str(folder), configuration, split)
     except Exception as error:
@@ -210,7 +215,7 @@ def _read_folder(folder: Path, configuration: str | None, split: str, option: st
 
 def _read_hub(name: str, split: str, option: str) -> list[Row]:
     repository, _, configuration = name.partition(":")
-    # As in _read_folder, plus the hub client's own classes.
+    # No common base class, as in _read_folder; the hub client has its own classes, too.
     with hub_or_cache() as remark:
         try:
             found = _load_dataset(repository, configuration or None, split)
@@ -222,7 +227,7 @@ def _read_hub(name: str, split: str, option: str) -> list[Row]:
 
 
 def _load_dataset(source: str, configuration: str | None, split: str) -> Any:
-    """`datasets` on a folder or a hub id. ValueError names the configurations when it has no such one."""
+    """Load a folder or a hub id with `datasets`. Raises ValueError listing the configurations for an unknown one."""
     import datasets  # noqa: PLC0415
 
     try:
@@ -237,7 +242,7 @@ def _load_dataset(source: str, configuration: str | None, split: str) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """`datasets` wraps what happened in "An error occurred while generating the dataset"; the cause says more."""
+    """Return the root cause: `datasets` wraps it in "An error occurred while generating the dataset"."""
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error)

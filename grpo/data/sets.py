@@ -1,6 +1,6 @@
-"""A configured data set to prompts: read, columns mapped, filtered, tokenized, without what the evaluation asks, cut.
+"""Turn a configured data set into prompts: read, map columns, filter, tokenize, remove overlaps, apply the limit.
 
-Every filter says what it has left out: in the plan (`notes`) and one by one (`dropped`).
+Each filter reports the rows that it drops: as a summary in the plan (`notes`) and one by one (`dropped`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHOWN = 10
 
 
 def read_set(dataset: DatasetConfig, *, data: DataConfig, tokenizer: PreTrainedTokenizerBase, option: str) -> PromptSet:
-    """The prompts of one data set, in the order of its rows, `limit` not yet applied.
+    """Return the prompts of one data set, in the order of its rows, before `limit` is applied.
 
     Raises UserError naming the option and the row at fault.
     """
@@ -55,10 +55,10 @@ def read_set(dataset: DatasetConfig, *, data: DataConfig, tokenizer: PreTrainedT
 
 
 def without_overlaps(train: PromptSet, held_out: Sequence[Prompt], data: DataConfig) -> PromptSet:
-    """`train` with a note about the prompts that overlap with the evaluation, and without them where
+    """Return `train` with a note about the prompts that overlap with the evaluation, and without these prompts if
     `data.contaminated` is drop.
 
-    Raises UserError when none is left.
+    Raises UserError when no prompt is left.
     """
     overlaps = find_overlaps(train.prompts, held_out, data)
     if not overlaps:
@@ -90,7 +90,7 @@ def without_overlaps(train: PromptSet, held_out: Sequence[Prompt], data: DataCon
 
 
 def limited(prompts: PromptSet, limit: int | None) -> PromptSet:
-    """The first `limit` prompts."""
+    """Return the set with its first `limit` prompts only, and a note about that; unchanged if it has no more."""
     total = len(prompts.prompts)
     if limit is None or limit >= total:
         return prompts
@@ -99,12 +99,12 @@ def limited(prompts: PromptSet, limit: int | None) -> PromptSet:
 
 
 def more_than(count: int) -> str:
-    """`and 3 more`, where SHOWN are shown."""
+    """Return ` and 3 more` when `count` exceeds SHOWN by 3; else the empty string."""
     return f" and {count - SHOWN} more" if count > SHOWN else ""
 
 
 def _number(row: Row, column: str, option: str) -> float:
-    """The number in a row's column; a text that is a number counts as one."""
+    """Return the number in a row's column; a text that parses as a number counts as one. Raises UserError."""
     if column not in row.values:
         raise UserError(
             f"{option}.between.{column}: {row.where} has no such column; it has {', '.join(row.values)}"

@@ -1,4 +1,4 @@
-"""Python format strings over a row's columns: prompts are written with them, and columns are mapped."""
+"""Python format strings over a row's columns: they render prompts and map columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grpo.types import UserError
 
 
 def render_template(template: str, row: Row, *, option: str) -> str:
-    """`template` over the row's columns; UserError names `option` and the row."""
+    """Return `template` rendered with the row's columns. Raises UserError naming `option` and the row."""
     for field, value in zip(_fields(template, option), values_of(template, row, option=option), strict=True):
         if is_nested(value):
             raise UserError(f"{option}: {row.where}: {_python(field, value)}")
@@ -27,7 +27,7 @@ def render_template(template: str, row: Row, *, option: str) -> str:
 
 
 def values_of(template: str, row: Row, *, option: str) -> list[Any]:
-    """The value of each field of `template`, none of them null."""
+    """Return the value of each field of `template`. Raises UserError for a missing column or a null."""
     values = []
     for field in _fields(template, option):
         column = field if field in row.values else re.split(r"[.\[]", field, maxsplit=1)[0]
@@ -47,7 +47,7 @@ def values_of(template: str, row: Row, *, option: str) -> list[Any]:
 
 
 def _python(field: str, value: Any) -> str:
-    """What is wrong with a value that would be written as Python, and the line that takes a text out of it."""
+    """Return the error text for a value that would be rendered as Python, with a config line that selects one text."""
     column = re.split(r"[.\[]", field, maxsplit=1)[0]
     text = longest_text(field, value)
     turns = isinstance(value, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in value)
@@ -57,7 +57,7 @@ def _python(field: str, value: Any) -> str:
 
 
 def _unwritable(column: str, row: Row) -> str:
-    """A column whose name holds what ends a name in a format string."""
+    """Return a hint about a column whose name has characters that end a name in a format string, or an empty string."""
     found = [name for name in row.values if name.startswith((f"{column}:", f"{column}!")) or set("{}") & set(name)]
     return (
         f"; {found[0]!r} cannot be named in a format string, give the column a name without : ! {{ }}" if found else ""
@@ -65,8 +65,8 @@ def _unwritable(column: str, row: Row) -> str:
 
 
 def map_columns(rows: Sequence[Row], columns: Mapping[str, str], *, option: str) -> list[Row]:
-    """Rows with new columns, each a format string over the row's own columns. A string that is one field and nothing
-    else gives the value itself, so that lists and numbers stay what they are.
+    """Return rows with added columns, each a format string over the row's own columns. A string that consists of one
+    field gives the value itself, so lists and numbers keep their type.
 
     Raises UserError naming the option and the row.
     """
@@ -84,10 +84,10 @@ def map_columns(rows: Sequence[Row], columns: Mapping[str, str], *, option: str)
 
 
 def _is_one_field(template: str) -> bool:
-    """Whether the template is a field without format or conversion and nothing else."""
+    """Return whether the template is exactly one field, without format or conversion."""
     try:
         return [(text, spec, how) for text, _, spec, how in string.Formatter().parse(template)] == [("", "", None)]
-    except ValueError:  # _fields says what is wrong with it
+    except ValueError:  # _fields reports the error
         return False
 
 

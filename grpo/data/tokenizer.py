@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-"""What rewards read, and some tokenizers declare special."""
+"""Tags that rewards read; some tokenizers declare them special."""
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder in Hugging Face layout, or of a hub id. Raises UserError naming model.path."""
+    """Return the tokenizer of a folder in Hugging Face layout, or of a hub id. Raises UserError naming model.path."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     local = Path(path).expanduser()
@@ -33,7 +33,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
     for file in sorted(local.glob("*")) if local.is_dir() else []:
         if file.suffix in (".json", ".model", ".jinja", ".txt") and file.is_file() and (found := disguise_of(file)):
             raise UserError(f"model.path: {file} is {found}")
-    # A damaged tokenizer raises whatever its JSON, its class or the Rust library (a bare Exception) come upon.
+    # A damaged tokenizer raises any type: from its JSON, its class, or the Rust library (a bare Exception).
     remark = ""
     try:
         if local.is_dir():
@@ -50,7 +50,7 @@ def _load(auto: Any, path: str, trust_remote_code: bool) -> PreTrainedTokenizerB
 
 
 def completion_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> list[str]:
-    """Decode completions without special tokens, but with `TAGS`: without `</think>` all would be unfinished."""
+    """Decode completions without special tokens except `TAGS`: without `</think>` each would look unfinished."""
     named, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
     kept = {i: token.content for i, token in added.items() if token.content in TAGS and (token.special or i in named)}
     if not kept:
@@ -67,12 +67,12 @@ def completion_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Seq
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str, extra: Sequence[int]) -> tuple[int, ...]:
-    """Every id that ends a completion, sorted: the tokenizer's EOS, the EOS ids that the model's generation_config.json
-    and config.json state, and `extra` (sampling.stop_token_ids).
+    """Return all ids that end a completion, sorted: the tokenizer's EOS, the EOS ids in the model's
+    generation_config.json and config.json, and `extra` (sampling.stop_token_ids).
 
-    The files are read as they are written: a config class would fill a missing eos_token_id with the default of its
-    architecture, which may be an ordinary token of this tokenizer. Raises UserError when nothing ends a completion,
-    and for an extra id that the tokenizer does not have.
+    Only ids that the files state count: a config class would set a missing eos_token_id to the default of its
+    architecture, which may be an ordinary token of this tokenizer. Raises UserError when no id ends a completion, and
+    for an extra id that the tokenizer does not have.
     """
     known = set(tokenizer.get_vocab().values()) if extra else set()
     for token_id in extra:
@@ -88,7 +88,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, model_path: str, extra: Se
 
 
 def _model_eos(model_path: str) -> set[int]:
-    """EOS ids in generation_config.json and config.json (and the text part of a composed config); none if absent."""
+    """Return the EOS ids in generation_config.json and config.json (also in its text_config); none if absent."""
     from transformers import GenerationConfig, PreTrainedConfig  # noqa: PLC0415
 
     readers: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -109,7 +109,7 @@ def _model_eos(model_path: str) -> set[int]:
             with hub_or_cache():
                 try:
                     values = read(model_path)
-                except OSError:  # no such file in the repository; whether there is one, load_tokenizer has told
+                except OSError:  # the repository has no such file; load_tokenizer has reported a missing repository
                     continue
         found |= _as_ids(values.get("eos_token_id")) | _as_ids((values.get("text_config") or {}).get("eos_token_id"))
     return found
