@@ -1,4 +1,4 @@
-"""Columns of a row and what is nested in them: format strings, and the line that gives a nested one a name."""
+"""Columns of a row and their nested values: format strings, and config lines that turn a nested value into a column."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 DEEPEST = 6
-"""Levels of a value that are searched."""
+"""Maximum depth at which a value is searched."""
 
 
 class _Format(string.Formatter):
-    """A column's whole name counts before what is nested: `{a.b}` is the column a.b where there is one."""
+    """Formatter that prefers a column's whole name over nesting: `{a.b}` is the column a.b if the row has one."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
         if field_name in kwargs:
@@ -26,18 +26,18 @@ _FORMAT = _Format()
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """Return a format string over a row's columns. Raises what `str.format` raises."""
+    """Return `template` rendered with a row's columns. Raises the exceptions of `str.format`."""
     return _FORMAT.vformat(template, (), values)
 
 
 def value_at(field: str, values: Mapping[str, Any]) -> Any:
-    """Return the value of a field, `a`, `a[b]` or `a[0][b]`. Raises what `str.format` raises."""
+    """Return the value of a field: `a`, `a[b]` or `a[0][b]`. Raises the exceptions of `str.format`."""
     return _FORMAT.get_field(field, (), values)[0]
 
 
 def hint(wanted: str, values: Mapping[str, Any]) -> str:
-    """Return `; ...` about a column that a row does not have: the line that makes it of a nested one, or the column
-    that is called nearly so."""
+    """Return `; ...` about a column that a row does not have: the config line that makes it from a nested value, or the
+    column with the most similar name. Empty if there is neither."""
     path = nested(wanted, values)
     if path is not None:
         return f"; it is inside another: {line(wanted, path)}"
@@ -46,12 +46,12 @@ def hint(wanted: str, values: Mapping[str, Any]) -> str:
 
 
 def line(name: str, path: str) -> str:
-    """Return the `columns` of a data set that call the field `path` `name`."""
+    """Return the `columns` option that makes the column `name` from the field `path`."""
     return f'columns: {{{name if re.fullmatch(r"[A-Za-z_]+", name) else chr(34) + name + chr(34)}: "{{{path}}}"}}'
 
 
 def nested(wanted: str, values: Mapping[str, Any]) -> str | None:
-    """Return the field of a nested value: `a.b`, `a['b']` and `b` may all mean `a[b]`. Of several the first."""
+    """Return the first field that `wanted` may mean: `a.b`, `a['b']` and `b` may all mean `a[b]`. None without one."""
     parts = [part for part in re.findall(r"[^.\[\]'\"]+", wanted) if not part.isdigit()] or [""]
     return next(
         (path for path, keys, _ in _paths(values) if path.endswith(f"[{keys[-1]}]") and keys[-len(parts) :] == parts),
@@ -60,21 +60,21 @@ def nested(wanted: str, values: Mapping[str, Any]) -> str | None:
 
 
 def longest_text(name: str, value: Any) -> str | None:
-    """Return the field of the longest text inside a value that is nested."""
+    """Return the field of the longest text inside a nested value; None without a text."""
     texts = {path: text for path, _, text in _paths({name: value}) if isinstance(text, str)}
     return max(texts, key=lambda path: len(texts[path]), default=None)
 
 
 def is_nested(value: Any) -> bool:
-    """Return whether a value has parts with names, so that written as a text it would be Python."""
+    """Return whether a value contains a mapping, so that a format string would render it as Python."""
     if isinstance(value, list | tuple):
         return any(is_nested(item) for item in value)
     return isinstance(value, Mapping)
 
 
 def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str], Any]]:
-    """(field, the names on the way, value) of every part that a field can name, the shallowest first; of a list its
-    first item."""
+    """Yield (field, names on the path, value) of each part that a field can name, the shallowest first. Only the first
+    item of a list is visited."""
     level = [(key, [key], value) for key, value in values.items() if not re.search(r"[.\[\]{}:!]", key)]
     for _ in range(DEEPEST):
         below: list[tuple[str, list[str], Any]] = []

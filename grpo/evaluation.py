@@ -1,7 +1,8 @@
-"""Statistics of an evaluation: avg@k, pass@k, maj@k over prompts, with intervals, and the paired test of two of them.
+"""Statistics of an evaluation (avg@k, pass@k, maj@k over prompts, with intervals) and a paired test of two evaluations.
 
-Prompts are what is resampled: a completion tells about its prompt, and only another prompt about the data set. So an
-interval says where the mean over all prompts of this kind lies, however many completions each got.
+Intervals come from resampling prompts, not completions: more completions give information about their prompt, only more
+prompts give information about the data set. So an interval is about the mean over all prompts of this kind, however
+many completions each has.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from grpo.types import Group, Rollout, Scored
 DRAWS = 10_000
 LEVEL = 0.95
 GAINS = (-1.0, 1.0)
-"""Between these lies the gain of a statistic between 0 and 1."""
+"""Range of the gain of a statistic between 0 and 1."""
 RIGHT = 1.0
-"""The reward from which on a completion is right: pass@k and maj@k count right ones, avg@k takes the mean reward."""
+"""Lowest reward of a right completion: pass@k and maj@k count right completions, avg@k is the mean reward."""
 BLOCK = 2_000_000
-"""Numbers that a resampling holds at once."""
+"""Maximum number of resampled values held in memory."""
 FEW = 20
-"""Where fewer prompts than this differ from the most common value, resampling sees too little of the spread."""
+"""If fewer prompts than this differ from the most common value, resampling underestimates the spread."""
 
 BOX = re.compile(r"\\boxed\s*(?:(?=\{)|(-?\.?\d[^\s$\\{}]*))")
 BRACE = re.compile(r"\\.|[{}]", re.S)
@@ -38,12 +39,12 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
 BRACKET = re.compile(r"[(\[]|\\\{")
 MARKUP = re.compile(r"\\(?:text|math)[a-z]*|\*\*|[${}\\]")
 LONE = re.compile(r"\(?([A-Z])\)?[.:]?")
-"""A choice of several: B, (B), B."""
+"""A multiple-choice letter: B, (B), B."""
 SAID = re.compile(
     rf"(?i:answer)(?i:\s+is\b\s*+:?|\s*+:)\s*+(?:(?i:option\s+)?(?!I\s+[a-z])({LONE.pattern})(?=\s|[,;!]|$)"
     rf"(?!\s*(?:[=+<>]|(?:or|and|/|,|&)\s*\(?[A-Z]\b))|((?>{NUMBER.pattern}))(?!\s*(?:[-=+*/^]|times|cdot)))"
 )
-"""The answer is B, the answer is 5; no choice between letters (A or B), no variable (N = 5) and no sum (5 + 2 = 7)."""
+"""Matches "answer is B" and "answer is 5"; not alternatives (A or B), a variable (N = 5) or a sum (5 + 2 = 7)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +52,16 @@ class Judged:
     """One completion of an evaluation."""
 
     value: float | None
-    """What the first reward gave; None where it failed."""
+    """Value of the reward that judges the data set; None where it gave none."""
     answer: str
-    """What it votes for; empty: nothing."""
+    """Answer that it votes for; empty: no vote."""
     tokens: int
     truncated: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A mean over prompts and where it lies with 95 % confidence. NaN bounds: one prompt tells nothing of others."""
+    """A mean over prompts and its 95 % confidence interval. The bounds are NaN for a single prompt."""
 
     mean: float
     low: float
@@ -74,13 +75,13 @@ class SetEvaluation:
     per_prompt: Mapping[str, float]
     """prompt_id -> avg@k: mean over its scored completions."""
     pass_at_k: float
-    """Share of prompts with a right completion among k = all."""
+    """Share of prompts with a right completion among all k."""
     maj_at_k: float
     """Share of prompts whose most frequent answer is right."""
     tokens_mean: float
     truncated_fraction: float
     failed: int
-    """Completions without a reward; they are in no mean."""
+    """Completions without a reward; they are excluded from avg@k, pass@k and maj@k."""
 
     @property
     def accuracy(self) -> float:
@@ -90,13 +91,13 @@ class SetEvaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """An evaluation on every data set, by the first reward that scores it."""
+    """An evaluation on all data sets, each judged by the first reward that scores it."""
 
     sets: Mapping[str, SetEvaluation]
     parts: Mapping[str, SetEvaluation] = field(default_factory=dict)
     """`<data set>/<column>/<value>` -> the prompts with that value, for the columns of data.eval.by."""
     logged: Mapping[str, float] = field(default_factory=dict)
-    """Means of what reward functions have logged, by `grpo.metrics.logged_metrics`; no checkpoint keeps them."""
+    """Means of the values that reward functions have logged (`grpo.metrics.logged_metrics`); not in checkpoints."""
 
     @property
     def accuracy(self) -> float:
@@ -105,10 +106,10 @@ class Evaluation:
 
 
 def judge(scored: Sequence[Mapping[str, float]]) -> str | None:
-    """The reward that a data set is judged by: the recipe's first of those that scored any of its completions.
+    """Return the reward that judges a data set: the first in the recipe's order that scored any of its completions.
 
-    `scored`: the parts of each completion, in the recipe's order. Where that reward abstained, another one does not
-    take its place.
+    `scored`: the parts of each completion, in the recipe's order. On completions where this reward abstains, no other
+    reward replaces it.
     """
     firsts = dict.fromkeys(next(iter(parts)) for parts in scored if parts)
     behind = {name for parts in scored for name in list(parts)[1:]}
@@ -116,12 +117,12 @@ def judge(scored: Sequence[Mapping[str, float]]) -> str | None:
 
 
 def parts_of(rollout: Rollout) -> Mapping[str, float]:
-    """The parts of its reward; none where it failed."""
+    """Return the parts of a rollout's reward; empty if it failed."""
     return rollout.outcome.parts if isinstance(rollout.outcome, Scored) else {}
 
 
 def judged(rollout: Rollout, by: str | None) -> Judged:
-    """What counts of a completion. `by`: the reward that judges its data set."""
+    """Return the evaluated facts of a completion. `by`: the reward that judges its data set."""
     return Judged(
         value=None if by is None else parts_of(rollout).get(by),
         answer=final_answer(rollout.text),
@@ -131,22 +132,22 @@ def judged(rollout: Rollout, by: str | None) -> Judged:
 
 
 def final_answer(text: str) -> str:
-    """The answer that a completion ends with, as text to vote by; empty where its last box is not closed.
+    """Return the final answer of a completion, normalized for voting; empty if its last box is not closed.
 
-    It is what stands in the last `\\boxed{...}`, else what follows the last `####` on its line, else the last
-    `<answer>...</answer>`, else the letter or number of the last "answer is ...", else a last line that is a lone
-    letter, else the last number, else all of it.
+    The answer is the first of these that exists: the content of the last `\\boxed{...}`, the text after the last `####`
+    on its line, the last `<answer>...</answer>`, the letter or number of the last "answer is ...", a last line that is
+    a single letter, the last number, the whole text.
     """
     found = ending(text.rpartition("</think>")[2].replace("\u2212", "-"))
     if letter := LONE.fullmatch(MARKUP.sub("", found).strip()):
         return letter[1]
-    if not BRACKET.search(found):  # in brackets, commas are between members
+    if not BRACKET.search(found):  # within brackets, commas separate members
         found = THOUSANDS.sub(lambda number: number[0].replace(",", ""), found)
     return "".join(found.split()).rstrip(".,")
 
 
 def ending(text: str) -> str:
-    """The answer as it was written."""
+    """Return the final answer as written."""
     if boxes := list(BOX.finditer(text)):
         return boxes[-1][1] or inside(text, boxes[-1].end())
     if "####" in text:
@@ -164,7 +165,7 @@ def ending(text: str) -> str:
 
 
 def inside(text: str, start: int) -> str:
-    """What the brace at `start` holds up to the one that closes it; empty without such. Escaped braces do not count."""
+    """Return the text inside the brace at `start`; empty if it is not closed. Escaped braces do not count."""
     depth = 0
     for mark in BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
@@ -174,7 +175,7 @@ def inside(text: str, start: int) -> str:
 
 
 def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetEvaluation:
-    """The numbers of one data set. `samples`: prompt_id -> its completions.
+    """Return the statistics of one data set. `samples`: prompt_id -> its completions.
 
     Raises ValueError when no completion was scored.
     """
@@ -192,7 +193,9 @@ def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetEvaluation:
 
 
 def evaluate_groups(groups: Mapping[str, Sequence[Group]], by: Sequence[str] = ()) -> Evaluation:
-    """The evaluation of data set -> its groups; of every value of the columns `by`, too.
+    """Return the evaluation of all data sets, and of the prompts with each value of the columns `by`.
+
+    `groups`: data set -> its groups.
 
     Raises ValueError when no completion of a data set was scored.
     """
@@ -212,7 +215,7 @@ def evaluate_groups(groups: Mapping[str, Sequence[Group]], by: Sequence[str] = (
 def parts_by(
     column: str, rows: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Sequence[Judged]]
 ) -> dict[str, dict[str, Sequence[Judged]]]:
-    """Value of the column -> the samples of the prompts whose row has it, by value. `rows`, `samples`: by prompt_id."""
+    """Return value of the column -> samples of its prompts, sorted by value. `rows`, `samples`: by prompt_id."""
     out: dict[str, dict[str, Sequence[Judged]]] = defaultdict(dict)
     for prompt_id, some in samples.items():
         if column in rows[prompt_id]:
@@ -221,18 +224,18 @@ def parts_by(
 
 
 def statistics_of(samples: Mapping[str, Sequence[Judged]]) -> dict[str, dict[str, float]]:
-    """Statistic -> prompt_id -> value, over the prompts that have it.
+    """Return statistic -> prompt_id -> value, over the prompts that have the statistic.
 
-    "avg" is the mean reward of the scored completions, "pass" whether any of them is right, "maj" the rightness of the
-    most frequent answer, and "pass@k" for k = 1, 2, 4, ... up to the number asked for is estimated from all of them,
-    for prompts with at least k scored ones.
+    "avg" is the mean reward of the scored completions. "pass" is 1 if any of them is right. "maj" is the rightness of
+    the most frequent answer. "pass@k", for k = 1, 2, 4, ... and the number of samples per prompt, is estimated from all
+    scored completions, for prompts with at least k of them.
 
     Raises ValueError when no completion was scored.
     """
     out: dict[str, dict[str, float]] = defaultdict(dict)
     asked = max((len(some) for some in samples.values()), default=0)
     ks = sorted({asked, *(2**i for i in range(asked.bit_length()) if 2**i <= asked)})
-    for prompt_id, some in sorted(samples.items()):  # in whatever order they came, the resampling sees one
+    for prompt_id, some in sorted(samples.items()):  # the resampling depends on the order
         scored = [(sample.value, sample.answer) for sample in some if sample.value is not None]
         if not scored:
             continue
@@ -249,8 +252,8 @@ def statistics_of(samples: Mapping[str, Sequence[Judged]]) -> dict[str, dict[str
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n completions, drawn without replacement, hold one of the `right` ones: the unbiased estimator
-    of arXiv 2107.03374 sec. 2.1.
+    """Return the probability that k of n completions, drawn without replacement, include one of the `right` ones: the
+    unbiased estimator of arXiv 2107.03374 sec. 2.1.
 
     Raises ValueError unless 1 <= k <= n and 0 <= right <= n.
     """
@@ -260,10 +263,10 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority(votes: Sequence[tuple[str, bool]]) -> float:
-    """Chance that the most frequent answer is right, ties broken at random; 0 where nobody votes.
+    """Return the probability that the most frequent answer is right, with ties broken at random; 0 without votes.
 
-    Completions of the same answer can be judged differently, where the reward looks at more than the answer: then it
-    is right by their share. `votes`: (answer, whether right) of each; an empty answer is no vote.
+    Completions with the same answer can be judged differently, if the reward considers more than the answer. Then the
+    share of right ones counts. `votes`: (answer, whether right) of each completion; an empty answer is no vote.
     """
     counts = Counter(answer for answer, _ in votes if answer)
     if not counts:
@@ -275,12 +278,12 @@ def majority(votes: Sequence[tuple[str, bool]]) -> float:
 
 
 def mean_of(values: Mapping[str, float]) -> float:
-    """Mean over prompts."""
+    """Return the mean over prompts."""
     return float(np.mean(list(values.values())))
 
 
 def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """Mean of a statistic between 0 and 1 over prompts, with its interval."""
+    """Return the mean over prompts of a statistic between 0 and 1, with its interval."""
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
     if len(array) < 2:
@@ -290,16 +293,16 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
 
 
 def paired_gain(before: Evaluation, after: Evaluation, *, seed: int = 0) -> tuple[float, float, float]:
-    """Mean gain of `accuracy`, with its 95 % interval over prompts: (gain, low, high)."""
+    """Return the mean gain of `accuracy` with its 95 % interval over prompts: (gain, low, high)."""
     gains = list(paired(before, after).values())
     low, high = bounds(gains, GAINS, seed=seed)
     return float(np.mean([array.mean() for array in gains])), low, high
 
 
 def paired(before: Evaluation, after: Evaluation) -> dict[str, NDArray[np.float64]]:
-    """Data set -> gains of its prompts, for what both evaluations have.
+    """Return data set -> gains of its prompts, over the prompts that both evaluations have.
 
-    Raises ValueError when that is nothing.
+    Raises ValueError when there are none.
     """
     out = {}
     for name, old in before.sets.items():
@@ -313,14 +316,15 @@ def paired(before: Evaluation, after: Evaluation) -> dict[str, NDArray[np.float6
 
 
 def bounds(strata: Sequence[NDArray[np.float64]], span: tuple[float, float], *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean over strata of their means; each stratum [N] is resampled by itself.
+    """Return the 95 % interval of the mean of the stratum means; each stratum [N] is resampled separately.
 
-    The expanded percentile interval: resampling N prompts has too small a spread by sqrt((N-1)/N) and normal tails, so
-    the quantiles are taken further out, where Student's t of the smallest stratum has them (Hesterberg, arXiv
-    1411.5279). A stratum where all but `FEW` prompts agree is bounded by `means_with_one_more`.
+    It is the expanded percentile interval: the spread of resampling N prompts is too small by the factor sqrt((N-1)/N)
+    and its tails are normal, so the quantiles are moved outwards to those of Student's t for the smallest stratum
+    (Hesterberg, arXiv 1411.5279). A stratum where fewer than `FEW` prompts differ from the most common value is bounded
+    by `means_with_one_more`.
 
     Args:
-        span: between which the values lie; values beyond it widen it.
+        span: range of the values; values outside widen it.
     """
     draws = []
     for i, array in enumerate(strata):
@@ -336,30 +340,30 @@ def bounds(strata: Sequence[NDArray[np.float64]], span: tuple[float, float], *, 
 
 
 def few_differ(values: NDArray[np.float64]) -> bool:
-    """Whether fewer than `FEW` values are another than the most common one."""
+    """Return whether fewer than `FEW` values differ from the most common one."""
     return bool(len(values) - np.unique(values, return_counts=True)[1].max() < FEW)
 
 
 def means_with_one_more(
     values: NDArray[np.float64], span: tuple[float, float], seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """[DRAWS] weighted means of the values and one more at the lower end of `span`, and at its upper end; weights are
-    uniform over all that sum to 1.
+    """Return two arrays [DRAWS] of weighted means: of the values with one more at the lower end of `span`, and with one
+    more at its upper end. The weights are uniform over all that sum to 1.
 
     Their outer quantiles bound the mean (Gaffke; Learned-Miller and Thomas, arXiv 1905.06208). For values of 0 and 1
-    they are Clopper and Pearson's bounds of a binomial.
+    these are the Clopper-Pearson bounds of a binomial.
     """
     rng = np.random.default_rng(seed)
     each, counts = np.unique(values, return_counts=True)
     inside = rng.dirichlet(counts, size=DRAWS) @ each
-    # the weight of the one more is Beta(1, N): its quantiles, evenly, where drawing would add noise
+    # the weight of the additional value is Beta(1, N); its evenly spaced quantiles add less noise than draws
     weight = 1 - rng.permutation((np.arange(DRAWS) + 0.5) / DRAWS) ** (1 / len(values))
     low, high = (inside + weight * (end - inside) for end in (min(span[0], each[0]), max(span[1], each[-1])))
     return low, high
 
 
 def resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """[DRAWS] means of as many values drawn with replacement."""
+    """Return [DRAWS] means of len(values) values drawn with replacement."""
     rng = np.random.default_rng(seed)
     rows = max(1, BLOCK // len(values))
     blocks = [
@@ -370,8 +374,8 @@ def resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float6
 
 
 def student_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t, by its expansion around the normal's (Abramowitz and Stegun 26.7.5); within
-    0.2 % from 5 degrees on."""
+    """Return the 97.5 % quantile of Student's t by expansion around the normal quantile (Abramowitz and Stegun 26.7.5),
+    within 0.2 % for 5 or more degrees of freedom."""
     z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
     terms = (
         (z**3 + z) / 4,
@@ -382,8 +386,9 @@ def student_quantile(degrees: int) -> float:
 
 
 def sign_test(strata: Sequence[NDArray[np.float64]], *, seed: int = 0) -> float:
-    """Two-sided p-value of "the two are alike": how often the mean gain is as far from 0 when the sign of every
-    prompt's gain is tossed (a permutation test on pairs; at least 1 / (DRAWS + 1))."""
+    """Return the two-sided p-value of the hypothesis that both evaluations are alike: the share of draws in which the
+    mean gain is as far from 0 after the sign of each prompt's gain is randomized (a permutation test on pairs). It is
+    at least 1 / (DRAWS + 1)."""
     rng = np.random.default_rng(seed)
     seen = abs(np.mean([array.mean() for array in strata]))
     tossed = np.zeros(DRAWS)

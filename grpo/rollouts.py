@@ -1,6 +1,6 @@
-"""Sampling and scoring as one stream: a group goes to the reward workers as soon as its last completion is in.
+"""Sample and score as one stream: a group goes to the reward workers as soon as its last completion has arrived.
 
-Used for training steps and for evaluation alike; what differs is the settings and the seeds.
+Training steps and evaluations both use it, with different settings and seeds.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from grpo.types import (
 )
 
 PASSING: tuple[FailureKind, ...] = ("generation", "exception", "timeout", "worker_died")
-"""Kinds of failure that trying again can help with; the others are what a reward function has returned."""
+"""Kinds of failure that a retry may fix; the others depend on what a reward function has returned."""
 
 
 def may_pass(outcome: Scored | Failed) -> bool:
-    """Return whether the outcome is a failure that trying again can help with."""
+    """Return whether the outcome is a failure that a retry may fix."""
     return isinstance(outcome, Failed) and outcome.kind in PASSING
 
 
 class SamplerGroup(Protocol):
-    """What samples: `grpo.engines.Engines`."""
+    """Source of completions; implemented by `grpo.engines.Engines`."""
 
     def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]: ...
 
     def outstanding(self) -> dict[str, int]:
-        """Return how many completions of the last `sample` each sampler still has to give, by its name."""
+        """Return sampler name -> number of completions of the last `sample` that it has not yet returned."""
         ...
 
 
 class Scorer(Protocol):
-    """What scores: `grpo.rewards.pool.RewardPool`."""
+    """Source of rewards; implemented by `grpo.rewards.pool.RewardPool`."""
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]: ...
 
     def counts(self) -> Counted:
-        """Return what it has scored so far, and what it waits for."""
+        """Return the counts of scored completions so far, and the slowest call in flight."""
         ...
 
 
@@ -67,9 +67,9 @@ class Collected:
 
     groups: tuple[Group, ...]
     sample_s: float
-    """Until the last completion was in."""
+    """Seconds until the last completion arrived."""
     reward_s: float
-    """From then until the last reward was in: what scoring cost beyond what it overlapped."""
+    """Seconds from then until the last reward arrived: the time of scoring that sampling did not hide."""
 
 
 def collect(
@@ -88,12 +88,12 @@ def collect(
     """Sample `samples_per_prompt` completions of every prompt and score each.
 
     Args:
-        settings: handed to the sampler as it is.
-        seed_of: seed of (prompt, sample index).
+        settings: passed to the sampler unchanged.
+        seed_of: (prompt, sample index) -> seed.
         decode: lists of token ids -> texts, special tokens skipped.
-        moment: what the reward functions hear of where the run stands.
-        reward_timeout_s: deadline for the rewards after the last completion.
-        when_scored: told of every group, as soon as it is seen to be complete.
+        moment: position in the run, passed to the reward functions.
+        reward_timeout_s: deadline in seconds for each group's rewards, once all completions have arrived.
+        when_scored: called with each group as soon as its scores are available.
     """
     started = time.monotonic()
     requests = requests_of(prompts, samples_per_prompt, seed_of)
@@ -136,7 +136,7 @@ def collect(
 def requests_of(
     prompts: Sequence[Prompt], samples_per_prompt: int, seed_of: Callable[[Prompt, int], int | None]
 ) -> list[SampleRequest]:
-    """What the samplers are asked for."""
+    """Return one request per prompt for the samplers."""
     return [
         SampleRequest(
             index=p,
@@ -148,12 +148,12 @@ def requests_of(
 
 
 def is_whole(completion: Completion) -> bool:
-    """Whether the sampler has a logprob for each of its tokens; else its generation has failed."""
+    """Return whether the sampler has a finite logprob for each token; else its generation has failed."""
     return bool(np.isfinite(completion.sampler_logprobs).all())
 
 
 def rewards_of(future: Future[list[Scored | Failed]], prompt: Prompt, timeout_s: float) -> list[Scored | Failed]:
-    """The outcomes of a group. Raises RewardOutage naming what was awaited when they do not come."""
+    """Return the outcomes of a group. Raises RewardOutage naming the prompt when they are not ready in `timeout_s`."""
     try:
         return future.result(timeout=timeout_s)
     except TimeoutError as error:
@@ -163,7 +163,7 @@ def rewards_of(future: Future[list[Scored | Failed]], prompt: Prompt, timeout_s:
 
 
 def completions_of(block: SampledBlock, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, int, Completion]]:
-    """(request, sample index, completion) of each completion in `block`; arrays are views into its columns."""
+    """Yield (request, sample index, completion) for each completion in `block`; arrays are views into its columns."""
     start = 0
     columns = (block.index.tolist(), block.sample_index.tolist(), block.lengths.tolist(), block.truncated.tolist())
     for p, i, length, truncated in zip(*columns, strict=True):
@@ -186,7 +186,7 @@ def completions_of(block: SampledBlock, requests: Sequence[SampleRequest]) -> It
 def reward_items(
     prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str], moment: Moment
 ) -> list[RewardItem]:
-    """What the reward functions are told of each completion of a group."""
+    """Return the inputs of the reward functions for the completions of a group."""
     return [
         RewardItem(
             completion=text,
@@ -209,7 +209,7 @@ def reward_items(
 def make_group(
     prompt: Prompt, completions: dict[int, Completion], texts: Sequence[str], outcomes: Sequence[Scored | Failed]
 ) -> Group:
-    """Put the pieces of one group together. `outcomes`: of the completions that are whole."""
+    """Return the group of a prompt. `outcomes`: of the completions for which `is_whole` holds, in order."""
     scored = iter(outcomes)
     lost = Failed(kind="generation", detail="the sampler gave no finite logprob for every token")
     return Group(
@@ -227,10 +227,10 @@ def make_group(
 
 
 def enforce_failure_budget(groups: Sequence[Group], algorithm: AlgorithmConfig) -> None:
-    """Stop when too many rollouts failed, of all or of one kind, and show the first of each kind with its input: they
-    have no number and cannot be trained on.
+    """Raise UserError when too many rollouts failed, in total or of one kind: they have no reward and cannot be trained
+    on. The message shows the first failure of each kind with its input.
 
-    Raises UserError, which is a RewardOutage where the failures that count are of PASSING kinds.
+    The error is a RewardOutage if at least half of the counted failures are of PASSING kinds.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     failed: dict[str, list[str]] = {}
