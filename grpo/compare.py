@@ -1,4 +1,4 @@
-"""Two runs, or two evaluations, side by side: `grpo compare A B`."""
+"""`grpo compare A B`: compare two runs, or two evaluations."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ COLUMNS = (
 BY_ITSELF = "grpo eval"
 NOT_COMPARED = ("run.name", "run.dir")
 SHOWN = 40
-"""Characters of a value that are shown."""
+"""Maximum number of characters shown of a value."""
 LAST_STEPS = 10
-"""Steps at the end whose metrics are averaged."""
+"""Number of last steps over which metrics are averaged."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is known of a run, or of an evaluation made by `grpo eval`."""
+    """The data of a run, or of an evaluation made by `grpo eval`."""
 
     path: Path
     config: Mapping[str, Any]
     record: Mapping[str, Any]
-    """What it says of itself: `fingerprints` of what it read, `versions` of the libraries."""
+    """Record written by the run or evaluation: `fingerprints` of the files it read, `versions` of the libraries."""
     metrics: Mapping[int, Mapping[str, float]]
     """step -> its line of metrics.jsonl."""
     samples: Samples
     evaluated: str
-    """Which evaluation `samples` are of."""
+    """Describes the evaluation that `samples` belong to."""
 
 
 def compare(first: Path, second: Path, step: int | None = None) -> list[str]:
-    """Lines about what differs: options, evaluations with paired intervals, metrics.
+    """Return lines that compare options, graders, evaluations (with paired intervals) and metrics.
 
     Args:
-        step: compare the evaluations after this step; None: the last one of each.
+        step: compare the evaluations after this step; None: the last evaluation of each.
 
     Raises UserError when a folder is neither a run nor an evaluation, or the two have nothing in common.
     """
@@ -77,7 +77,10 @@ def compare(first: Path, second: Path, step: int | None = None) -> list[str]:
 
 
 def read_subject(path: Path, step: int | None) -> Subject:
-    """Raises UserError when `path` holds neither a run nor an evaluation, or no evaluation after `step`."""
+    """Read a run folder or an evaluation folder.
+
+    Raises UserError when `path` holds neither a run nor an evaluation, or no evaluation after `step`.
+    """
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is neither a run's folder nor an evaluation's: it has no config.yaml")
     config = read_config(path / "config.yaml")
@@ -105,10 +108,10 @@ def read_subject(path: Path, step: int | None) -> Subject:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return what an evaluation or an ended run says of itself; of a run that has not ended, its last checkpoint. Empty
-    where there is neither.
+    """Return the record of an evaluation or an ended run. For a run that has not ended, return the record of its last
+    checkpoint, or an empty one without a checkpoint.
 
-    Raises UserError when it is damaged.
+    Raises UserError when a record is damaged.
     """
     checkpoints = sorted((path / "checkpoints").glob("step-*[0-9]"))
     files = [path / "key.json", path / "summary.json", *(folder / MANIFEST for folder in checkpoints[-1:])]
@@ -125,10 +128,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_counts(path: Path, samples: Samples) -> None:
-    """The samples of an evaluation must be those that its result is of.
-
-    Raises UserError.
-    """
+    """Raise UserError unless the numbers of prompts and completions match the evaluation's result."""
     try:
         sets = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))["sets"]
         wanted = {name: (found["prompts"], found["samples_per_prompt"]) for name, found in sets.items()}
@@ -145,7 +145,7 @@ def check_counts(path: Path, samples: Samples) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A saved config. Raises UserError when it is damaged."""
+    """Return a saved config. Raises UserError when it is damaged."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -156,14 +156,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """step -> metrics; empty without a file. Raises UserError naming a damaged line."""
+    """Return step -> metrics; empty without a file. Raises UserError naming a damaged line."""
     if not path.is_file():
         return {}
     out: dict[int, dict[str, float]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             values = json.loads(line)
-            step = out.setdefault(int(values.pop("step")), {})  # an evaluation may have a line of its own
+            step = out.setdefault(int(values.pop("step")), {})  # an evaluation may have a separate line
             step |= {k: float(v) for k, v in values.items() if k != "time"}
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}:{number} is damaged: {line[:80]!r}") from error
@@ -171,10 +171,10 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """What counts of the completions of a samples file: `COLUMNS`, with numbers of tokens in the place of tokens, and
-    `parts`, the values of the rewards that gave one.
+    """Return the rows of a samples file: `COLUMNS`, with the number of tokens instead of the token ids, and `parts`,
+    the values of the rewards that gave one.
 
-    Raises UserError when it is damaged.
+    Raises UserError when the file is damaged.
     """
     table = read_columns(file, COLUMNS)
     lengths = pc.list_value_length(table["completion_token_ids"])
@@ -191,9 +191,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(files: Sequence[Path]) -> Samples:
-    """The completions of samples files.
+    """Return the completions of samples files.
 
-    Raises UserError when one is damaged, or when not every prompt of a data set has as many completions, each once.
+    Raises UserError when a file is damaged, or when the prompts of a data set do not all have the same sample indices,
+    each once.
     """
     by_set: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for file in files:
@@ -225,7 +226,7 @@ def read_samples(files: Sequence[Path]) -> Samples:
 
 
 def differing_options(a: Subject, b: Subject) -> list[str]:
-    """A table of the options that are not the same, inside lists, too: rewards[0].weight."""
+    """Return a table of the options that differ, including those inside lists (rewards[0].weight)."""
     old, new = leaves(a.config), leaves(b.config)
     names = [name for name in sorted({*old, *new} - {*NOT_COMPARED}) if old.get(name) != new.get(name)]
     if not names:
@@ -234,7 +235,7 @@ def differing_options(a: Subject, b: Subject) -> list[str]:
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Return every value of a config by its full name; nothing of empty lists and sections."""
+    """Return full name -> value for all values of a config; empty lists and sections are left out."""
     out: dict[str, Any] = {}
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -248,9 +249,9 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def differing_graders(a: Subject, b: Subject) -> list[str]:
-    """Return warnings where the two were not judged by the same: functions, contents of their files, library.
+    """Return warnings if A and B were graded differently: by other functions, file contents or library versions.
 
-    A difference of accuracy is then one of the graders, too.
+    A difference in accuracy may then come from the graders.
     """
     one, other = graders(a), graders(b)
     warnings = []
@@ -274,9 +275,9 @@ def differing_graders(a: Subject, b: Subject) -> list[str]:
 
 
 def graders(subject: Subject) -> dict[str, str | None]:
-    """Return the fingerprint of each reward function's file by the function's name; None where it is not known.
+    """Return name of the reward function -> fingerprint of its file; None if unknown.
 
-    Raises UserError when the config's rewards are no rewards.
+    Raises UserError when the rewards of the config are damaged.
     """
     try:
         rewards = [RewardConfig(file=each["file"], name=each.get("name")) for each in subject.config.get("rewards", [])]
@@ -288,7 +289,7 @@ def graders(subject: Subject) -> dict[str, str | None]:
 
 
 def differing_values(old: Any, new: Any) -> tuple[str, str]:
-    """Return two values, shortened; long ones from a little before the place where they begin to differ."""
+    """Return two values, shortened; long values are shown from shortly before their first difference."""
     one, other = ("-" if value is None else str(value).replace("\n", "\\n") for value in (old, new))
     if max(len(one), len(other)) <= SHOWN:
         return one, other
@@ -304,15 +305,15 @@ def differing_values(old: Any, new: Any) -> tuple[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A value of a config, of bearable length."""
+    """Return a value as text, of at most 40 characters."""
     text = "-" if value is None else str(value)
     return text if len(text) <= 40 else f"...{text[-37:]}"
 
 
 def compare_evaluations(a: Samples, b: Samples) -> list[str]:
-    """A table with a line for each statistic of each data set, over the prompts that both have.
+    """Return a table with a line for each statistic of each data set, over the prompts that both evaluations have.
 
-    Raises UserError when both were evaluated and share no prompt.
+    Raises UserError when both have an evaluation but share no prompt.
     """
     if not a or not b:
         return [f"nothing to compare on held-out data: {' and '.join(n for n, s in (('A', a), ('B', b)) if not s)} "
@@ -349,7 +350,7 @@ def any_scored(prompts: Iterable[Sequence[Judged]]) -> bool:
 
 
 def row_of(old: NDArray[np.float64], new: NDArray[np.float64]) -> list[str]:
-    """Means with intervals, the paired gain with its interval, and the p-value."""
+    """Return both means with intervals, the paired gain with its interval, and the p-value, as texts."""
     gains = new - old
     low, high = bounds([gains], GAINS)
     gain = f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})" if len(gains) > 1 else f"{gains.mean():+.3f}"
@@ -357,12 +358,12 @@ def row_of(old: NDArray[np.float64], new: NDArray[np.float64]) -> list[str]:
 
 
 def with_bounds(value: Interval) -> str:
-    """`0.512 (0.480 to 0.544)`."""
+    """Return `0.512 (0.480 to 0.544)`, or only the mean without bounds."""
     return f"{value.mean:.3f}" if np.isnan(value.low) else f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 def compare_metrics(a: Subject, b: Subject, steps: Sequence[int]) -> list[str]:
-    """A table of the headline metrics, averaged over the last steps that both have."""
+    """Return a table of the headline metrics, averaged over the last steps that both runs have."""
     last = steps[-LAST_STEPS:]
     rows = [[f"mean of steps {last[0]} to {last[-1]}", "A", "B"]]
     for name in (*HEADLINE, "tokens/sampled"):
@@ -373,6 +374,6 @@ def compare_metrics(a: Subject, b: Subject, steps: Sequence[int]) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with aligned columns."""
+    """Return the rows as lines with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""`grpo eval`: a model on held-out data, with samplers alone. Cached by what was evaluated, and resumable.
+"""`grpo eval`: evaluate a model on held-out data, with samplers only. Cached by all inputs, and resumable.
 
 evals/<model>-<key>/  config.yaml  key.json  samples/<n>.parquet  evaluation.json  logs/
 """
@@ -35,7 +35,7 @@ from grpo.types import Group, Moment, Prompt, UserError
 from grpo.watching import Watch
 
 WRITE_S = 20.0
-"""Completions are written this often: what an interruption may cost."""
+"""Seconds between two writes of completions; an interruption may lose that much."""
 SAY_S = 10.0
 RESULT = "evaluation.json"
 KEY = "key.json"
@@ -43,11 +43,11 @@ TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "additional_chat_templates/*", "*.py",
 )  # fmt: skip
-"""What encodes and decodes, in a model's folder; code where the tokenizer brings its own."""
+"""Files in a model folder that define its tokenizer, including its own code."""
 
 
 def key_of(plan: Plan, model: str) -> dict[str, Any]:
-    """What decides an evaluation's numbers. `model`: SHA-256 of the model's folder."""
+    """Return all inputs that determine the numbers of an evaluation. `model`: SHA-256 of the model folder."""
     config = plan.config
     return {
         "model": model,
@@ -66,7 +66,7 @@ def key_of(plan: Plan, model: str) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(path: str) -> str:
-    """SHA-256 of a model's tokenizer, in a folder or under a hub id."""
+    """Return the SHA-256 of the tokenizer files of a model folder or hub id."""
     folder = Path(path)
     if not folder.is_dir():
         with data.hub_or_cache():
@@ -76,16 +76,16 @@ def tokenizer_fingerprint(path: str) -> str:
 
 
 def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:
-    """Where the evaluation of this key lives."""
+    """Return the folder of the evaluation with this key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return root / f"{name}-{digest[:12]}"
 
 
 @contextmanager
 def opened(folder: Path, key: Mapping[str, Any], plan: Plan) -> Iterator[None]:
-    """Make the folder or take it up again; of two processes one gets it.
+    """Create or reopen an evaluation folder, and lock it so that only one process works in it.
 
-    Raises UserError where another process works in it, or none can be made.
+    Raises UserError when another process works in it, or when it cannot be created.
     """
     try:
         for sub in ("samples", "logs"):
@@ -104,19 +104,19 @@ def opened(folder: Path, key: Mapping[str, Any], plan: Plan) -> Iterator[None]:
 
 
 def set_names(plan: Plan) -> list[str]:
-    """The data sets, in the recipe's order."""
+    """Return the names of the data sets, in the recipe's order."""
     return list(dict.fromkeys(prompt.dataset for prompt in plan.eval_prompts))
 
 
 def samples_of(plan: Plan, name: str) -> int:
-    """Completions of each prompt of a data set."""
+    """Return the number of completions per prompt of a data set."""
     return plan.config.data.eval.samples_of(name)
 
 
 def unfinished(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, list[Prompt]]:
-    """Data set -> its prompts whose completions are not in the folder, for sets that have such.
+    """Return data set -> its prompts whose completions are not in the folder, for the sets that have any.
 
-    A result that is there does not say that the samples are: only they count.
+    Only the samples count: an existing result does not prove that they exist.
     """
     done = finished_prompts(plan, folder, say)
     out = {}
@@ -137,9 +137,9 @@ def evaluate(
     scorer: Scorer,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Sample and score what is `unfinished`, then write and return the result.
+    """Sample and score the prompts in `left` (see `unfinished`), then write and return the result.
 
-    Raises UserError when too many completions fail; what has been sampled until then is in the folder.
+    Raises UserError when too many completions fail; the samples made until then are in the folder.
     """
     writer = Writer(folder, plan.config)
     try:
@@ -152,7 +152,7 @@ def evaluate(
 
 
 def conclude(plan: Plan, folder: Path) -> dict[str, Any]:
-    """Write and return the result of the samples that are in the folder.
+    """Write and return the result of the samples in the folder.
 
     Raises UserError when too many completions failed.
     """
@@ -177,7 +177,10 @@ def sample_set(
     writer: Writer,
     say: Callable[[str], None],
 ) -> None:
-    """The completions of one data set, written as they come."""
+    """Sample and score one data set, and write its completions as they arrive.
+
+    Raises UserError when too many completions fail.
+    """
     config = plan.config
     started = said = time.monotonic()
     count = tokens = 0
@@ -209,8 +212,8 @@ def sample_set(
 
 
 class Writer:
-    """Groups to samples/<n>.parquet, every WRITE_S seconds. Those with failures that may pass get a file of their own,
-    which the next evaluation into the folder may remove."""
+    """Writes groups to samples/<n>.parquet, every WRITE_S seconds. Groups with failures that a retry may fix go to a
+    separate file, which the next evaluation into the folder may remove."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self._folder, self._answer_column = folder / "samples", config.data.answer_column
@@ -244,8 +247,8 @@ class Writer:
 def finished_prompts(plan: Plan, folder: Path, say: Callable[[str], None]) -> set[str]:
     """Return the prompts whose completions are all in the folder, each once.
 
-    A file that is not whole, that has prompts of another file, or, while there is no result, failures that may pass, is
-    removed: its prompts are sampled again, with the same seeds.
+    A file is removed when it is damaged or incomplete, or has prompts of another file. While there is no result, it is
+    also removed when it has failures that a retry may fix. Its prompts are sampled again, with the same seeds.
     """
     concluded = (folder / RESULT).exists()
     asked = {prompt.prompt_id: samples_of(plan, prompt.dataset) for prompt in plan.eval_prompts}
@@ -275,12 +278,12 @@ def finished_prompts(plan: Plan, folder: Path, say: Callable[[str], None]) -> se
 
 
 def count_passing(file: Path) -> int:
-    """Return how many completions of a samples file failed in a way that may pass."""
+    """Return the number of failed completions of a samples file that a retry may fix."""
     return sum(kind in PASSING for kind in read_columns(file, ["failed"])["failed"].to_pylist())
 
 
 def result_of(plan: Plan, samples: Samples) -> dict[str, Any]:
-    """Everything that is said of the evaluation, as plain JSON."""
+    """Return the result of the evaluation, as plain JSON."""
     rows = {prompt.prompt_id: prompt.row for prompt in plan.eval_prompts}
     sets = {}
     for name in set_names(plan):
@@ -293,7 +296,7 @@ def result_of(plan: Plan, samples: Samples) -> dict[str, Any]:
 
 
 def describe(samples: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
-    """The numbers of one data set, or of a part of it."""
+    """Return the statistics of one data set, or of a part of it."""
     every = [sample for some in samples.values() for sample in some]
     out: dict[str, Any] = {
         "prompts": len(samples),
@@ -305,7 +308,7 @@ def describe(samples: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
     }
     if out["failed"] < len(every):
         for statistic, values in statistics_of(samples).items():
-            if statistic != "pass":  # of all of them, which pass@k says where none has failed
+            if statistic != "pass":  # redundant: equals pass@k when no completion has failed
                 out[statistic] = as_json(interval(list(values.values())))
     return out
 
@@ -319,7 +322,7 @@ def from_json(value: Mapping[str, float | None]) -> Interval:
 
 
 def report(result: Mapping[str, Any]) -> list[str]:
-    """The result as a table."""
+    """Return the result as the lines of a table."""
     statistics = list(dict.fromkeys(k for found in result["sets"].values() for k in found if k == "avg" or "@" in k))
     statistics = [*statistics[:1], *sorted(statistics[1:], key=lambda s: int(s.partition("@")[2])), "maj"]
     names = [s if "@" in s else f"{s}@k" for s in statistics]
@@ -346,9 +349,10 @@ def report(result: Mapping[str, Any]) -> list[str]:
 
 
 def model_of(name: str) -> tuple[str, Path | None]:
-    """The weights that a name means, and the recipe that comes with them: a run's folder means its final model.
+    """Return the model path or hub id that a name stands for, and its recipe if the name is a run folder. A run folder
+    stands for its final model.
 
-    Raises UserError for a run without one, and for a name beside runs that none of them has.
+    Raises UserError for a run without a final model, and for a missing path inside a folder of runs.
     """
     if not name.strip():
         raise UserError("the model is empty: a folder, a hub id or a run's folder")
@@ -366,6 +370,6 @@ def model_of(name: str) -> tuple[str, Path | None]:
 
 
 def name_of(model: str) -> str:
-    """A short name of a model for its folder: the run's where it is a run's model."""
+    """Return a short name of a model, for the evaluation folder; for the model of a run the name of the run."""
     path = Path(model).expanduser().resolve() if os.path.isdir(Path(model).expanduser()) else Path(model)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
