@@ -1,4 +1,4 @@
-"""The files of completions, samples/<name>.parquet: one row per completion, with everything that is known of it."""
+"""Read and write samples/<name>.parquet: one row per completion, with all recorded data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from grpo.evaluation import final_answer
 from grpo.types import Failed, Group, Scored, UserError
 
 PART = "reward_part/"
-"""Before the name of a reward in the column of its values; null where it abstained or failed."""
+"""Prefix of the column with a reward's values; a value is null if the reward abstained or failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What the learner's step adds to the completions of a step, by their positions in it."""
+    """Data that the learner adds to the completions of a step, by their positions in the step."""
 
     logprob_sums: Mapping[int, float] = field(default_factory=dict)
     """Sum of the learner's logprobs over the sampled tokens."""
     advantages: Mapping[int, float] = field(default_factory=dict)
-    """Of methods that give a completion one advantage."""
+    """Only for methods with one advantage per completion."""
 
 
 UNTRAINED = Trained()
@@ -46,8 +46,8 @@ def write_groups(
     """Write one parquet file with a row per completion.
 
     Args:
-        rewards: the recipe's, by name and in its order: the first that scored a data set judges it when it is read.
-        answer_column: of the data, with the gold answers.
+        rewards: names of the recipe's rewards, in its order. Readers judge a data set by the first that scored it.
+        answer_column: column of the data with the gold answers.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     outcomes = [rollout.outcome for rollout in rollouts]
@@ -90,8 +90,8 @@ def write_groups(
 
 
 def logged_columns(outcomes: Sequence[Scored | Failed]) -> dict[str, pa.Array]:
-    """`<reward>/<column>` -> what reward functions have logged of each completion, null where nothing; texts where the
-    values are of different kinds."""
+    """Return `<reward>/<column>` -> the values that reward functions have logged for the completions; missing ones are
+    null. A mix of int and float becomes float; any other mix of types becomes text."""
     out = {}
     for name in sorted({name for outcome in outcomes for name in outcome.logged.columns}):
         values = [outcome.logged.columns.get(name) for outcome in outcomes]
@@ -105,27 +105,27 @@ def logged_columns(outcomes: Sequence[Scored | Failed]) -> dict[str, pa.Array]:
 
 
 def part_columns(parts: Sequence[Mapping[str, float]], rewards: Sequence[str]) -> list[str]:
-    """Return the names in `parts` in the recipe's order of rewards, each with the entries of its mapping behind it."""
+    """Return the names in `parts` in the recipe's order of rewards, each followed by the entries of its mapping."""
     places = {name: i for i, name in enumerate(rewards)}
     named = dict.fromkeys(name for some in parts for name in some)
     return sorted(named, key=lambda name: (places.get(name.partition("/")[0], len(places)), "/" in name))
 
 
 def gold_answer(row: Mapping[str, Any], column: str) -> str | None:
-    """Return the gold answer of a row of the data as text, None where the row has none."""
+    """Return the gold answer of a data row as text; None if the row has none."""
     value = row.get(column)
     return value if value is None or isinstance(value, str) else as_json(value)
 
 
 def as_json(value: Any) -> str:
-    """Return `value` as JSON; what JSON does not know (dates, bytes) as its text."""
+    """Return `value` as JSON; values that JSON does not support (dates, bytes) become strings."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
-    """Return these columns of a file of samples, and behind them those of the rewards' values (`PART`).
+    """Return these columns of a samples file, followed by the columns of the rewards' values (`PART`).
 
-    Raises UserError when it is damaged, or when it is no such file.
+    Raises UserError when the file is damaged or is not a samples file.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -145,7 +145,7 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
 
 
 def list_column(arrays: Sequence[NDArray[Any]]) -> pa.ListArray:
-    """A column of lists from arrays, without a Python object per element."""
+    """Return a column of lists made from arrays, without a Python object per element."""
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))
 
