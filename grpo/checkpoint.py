@@ -1,11 +1,12 @@
-"""Checkpoints: folders that are whole or not there, and what may differ when a run goes on from one.
+"""Checkpoints: folders that appear whole or not at all, and the options that may differ when a run resumes from one.
 
-    checkpoints/step-000010/  manifest.json  learner/rank-0.safetensors ...  model/ (where the recipe asks for it)
+    checkpoints/step-000010/  manifest.json  learner/rank-0.safetensors ...  model/ (with run.save_model)
 
-Written as `step-000010.partial`, every file flushed to the disk and read back, then renamed. `manifest.json` comes last
-and holds the size and SHA-256 of every other file; `read` checks them all before anything is used.
+A checkpoint is written as `step-000010.partial`. All files are flushed to the disk and read back, then the folder is
+renamed. `manifest.json` is written last, with the size and SHA-256 of each other file. `read` checks all files before
+any is used.
 
-What it does not own: what the tensors are (`grpo.learner.state`) and when a checkpoint is due (`grpo.driver`).
+Other modules define the tensors (`grpo.learner.state`) and decide when a checkpoint is due (`grpo.driver`).
 """
 
 from __future__ import annotations
@@ -40,23 +41,23 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything about a run after `step` that is not a tensor."""
+    """State of a run after `step`, except tensors."""
 
     format: int
     step: int
     config: Mapping[str, Any]
     """The resolved config, as nested plain values."""
     fingerprints: Mapping[str, str]
-    """What was read from files: model, data.train, data.eval.sets, every reward file -> SHA-256."""
+    """Content read from files (model, data.train, data.eval.sets, each reward file) -> SHA-256."""
     versions: Mapping[str, str]
     driver: Mapping[str, Any]
-    """The driver's own state."""
+    """State of the driver."""
     learner: Mapping[str, Any]
-    """ranks, zero_stage, and the counters of each engine."""
+    """ranks, zero_stage and the counters of each engine."""
     metrics: Mapping[str, float]
-    """The step's metrics, by which the best checkpoint is chosen."""
+    """Metrics of the step, used to choose the best checkpoint."""
     files: Mapping[str, FileRecord]
-    """Path below the folder -> record."""
+    """Path relative to the folder -> record."""
 
 
 KINDS = {"format": int, "step": int} | dict.fromkeys(
@@ -70,7 +71,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def begin(run: Path, step: int, need_bytes: int) -> Path:
-    """The folder to write a checkpoint into; leftovers of an interrupted one are removed.
+    """Create and return the folder to write a checkpoint into; remove leftovers of an interrupted one.
 
     Raises OSError (ENOSPC) when the disk has no room for `need_bytes`.
     """
@@ -86,7 +87,7 @@ def begin(run: Path, step: int, need_bytes: int) -> Path:
 
 
 def seal(file: Path) -> FileRecord:
-    """Flush a written file to the disk and read it back."""
+    """Flush a written file to the disk, read it back and return its record."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -94,9 +95,9 @@ def seal(file: Path) -> FileRecord:
 
 
 def publish(partial: Path, manifest: Manifest) -> Path:
-    """Make a written folder a checkpoint: manifest, flush, rename. Returns its path.
+    """Turn a written folder into a checkpoint: write the manifest, flush, rename. Return its path.
 
-    Raises RuntimeError when the folder's files are not those of the manifest.
+    Raises RuntimeError when the files of the folder do not match the manifest.
     """
     present = {str(file.relative_to(partial)): file.stat().st_size for file in _files(partial)}
     if present != {name: record.bytes for name, record in manifest.files.items()}:
@@ -105,7 +106,7 @@ def publish(partial: Path, manifest: Manifest) -> Path:
     file = partial / MANIFEST
     file.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n", encoding="utf-8")
     digest = partial / DIGEST
-    digest.write_text(f"{seal(file).sha256}  {MANIFEST}\n", encoding="utf-8")  # as sha256sum writes it
+    digest.write_text(f"{seal(file).sha256}  {MANIFEST}\n", encoding="utf-8")  # the format of sha256sum
     seal(digest)
     for folder in {path.parent for path in _files(partial)} | {partial}:
         _flush(folder)
@@ -119,7 +120,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """A rename is on the disk when its folder is."""
+    """Flush a folder to the disk, which makes renames in it durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -128,9 +129,9 @@ def _flush(folder: Path) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, after every file has been checked against it.
+    """Check all files of a checkpoint against its manifest, and return the manifest.
 
-    Raises UserError naming the file that is missing, cut short or changed.
+    Raises UserError naming the file that is missing, truncated or changed.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -163,7 +164,7 @@ def read(folder: Path) -> Manifest:
 
 
 def check_file(path: Path, record: FileRecord) -> None:
-    """Raises UserError unless the file is the one that was written."""
+    """Raise UserError unless the file has the recorded size and SHA-256."""
     if not path.is_file():
         raise UserError(f"{path} is missing from its checkpoint")
     if path.stat().st_size != record.bytes:
@@ -174,14 +175,14 @@ def check_file(path: Path, record: FileRecord) -> None:
 
 
 def found(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     named = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in (run / "checkpoints").glob("step-*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
 def retire(run: Path, *, keep_last: int, keep_every: int, best_by: str | None) -> list[Path]:
-    """Delete checkpoints: kept are the last `keep_last`, those whose step `keep_every` divides, and the one with the
-    highest `best_by` (the earliest of equals). Returns what was deleted."""
+    """Delete old checkpoints and return their paths. Kept are the last `keep_last`, those whose step is a multiple of
+    `keep_every`, and the one with the highest `best_by` (the earliest of equals)."""
     every = found(run)
     steps = {path: int(path.name.removeprefix("step-")) for path in every}
     kept = set(every[-keep_last:])
@@ -193,21 +194,21 @@ def retire(run: Path, *, keep_last: int, keep_every: int, best_by: str | None) -
         kept |= {max(rated, key=lambda path: values[path])} if rated else set()
     gone = [path for path in every if path not in kept]
     for path in gone:
-        aside = path.with_name(path.name + PARTIAL)  # half-deleted, it is no checkpoint
+        aside = path.with_name(path.name + PARTIAL)  # a partly deleted folder must not look like a checkpoint
         os.rename(path, aside)
         shutil.rmtree(aside)
     return gone
 
 
 def _rating(folder: Path, metric: str) -> float:
-    """A checkpoint's metric; NaN where it has none, or cannot be read."""
+    """Return a checkpoint's metric; NaN if it is absent or cannot be read."""
     try:
         return float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["metrics"].get(metric, math.nan))
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return math.nan
 
 
-# --- going on with other settings ------------------------------------------------------------------------------------
+# --- resuming with different settings ---------------------------------------------------------------------------------
 
 FREE = (
     "run.name", "run.dir", "run.steps", "run.save_every", "run.save_last", "run.save_model", "run.keep_last",
@@ -220,14 +221,14 @@ FREE = (
     ),
     "data.contaminated", "data.overlap_ngram", "data.answer_column", "data.gold_template", "rewards[i].gold",
 )  # fmt: skip
-"""Options that change no number of a run, or whose content is compared by fingerprint."""
+"""Options that do not affect the numbers of a run, or whose content is compared by fingerprint."""
 
 FLOAT_ORDER = ("learner", "cluster.learner_ranks", "cluster.device", "cluster.tensor_parallel")
-"""Options that change the order of additions: the run goes on, equal up to rounding."""
+"""Options that change the order of additions: the resumed run is equal up to rounding."""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Option -> (value in the checkpoint, value now), of every option that differs."""
+    """Return option -> (value in the checkpoint, value now) for the options that differ."""
     out: dict[str, tuple[Any, Any]] = {}
     for key in [*old, *(key for key in new if key not in old)]:
         before, now = old.get(key), new.get(key)
@@ -242,7 +243,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _items(value: Any) -> list[Mapping[str, Any]]:
-    """The sections of a list of them, as data.train and rewards are; none of anything else."""
+    """Return the sections of a list of sections, such as data.train and rewards; an empty list for other values."""
     return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
 
 
@@ -256,9 +257,9 @@ def _within(option: str, names: Sequence[str]) -> bool:
 def compare(
     manifest: Manifest, config: Mapping[str, Any], fingerprints: Mapping[str, str], allowed: Sequence[str]
 ) -> list[str]:
-    """What the continued run does otherwise than the saved one, in words.
+    """Return notes on the differences between the resumed run and the saved one.
 
-    Raises UserError at what would make it another run, naming the option that lets it.
+    Raises UserError for a difference that would change the run, naming the `allow` option that permits it.
     """
     contents = [
         name
@@ -277,9 +278,9 @@ def compare(
 
 
 def compare_options(before: Mapping[str, Any], config: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
-    """What other options the continued run has than the one `before`, in words.
+    """Return notes on the options that differ between the resumed run and the config `before`.
 
-    Raises UserError at what would make it another run, naming the option that lets it.
+    Raises UserError for a difference that would change the run, naming the `allow` option that permits it.
     """
     schedules = {config["optimizer"]["schedule"], config["critic"]["optimizer"]["schedule"]}
     notes = []
@@ -298,7 +299,7 @@ def compare_options(before: Mapping[str, Any], config: Mapping[str, Any], allowe
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """SHA-256 over the names and bytes of files."""
+    """Return the SHA-256 of the names and contents of files."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:

@@ -1,4 +1,4 @@
-"""Where a run stands: what the loop carries from step to step. With the learner's state it is the whole run."""
+"""Progress of a run: the state that the loop carries between steps. With the learner's state it is the whole run."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from grpo.types import Prompt, UserError
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """After `step` steps."""
+    """State of a run after `step` steps."""
 
     cursor: Cursor | MixedCursor
     kl_coef: float
-    """Of the next step."""
+    """Coefficient of the next step."""
     step: int = 0
     learned: int = 0
-    """The step whose update the learner has begun last: `step`, or one more while that update or its sync goes on."""
+    """Step of the last update that the learner has begun: `step`, or `step` + 1 while that update or its sync runs."""
     retired: set[int] = field(default_factory=set)
     """Indices of prompts that are not drawn again."""
     tokens: int = 0
     rollouts: int = 0
     skipped: int = 0
-    """Steps in a row, up to the last one, with an update that was not finite."""
+    """Consecutive steps, up to the last one, with an update that was not finite."""
     noise: Spread = field(default_factory=lambda: Spread(q90=0.0, rms=0.0))
-    """The learner's rounding noise on the probe at the last weight sync. A restart measures it again; no checkpoint has
-    it."""
+    """The learner's rounding noise on the probe at the last weight sync. It is not in checkpoints; a restart measures
+    it again."""
     before: Evaluation | None = None
     """The evaluation before the first step."""
     after: Evaluation | None = None
     """The latest evaluation after a step."""
     evaluated: int | None = None
-    """The step after which the latest evaluation was made."""
+    """Step after which the latest evaluation was made."""
 
     @classmethod
     def start(cls, config: Config, prompts: Sequence[Prompt]) -> Progress:
-        """At the beginning."""
+        """Return the progress of a run before its first step."""
         return cls(cursor=start_cursor(prompts, config.data), kl_coef=config.algorithm.kl_coef)
 
     def accuracies(self) -> dict[str, float]:
-        """Return what the summary says of the evaluations made so far; one that was not made is absent."""
+        """Return the accuracies for the summary; those of evaluations not yet made are absent."""
         made = {"accuracy_before": self.before, "accuracy_after": self.after}
         out = {name: evaluation.accuracy for name, evaluation in made.items() if evaluation is not None}
         if self.after is not None and self.evaluated is not None:
@@ -54,7 +54,7 @@ class Progress:
         return out
 
     def state(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """As plain JSON; prompts by their ids."""
+        """Return the progress as plain JSON, with prompts identified by their ids."""
         return {
             "step": self.step,
             "cursor": self.cursor.state(),
@@ -72,12 +72,12 @@ class Progress:
     def restore(
         cls, state: Mapping[str, Any], prompts: Sequence[Prompt], *, anew: Cursor | MixedCursor | None = None
     ) -> Progress:
-        """The progress that `state` was taken of.
+        """Return the progress saved in `state`.
 
         Args:
-            anew: where the data set or its order is allowed to be another, what to draw from instead.
+            anew: cursor to use instead of the saved one, if the data set or its order is allowed to differ.
 
-        Raises UserError when the data set is another.
+        Raises UserError when the data set differs and `anew` is None.
         """
         index = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
         gone = [prompt_id for prompt_id in state["retired"] if prompt_id not in index]

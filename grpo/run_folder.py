@@ -27,7 +27,7 @@ from grpo.trackers import make_trackers, table_is_due, table_rows
 from grpo.types import Group, UserError
 
 RECIPE = "recipe.txt"
-"""File with the name of the recipe; `resume=auto` resumes in the newest folder of the same recipe."""
+"""File with the path of the recipe; `resume=auto` resumes in the newest folder of the same recipe."""
 ACCURACIES = ("accuracy_before", "accuracy_after", "accuracy_after_step")
 """Facts that depend on the completed steps; `rewind` removes them."""
 MAX_WRITES_BEHIND = 8

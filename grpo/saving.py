@@ -1,4 +1,4 @@
-"""A run's checkpoints beside its steps: the learner's ranks copy their state, and write it while the run goes on."""
+"""Save checkpoints in the background: the learner ranks copy their state, and write it while the run continues."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpo.run_folder import versions
 
 
 class Captured(Protocol):
-    """The learner as a checkpoint sees it: `grpo.engines.Engines`."""
+    """Interface of the learner for checkpoints; implemented by `grpo.engines.Engines`."""
 
     def capture(self, folder: Path) -> dict[str, Any]: ...
 
@@ -35,7 +35,7 @@ class _Pending:
 
 
 class Saver:
-    """One checkpoint at a time: `save` begins one, `poll` makes it a checkpoint when its files are on the disk."""
+    """Writer of one checkpoint at a time: `save` begins it, `poll` publishes it when its files are on the disk."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class Saver:
         flush: Callable[[], None],
         say: Callable[[str], None],
     ) -> None:
-        """`flush`: waits until metrics and samples of the steps so far are on the disk."""
+        """`flush`: waits until the metrics and samples of all steps so far are on the disk."""
         self._config, self._run, self._engines = config, run, engines
         self._fingerprints, self._flush, self._say = fingerprints, flush, say
         self._pending: _Pending | None = None
         self._size = 0
-        """Bytes of the checkpoint before."""
+        """Bytes of the previous checkpoint."""
 
     def save(self, step: int, driver: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Begin a checkpoint of the state after `step`; one that is being written is finished first. Nothing is done
-        where there is one of that step.
+        """Begin a checkpoint of the state after `step`. A checkpoint in progress is finished first. Do nothing if this
+        step already has a checkpoint.
 
         Raises OSError when the disk has no room.
         """
@@ -84,7 +84,7 @@ class Saver:
         self._pending = _Pending(partial=partial, manifest=manifest)
 
     def poll(self, *, wait: bool = False) -> None:
-        """Publish what has been written, and retire what is no longer to be kept."""
+        """Publish the pending checkpoint once its files are written, and delete checkpoints that are no longer kept."""
         if self._pending is None:
             return
         records = self._engines.captured(wait=wait)
@@ -94,7 +94,7 @@ class Saver:
         if self._config.run.save_model:
             written = [path for path in (partial / "model").rglob("*") if path.is_file()]
             files |= {str(path.relative_to(partial)): checkpoint.seal(path) for path in written}
-        self._flush()  # a run that goes on from here has everything before it
+        self._flush()  # a run resumed from here has all data of the steps before
         target = checkpoint.publish(partial, self._pending.manifest(files))
         self._pending = None
         self._size = sum(record.bytes for record in files.values())
@@ -104,6 +104,6 @@ class Saver:
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The resolved config as nested plain values."""
+    """Return the resolved config as nested plain values."""
     values: dict[str, Any] = yaml.safe_load(config_module.dump(config))
     return values
