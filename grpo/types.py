@@ -1,6 +1,6 @@
-"""The records that cross boundaries: frozen, slotted, keyword-only, complete when they are made.
+"""Records passed between modules: frozen, slotted, keyword-only, complete when created.
 
-Dimension letters used here and in every docstring of the package:
+Dimension letters in all docstrings of the package:
     P prompts of a step    G completions of a prompt (group_size)    R = P*G rollouts
     L tokens of a prompt   C tokens of a completion                  S = L+C tokens of a row
     B rows of a microbatch T = max(S)-1 target positions, right-padded
@@ -17,40 +17,40 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:  # `grpo --help` and a misspelt option need not wait for torch
+if TYPE_CHECKING:  # so that `grpo --help` and option errors do not import torch
     import torch
 
 FinishReason = Literal["stop", "length"]
-"""Why the engine ended a completion: it sampled an end token or stop string, or ran out of `max_tokens`."""
+"""Reason why the engine ended a completion: an end token or stop string was sampled, or `max_tokens` was reached."""
 
 FailureKind = Literal[
     "generation", "exception", "timeout", "not_finite", "wrong_type", "wrong_count", "worker_died", "abstained"
 ]
-"""What went wrong with a rollout. `generation`: the sampler gave no finite logprob for each token, so that nothing was
-scored; the others are of rewards. `abstained`: every part returned None."""
+"""Kind of failure of a rollout. `generation`: the sampler did not give a finite logprob for each token, so the rollout
+was not scored. The other kinds are failures of rewards. `abstained`: all parts returned None."""
 
 
 DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
-"""Exit codes: as asked; our fault, or what nobody foresaw; the user's mistake; stopped, and can be gone on with."""
+"""Exit codes: success; internal or unexpected error; user error; stopped and resumable."""
 NOT_FOLLOWED = 130
-"""Exit code where nobody looks on any more, after Ctrl-C or as a pipe's reader has gone, and what is looked at goes on:
-not 75, at which schedulers submit again."""
+"""Exit code when nobody reads the output any longer (after Ctrl-C, or when the reader of a pipe has gone), while the
+followed job continues. It is not 75, on which schedulers submit again."""
 
 
 class UserError(Exception):
-    """The user's mistake (exit code 2): one sentence naming the file, line or option and the nearest right value."""
+    """Error of the user (exit code 2): one sentence naming the file, line or option and the nearest valid value."""
 
 
 class RewardOutage(UserError):
-    """Rewards failed in a way that may pass, as where a judge's server is away. After good steps the run can be resumed
-    (exit code 75)."""
+    """Rewards failed in a way that may be temporary, such as an unavailable judge server. A run with newly saved steps
+    can be resumed (exit code 75)."""
 
 
 class EngineFailure(RuntimeError):
-    """An actor failed or did not answer in time: says who, what was awaited, and what it last wrote."""
+    """An actor failed or missed a deadline. The message names the actor, the awaited call and its last output."""
 
     def __init__(self, text: str, *, learner_answers: bool = False) -> None:
-        """`learner_answers`: what failed was a sampler or a call to one, and every rank of the learner is alive."""
+        """`learner_answers`: a sampler or a call to a sampler failed, and all learner ranks are alive."""
         super().__init__(text)
         self.learner_answers = learner_answers
 
@@ -60,55 +60,55 @@ class Prompt:
     """One row of the data set, tokenized once."""
 
     prompt_id: str
-    """`<data set>:<row index>:<content hash>`; stable over runs, distinct for duplicate rows."""
+    """`<data set>:<row index>:<content hash>`; stable across runs, distinct for duplicate rows."""
     token_ids: tuple[int, ...]
     """[L] ids given to the sampler, special tokens included."""
     text: str
-    """What `token_ids` were made from; a view for reward functions and the samples file."""
+    """Text that `token_ids` were made from; a view for reward functions and the samples file."""
     row: Mapping[str, Any]
-    """The row as it was read, with the columns that the recipe adds."""
+    """The row as read, with the columns that the recipe adds."""
     messages: Sequence[Mapping[str, str]] | None
     """The chat turns when the prompt is conversational, else None."""
     dataset: str
     """Name of its data set."""
     where: str
-    """Its row's place, for messages: `file.jsonl:17` (line, from 1) or `name[16]` (index, from 0)."""
+    """Location of its row, for messages: `file.jsonl:17` (line, from 1) or `name[16]` (index, from 0)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """Completions to sample of one prompt."""
+    """Request for the completions of one prompt."""
 
     index: int
     """Identifies the prompt within one call to the samplers."""
     token_ids: tuple[int, ...]
     """[L] prompt ids."""
     seeds: tuple[int | None, ...]
-    """[G] seed of each completion's own generator, or None where sampling is not seeded."""
+    """[G] seed of each completion's generator; None if sampling is not seeded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledBlock:
-    """Finished completions in columns, the form in which they travel: N completions, K tokens in all."""
+    """Finished completions in columns, the form in which they are transferred: N completions, K tokens in total."""
 
     index: NDArray[np.int32]
-    """[N] of the request."""
+    """[N] index of the request."""
     sample_index: NDArray[np.int32]
     """[N] position within the request's seeds."""
     lengths: NDArray[np.int32]
-    """[N] tokens of each; they follow each other in the [K] columns."""
+    """[N] number of tokens of each completion; completions are concatenated in the [K] columns."""
     token_ids: NDArray[np.int32]
     """[K]"""
     sampler_logprobs: NDArray[np.float32]
-    """[K]; NaN behind the last token of a request that the engine gave up."""
+    """[K]; NaN at the extra last token of a request that the engine aborted."""
     policy_versions: NDArray[np.int32]
     """[K]"""
     truncated: NDArray[np.bool_]
-    """[N] finish reason "length" rather than "stop"."""
+    """[N] true for finish reason "length", false for "stop"."""
 
 
 def only(block: SampledBlock, wanted: Sequence[bool]) -> SampledBlock:
-    """The completions of a block where `wanted` [N] is true."""
+    """Return a block of the completions for which `wanted` [N] is true."""
     if all(wanted):
         return block
     rows = np.asarray(wanted, dtype=np.bool_)
@@ -126,12 +126,12 @@ def only(block: SampledBlock, wanted: Sequence[bool]) -> SampledBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """Every setting sent to vLLM; what is not here is off."""
+    """All settings sent to vLLM; settings that are not here are off."""
 
     temperature: float
     max_tokens: int
     end_token_ids: tuple[int, ...]
-    """The model's end tokens and `sampling.stop_token_ids`; a sampled one is kept and ends the completion."""
+    """The model's end tokens and `sampling.stop_token_ids`. A sampled one ends the completion and stays in it."""
     stop: tuple[str, ...]
     top_p: float = 1.0
     top_k: int = 0
@@ -143,43 +143,43 @@ class Completion:
     """One sampled completion, exactly as the engine reported it."""
 
     token_ids: NDArray[np.int32]
-    """[C] sampled ids; the end token that stopped it is the last one and is trained."""
+    """[C] sampled ids; an end token that ended the completion is the last id and is trained on."""
     sampler_logprobs: NDArray[np.float32]
     """[C] natural-log probability of each sampled token under the distribution it was sampled from."""
     sampled_mask: NDArray[np.bool_]
-    """[C] true where the policy sampled the token; all true until tools write tokens of their own."""
+    """[C] true where the policy sampled the token. All are true as long as no tool adds tokens."""
     policy_versions: NDArray[np.int32]
-    """[C] weight publication that each token was sampled under."""
+    """[C] version of the weights that sampled each token."""
     finish_reason: FinishReason
     seed: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:
-    """Where a run stands when completions are sampled. The defaults are of a model outside of a run."""
+    """Position in the run when completions are sampled. The defaults apply to a model outside of a run."""
 
     step: int = 0
-    """The step that they are sampled for; of an evaluation, the last one before it."""
+    """Step that they are sampled for; for an evaluation, the last step before it."""
     global_step: int = 0
-    """Optimizer steps that belong to the steps done: 0 while the first step is sampled."""
+    """Optimizer steps of the completed steps: 0 while the first step is sampled."""
     max_steps: int = 0
     """Optimizer steps of the whole run."""
     epoch: float = 0.0
-    """How often the data had been gone through before this step's prompts were drawn."""
+    """Number of passes over the data before this step's prompts were drawn."""
 
     def trainer_state(self) -> dict[str, float]:
-        """Return what TRL's reward functions read as `trainer_state`."""
+        """Return the values that TRL's reward functions read from `trainer_state`."""
         return {"global_step": self.global_step, "max_steps": self.max_steps, "epoch": self.epoch}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged:
-    """What reward functions have logged of a completion besides its reward."""
+    """Values that reward functions have logged for a completion, besides its reward."""
 
     columns: Mapping[str, str | float | bool | None] = field(default_factory=dict)
     """`<reward>/<column>` -> its value, for the samples file."""
     metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
-    """`<reward>/metric/<name>` -> (sum, count) of the values. Those of a whole group are at its first completion."""
+    """`<reward>/metric/<name>` -> (sum, count) of the values. Values of a whole group are at its first completion."""
 
 
 NOTHING_LOGGED = Logged()
@@ -187,7 +187,7 @@ NOTHING_LOGGED = Logged()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A reward that exists."""
+    """A successful reward."""
 
     value: float
     """Weighted sum of the parts; finite."""
@@ -198,23 +198,23 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """A reward that does not exist. It has no number, so it can enter no statistic."""
+    """A failed reward. It has no value, so it cannot enter a statistic."""
 
     kind: FailureKind
     detail: str
-    """One line: which reward function, what happened."""
+    """One line: the reward function and the error."""
     logged: Logged = NOTHING_LOGGED
-    """By functions that did not fail as a whole."""
+    """Values logged by functions that did not fail as a whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """A prompt, one completion of it and the outcome of scoring it."""
+    """A prompt, one of its completions and the outcome of scoring it."""
 
     prompt: Prompt
     completion: Completion
     text: str
-    """The completion decoded, special tokens skipped: what the reward function saw."""
+    """The decoded completion without special tokens, as the reward functions read it."""
     outcome: Scored | Failed
 
 
@@ -228,22 +228,22 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One microbatch of one learner rank. Rows of weight zero may fill it: they touch every parameter, and add 0."""
+    """One microbatch of one learner rank. It may have filler rows of weight zero: they use all parameters and add 0."""
 
     input_ids: torch.Tensor
-    """[B,T] int64; right-padded with 0, which causal attention keeps from every real position."""
+    """[B,T] int64; right-padded with 0, which causal attention hides from all real positions."""
     target_ids: torch.Tensor
     """[B,T] int64; `target_ids[:, t]` follows `input_ids[:, t]`."""
     completion_mask: torch.Tensor
     """[B,T] bool; true where the target is a sampled token of the completion."""
     advantages: torch.Tensor
-    """[B,T] float32; 0 off the mask. Of the reward-only family; the learner makes token-level ones from `rewards`."""
+    """[B,T] float32; 0 off the mask. Reward-only advantages; the learner computes token-level ones from `rewards`."""
     rewards: torch.Tensor
-    """[B] float32; what the row's completion is worth in a token-level advantage."""
+    """[B] float32; reward of the row's completion, for token-level advantages."""
     has_spread: torch.Tensor
-    """[B] bool; false where the row's group has no spread and so no advantage."""
+    """[B] bool; false if the row's group has no spread and so no advantage."""
     truncated: torch.Tensor
-    """[B] bool; the completion ran out of `max_tokens`."""
+    """[B] bool; true if the completion reached `max_tokens`."""
     sampler_logprobs: torch.Tensor
     """[B,T] float32; 0 off the mask."""
     token_weights: torch.Tensor
@@ -254,19 +254,19 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStep:
-    """What one learner rank does in one driver step."""
+    """Work of one learner rank in one driver step."""
 
     minibatches: tuple[tuple[Batch, ...], ...]
     """[optimizer steps][microbatches]; the same shape on every rank. Epochs are unrolled."""
     kl_coef: float
     """Coefficient of the KL to the reference in this step."""
     multiple_updates: bool
-    """Whether weights move before the last minibatch is used, so that old logprobs must be computed first."""
+    """True if weights change before the last minibatch is used, so that old logprobs must be computed first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the learner reports of one driver step: sums and counts over all ranks, never means."""
+    """Result of one driver step of the learner: sums and counts over all ranks, never means."""
 
     optimizer_steps: int
     """Optimizer steps taken since the start of the run."""
