@@ -1,18 +1,18 @@
-"""The loop. One turn is eight steps, and this file reads as them:
+"""The training loop. One turn has eight steps, in the order of this file:
 
-    1 data        cursor -> P prompts, token ids made before the run
+    1 data        cursor -> P prompts, tokenized before the run
     2 sample      samplers -> P*G completions: ids, logprobs, finish reason, policy version
-    3 rewards     worker processes -> Scored | Failed, while others still generate
+    3 rewards     worker processes -> Scored | Failed, while other groups are still sampled
     4 advantages  rewards of the scored members of each group -> advantages
     5 batching    rows -> minibatches of microbatches per learner rank; the token axis is shifted there, once
-    6 step        learner: reference and old logprobs, loss, backward, optimizer; numbers come back, never [B,T]
+    6 step        learner: reference and old logprobs, loss, backward, optimizer; returns numbers, never [B,T]
     7 sync        learner -> samplers directly, verified; policy_version + 1
     8 record      metrics, samples, checkpoint
 
-Who waits for whom: the driver for the samplers (2), the reward workers (3), the learner (6, 7); a sampler and the
-learner never work at the same time, so on one machine each has all of it.
+The driver waits for the samplers (2), the reward workers (3) and the learner (6, 7). A sampler and the learner never
+work at the same time, so on one machine each can use all of it.
 
-This file reaches no engine: it sees `Loop`, whose parts are protocols, and is tested with parts that really learn.
+This file accesses no engine: it uses `Loop`, whose parts are protocols. Tests pass parts that really learn.
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ from grpo.watching import Watch
 
 
 class MismatchError(RuntimeError):
-    """Sampler and learner disagree about the sampled tokens: what is trained on is not what was sampled."""
+    """Sampler and learner disagree about the sampled tokens: the training data is not the data that was sampled."""
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient were NaN or infinite in `MAX_SKIPPED` steps in a row."""
+    """Loss or gradient was NaN or infinite in `MAX_SKIPPED` consecutive steps."""
 
 
 MAX_SKIPPED = 3
 
 
 class EngineGroup(SamplerGroup, Protocol):
-    """Samplers and learner: `grpo.engines.Engines`."""
+    """Samplers and learner; implemented by `grpo.engines.Engines`."""
 
     def step(self, steps: Sequence[RankStep]) -> StepResult: ...
 
     def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], Any]:
-        """Start a weight sync; what comes back waits for its end and gives its SyncResult."""
+        """Start a weight sync. Return a function that waits for its end and returns the SyncResult."""
         ...
 
     def save(self, folder: Path) -> None: ...
 
 
 class Reporter(Protocol):
-    """Where progress is shown: `grpo.console.Console`."""
+    """Output for progress; implemented by `grpo.console.Console`."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -85,7 +85,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """What the loop works with."""
+    """Everything that the loop uses."""
 
     config: Config
     prompts: Sequence[Prompt]
@@ -96,32 +96,32 @@ class Loop:
     reporter: Reporter
     decode: Callable[[Sequence[Any]], list[str]]
     train_settings: Any
-    """Sampling settings of training and of evaluation, as the sampler takes them."""
+    """Sampling settings of training; like `eval_settings`, in the form that the sampler expects."""
     eval_settings: Any
     progress: Progress
     saver: Saver
     stopping: Callable[[], bool]
-    """Whether an end was asked for."""
+    """Returns whether the run was requested to stop."""
     health: Health
     timeline: Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a finished run says of itself."""
+    """Result of a run that ended without an error."""
 
     finished: bool
-    """Else it was stopped after `steps` steps."""
+    """False if it was stopped after `steps` steps."""
     steps: int
     before: Evaluation | None
     after: Evaluation | None
 
 
 def train(loop: Loop) -> Outcome:
-    """Run the recipe from its first step to its last.
+    """Run the remaining steps of the recipe.
 
-    Raises whatever stopped it; everything up to the last whole step is in the run folder, its checkpoint too where
-    `rescue` can write one.
+    Raises the error that stopped the run. The run folder then has the data of all complete steps, and a checkpoint of
+    the last one if `rescue` can write it.
     """
     config, engines, at = loop.config, loop.engines, loop.progress
     probe = make_probe(loop.prompts, longest=config.max_row_tokens - 1)
@@ -169,15 +169,15 @@ def train(loop: Loop) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """What a checkpoint holds of the last step that is whole, besides the learner's state."""
+    """Content of a checkpoint of the last complete step, besides the learner's state."""
 
     state: Mapping[str, Any]
     metrics: Mapping[str, float]
 
 
 def save_last(loop: Loop, whole: Whole) -> None:
-    """Write the checkpoint from which a longer run goes on. The run is done without it: where the disk has no room for
-    it, that is reported."""
+    """Write the checkpoint from which a longer run can resume. The run does not depend on it: a full disk is only
+    reported."""
     if not loop.config.run.save_last:
         return
     try:
@@ -190,11 +190,11 @@ def save_last(loop: Loop, whole: Whole) -> None:
 
 
 def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
-    """Write a checkpoint of the last whole step before `error` ends the run, so that no good step is lost.
+    """Write a checkpoint of the last complete step before `error` ends the run, so that no complete step is lost.
 
-    There is none to write before the first step, once the learner has begun the step that failed, when the learner is
-    lost or the disk is full. A checkpoint that was begun before is finished unless ranks of the learner may still wait
-    for each other. A failure to write is reported beside `error`, which stays the reason.
+    None is written before the first step, after the learner has begun the step that failed, when the learner is lost,
+    or when the disk is full. A pending checkpoint is finished unless ranks of the learner may still wait for each
+    other. A failure to write is reported in addition to `error`, which remains the reason.
     """
     at = loop.progress
     idle = at.learned == at.step or isinstance(error, MismatchError | NonFiniteError)
@@ -204,17 +204,17 @@ def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
         loop.saver.poll(wait=True)
         if at.step == 0 or at.learned != at.step or (is_disk_full(error) and not isinstance(error, UserError)):
             return
-        if loop.folder.facts["steps"] < at.step:  # the evaluation failed, behind the step itself
+        if loop.folder.facts["steps"] < at.step:  # the evaluation after the step failed
             record(loop, at.step, whole.metrics)
         loop.saver.save(at.step, whole.state, whole.metrics)
         loop.saver.poll(wait=True)
-    except Exception as second:  # noqa: BLE001 - reported beside the first failure
+    except Exception as second:  # noqa: BLE001 - reported in addition to the first failure
         loop.reporter.say(f"besides, the state after step {at.step} could not be saved: {second}")
 
 
 def evaluate_once(loop: Loop) -> dict[str, float]:
-    """Evaluate the weights as they are, unless that has been done or there is nothing to evaluate on. Return the
-    metrics of the evaluation."""
+    """Evaluate the current weights and return the metrics. Return no metrics if they have been evaluated before, or if
+    there are no evaluation prompts."""
     at = loop.progress
     if not loop.eval_prompts or at.evaluated == at.step:
         return {}
@@ -224,8 +224,8 @@ def evaluate_once(loop: Loop) -> dict[str, float]:
 
 
 def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
-    """Steps 1 to 7: the samplers end with the weights of policy version `step`. Return the metrics, or None where no
-    prompt is left to sample."""
+    """Run steps 1 to 7, after which the samplers have the weights of policy version `step`. Return the metrics, or None
+    if no prompt is left to sample."""
     config, at = loop.config, loop.progress
     started = time.monotonic()
     with loop.timeline.span("driver", "sample and score"):
@@ -239,7 +239,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     every = config.run.verify_every
     sync_ended = loop.timeline.begin("learner", "weight sync")
     syncing = loop.engines.publish(step, probe, full_check=bool(every) and step % every == 0)
-    metrics = step_metrics(config, at, sampled, learned)  # while the weights travel
+    metrics = step_metrics(config, at, sampled, learned)  # while the weights are transferred
     if config.algorithm.kl_coef > 0:
         metrics |= {"policy/kl_coef": at.kl_coef}
         at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
@@ -258,7 +258,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
 
 
 def record(loop: Loop, step: int, metrics: Mapping[str, float]) -> None:
-    """Write a step's metrics down and show them."""
+    """Log and show the metrics of a step, with health warnings."""
     loop.folder.log_metrics(step, metrics)
     loop.folder.facts["steps"] = step
     refuse_unknown_best(loop.config, metrics)
@@ -269,9 +269,9 @@ def record(loop: Loop, step: int, metrics: Mapping[str, float]) -> None:
 
 
 def sample_step(loop: Loop, step: int) -> Sampled:
-    """Groups of prompts_per_step prompts. With `max_refills`, groups that would teach nothing are replaced by those
-    of the next prompts (dynamic sampling; DAPO, arXiv 2503.14476 sec. 3.2), until the step is full or the refills
-    are used up."""
+    """Sample and score the groups of prompts_per_step prompts. With `max_refills`, groups without spread or with too
+    few scored members are replaced by groups of the next prompts (dynamic sampling; DAPO, arXiv 2503.14476 sec. 3.2),
+    until the step is full or the refills are used up."""
     a, at = loop.config.algorithm, loop.progress
     wanted = min(a.prompts_per_step, len(loop.prompts) - len(at.retired))
     kept: list[Group] = []
@@ -291,7 +291,7 @@ def sample_step(loop: Loop, step: int) -> Sampled:
 
 
 def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
-    """Advantages, batching and the learner's step; the samples are written however it ends."""
+    """Compute advantages, make batches and run the learner's step. The samples are written even if it fails."""
     config, at = loop.config, loop.progress
     started = time.monotonic()
     result: StepResult | None = None
@@ -309,11 +309,11 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
             kl_coef=at.kl_coef,
         )
         batched = time.monotonic()
-        loop.folder.raise_failed()  # while the state before the update can still be saved
+        loop.folder.raise_failed()  # before the update: the state can still be saved
         at.learned = step
         with loop.timeline.span("learner", "update"):
             result = loop.engines.step(steps)
-    finally:  # the completions of a step that fails are the ones to look at
+    finally:  # also for a failed step: its completions help to find the cause
         trained = Trained(
             logprob_sums=result.learner_logprob_sums if result else {},
             advantages=advantages_of(credit, config) if credit else {},
@@ -323,7 +323,7 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
 
 
 def solved(loop: Loop, groups: Sequence[Group]) -> set[int]:
-    """Indices of the prompts whose completions all reach `retire_reward`."""
+    """Return the indices of the prompts whose completions all reach `retire_reward`."""
     bar = loop.config.algorithm.retire_reward
     assert bar is not None
     done = {g.prompt.prompt_id for g in groups if (r := m.scored_rewards(g)) and min(r) >= bar and not m.failures(g)}
@@ -331,7 +331,7 @@ def solved(loop: Loop, groups: Sequence[Group]) -> set[int]:
 
 
 def next_kl_coef(kl_coef: float, metrics: Mapping[str, float], config: Config) -> float:
-    """The following step's coefficient: the same, or moved towards `kl_target`."""
+    """Return the KL coefficient of the next step: unchanged, or adapted towards `kl_target`."""
     a = config.algorithm
     if a.kl_target is None or "policy/kl_ref" not in metrics:
         return kl_coef
@@ -339,7 +339,7 @@ def next_kl_coef(kl_coef: float, metrics: Mapping[str, float], config: Config) -
 
 
 def moment_of(loop: Loop, step: int) -> Moment:
-    """Return where the run stands before prompts are drawn, for completions of `step`."""
+    """Return the position in the run before prompts are drawn, for completions of `step`."""
     at, updates = loop.progress, loop.config.optimizer_steps_per_step
     return Moment(
         step=step,
@@ -373,15 +373,16 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], moment: Moment, attempt: 
 
 
 def watch(loop: Loop, what: str, completions: int) -> Watch:
-    """Samplers and scorer, with a heartbeat while they are awaited."""
+    """Return the samplers and the scorer, with a heartbeat while the driver waits for them."""
     return Watch(what, completions, sampler=loop.engines, scorer=loop.scorer, say=loop.reporter.say)
 
 
 def guard_mismatch(result: StepResult, config: Config, noise: Spread) -> None:
-    """Stop when sampler and learner disagree by more than rounding explains; the weights are not published then.
+    """Raise MismatchError when sampler and learner disagree by more than rounding explains. The weights are then not
+    published.
 
-    The bar is algorithm.max_mismatch, or what the `noise` of the last weight sync allows, divided by a temperature
-    below 1, which enlarges the mismatch. Raises MismatchError.
+    The limit is algorithm.max_mismatch. By default it is the limit from the `noise` of the last weight sync, divided by
+    a temperature below 1, which enlarges the mismatch.
     """
     bar = config.algorithm.max_mismatch
     if bar is None:
@@ -396,9 +397,10 @@ def guard_mismatch(result: StepResult, config: Config, noise: Spread) -> None:
 
 
 def count_skipped(loop: Loop, result: StepResult, step: int, before: int) -> int:
-    """Steps in a row, this one among them, with an update that was left out because loss or gradient were not finite.
+    """Return the number of consecutive steps, including this one, with an update that was skipped because loss or
+    gradient was not finite.
 
-    Raises NonFiniteError when they are MAX_SKIPPED.
+    Raises NonFiniteError when the number reaches MAX_SKIPPED.
     """
     updates = int(result.extremes.get("optim/skipped_updates", 0))
     if not updates:
@@ -414,13 +416,16 @@ def count_skipped(loop: Loop, result: StepResult, step: int, before: int) -> int
 
 
 def eval_is_due(config: Config, step: int) -> bool:
-    """After the last step, and every `data.eval.every` steps."""
+    """Return whether to evaluate: after the last step, and every `data.eval.every` steps."""
     every = config.data.eval.every
     return step == config.run.steps or (every > 0 and step % every == 0)
 
 
 def evaluate(loop: Loop, step: int) -> Evaluation:
-    """avg@k on the held-out prompts under the evaluation's own sampling settings; every completion is kept."""
+    """Evaluate on the held-out prompts with the sampling settings of the evaluation, and write all completions.
+
+    Raises UserError when too many completions fail.
+    """
     config = loop.config
     groups: dict[str, tuple[Group, ...]] = {}
     for name in dict.fromkeys(prompt.dataset for prompt in loop.eval_prompts):
@@ -458,5 +463,5 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
 
 
 def eval_seed(config: Config, prompt: Prompt, index: int) -> int | None:
-    """Seed of one completion of an evaluation, the same in every one of them."""
+    """Return the seed of one completion of an evaluation, the same in all evaluations; None if not seeded."""
     return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling.seeded else None
