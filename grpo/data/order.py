@@ -17,7 +17,7 @@ class Cursor:
 
     Epoch e visits every index once, in the order of a permutation that depends on (seed, e) alone. A `take` may span
     two epochs. An index that it already got from the old epoch is then deferred to the next `take`, so that no step has
-    the same prompt twice. The deferred indices are part of the state; the stream depends on nothing else in the past.
+    the same prompt twice. Deferred indices are part of the state. Nothing else in the past affects the stream.
     """
 
     def __init__(self, size: int, *, seed: int) -> None:
@@ -117,8 +117,8 @@ class Cursor:
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, sample_index: int, attempt: int = 0) -> int:
-    """Return the seed of one completion, in [0, 2**63): it fits a signed 64-bit field and is never negative, which
-    could be a special value.
+    """Return the seed of one completion, in [0, 2**63): it fits a signed 64-bit field, and it is never a negative
+    special value.
 
     It is a hash of the arguments, so it does not depend on order, batch or the number of samplers.
     """

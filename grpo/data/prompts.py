@@ -42,7 +42,7 @@ class PromptSet:
 
     name: str
     option: str
-    """The option that names it, `data.train[0]`."""
+    """Option that configures it: `data.train[0]`."""
     prompts: tuple[Prompt, ...]
     """At least one."""
     dropped: tuple[str, ...]
@@ -196,7 +196,7 @@ def _apply_chat_template(
     asked = list[str]()
 
     def today(form: str) -> str:
-        """Return data.date instead of today to templates that write the date."""
+        """Format data.date for templates that write today's date."""
         asked.append(form)
         return datetime.fromisoformat(data.date or "2000-01-01").strftime(form)
 
@@ -235,8 +235,8 @@ def _encode(
 ) -> list[list[int]]:
     """Return the ids of each text. Raise UserError for a character that the tokenizer cannot represent.
 
-    A tokenizer with an unknown token represents such a character by it, which is accepted. Of the other tokenizers some
-    raise, some return None as the id, and some drop the character.
+    An unknown token counts as a representation, because it is the tokenizer's own. Without one, some tokenizers raise,
+    some return None as the id, and some drop the character.
     """
     options: dict[str, Any] = {
         "add_special_tokens": add_special_tokens,
