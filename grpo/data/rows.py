@@ -194,7 +194,7 @@ def _local(path: str) -> tuple[Path, str | None]:
 
 
 def _read_folder(folder: Path, configuration: str | None, split: str, option: str) -> list[Row]:
-    """Read a folder. One with files that only `save_to_disk` writes is loaded as such, any other by `load_dataset`."""
+    """Read a folder, with `load_from_disk` if `save_to_disk` wrote it (by its files), else with `load_dataset`."""
     import datasets  # noqa: PLC0415
 
     name = folder.resolve().name + (f":{configuration}" if configuration else "")

@@ -90,7 +90,7 @@ def without_overlaps(train: PromptSet, held_out: Sequence[Prompt], data: DataCon
 
 
 def limited(prompts: PromptSet, limit: int | None) -> PromptSet:
-    """Return the set with its first `limit` prompts only, and a note about that; unchanged if it has no more."""
+    """Return the first `limit` prompts of the set, with a note; the set itself if it has no more."""
     total = len(prompts.prompts)
     if limit is None or limit >= total:
         return prompts

@@ -33,7 +33,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
     for file in sorted(local.glob("*")) if local.is_dir() else []:
         if file.suffix in (".json", ".model", ".jinja", ".txt") and file.is_file() and (found := disguise_of(file)):
             raise UserError(f"model.path: {file} is {found}")
-    # A damaged tokenizer raises any type: from its JSON, its class, or the Rust library (a bare Exception).
+    # A damaged tokenizer may raise any exception: from its JSON, its class, or the Rust library (a bare Exception).
     remark = ""
     try:
         if local.is_dir():
