@@ -53,7 +53,7 @@ from grpo.watching import Watch
 
 
 class MismatchError(RuntimeError):
-    """Sampler and learner disagree about the sampled tokens: the training data is not the data that was sampled."""
+    """Sampler and learner disagree about the sampled tokens: the learner would train on data that was not sampled."""
 
 
 class NonFiniteError(RuntimeError):
@@ -85,7 +85,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """Everything that the loop uses."""
+    """Components of the loop."""
 
     config: Config
     prompts: Sequence[Prompt]

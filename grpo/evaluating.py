@@ -1,4 +1,4 @@
-"""`grpo eval`: evaluate a model on held-out data, with samplers only. Cached by all inputs, and resumable.
+"""`grpo eval`: evaluate a model on held-out data, with samplers only. Cached by its inputs, and resumable.
 
 evals/<model>-<key>/  config.yaml  key.json  samples/<n>.parquet  evaluation.json  logs/
 """
@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "additional_chat_templates/*", "*.py",
 )  # fmt: skip
-"""Files in a model folder that define its tokenizer, including its own code."""
+"""Patterns of the files that define the tokenizer of a model folder, including its own code."""
 
 
 def key_of(plan: Plan, model: str) -> dict[str, Any]:

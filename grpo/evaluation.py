@@ -122,7 +122,7 @@ def parts_of(rollout: Rollout) -> Mapping[str, float]:
 
 
 def judged(rollout: Rollout, by: str | None) -> Judged:
-    """Return the evaluated facts of a completion. `by`: the reward that judges its data set."""
+    """Return the `Judged` record of a completion. `by`: the reward that judges its data set."""
     return Judged(
         value=None if by is None else parts_of(rollout).get(by),
         answer=final_answer(rollout.text),
@@ -319,9 +319,9 @@ def bounds(strata: Sequence[NDArray[np.float64]], span: tuple[float, float], *, 
     """Return the 95 % interval of the mean of the stratum means; each stratum [N] is resampled separately.
 
     It is the expanded percentile interval: the spread of resampling N prompts is too small by the factor sqrt((N-1)/N)
-    and its tails are normal, so the quantiles are moved outwards to those of Student's t for the smallest stratum
-    (Hesterberg, arXiv 1411.5279). A stratum where fewer than `FEW` prompts differ from the most common value is bounded
-    by `means_with_one_more`.
+    and its tails are normal, so the quantiles are moved outwards to those of Student's t for the smallest resampled
+    stratum (Hesterberg, arXiv 1411.5279). A stratum where fewer than `FEW` prompts differ from the most common value
+    is bounded by `means_with_one_more` instead.
 
     Args:
         span: range of the values; values outside widen it.

@@ -153,7 +153,7 @@ def is_whole(completion: Completion) -> bool:
 
 
 def rewards_of(future: Future[list[Scored | Failed]], prompt: Prompt, timeout_s: float) -> list[Scored | Failed]:
-    """Return the outcomes of a group. Raises RewardOutage naming the prompt when they are not ready in `timeout_s`."""
+    """Return the outcomes of a group. Raises RewardOutage naming the prompt if they miss the deadline."""
     try:
         return future.result(timeout=timeout_s)
     except TimeoutError as error:
@@ -230,7 +230,7 @@ def enforce_failure_budget(groups: Sequence[Group], algorithm: AlgorithmConfig) 
     """Raise UserError when too many rollouts failed, in total or of one kind: they have no reward and cannot be trained
     on. The message shows the first failure of each kind with its input.
 
-    The error is a RewardOutage if at least half of the counted failures are of PASSING kinds.
+    The error is a RewardOutage if more than half of the counted failures are of PASSING kinds.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     failed: dict[str, list[str]] = {}

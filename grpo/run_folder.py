@@ -1,4 +1,6 @@
-"""The run folder: config, metrics, samples, model, summary. Writes are atomic and never touch another run.
+"""The run folder: config, metrics, samples, model, summary.
+
+Files are written whole or not at all, and a run never writes over another run.
 
 runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/  checkpoints/  model/  tensorboard/
 """

@@ -277,4 +277,4 @@ class StepResult:
     learner_logprob_sums: Mapping[int, float]
     """rollout index -> sum of learner logprobs over its completion, at the start of the step."""
     mismatch_counts: NDArray[np.int64]
-    """Tokens by |learner - sampler| logprob, between `grpo.metrics.MISMATCH_EDGES`."""
+    """Number of tokens by |learner - sampler| logprob, in the bins of `grpo.metrics.MISMATCH_EDGES`."""
