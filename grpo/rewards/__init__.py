@@ -1,7 +1,9 @@
-"""Reward functions are the user's code: they run in killable worker processes and can only return numbers.
+"""Reward functions are user code. They run in worker processes that can be killed, and can only return numbers.
 
-pool       the parent's side: groups in, Scored | Failed out, deadlines, restarts
+pool       parent side: takes groups, returns Scored | Failed, enforces deadlines, restarts workers
 process    one worker as the parent sees it: start, send, receive, kill
-worker     the child's side: loads the files, makes the calls
-preflight  before a run: do the files load, do the functions run, does the gold answer score
+keeper     process between parent and worker: kills everything that the worker started
+worker     child side: loads the files, makes the calls
+counts     counts of finished and running calls, for progress reports
+preflight  checks before a run: the files load, the functions run, the gold answers score
 """

@@ -1,4 +1,4 @@
-"""What a pool of reward workers has done so far and what it waits for: read by others while it works."""
+"""Counts of the finished and running calls of a reward pool. Other threads read them while the pool works."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 SLOW_S = 10.0
-"""A call that takes longer counts as slow."""
+"""A call that takes longer is counted as slow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counted:
-    """The counts since the pool was made, and the call that has been running longest."""
+    """Counts since the pool was created, and the call that has been running longest."""
 
     scored: int = 0
-    """Completions with an outcome, the failed ones among them."""
+    """Completions with an outcome, including the failed ones."""
     failed: int = 0
-    """Completions that have failed, also where other rewards have yet to answer."""
+    """Completions that have failed, even if other rewards have not answered yet."""
     slow: int = 0
-    """Calls that took longer than SLOW_S, those under way among them."""
+    """Calls that took longer than SLOW_S, including running ones."""
     slowest: str = ""
-    """The reward whose call has been running longest; "" where none runs."""
+    """Reward whose call has been running longest; "" if none is running."""
     slowest_s: float = 0.0
 
     def since(self, before: Counted) -> Counted:
-        """Return what was added after `before`."""
+        """Return the counts added since `before`."""
         return Counted(
             scored=max(0, self.scored - before.scored), failed=max(0, self.failed - before.failed),
             slow=max(0, self.slow - before.slow), slowest=self.slowest, slowest_s=self.slowest_s,
@@ -33,7 +33,7 @@ class Counted:
 
 
 def total(counts: Iterable[Counted]) -> Counted:
-    """Return the counts of several pools as one."""
+    """Sum the counts of several pools, and keep the longest running call."""
     every = list(counts)
     longest = max(every, key=lambda one: one.slowest_s, default=Counted())
     return Counted(
@@ -43,21 +43,21 @@ def total(counts: Iterable[Counted]) -> Counted:
 
 
 class Counter:
-    """Counts what one pool does; may be read from any thread."""
+    """Thread-safe counter of the calls of one pool."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._scored = self._failed = self._slow = 0
 
     def add(self, *, scored: int, failed: int, seconds: float = 0.0) -> None:
-        """Enter a call: the completions that have their outcome by it, and those that have failed by it."""
+        """Record a call that took `seconds`: the completions that it gave an outcome, and those that it made fail."""
         with self._lock:
             self._scored += scored
             self._failed += failed
             self._slow += seconds > SLOW_S
 
     def read(self, running: Iterable[tuple[str, float]]) -> Counted:
-        """Return the counts; `running`: reward and seconds of the calls under way."""
+        """Return the counts. `running`: reward and elapsed seconds of each running call."""
         calls = list(running)
         name, seconds = max(calls, key=lambda call: call[1], default=("", 0.0))
         with self._lock:

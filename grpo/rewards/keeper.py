@@ -1,11 +1,11 @@
-"""The keeper of a reward worker: `python -P keeper.py FD MEMORY_BYTES`, started by `grpo.rewards.process`.
+"""Keeper of one reward worker: `python -P keeper.py FD MEMORY_BYTES`, started by `grpo.rewards.process`.
 
-Starts the worker and stays its parent, so that whatever a reward function starts, however it detaches itself, comes
-back to this process: Linux hands orphans to the nearest ancestor that has asked for them. When the worker ends, the
-driver closes the pipe that is standard input here or dies, or a limit is passed, everything below is killed; the end of
-this process is the proof that nothing is left.
+The keeper starts the worker, stays its parent and is a child subreaper: Linux reparents orphans to the nearest
+ancestor that is one. So every process that a reward function starts stays below the keeper, however it detaches
+itself. The keeper kills all of them when the worker ends, when the driver dies or closes the pipe to the keeper's
+standard input, or when a limit is exceeded. Once the keeper has exited, none of them is left.
 
-Runs none of the user's code. Exit: as the worker ended, or one of the codes below.
+It runs no user code. It exits as the worker did, or with one of the codes below.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 PR_SET_CHILD_SUBREAPER = 36
 WORKER = str(Path(__file__).with_name("worker.py"))
 LOOK_S = 0.2
-"""How often the limits are looked at."""
+"""Seconds between two checks of the limits."""
 MAX_PROCESSES = 64
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 TOO_MANY, TOO_LARGE = 90, 91
-"""Exit codes: more than MAX_PROCESSES processes; more than MEMORY_BYTES in all of them together."""
+"""Exit codes: more than MAX_PROCESSES processes; more than MEMORY_BYTES in all of them combined."""
 
 
 def main(fd: int, memory_bytes: int) -> None:
@@ -34,14 +34,14 @@ def main(fd: int, memory_bytes: int) -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     worker = subprocess.Popen(
-        # By its path and with -P: another `grpo` or a `json.py` in the working directory is not picked up.
-        # -u: the prints of a function that is killed in the middle are those one wants to read.
+        # By path and with -P: another `grpo` or a `json.py` in the working directory is not imported.
+        # -u: the output of a function that is killed is not lost in a buffer.
         [sys.executable, "-P", "-u", WORKER, str(fd), str(os.getpid()), str(memory_bytes)],
         stdin=subprocess.DEVNULL,
         pass_fds=(fd,),
         start_new_session=True,
     )
-    os.close(fd)  # its end is to be seen when the worker's is
+    os.close(fd)  # so that the parent sees its end when the worker closes it
     ended = os.pidfd_open(worker.pid)
     over = 0
     while not over and not select.select([0, ended], [], [], LOOK_S)[0]:
@@ -56,7 +56,7 @@ def main(fd: int, memory_bytes: int) -> None:
 
 
 def passed(memory_bytes: int) -> int:
-    """The exit code of the limit that the processes below this one have passed, or 0."""
+    """Return the exit code of the limit that the descendants of this process exceed, or 0."""
     below = descendants(os.getpid())
     if len(below) > MAX_PROCESSES:
         return TOO_MANY
@@ -64,21 +64,21 @@ def passed(memory_bytes: int) -> int:
 
 
 def reap_orphans(worker: int) -> None:
-    """Take leave of what has come back here and ended; the worker's own end is looked at elsewhere."""
+    """Reap adopted orphans that have ended. The worker itself is not reaped here."""
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
     while (ended := os.waitid(os.P_ALL, 0, flags)) is not None and ended.si_pid != worker:
         os.waitpid(ended.si_pid, 0)
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, however deep."""
+    """Return all descendants of `pid`, at any depth."""
     found: list[int] = []
     todo = [pid]
     while todo:
         try:
             tasks = list(Path(f"/proc/{todo.pop()}/task").iterdir())
             children = [int(text) for task in tasks for text in (task / "children").read_text().split()]
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         found += children
         todo += children
@@ -86,8 +86,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory of a process that no file stands behind: its own and what it shares. Unmapped memory files are
-    not seen."""
+    """Return the bytes of a process's resident memory that no file backs: anonymous and shared memory. Memory files
+    that are not mapped are not counted."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -97,9 +97,9 @@ def resident(pid: int) -> int:
 
 
 def kill_all(worker: int) -> int:
-    """Kill everything below this process until nothing is left; how the worker ended, as subprocess gives it.
+    """Kill all descendants until none is left. Return the exit code of the worker, as subprocess reports it.
 
-    Groups go at once: a process that is being killed cannot fork any more.
+    Each process group is killed at once: a process that is being killed can no longer fork.
     """
     code, own = 0, os.getpgrp()
     groups = {worker}

@@ -1,7 +1,7 @@
-"""One reward worker as the parent sees it: start, send, receive, kill. Nothing here waits, `kill` but a moment.
+"""One reward worker as the parent sees it: start, send, receive, kill. Nothing here blocks, except `kill` briefly.
 
-The socket carries pickles to the worker and lines of JSON back. What comes back was written by a process that runs
-other people's code: it is parsed into numbers and short texts, or refused.
+The socket carries pickles to the worker and lines of JSON back. The worker runs untrusted code, so its lines are
+either parsed into numbers and short texts, or refused.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from grpo.rewards import keeper, worker
 from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Logged, UserError
 
 START_S = 120.0
-"""Deadline for a worker to load the reward files."""
+"""Seconds that a worker may take to load the reward files."""
 KEEPER_S = 10.0
-"""How long a keeper may take to kill what it keeps."""
+"""Seconds that a keeper may take to kill its worker and everything below it."""
 SECRET_NAME = re.compile(
     r"TOKENS?(_|$)|SECRET|PASSW|PASSPHRASE|(^|_|SSH|DB)PASS(_|$)|_PWD$"
     r"|(^|_|API|PRIVATE|ACCESS|ENCRYPTION|SIGNING)KEYS?(_|$)|CREDENTIAL|AUTH(_|$)|AUTHORIZATION|COOKIE"
@@ -42,23 +42,23 @@ MAX_DETAIL = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What one reward function says of one completion."""
+    """Result of one reward function for one completion."""
 
     value: float | Failed | None
-    """None: it abstains."""
+    """None: the reward abstains."""
     entries: Mapping[str, float] = field(default_factory=dict)
-    """Of the mapping that it returned."""
+    """Entries of the mapping that the function returned."""
     logged: Logged = NOTHING_LOGGED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Greeting:
-    """The first line of a worker."""
+    """First line that a worker sends."""
 
     error: str | None
-    """The sentence that says why a file has not loaded."""
+    """Message that says why a file did not load; None if all loaded."""
     unfilled: tuple[tuple[str, ...], ...] = ()
-    """Of each reward, the parameters that keep their defaults, as the style does not give them."""
+    """For each reward, the parameters that keep their defaults because its style does not provide them."""
 
 
 def spec_of(
@@ -69,8 +69,12 @@ def spec_of(
     source: bytes | None = None,
     kept_back: Collection[str] = (),
 ) -> dict[str, Any]:
-    """What a worker needs to load rewards[index]. `columns`: those of the rows, where they are known. `source`: the
-    file's content, where it has been read. `kept_back`: environment variables that the worker does not see.
+    """Return what a worker needs to load rewards[index].
+
+    Args:
+        columns: Columns of the rows, if known.
+        source: Content of the file, if it has been read already.
+        kept_back: Environment variables that the worker does not see.
 
     Raises UserError when the file cannot be read.
     """
@@ -91,9 +95,10 @@ def spec_of(
 
 
 class WorkerProcess:
-    """A started worker, told to load `specs`. Its prints are appended to `log`, or dropped.
+    """A started worker that loads `specs`. Its output is appended to `log`, or dropped if `log` is None.
 
-    Between this process and it stands its keeper (`grpo.rewards.keeper`), which ends when nothing of it is left.
+    Its parent is a keeper (`grpo.rewards.keeper`), which ends only when neither the worker nor anything that it started
+    is left.
     """
 
     def __init__(
@@ -128,7 +133,7 @@ class WorkerProcess:
         return bool(self._outgoing)
 
     def send(self, message: bytes) -> None:
-        """Queue a message and send what the socket takes at once; `flush` sends the rest when it is writable."""
+        """Queue a message and send what the socket accepts now. `flush` sends the rest when the socket is writable."""
         self._outgoing += len(message).to_bytes(worker.HEADER_BYTES, "little") + message
         self.flush()
 
@@ -138,13 +143,13 @@ class WorkerProcess:
                 del self._outgoing[: self.socket.send(self._outgoing)]
         except BlockingIOError:
             return
-        except OSError:  # it is gone; reading says so too, after what it still had to say
+        except OSError:  # the worker is gone; `receive` reports it, after its last lines
             self._outgoing.clear()
 
     def receive(self) -> tuple[list[bytes], bool]:
-        """(lines that have come, whether more can come)."""
+        """Return the lines that have arrived, and whether more can come."""
         more, size = True, 0
-        while size < MAX_LINE_BYTES:  # a bound, so that a flood cannot keep the parent here
+        while size < MAX_LINE_BYTES:  # bounded, so that a flood of data cannot block the parent
             try:
                 data = self.socket.recv(1 << 16)
             except BlockingIOError:
@@ -161,25 +166,27 @@ class WorkerProcess:
         return lines, more and len(rest) <= MAX_LINE_BYTES
 
     def exited(self) -> bool:
-        """Whether it has ended; its status stays to be read by `kill`."""
+        """Return whether the keeper has ended. Its exit status is left for `kill` to read."""
         if self._process.returncode is not None:
             return True
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self, *, patience_s: float = 0.0) -> str:
-        """Kill it and everything that it has started; says how it ended.
+        """Kill the worker and everything that it has started. Return how the worker ended, in words.
 
-        A worker whose socket has closed may need `patience_s` to be seen dead by its own doing rather than by ours.
+        Args:
+            patience_s: Seconds to wait for the worker to end by itself, so that its own exit is reported instead of
+                this kill. Useful when its socket has closed.
         """
         until = time.monotonic() + patience_s
         while not self.exited() and time.monotonic() < until:
             time.sleep(0.002)
         alone = self.exited()
         assert self._process.stdin is not None
-        self._process.stdin.close()  # what the keeper waits for
+        self._process.stdin.close()  # tells the keeper to kill everything
         try:
             code = self._process.wait(timeout=KEEPER_S)
-        except subprocess.TimeoutExpired:  # stopped, by the code it keeps
+        except subprocess.TimeoutExpired:  # the user's code has stopped the keeper
             self._process.kill()
             code = self._process.wait()
         self.socket.close()
@@ -196,23 +203,23 @@ class WorkerProcess:
 
 
 def secrets(environment: Mapping[str, str]) -> set[str]:
-    """Variables that look like secrets, by their name or as a password in a URL."""
+    """Return the variables that look like secrets, by their name or by a password in a URL."""
     return {name for name, value in environment.items() if SECRET_NAME.search(name.upper()) or SECRET_URL.search(value)}
 
 
 def withheld(environment: Mapping[str, str], passed: Collection[str]) -> set[str]:
-    """Names of what looks like a secret, but for `passed`."""
+    """Return the variables that look like secrets, except those in `passed`."""
     return secrets(environment) - set(passed)
 
 
 def scrubbed(environment: Mapping[str, str], passed: Collection[str]) -> dict[str, str]:
-    """`environment` without what looks like a secret, but for `passed`."""
+    """Return `environment` without the variables that look like secrets, except those in `passed`."""
     kept_back = withheld(environment, passed)
     return {name: value for name, value in environment.items() if name not in kept_back}
 
 
 def parse_greeting(line: bytes) -> Greeting:
-    """The first line of a worker.
+    """Parse the first line of a worker.
 
     Raises ValueError when it is anything else.
     """
@@ -226,10 +233,12 @@ def parse_greeting(line: bytes) -> Greeting:
 
 
 def parse_answer(line: bytes, name: str, count: int) -> tuple[list[Part], str | None]:
-    """The answer to one call of the reward `name` on `count` completions, and what the call has changed of the worker's
-    surroundings, so that it is not to be used again.
+    """Parse the answer to one call of the reward `name` on `count` completions.
 
-    Raises ValueError when it is anything else.
+    Return the parts, and what the call has changed in the worker's process, or None. A changed worker must not be
+    reused.
+
+    Raises ValueError when the line is anything else.
     """
     message = json.loads(line)
     results = message.get("results") if isinstance(message, dict) else None
@@ -253,7 +262,7 @@ def parse_answer(line: bytes, name: str, count: int) -> tuple[list[Part], str | 
 
 
 def _parse_columns(columns: Any, name: str, count: int) -> dict[str, list[str | float | bool | None]]:
-    """`<reward>/<column>` -> a value per completion; texts as UTF-8 can write them."""
+    """Return `<reward>/<column>` -> one value per completion. Texts are made encodable as UTF-8."""
     _refuse_names(columns)
     out: dict[str, list[str | float | bool | None]] = {}
     for column, values in columns.items():
@@ -268,7 +277,7 @@ def _parse_columns(columns: Any, name: str, count: int) -> dict[str, list[str | 
 
 
 def _parse_metrics(metrics: Any, name: str) -> dict[str, tuple[float, int]]:
-    """`<reward>/metric/<name>` -> (sum, count)."""
+    """Return `<reward>/metric/<name>` -> (sum, count)."""
     _refuse_names(metrics)
     out = {}
     for metric, pair in metrics.items():
@@ -303,12 +312,12 @@ def _parse_result(result: Any, name: str) -> Part:
 
 
 def failed(name: str, kind: FailureKind, detail: str) -> Failed:
-    """A failure of the reward `name`, on one line."""
+    """Return a failure of the reward `name`, with its detail on one line."""
     return Failed(kind=kind, detail=" ".join(writable(f"{name}: {detail}").split())[:MAX_DETAIL])
 
 
 def writable(text: str) -> str:
-    """Return `text` with a question mark for each half of a surrogate pair: no file takes those."""
+    """Return `text` with each lone surrogate replaced by a question mark: UTF-8 cannot encode them."""
     return text.encode(errors="replace").decode()
 
 
