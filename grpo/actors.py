@@ -1,6 +1,6 @@
-"""Ray shells around the engines, and the weight-sync transaction between them.
+"""Ray actors around the engines, and the weight-sync transaction between them.
 
-The engines are imported inside the actors' methods, so that the driver's process loads neither vllm nor deepspeed.
+The engines are imported inside the actors' methods, so that the driver process loads neither vllm nor deepspeed.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, 
 from grpo.weight_sync import Bucket, SyncReport, buckets_of, prove, refuse_not_finite, verify
 
 ENDING_S = 10.0
-"""How long calls to samplers may take to end when one of them has failed."""
+"""Seconds that calls to samplers may take to end after one of them has failed."""
 
 FLUSH_S = 0.25
-"""A sampler hands finished completions over this often, so that scoring starts while others still generate."""
+"""Seconds between deliveries of finished completions by a sampler. Scoring starts while others are still generated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,22 +54,22 @@ class SyncResult:
     seconds: float
     nbytes: int
     probe: Spread
-    """Learner against sampler on the probe; the sampler that is furthest away."""
+    """Difference between learner and sampler on the probe, for the sampler with the largest difference."""
     noise: Spread
-    """The learner's own rounding noise on it."""
+    """The learner's own rounding noise on the probe."""
     full_check_s: float = 0.0
-    """Seconds of the full check before it, 0 without one."""
+    """Seconds of the full check before the sync; 0 if there was none."""
     movement_errors: tuple[float, ...] = ()
-    """After a full check, of each group of parameters: how far a sampler ended from where the learner's logprobs moved
-    to, as a share of that movement (90 % quantiles)."""
+    """After a full check, for each group of parameters: the distance of a sampler's logprobs from where the learner's
+    moved to, as a share of that movement (90 % quantiles)."""
 
 
 STACK_SIGNAL = signal.SIGUSR2
-"""Makes an actor write what each of its threads is doing to its log, also where it is stuck in C."""
+"""Makes an actor write the stacks of all its threads to its log, even when it is stuck in C."""
 
 
 def _log_to(path: str) -> None:
-    """Send everything that this process and its libraries print to `path`, and its stacks when it is asked for them."""
+    """Redirect all output of this process and its libraries to `path`, and write its stacks there on STACK_SIGNAL."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -77,22 +77,22 @@ def _log_to(path: str) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
-    faulthandler.enable(file=2)  # a crash in C has last words, too
+    faulthandler.enable(file=2)  # also write the stacks on a crash in C
     faulthandler.register(STACK_SIGNAL, file=2, all_threads=True)
 
 
 def _process() -> tuple[str, int]:
-    """The Ray node and the pid of this process."""
+    """Return the Ray node and the pid of this process."""
     return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 def _place(gpus: Sequence[str]) -> Place:
-    """Where this process is; `gpus`: the UUIDs of those that it uses."""
+    """Return the place of this process. `gpus`: UUIDs of the GPUs that it uses."""
     return Place(node=ray.get_runtime_context().get_node_id(), host=ray.util.get_node_ip_address(), gpus=tuple(gpus))
 
 
 def _resources() -> Mapping[str, float]:
-    """Return Ray's resources of this node: "CPU", "GPU" and others."""
+    """Return the Ray resources of this node: "CPU", "GPU" and others."""
     here = ray.get_runtime_context().get_node_id()
     [found] = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
     resources: Mapping[str, float] = found
@@ -100,18 +100,18 @@ def _resources() -> Mapping[str, float]:
 
 
 def cpus_per_gpu(resources: Mapping[str, float]) -> int:
-    """Return how many of a node's CPUs come to each of its GPUs, at least 1."""
+    """Return the number of CPUs per GPU of a node, at least 1."""
     return max(1, int(resources.get("CPU", 1) // max(1, resources.get("GPU", 1))))
 
 
 def set_threads(count: int) -> None:
-    """Compute with `count` threads from now on: in torch, and in what is loaded with an OpenMP of its own."""
+    """Compute with `count` threads from now on, in torch and in libraries loaded later with a separate OpenMP."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
 
 
 def freeze_garbage() -> None:
-    """Keep what was loaded out of later garbage collections: walking it costs tenths of a second each time."""
+    """Exclude loaded objects from later garbage collections: traversing them costs tenths of a second each time."""
     gc.collect()
     gc.freeze()
 
@@ -127,9 +127,9 @@ class SamplerActor:
         return _process()
 
     def start(self, transport: str, devices: Sequence[str]) -> None:
-        """Load the engine. `devices`: the GPUs of the learner ranks that it shares them with, where it does."""
+        """Load the engine. `devices`: GPUs of the learner ranks, if it shares them."""
         os.environ.update(network_environment(ray.util.get_node_ip_address()))
-        if devices:  # Ray has given them to the ranks
+        if devices:  # Ray has assigned them to the ranks
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         from grpo.sampler.engine import Sampler  # noqa: PLC0415 - keeps vllm out of the driver
 
@@ -165,7 +165,7 @@ class SamplerActor:
 
 
 class LearnerActor:
-    """One rank of a `grpo.learner.engine.Learner` behind Ray; rank 0 also commands weight syncs."""
+    """One rank of a `grpo.learner.engine.Learner` behind Ray. Rank 0 also coordinates weight syncs."""
 
     def __init__(self, config: Config, rank: int, log: str) -> None:
         _log_to(log)
@@ -174,29 +174,29 @@ class LearnerActor:
         self._store: Any = None
         self._sender: Sender | None = None
         self._sending: list[int] = [0]
-        """The ranks that send."""
+        """Ranks that send weights."""
         self._samplers: Sequence[Any] = ()
         self._lost: Exception | None = None
-        """A sampler died in the sync under way."""
+        """Error of a sampler that died during the current sync."""
 
     def process(self) -> tuple[str, int]:
         return _process()
 
     def devices(self) -> list[str]:
-        """The GPUs that Ray has given this rank, as CUDA_VISIBLE_DEVICES names them."""
+        """Return the GPUs that Ray has assigned to this rank, as CUDA_VISIBLE_DEVICES names them."""
         found: list[str] = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return found
 
     def open_store(self) -> tuple[str, int]:
-        """Rank 0: open the rendezvous; returns its host and port."""
+        """Open the rendezvous on rank 0. Return its host and port."""
         host = ray.util.get_node_ip_address()
         self._store = open_store(host, self._config.cluster.learner_ranks, self._config.cluster.start_timeout_s)
         return host, self._store.port
 
     def start(self, host: str, port: int) -> None:
-        """Join the group and build the engine; a collective."""
+        """Join the process group and build the engine. A collective of all ranks."""
         os.environ.update(network_environment(ray.util.get_node_ip_address()))
-        if self._config.on_gpu:  # Ray allows one
+        if self._config.on_gpu:  # Ray allows only one thread
             set_threads(self._config.learner.threads or cpus_per_gpu(_resources()))
         from grpo.learner import setup  # noqa: PLC0415 - keeps deepspeed out of the driver
         from grpo.learner.engine import Learner  # noqa: PLC0415
@@ -214,12 +214,15 @@ class LearnerActor:
     def connect(
         self, ranks: Sequence[Place], samplers: Sequence[Any], at: Sequence[Place], transport: str, timeout_s: float
     ) -> None:
-        """Open this rank's end of the weight transfer; rank 0 also has the `samplers`, which are `at` their places,
-        open theirs.
+        """Open this rank's end of the weight transfer. Rank 0 also has the samplers open theirs.
 
-        Raises UserError when the transport cannot reach from the `ranks` to where a sampler was placed.
+        Args:
+            ranks: Places of the learner ranks.
+            at: Places of the `samplers`.
+
+        Raises UserError when the transport cannot connect the `ranks` with the place of a sampler.
         """
-        self._lost = None  # whoever was lost has been replaced
+        self._lost = None  # lost samplers have been replaced
         self._sending = senders(transport, ranks, at)
         if self._rank not in self._sending:
             return
@@ -228,7 +231,7 @@ class LearnerActor:
             self._samplers = samplers
             infos = [self._sender.init_info(i, place) for i, place in enumerate(at)]
             pending = [s.init_transfer.remote(info) for s, info in zip(samplers, infos, strict=True)]
-            connected = in_background(self._sender.connect)  # a rendezvous waits for a sampler that has failed, too
+            connected = in_background(self._sender.connect)  # a rendezvous also waits for a sampler that has failed
             self._all_of(pending, timeout_s)
             if self._lost is not None:
                 raise self._lost
@@ -250,8 +253,10 @@ class LearnerActor:
         self._learner.offload()
 
     def publish(self, policy_version: int, probe: Probe, full_check: bool, timeout_s: float) -> SyncResult:
-        """One verified sync (all ranks together). `full_check` first proves that what is sent is what is used:
-        perturbed weights must move every sampler's logprobs to where they move the learner's.
+        """Run one verified sync. A collective of all ranks.
+
+        `full_check` first proves that the sent weights are the ones in use: perturbed weights must move every sampler's
+        logprobs to where they move the learner's.
 
         Raises WeightSyncError.
         """
@@ -270,28 +275,31 @@ class LearnerActor:
             groups = PERTURBED_GROUPS[self._config.model.dtype]
             errors = prove(learner=self._learner, before=reading, probe=probe, groups=groups, transfer=transfer)
             full_check_s = time.monotonic() - started
-        # the reading from before the perturbations: weights that were not restored are refused
+        # the reading is from before the perturbations: weights that were not restored are refused
         result = self._transfer(policy_version, probe, reading, timeout_s)
         if self._lost is not None:
             raise self._lost
         return replace(result, movement_errors=errors, full_check_s=full_check_s)
 
     def _reading(self, probe: Probe, timeout_s: float) -> Reading:
-        """Return the learner's probe and its rounding noise, once it has the memory.
+        """Take the memory, then return the learner's probe and its rounding noise.
 
-        The samplers have nothing to do yet: two engines computing at once on the same cores cost each other 0.1 s.
+        The samplers are still idle: two engines that compute at once on the same cores cost each other 0.1 s.
         """
         self._take_memory(timeout_s)
         return self._learner.read_probe(probe)
 
     def _take_memory(self, timeout_s: float) -> None:
-        """Have the samplers leave the memory to the learner, and the learner take it."""
+        """Put the samplers to sleep and load the learner into the memory, if they take turns in it."""
         self._take_turns("sleep", False, timeout_s=timeout_s)
         self._learner.reload()
 
     def _transfer(self, policy_version: int, probe: Probe, reading: Reading, timeout_s: float) -> SyncResult:
-        """One sync of the weights that gave the `reading`. A sampler that dies in it is remembered, and the rest goes
-        on without any: at ZeRO 3 the other ranks are in the same collectives."""
+        """Sync the weights that gave the `reading`.
+
+        If a sampler dies during the sync, its error is kept in `_lost`, and the sync is completed without any sampler:
+        with ZeRO 3, the other ranks are in the same collectives.
+        """
         started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
         self._take_memory(timeout_s)
         if self._config.takes_turns:
@@ -308,8 +316,8 @@ class LearnerActor:
                 sent |= {spec.name: value for spec, value in zip(bucket.tensors, bucket.checksums, strict=True)}
                 nbytes += sum(spec.nbytes for spec in bucket.tensors)
             if len(self._sending) > 1:
-                self._learner.barrier()  # what the others have packed has been read
-        tensors = []  # views of what is about to leave the GPU
+                self._learner.barrier()  # the buckets of the other ranks have been read
+        tensors = []  # these were views of weights that are about to leave the GPU
         if self._config.takes_turns:
             self._learner.offload()
         self._take_turns("wake", "kv_cache", timeout_s=timeout_s)
@@ -329,8 +337,10 @@ class LearnerActor:
         )
 
     def _take_turns(self, verb: str, argument: Any, *, timeout_s: float) -> None:
-        """Where samplers and learner leave each other the memory: have every sampler sleep or wake, when all ranks are
-        here, and let them go on when it has."""
+        """Have every sampler sleep or wake, if samplers and learner take turns in memory.
+
+        A barrier before it waits for all ranks. A barrier after it holds them until the samplers are done.
+        """
         if not self._config.takes_turns:
             return
         if self._config.cluster.learner_ranks > 1:
@@ -341,7 +351,7 @@ class LearnerActor:
             self._learner.barrier()
 
     def _packed(self, tensors: Sequence[tuple[str, Any]]) -> Bucket | None:
-        """What all sending ranks have packed, on rank 0."""
+        """Return, on rank 0, the joined bucket of all sending ranks; None on other ranks."""
         ours = self._sender.pack(tensors) if self._sender is not None else None
         if len(self._sending) > 1:
             every = self._learner.gathered(ours)
@@ -349,23 +359,23 @@ class LearnerActor:
         return ours if self._rank == 0 else None
 
     def _transmit(self, tensors: Sequence[tuple[str, Any]], pending: Sequence[Any], timeout_s: float) -> None:
-        """Send a bucket, and wait until every sampler has loaded it."""
+        """Send a bucket and wait until every sampler has loaded it."""
         assert self._sender is not None
         try:
             self._sender.transmit(tensors)
             self._all_of(pending, timeout_s)
             if self._lost is None:
                 self._sender.transmitted()
-        except RuntimeError:  # the other end of a collective may have gone: whether it has is asked of Ray
+        except RuntimeError:  # the other end of a collective may have died: check with Ray
             self._lost = self._lost or first_death(pending)
             if self._lost is None:
                 raise
 
     def _all_of(self, references: Sequence[Any], timeout_s: float) -> list[Any]:
-        """Results from the samplers; none where one of them has died.
+        """Return the results of calls to samplers, or an empty list if one of them has died.
 
-        The first failure is enough: the others may wait for the one that failed in a collective, where they get an
-        error at once only if that is ended here.
+        The first failure ends the wait. The others may be waiting in a collective for the one that failed. They get an
+        error at once only if this end aborts the collective.
         """
         waiting, deadline = list(references), time.monotonic() + timeout_s
         try:
@@ -378,7 +388,7 @@ class LearnerActor:
             self._lost = error
             if self._sender is not None:
                 self._sender.abort()
-        except ray.exceptions.RayTaskError:  # one that lost its peers in a collective fails, too; who died is the cause
+        except ray.exceptions.RayTaskError:  # losing a peer in a collective fails a call, too; the death is the cause
             if self._sender is not None:
                 self._sender.abort()
             self._lost = first_death(references)
@@ -408,14 +418,14 @@ class LearnerActor:
 
 
 def in_background(call: Callable[[], None]) -> Future[None]:
-    """Run `call` in a thread that nothing waits for at the process's end, and return its outcome to come."""
+    """Run `call` in a daemon thread, and return a future of its outcome."""
     outcome: Future[None] = Future()
 
     def run() -> None:
         try:
             call()
             outcome.set_result(None)
-        except Exception as error:  # noqa: BLE001 - whoever asks for the outcome gets it
+        except Exception as error:  # noqa: BLE001 - the future carries it
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -423,7 +433,7 @@ def in_background(call: Callable[[], None]) -> Future[None]:
 
 
 def first_death(references: Sequence[Any]) -> Exception | None:
-    """Return the error of the first of these calls whose actor has died, within ENDING_S; None where none has."""
+    """Return the error of the first of these calls whose actor has died within ENDING_S; None if none has."""
     ended, _ = ray.wait(list(references), num_returns=len(references), timeout=ENDING_S)
     for reference in ended:
         try:

@@ -1,7 +1,7 @@
-"""Ray for a run: join the cluster that the recipe or RAY_ADDRESS names, or start a private one and take it down.
+"""Ray session of a run: join the cluster that the recipe or RAY_ADDRESS names, or start and stop a private Ray.
 
 A private Ray has its own temporary folder, its own token and ports that the system chose, so that runs on one machine
-do not meet. Resources are checked before they are asked for: Ray itself would wait for them without a word.
+do not interfere. Resources are checked before they are requested: Ray would wait for missing ones silently.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"
 LOOK_S = 1.0
-"""How often a run that waits for room looks."""
+"""Seconds between two checks of a run that waits for room."""
 STILL_S = 600.0
-"""How often it says that it still waits, where nothing has changed."""
+"""Seconds between two messages of a waiting run, if nothing has changed."""
 CONNECT_S = 5.0
-"""How long a Ray cluster may take to accept a connection."""
+"""Seconds that a Ray cluster may take to accept a connection."""
 
 
 def check_memory(config: Config) -> None:
-    """Raises UserError when the KV caches of a run on this machine's CPUs exceed its memory."""
+    """Raise UserError when the KV caches of a run on this machine's CPUs exceed its memory."""
     total = usable_memory_gib()
     each, count = config.sampler.kv_cache_gib, config.cluster.samplers
     if each is not None and not config.on_gpu and each * count > total:
@@ -55,27 +55,27 @@ def check_memory(config: Config) -> None:
 
 
 def cluster_address(config: Config) -> str | None:
-    """The cluster to join, or None for a private Ray."""
+    """Return the address of the cluster to join, or None for a private Ray."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def local_node(config: Config) -> Node:
-    """What a private Ray will offer."""
+    """Return the resources that a private Ray will offer, as a node."""
     cpus: float = config.cluster.cpus if config.cluster.cpus is not None else usable_cpus()
     gpus: float = config.cluster.gpus if config.cluster.gpus is not None else torch.cuda.device_count()
     return Node(name=THIS_MACHINE, cpus=cpus, gpus=gpus, free_cpus=cpus, free_gpus=gpus)
 
 
 def named(config: Config) -> str:
-    """Return the option, or the environment variable, that names the cluster to join, with its value."""
+    """Return the option or environment variable that names the cluster to join, with its value."""
     address = cluster_address(config)
     return f"cluster.address={address}" if config.cluster.address else f"the environment variable RAY_ADDRESS={address}"
 
 
 def refuse_silent(config: Config, address: str) -> None:
-    """Ray waits for minutes where nothing listens; one connection tells at once.
+    """Raise UserError when `address` is a host and port where nothing answers.
 
-    Raises UserError when `address` is a host and port where nothing answers.
+    Ray itself would wait for minutes. A single connection attempt shows it at once.
     """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not colon:  # "auto", which Ray looks up in a file of this machine
@@ -88,8 +88,10 @@ def refuse_silent(config: Config, address: str) -> None:
 
 
 class RayJob(JobConfig):  # type: ignore[misc]
-    """Keeps the driver's working directory from the actors, where Ray would put it first on `sys.path`: a `torch.py`
-    there would hide torch."""
+    """Job configuration that keeps the driver's working directory out of the actors' `sys.path`.
+
+    Ray would put it first, where a `torch.py` in it would shadow torch.
+    """
 
     def _runtime_env_has_working_dir(self) -> bool:
         return True
@@ -105,12 +107,12 @@ def write_to_stderr(text: str) -> None:
 def session(
     config: Config, log_dir: Path | None, *, patience_s: float = 0.0, say: Callable[[str], None] = write_to_stderr
 ) -> Iterator[str]:
-    """Ray for the duration of the block, with enough resources for the run; gives the address of its dashboard, ""
-    where there is none.
+    """Run the block in a Ray session with enough resources for the run. Yield the address of its dashboard; "" if none.
 
-    `log_dir` None: only to look (`grpo check`); a private Ray is not started then, its offer is known.
-    `patience_s`: how long to wait for what a run has just given back to a cluster.
-    `say`: prints what a run with `cluster.queue` waits for.
+    Args:
+        log_dir: None only checks the resources (`grpo check`). A private Ray is not started then: its offer is known.
+        patience_s: Seconds to wait for resources that a run has just released to a cluster.
+        say: Called with what a run with `cluster.queue` waits for.
     """
     address = cluster_address(config)
     if address is None:
@@ -134,7 +136,7 @@ def session(
     refuse_own_ray(config)
     refuse_silent(config, address)
     try:
-        with handlers_kept():  # Ray's own handler of SIGTERM would end a run that waits, without a word
+        with handlers_kept():  # Ray's own SIGTERM handler would end a waiting run silently
             context = ray.init(address=address, job_config=RayJob(), log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"{named(config)}: {' '.join(str(error).split())[:300]}") from error
@@ -150,10 +152,11 @@ def session(
 
 
 def wait_for_room(config: Config, place: str, patience_s: float, say: Callable[[str], None]) -> None:
-    """Wait for `patience_s` until the cluster has room for every engine. A run with `cluster.queue` waits as long as it
-    takes for what others have taken, and says so.
+    """Wait up to `patience_s` until the cluster has room for every engine.
 
-    Raises UserError when there is no room by then.
+    A run with `cluster.queue` waits without a limit for resources that others use, and reports what it waits for.
+
+    Raises UserError when there is no room in time.
     """
     started = time.monotonic()
     said, said_at = "", started
@@ -171,7 +174,10 @@ def wait_for_room(config: Config, place: str, patience_s: float, say: Callable[[
 
 
 def exporter(run: str) -> Callable[[int, Mapping[str, float]], None]:
-    """Gauges that the metrics agent of this Ray node exports, as ray_grpo_<name> with the tag `run`."""
+    """Return a function that sets gauges, which the metrics agent of this Ray node exports.
+
+    Their names are ray_grpo_<name>, with the tag `run`.
+    """
     gauges: dict[str, Any] = {}
 
     def to_prometheus(step: int, metrics: Mapping[str, float]) -> None:
@@ -186,14 +192,17 @@ def exporter(run: str) -> Callable[[int, Mapping[str, float]], None]:
 
 @functools.cache
 def _token() -> str:
-    """This process's own: Ray reads it once and keeps it, also for a session after the first has ended."""
+    """Return the token of this process. Ray reads it once and keeps it, even for later sessions."""
     return secrets.token_hex(32)
 
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Let what Ray starts listen on the loopback interface alone. Ray does so by itself on other systems only, and has
-    no option for it: it replaces a loopback address that it is given by the machine's own."""
+    """Make everything that Ray starts in the block listen on the loopback interface only.
+
+    Ray does so by default only on other operating systems. It has no option for it: it replaces a given loopback
+    address with the machine's own.
+    """
     name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
     os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
@@ -205,8 +214,11 @@ def _loopback_only() -> Iterator[None]:
 
 @contextmanager
 def _out_of_the_process_group() -> Iterator[None]:
-    """Let what Ray starts be in a session of its own: a signal to the job's process group, as `timeout` and terminals
-    send it, is for the driver, which needs its engines to finish the step."""
+    """Start Ray's processes in a separate session, outside the job's process group.
+
+    A signal to the group, as `timeout` and terminals send it, is meant for the driver, which needs its engines to
+    finish the step.
+    """
 
     class Popen(services.ConsolePopen):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -222,10 +234,10 @@ def _out_of_the_process_group() -> Iterator[None]:
 
 @contextmanager
 def _private_ray(node: Node, above: str) -> Iterator[None]:
-    """`above`: the folder that Ray's own is made in; see `grpo.sockets`."""
+    """Run the block with a private Ray, whose folder is created in `above` (see `grpo.sockets`)."""
     folder = Path(tempfile.mkdtemp(prefix="grpo-ray-", dir=above))
     os.environ["RAY_AUTH_TOKEN"] = _token()
-    os.environ[sweeper.MARK] = str(folder)  # what Ray starts inherits it
+    os.environ[sweeper.MARK] = str(folder)  # inherited by everything that Ray starts
     sweeping = subprocess.Popen(
         [sys.executable, "-P", sweeper.__file__, str(folder)],
         stdin=subprocess.PIPE,
@@ -242,9 +254,9 @@ def _private_ray(node: Node, above: str) -> Iterator[None]:
             log_to_driver=False,
             logging_level="ERROR",
             object_store_memory=1 << 30,
-            _temp_dir=str(folder / "r"),  # Ray opens it to everybody; the folder above it stays ours alone
+            _temp_dir=str(folder / "r"),  # Ray opens this folder to all users; its parent stays private
             _node_ip_address=LOOPBACK,
-            _system_config={"task_events_report_interval_ms": 0},  # else Ray remembers the last 100,000 calls
+            _system_config={"task_events_report_interval_ms": 0},  # otherwise Ray keeps the last 100,000 calls
         )
         if ray.util.get_node_ip_address() != LOOPBACK:
             raise RuntimeError(f"the private Ray listens on {ray.util.get_node_ip_address()}, not on {LOOPBACK} alone")

@@ -1,7 +1,7 @@
-"""The engines of a run as the driver's loop sees them: placed, started, waited for, and replaced when they die.
+"""The engines of a run as the driver's loop uses them: place, start, wait, and replace samplers that die.
 
-Every wait has a deadline. When an actor fails first, its last log lines come with the error; when none answers in
-time, each of them first writes what its threads are doing.
+Every wait has a deadline. If an actor dies, the error quotes its last log lines. If the deadline passes, each engine
+first writes the stacks of its threads to its log.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from grpo.types import (
 from grpo.weight_sync import WeightSyncError
 
 LOOK_S = 2.0
-"""How often a wait looks whether the nodes are still there."""
+"""Seconds between two checks, during a wait, that the nodes are still alive."""
 STACK_S = 10.0
-"""How long a node may take to deliver it."""
+"""Seconds that a node may take to deliver STACK_SIGNAL."""
 
 
 class ActorDied(EngineFailure):
@@ -53,7 +53,7 @@ class ActorDied(EngineFailure):
 
 
 def _oom_kills() -> int:
-    """Processes of this machine that the kernel has killed for want of memory since it started."""
+    """Return how many processes of this machine the kernel has killed for lack of memory since boot."""
     with contextlib.suppress(OSError):  # a kernel without the counter
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -68,22 +68,22 @@ def _signal(pids: Sequence[int]) -> None:
 
 
 def sampler_environment(config: Config) -> dict[str, str]:
-    """Environment of a sampler's process, in place before it imports vllm or torch."""
+    """Return the environment of a sampler process. It must be set before the process imports vllm or torch."""
     environment = COMMON | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's process, its model within reach
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor's process, where its model is accessible
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
     if not config.on_gpu:
         threads = config.sampler.threads or usable_cpus()
         environment |= CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
-        if config.sampler_workers > 1:  # else vLLM wants a NUMA node for each
+        if config.sampler_workers > 1:  # otherwise vLLM requires a NUMA node for each worker
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return environment
 
 
 def learner_environment(config: Config, rank: int) -> dict[str, str]:
-    """Environment of a learner's process, in place before it imports torch or deepspeed."""
+    """Return the environment of a learner process. It must be set before the process imports torch or deepspeed."""
     environment = COMMON | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(config.cluster.learner_ranks)}
     if not config.on_gpu:
         threads = config.learner.threads or max(1, usable_cpus() // config.cluster.learner_ranks)
@@ -93,19 +93,19 @@ def learner_environment(config: Config, rank: int) -> dict[str, str]:
 
 CPU_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
-    # threads that wait for each other sleep instead of spinning: whatever else runs on these cores would pay for it
+    # waiting threads sleep: spinning would slow down everything else on these cores
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 COMMON = {
-    "PYTHONSAFEPATH": "1",  # vLLM starts `python -m ...`, for which the working directory would hide modules
+    "PYTHONSAFEPATH": "1",  # vLLM starts `python -m ...`, which would let the working directory shadow modules
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONWARNINGS": "ignore::FutureWarning",  # torch's, about calls that DeepSpeed makes at every step
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # from torch, about calls that DeepSpeed makes in every step
 }
 
 
 def train_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSettings:
-    """The sampling record as the sampler takes it; the learner replays its temperature."""
+    """Return the sampling settings of training. The learner uses the same temperature in its replay."""
     return SamplingSettings(
         temperature=config.sampling.temperature,
         max_tokens=config.sampling.max_tokens,
@@ -115,7 +115,7 @@ def train_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSett
 
 
 def eval_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSettings:
-    """Evaluation's own settings."""
+    """Return the sampling settings of evaluation."""
     e = config.data.eval
     return SamplingSettings(
         temperature=e.temperature,
@@ -129,29 +129,32 @@ def eval_settings(config: Config, end_token_ids: Sequence[int]) -> SamplingSetti
 
 
 class Engines:
-    """All actors of a run, with the verbs that the driver's loop calls. A sampler that dies is replaced."""
+    """All actors of a run, with the operations that the driver's loop calls. A sampler that dies is replaced."""
 
     def __init__(self, config: Config, log_dir: Path, say: Callable[[str], None], timeline: Timeline) -> None:
-        """Place the actors and load the engines: all at once, but where they share GPUs the samplers first. Without
-        learner ranks the samplers keep the weights of the model's folder.
+        """Place the actors and load the engines: all at once or, if they share GPUs, the samplers first.
 
-        `say`: where a replaced sampler is told.
+        Without learner ranks, the samplers keep the weights of the model folder.
 
-        Raises EngineFailure when one does not come up, UserError when the model folder is at fault.
+        Args:
+            say: Called with a line when a sampler has been replaced.
+
+        Raises EngineFailure when an engine does not start, UserError when the model folder is the cause.
         """
         self._config, self._log_dir, self._say, self._timeline = config, log_dir, say, timeline
         self._timeout = config.cluster.step_timeout_s
         self._names: dict[Any, str] = {}
         self._processes: dict[Any, Any] = {}
+        """Actor -> reference to its node and pid, requested when it is created."""
         self._outstanding: dict[int, int] = {}
-        """Actor -> what it is asked first: where it runs."""
+        """Sampler -> completions that it still has to deliver."""
         self._known: dict[Any, tuple[str, int]] = {}
-        """The answers so far."""
+        """Actor -> node and pid, of those that have answered."""
         self._transport = transport_of(config)
         self._published: tuple[int, Probe] | None = None
         self._replaced = 0
         self.hosts: dict[str, str] = {}
-        """Engine -> the address of its node."""
+        """Engine -> address of its node."""
         self._oom_kills = _oom_kills()
         start = config.cluster.start_timeout_s
         try:
@@ -166,7 +169,7 @@ class Engines:
         self.samplers = [self._make_sampler(i) for i in range(config.cluster.samplers)]
         loading = [s.start.remote(self._transport, self._devices_of(i)) for i, s in enumerate(self.samplers)]
         if self.learners and (config.takes_turns or self._transport == "ipc"):
-            self._wait(loading, "the samplers to load", start)  # vLLM measures how much memory is free
+            self._wait(loading, "the samplers to load", start)  # vLLM measures the free memory while it loads
             loading = []
         if config.takes_turns and self.learners:
             leaving = [sampler.sleep.remote(False) for sampler in self.samplers]
@@ -189,7 +192,7 @@ class Engines:
         self._wait(connecting, "the weight transfer to open", start)
 
     def _devices_of(self, sampler: int) -> list[str]:
-        """The GPUs of the learner ranks that share theirs with a sampler, in the order of its workers."""
+        """Return the GPUs that a sampler shares with learner ranks, in the order of the sampler's workers."""
         if self._transport != "ipc":
             return []
         workers = self._config.sampler_workers
@@ -211,7 +214,7 @@ class Engines:
             "num_gpus": gpus,
             "max_restarts": 0,
             "runtime_env": {"env_vars": environment},
-            # in this run's own namespace; the name of one that died may not be free yet
+            # unique in the run's namespace; the name of an actor that died may not be free yet
             "name": f"{name}.{self._replaced}" if self._replaced else name,
         }
         handle = actor.options(**options).remote(self._config, index, str(self._log_dir / f"{name}.log"))
@@ -220,9 +223,9 @@ class Engines:
         return handle
 
     def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
-        """Spread `requests` over the samplers in whole runs; yields finished completions as they come in.
+        """Spread `requests` over the samplers in contiguous shares. Yield finished completions as they arrive.
 
-        What a sampler owed when it died is asked again of the one that replaces it, with the same seeds.
+        When a sampler dies, its replacement samples the missing completions, with the same seeds.
         """
         count = len(self.samplers)
         shares = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]
@@ -249,16 +252,16 @@ class Engines:
             yield only(block, fresh)
 
     def outstanding(self) -> dict[str, int]:
-        """Return how many completions of the last `sample` each sampler still has to give."""
+        """Return how many completions of the last `sample` each sampler still has to deliver."""
         return {f"sampler-{i}": count for i, count in self._outstanding.items()}
 
     def _ask(self, sampler: int, share: Sequence[SampleRequest], settings: SamplingSettings) -> Any:
         return self.samplers[sampler].sample.options(num_returns="streaming").remote(share, settings)
 
     def _replace(self, lost: Sequence[int], error: ActorDied) -> None:
-        """Start samplers in the place of others and bring them the weights, fully checked.
+        """Replace lost samplers, and sync the weights to the new ones with a full check.
 
-        Raises the error where that has been done `cluster.max_replacements` times, or cannot be.
+        Raises `error` when `cluster.max_replacements` would be exceeded, or when a replacement is not possible.
         """
         self._replaced += len(lost)
         too_many = self._replaced > self._config.cluster.max_replacements
@@ -279,15 +282,15 @@ class Engines:
         self._say(f"{str(error).splitlines()[0]}; replaced {names} in {time.monotonic() - started:.0f} s")
 
     def step(self, steps: Sequence[RankStep]) -> StepResult:
-        """One driver step on every learner rank."""
+        """Run one driver step on every learner rank."""
         residual = self._put_to_sleep(keep_weights=False)
         pending = [learner.step.remote(step) for learner, step in zip(self.learners, steps, strict=True)]
         result: StepResult = self._wait(pending, "the learner's step", self._timeout)[0]
         return replace(result, extremes={**result.extremes, **residual})
 
     def _put_to_sleep(self, *, keep_weights: bool) -> dict[str, float]:
-        """Where samplers and learner leave each other the memory: samplers do. Returns what is still taken, as a
-        metric."""
+        """Put the samplers to sleep, if samplers and learner take turns in memory. Return the memory that the samplers
+        still use, as a metric."""
         if not self._config.takes_turns:
             return {}
         pending = [sampler.sleep.remote(keep_weights) for sampler in self.samplers]
@@ -296,7 +299,7 @@ class Engines:
 
     @contextlib.contextmanager
     def _learner_between_steps(self) -> Iterator[None]:
-        """The learner has the memory, and gives it back."""
+        """Give the learner the memory for the block, then return it to the samplers."""
         self._put_to_sleep(keep_weights=True)
         yield
         if self._config.takes_turns:
@@ -306,7 +309,7 @@ class Engines:
             self._wait(waking, "the samplers to wake", self._timeout)
 
     def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], SyncResult]:
-        """Start to bring the learner's weights to every sampler; what comes back waits until they are verified."""
+        """Start the sync of the learner's weights to every sampler. The returned function waits until it is verified."""
         pending = self._publishing(policy_version, probe, full_check)
 
         def finish() -> SyncResult:
@@ -317,9 +320,9 @@ class Engines:
                 if not error.name.startswith("sampler"):
                     raise
                 self._settle(pending)
-                # the others are in the middle of a sync that does not end: they are replaced, too
+                # the others are in a sync that will not end, so they are replaced, too
                 self._replace(range(len(self.samplers)), error)
-                result = self._publish(policy_version, probe, full_check=full_check)  # the same metrics as without
+                result = self._publish(policy_version, probe, full_check=full_check)  # the same metrics as without a loss
             return result
 
         return finish
@@ -339,18 +342,18 @@ class Engines:
             self._wait(pending, "the model to be saved", self._timeout)
 
     def capture(self, folder: Path) -> dict[str, Any]:
-        """Every rank copies its state and begins to write it to `folder`. Returns what is not a tensor of it."""
+        """Have every rank copy its state and start to write it to `folder`. Return the parts that are not tensors."""
         with self._learner_between_steps():
             pending = [learner.capture.remote(str(folder)) for learner in self.learners]
             counters: dict[str, Any] = self._wait(pending, "the checkpoint's copy", self._timeout)[0]
         return counters | {"ranks": self._config.cluster.learner_ranks, "zero_stage": self._config.learner.zero_stage}
 
     def state_bytes(self) -> int:
-        """Roughly what a checkpoint of the learner takes."""
+        """Return the approximate size of a learner checkpoint, in bytes."""
         return int(self._wait([self.learners[0].state_bytes.remote()], "the size of a checkpoint", self._timeout)[0])
 
     def captured(self, *, wait: bool) -> dict[str, FileRecord] | None:
-        """The written files by name, or None while a rank still writes."""
+        """Return the written files by name, or None while a rank is still writing."""
         pending = [learner.captured.remote(wait) for learner in self.learners]
         records = self._wait(pending, "the checkpoint to be written", self._timeout)
         if None in records:
@@ -358,20 +361,23 @@ class Engines:
         return {f"rank-{rank}.safetensors": record for rank, record in enumerate(records)}
 
     def restore(self, folder: Path, learner: Mapping[str, Any]) -> None:
-        """Give the learner the state of a checkpoint, whose files have been checked."""
+        """Restore the learner from a checkpoint whose files have been verified."""
         files = [folder / "learner" / f"rank-{rank}.safetensors" for rank in range(learner["ranks"])]
         pending = [rank.restore.remote(files, learner) for rank in self.learners]
         self._wait(pending, "the learner to take over the checkpoint", self._config.cluster.start_timeout_s)
 
     def close(self) -> None:
-        """Kill every actor and give its place back."""
+        """Kill every actor and release its placement."""
         for handle in self._names:
             ray.kill(handle)
         self._reserved.release()
 
     def _wait(self, references: Sequence[Any], what: str, timeout_s: float, *, of_samplers: bool = False) -> list[Any]:
-        """Return the results of `references`, or raise the first failure among them. `of_samplers`: they are calls to
-        samplers while the learner has nothing to do."""
+        """Return the results of `references`, or raise the first failure among them.
+
+        Args:
+            of_samplers: The references are calls to samplers while the learner is idle.
+        """
         pending = list(references)
         asked = time.monotonic()
         while pending:
@@ -382,7 +388,7 @@ class Engines:
                 cause = error.cause
                 if isinstance(cause, (UserError, WeightSyncError)) or is_disk_full(cause):
                     raise cause from None
-                if isinstance(cause, ray.exceptions.RayActorError):  # the learner waited for a sampler, and it died
+                if isinstance(cause, ray.exceptions.RayActorError):  # the learner was waiting for a sampler that died
                     raise self._died(what, cause) from error
                 said = " ".join(str(cause).split())[:500]
                 failure = f"while waiting for {what}: {type(cause).__name__}: {said}"
@@ -393,10 +399,10 @@ class Engines:
         return results
 
     def _ready(self, references: list[Any], what: str, timeout_s: float, asked: float) -> tuple[list[Any], list[Any]]:
-        """`ray.wait` for the first of `references`, that also ends when a node is lost: actors whose node has gone may
-        never be said to have died.
+        """Wait for the first of `references`, as `ray.wait` does, but fail when a node is lost: Ray may never report the
+        death of actors on a lost node.
 
-        Raises EngineFailure.
+        Raises EngineFailure when a node is lost, or after `timeout_s` since `asked`.
         """
         deadline = asked + timeout_s
         while True:
@@ -409,8 +415,8 @@ class Engines:
                 raise self._overdue(what, timeout_s)
 
     def _lost(self) -> str | None:
-        """What of Ray has gone that the engines need."""
-        # of a private Ray; a helper that ends alone is a sign that all of them do: asking a dying GCS would hang
+        """Return which Ray processes or nodes of the engines were lost, in words; None if none."""
+        # private Ray: if one helper process has ended, all of them will, and a query to a dying GCS would hang
         dead = [kind for kind, _ in ray._private.worker.global_worker.node.dead_processes()]
         if dead:
             return f"the node of all engines was lost (its {', '.join(dead)} ended)"
@@ -420,21 +426,21 @@ class Engines:
         return f"the node of {', '.join(gone)} was lost" if gone else None
 
     def _places(self) -> dict[Any, tuple[str, int]]:
-        """Node and pid of every actor that has said so by now."""
+        """Return the node and pid of every actor that has reported them so far."""
         asked = [reference for handle, reference in self._processes.items() if handle not in self._known]
         said = ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else []
         for handle, reference in self._processes.items():
             if reference in said:
-                with contextlib.suppress(ray.exceptions.RayError):  # it has died
+                with contextlib.suppress(ray.exceptions.RayError):  # the actor has died
                     self._known[handle] = ray.get(reference)
         return self._known
 
     def _settle(self, references: Sequence[Any]) -> None:
-        """Wait until calls have ended, one way or the other."""
+        """Wait until calls have ended, successfully or not."""
         ray.wait(list(references), num_returns=len(references), timeout=self._timeout)
 
     def _died(self, what: str, error: Any) -> EngineFailure:
-        """Which actor died, and the last lines it wrote; or that its node has gone, which came first."""
+        """Return an error that names the dead actor and quotes its last lines, or one that names a lost node: the cause."""
         if lost := self._lost():
             return EngineFailure(f"{lost} while waiting for {what}")
         dead = getattr(error, "actor_id", None)
@@ -442,12 +448,12 @@ class Engines:
         why = " ".join(str(error).split())[:300]
         if struck := _oom_kills() - self._oom_kills:
             why = f"the kernel has killed {struck} processes for want of memory since the engines were started; {why}"
-        # its end may be known before that of its node
+        # its death may be known before the loss of its node
         at = f" at {self.hosts[name]}" if name in self.hosts and len(set(self.hosts.values())) > 1 else ""
         return ActorDied(name, f"{name}{at} died while waiting for {what} ({why}); its last lines:\n{self._tail(name)}")
 
     def _overdue(self, what: str, timeout_s: float) -> EngineFailure:
-        """Who was awaited, and what each engine was doing when patience ended."""
+        """Return an error that says what was awaited, and what each engine was doing at the deadline."""
         self._ask_for_stacks()
         tails = "\n".join(f"--- {name}\n{self._tail(name, 40)}" for name in self._names.values())
         return EngineFailure(
@@ -455,7 +461,7 @@ class Engines:
         )
 
     def _ask_for_stacks(self) -> None:
-        """Have every actor that has started write its stacks to its log, where that takes no longer than STACK_S."""
+        """Have every actor that has started write its stacks to its log. Wait for at most STACK_S."""
         pids: dict[str, list[int]] = {}
         for node, pid in self._places().values():
             pids.setdefault(node, []).append(pid)
@@ -465,7 +471,7 @@ class Engines:
             for node, found in pids.items()
         ]
         ray.wait(struck, num_returns=len(struck), timeout=STACK_S)
-        time.sleep(0.5)  # the logs are files of the driver's machine, or a shared file system's
+        time.sleep(0.5)  # time to write; the logs are on the driver's machine or on a shared file system
 
     def _tail(self, name: str, lines: int = 20) -> str:
         path = self._log_dir / f"{name}.log"

@@ -1,7 +1,7 @@
-"""Reward workers on several nodes: a pool of them on each, in a Ray actor, behind the driver's `submit`.
+"""Reward workers on several nodes: one pool per node, in a Ray actor, behind the driver's `submit`.
 
-A group goes to the node that owes the fewest. What a node owed when it was lost is asked of the others: a score depends
-on the completion alone.
+A group goes to the node with the fewest groups in flight. When a node is lost, the other nodes score its groups
+instead: a score depends only on the completion.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.types import Failed, RewardOutage, Scored
 
 COUNTS_S = 2.0
-"""How long a node may take to say what it has scored."""
+"""Seconds that a node may take to report its counts."""
 
 
 class RewardActor:
@@ -31,7 +31,7 @@ class RewardActor:
     def __init__(
         self, rewards: Sequence[RewardConfig], files: Sequence[Path], sources: Sequence[bytes], workers: int, logs: Path
     ) -> None:
-        """`sources`: of the files, which need not be on this node."""
+        """Start the pool. `sources`: contents of the files, which need not exist on this node."""
         self._pool = RewardPool(rewards, files=files, sources=sources, workers=workers, log_dir=logs)
 
     def score(self, items: Sequence[RewardItem]) -> list[Scored | Failed]:
@@ -41,16 +41,22 @@ class RewardActor:
         return self._pool.counts()
 
     def host(self) -> str:
-        """The address of this node."""
+        """Return the address of this node."""
         address: str = ray.util.get_node_ip_address()
         return address
 
 
 class SpreadPool:
-    """`cluster.reward_workers` workers on `cluster.reward_nodes` nodes. A context manager, within a Ray session."""
+    """Pool of `cluster.reward_workers` workers on `cluster.reward_nodes` nodes.
+
+    A context manager that must be used in a Ray session.
+    """
 
     def __init__(self, config: Config, files: Sequence[Path], log_dir: Path) -> None:
-        """Raises TimeoutError when Ray does not place them, UserError when a file cannot be read."""
+        """Place the actors.
+
+        Raises TimeoutError when Ray does not place them, OSError when a file cannot be read.
+        """
         nodes = config.cluster.reward_nodes
         self._reserved = Reservation(config, config.cluster.start_timeout_s, roles=("rewards",))
         sources = [file.read_bytes() for file in files]
@@ -78,22 +84,22 @@ class SpreadPool:
         self._reserved.release()
 
     def hosts(self, timeout_s: float) -> dict[str, str]:
-        """rewards-<i> -> the address of its node."""
+        """Return rewards-<i> -> the address of its node."""
         asked = {f"rewards-{i}": actor.host.remote() for i, actor in self._actors.items()}
         return dict(zip(asked, ray.get(list(asked.values()), timeout=timeout_s), strict=True))
 
     def counts(self) -> Counted:
-        """As `RewardPool.counts`, of the nodes that say so in time."""
+        """Return the counts, like `RewardPool.counts`, of the nodes that answer within COUNTS_S."""
         with self._lock:
             asked = [actor.counts.remote() for actor in self._actors.values()]
         found = []
         for reference in ray.wait(asked, num_returns=len(asked), timeout=COUNTS_S)[0] if asked else []:
-            with contextlib.suppress(ray.exceptions.RayError):  # its node has gone
+            with contextlib.suppress(ray.exceptions.RayError):  # its node was lost
                 found.append(ray.get(reference))
         return total(found)
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
-        """As `RewardPool.submit`."""
+        """Score a group, like `RewardPool.submit`."""
         future: Future[list[Scored | Failed]] = Future()
         self._ask(list(items), future)
         return future

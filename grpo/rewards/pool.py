@@ -1,10 +1,12 @@
-"""Groups in, `Scored | Failed` out: a pool of reward workers that can be killed.
+"""Pool of reward workers that can be killed: takes groups of completions, returns `Scored | Failed` for each.
 
-One thread pumps all workers. A job is a few calls on completions of one group; a worker has one job at a time and
-answers every call by itself. How a call's deadline is measured: from the moment its job was sent, or, for the later
-calls of a job, from the moment the answer to the call before it was read. The parent reads late when it is busy, never
-early, and reads once more before it kills, so no call gets less than its time. A call past its deadline is killed with
-all that it has started and fails alone: the rest of its job goes to a fresh worker.
+One thread, the pump, serves all workers. A job is a few calls on completions of one group. A worker has one job at a
+time and answers each call separately.
+
+The deadline of a job's first call is measured from when the job was sent. The deadline of each later call is measured
+from when the previous answer was read. The parent may read late when it is busy, but never early, and it reads once
+more before it kills. So no call gets less than its time. A call that misses its deadline is killed with everything that
+it has started. Only that call fails: the rest of its job goes to a fresh worker.
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ from grpo.rewards.process import (
 from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Logged, Moment, Scored, UserError
 
 MAX_FAILED_STARTS = 3
-"""In a row, of workers whose files have loaded before."""
+"""Consecutive failed starts that are retried, once the files have been loaded."""
 CALLS_PER_JOB = 8
-"""Small enough to spread a group of slow calls over the workers, large enough that messages cost little."""
+"""Small enough to spread a group of slow calls over the workers, large enough to keep message overhead low."""
 
 ABSTAINED = Part(value=None)
-"""What a reward says of rows that are not its own."""
+"""Result of a reward for a row that it does not apply to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,29 +63,29 @@ class RewardItem:
     messages: Sequence[Mapping[str, str]] | None
     """Chat turns of the prompt, or None."""
     info: Mapping[str, Any]
-    """token_count, finish_reason, prompt (text), step."""
+    """Keys: token_count, finish_reason, prompt (text), step."""
     dataset: str
-    """Name of the row's data set; rewards that are for other sets abstain."""
+    """Name of the row's data set. Rewards for other data sets abstain."""
     completion_ids: Sequence[int] | NDArray[np.int32] = ()
-    """The sampled ids."""
+    """Sampled token ids."""
     moment: Moment = field(default_factory=Moment)
     """The same for every item of a group."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Group:
-    """What one `submit` asked, and the answers as they come in."""
+    """A submitted group, and the answers received so far."""
 
     future: Future[list[Scored | Failed]]
     context: bytes
-    """Pickle of (row, messages, state): one for all calls, made in the caller's thread so that its errors are raised
-    there."""
+    """Pickle of (row, messages, state), shared by all calls. It is made in the caller's thread, so that its errors are
+    raised there."""
     inputs: list[tuple[str, dict[str, Any], list[int]]]
-    """(completion, info, token ids where a reward is given them) of each item"""
+    """(completion, info, token ids if a reward receives them) of each item."""
     answers: list[dict[int, Part]]
-    """[rewards] item -> part"""
+    """For each reward: item -> part."""
     outcomes: dict[int, Scored | Failed]
-    """item -> outcome, of those that every reward has answered for"""
+    """item -> outcome, for the items that every reward has answered."""
     missing: int
     """Calls without an answer."""
 
@@ -92,22 +94,22 @@ class _Group:
 class _Job:
     group: _Group
     calls: deque[tuple[int, Sequence[int]]]
-    """(reward, items) still to be answered; the first one is running."""
+    """(reward, items) of the unanswered calls. The first one is running."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Worker:
     process: WorkerProcess
     since: float
-    """When the running call, or the loading, began."""
+    """When the running call, or loading, began."""
     ready: bool = False
     job: _Job | None = None
 
 
 class RewardPool:
-    """`workers` processes that have the reward files loaded. Close it, or use it as a context manager.
+    """Pool of `workers` processes that load the reward files. Close it, or use it as a context manager.
 
-    Files that do not load make every future raise the UserError that says why.
+    If a file does not load, every future raises a UserError that says why.
     """
 
     def __init__(
@@ -120,11 +122,15 @@ class RewardPool:
         sources: Sequence[bytes] = (),
         first: int = 0,
     ) -> None:
-        """`sources`: the files' contents, where the files may not be on this machine. `first`: the place of the first
-        of `rewards` in the recipe."""
+        """Start the workers.
+
+        Args:
+            sources: Contents of the files, if the files may be missing on this machine.
+            first: Index of the first of `rewards` in the recipe.
+        """
         self._rewards = list(rewards)
         self._names = part_names(rewards)
-        # of now: a child started while another thread changes the environment may find none at all (EFAULT)
+        # copied now: starting a child while another thread changes the environment may fail (EFAULT)
         passed = {name for reward in rewards for name in reward.env}
         self._environment, kept_back = scrubbed(os.environ, passed), withheld(os.environ, passed)
         self._specs = [
@@ -139,10 +145,10 @@ class RewardPool:
         self._workers: dict[int, _Worker] = {}
         self._queue: deque[_Job] = deque()
         self._stopped: Exception | None = None
-        """Why nothing can be submitted any more. It and the queue are what threads share, under the lock."""
+        """Reason why nothing can be submitted any more. Threads share it and the queue, under the lock."""
         self._lock = threading.Lock()
         self._closing = self._has_worked = False
-        """`_has_worked`: the files have loaded before."""
+        """`_has_worked`: the files have been loaded at least once."""
         self._failed_starts = 0
         self._counter = Counter()
         self._selector = selectors.DefaultSelector()
@@ -160,9 +166,9 @@ class RewardPool:
         self.close()
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
-        """Score the completions of one group: items with the same row. The future has one outcome per item, in order.
+        """Score the completions of one group: items with the same row. Thread-safe.
 
-        May be called from any thread.
+        The future returns one outcome per item, in order.
         """
         future: Future[list[Scored | Failed]] = Future()
         if not items:
@@ -213,7 +219,7 @@ class RewardPool:
         return future
 
     def counts(self) -> Counted:
-        """Return what has been scored so far, and what is awaited. May be called from any thread."""
+        """Return the counts so far, including running calls. Thread-safe."""
         now = time.monotonic()
         running = [
             (now - worker.since, tuple(job.calls))
@@ -223,7 +229,7 @@ class RewardPool:
         return self._counter.read((self._names[calls[0][0]], seconds) for seconds, calls in running if calls)
 
     def close(self) -> None:
-        """Kill every worker. Futures that are not done are cancelled. Again: nothing."""
+        """Kill every worker and cancel the futures that are not done. A second call does nothing."""
         if self._closing:
             return
         self._closing = True
@@ -238,7 +244,7 @@ class RewardPool:
         self._wake_end.close()
 
     def _wake_up(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: the pump has been told often enough
+        with contextlib.suppress(BlockingIOError):  # full: wake-ups are already pending
             self._wake.send(b"x")
 
     # --- the pump's thread -------------------------------------------------------------------------------------------
@@ -259,30 +265,30 @@ class RewardPool:
                 for number in list(self._workers):
                     self._watch(number)
                 self._hand_out()
-        except BaseException as error:  # raised again: whoever waits must hear of it, whatever it is
+        except BaseException as error:  # raised again, after every waiting future has received it
             stopped = RuntimeError(f"the reward pool stopped: {type(error).__name__}: {error}")
             stopped.__cause__ = error
             self._stop(stopped)
             raise
 
     def _limit(self, worker: _Worker) -> float | None:
-        """Seconds that what the worker is doing may take; None when it is idle."""
+        """Return the seconds that the worker's current work may take; None when it is idle."""
         if not worker.ready:
             return START_S
         return None if worker.job is None else self._rewards[worker.job.calls[0][0]].timeout_s
 
     def _patience(self) -> float:
-        """Seconds until the next deadline, at most one: a death that leaves the socket open is only seen by looking."""
+        """Return the seconds until the next deadline, at most 1: only polling finds a death that leaves a socket open."""
         now = time.monotonic()
         left = [w.since + limit - now for w in self._workers.values() if (limit := self._limit(w)) is not None]
         return max(0.0, min([*left, 1.0]))
 
     def _watch(self, number: int) -> None:
-        """Look for a passed deadline or a death."""
+        """Handle a worker that has missed its deadline or died."""
         worker = self._workers[number]
         if not self._overdue(worker) and not worker.process.exited():
             return
-        self._receive(number)  # what was answered in time counts, however late we read it
+        self._receive(number)  # an answer sent in time counts, however late it is read
         if self._workers.get(number) is not worker:
             return
         if worker.process.exited():
@@ -316,7 +322,7 @@ class RewardPool:
             self._selector.modify(process.socket, selectors.EVENT_READ, number)
 
     def _receive(self, number: int) -> None:
-        """Take what a worker has sent, which may be many answers or its end."""
+        """Process what a worker has sent: any number of answers, or the end of its stream."""
         worker = self._workers[number]
         lines, more = worker.process.receive()
         try:
@@ -333,18 +339,18 @@ class RewardPool:
                     parts, changed = parse_answer(line, self._names[reward], len(items))
                     self._answer(worker, worker.job, parts)
                     worker.job = worker.job if worker.job.calls else None
-                    if changed is not None:  # calls that it has answered since are asked again
+                    if changed is not None:  # its later answers are dropped and their calls repeated
                         return self._replace(number, f"{self._names[reward]} has changed {changed}")
                 else:
                     raise ValueError("nothing was asked")
                 worker.since = time.monotonic()
-        except (ValueError, RecursionError):  # no answer of ours: a reward function has written to the socket
+        except (ValueError, RecursionError):  # invalid: a reward function has written to the socket
             more = False
         if not more:
             self._lose(number, timed_out=False)
 
     def _answer(self, worker: _Worker, job: _Job, parts: Sequence[Part]) -> None:
-        """Enter the answer to the running call of the worker's `job`."""
+        """Record the answer to the running call of the worker's `job`."""
         reward, items = job.calls.popleft()
         group = job.group
         scored = failed = 0
@@ -363,7 +369,7 @@ class RewardPool:
             future.set_result([group.outcomes[i] for i in range(len(group.inputs))])
 
     def _outcome(self, group: _Group, item: int) -> Scored | Failed:
-        """Weighted sum of the parts that did not abstain; any failed part fails the rollout."""
+        """Return the weighted sum of the parts that did not abstain. Any failed part fails the rollout."""
         total = 0.0
         parts: dict[str, float] = {}
         own = [answers[item] for answers in group.answers]
@@ -387,15 +393,15 @@ class RewardPool:
         return Scored(value=total, parts=parts, logged=logged)
 
     def _lose(self, number: int, *, timed_out: bool) -> None:
-        """A worker died or must: fail the call that it was in, put the rest of its job back, start another."""
+        """Replace a worker that died or must be killed: fail its running call and requeue the rest of its job."""
         worker = self._workers.pop(number)
         self._selector.unregister(worker.process.socket)
         ending = worker.process.kill(patience_s=0.0 if timed_out else 0.2)
         if self._stopped is not None:
-            return  # a file did not load, which the waiting have been told
+            return  # a file did not load, and all waiting futures have failed
         if not worker.ready:
             self._failed_starts += 1
-            if self._has_worked and self._failed_starts <= MAX_FAILED_STARTS:  # killed by whatever: they do load
+            if self._has_worked and self._failed_starts <= MAX_FAILED_STARTS:  # the files do load
                 self._start(number)
                 return
             ending = f"took longer than {START_S:g} s" if timed_out else ending
@@ -411,7 +417,7 @@ class RewardPool:
         self._start(number)
 
     def _replace(self, number: int, why: str) -> None:
-        """A worker whose surroundings a call has changed: the next sample is scored by a fresh one."""
+        """Replace a worker whose surroundings a call has changed, so that a fresh one makes the next call."""
         worker = self._workers.pop(number)
         self._selector.unregister(worker.process.socket)
         worker.process.kill()
@@ -437,7 +443,7 @@ class RewardPool:
         self._selector.register(process.socket, selectors.EVENT_READ | unsent, number)
 
     def _stop(self, error: Exception, *, cancel: bool = False) -> None:
-        """Nothing will be scored any more: tell everyone who waits. The first reason stands."""
+        """Stop scoring for good: fail or cancel every waiting future. The first error is kept for later calls."""
         with self._lock:
             self._stopped = self._stopped or error
             jobs = [*self._queue, *(w.job for w in self._workers.values() if w.job is not None)]
@@ -450,9 +456,9 @@ class RewardPool:
 
 
 def locate(rewards: Sequence[RewardConfig], recipe: Path) -> list[Path]:
-    """The files of `rewards`: from the working directory, else beside the recipe, else in the folder above it.
+    """Find the files of `rewards`: in the working directory, else next to the recipe, else in the folder above it.
 
-    Raises UserError naming the option and the nearest file.
+    Raises UserError naming the option and the file with the most similar name.
     """
     found = []
     for i, reward in enumerate(rewards):
@@ -465,7 +471,7 @@ def locate(rewards: Sequence[RewardConfig], recipe: Path) -> list[Path]:
             nearby = {p.name: p for place in places if place.parent.is_dir() for p in place.parent.glob("*.py")}
             near = difflib.get_close_matches(given.name, nearby, n=1, cutoff=0.4)
             hint = f"; did you mean {nearby[near[0]]}?" if near else ""
-            if recipe.name == "config.yaml":  # a run's own
+            if recipe.name == "config.yaml":  # the copy in a run folder
                 hint += "; go to the directory that the run was started in, or give another one with --reward FILE"
             raise UserError(f"rewards[{i}].file={reward.file} does not exist{hint}")
         found.append(path)

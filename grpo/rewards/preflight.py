@@ -1,5 +1,8 @@
-"""Reward functions before a run: they must load, run on real rows, tell a gold answer from a corrupted one, and be able
-to read the gold answer of every row."""
+"""Checks of reward functions before a run.
+
+Each must load, run on real rows, score a gold answer above a corrupted one, and be able to read the gold answer of
+every row.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ T = TypeVar("T")
 
 ANY_COMPLETION = "no answer"
 MAX_GOLDS = 20_000
-"""Rows of a data set whose gold answers are scored."""
+"""Maximum number of rows per data set whose gold answers are scored."""
 GOLDS_UNDER_WAY = 512
 SHOWN, SHOWN_BROKEN = 10, 3
 SAY_EVERY_S = 5.0
@@ -39,14 +42,14 @@ NEXT_LETTER = str.maketrans(string.ascii_letters, string.ascii_letters[1:] + "a"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unsampled:
-    """How a completion that nobody has sampled is handed to a reward."""
+    """Builds reward items for completions that were not sampled."""
 
     encode: Callable[[str], Sequence[int]]
-    """The ids that a sampler would have sampled for the text, its end token among them."""
+    """Returns the ids that a sampler would have sampled for the text, including the end token."""
     moment: Moment
 
     def item(self, prompt: Prompt, completion: str) -> RewardItem:
-        """The item of `completion`."""
+        """Return the reward item of `completion`."""
         ids = self.encode(completion)
         return RewardItem(
             completion=completion,
@@ -60,7 +63,7 @@ class Unsampled:
 
 
 def corrupt(answer: str) -> str:
-    """An answer that is surely another: each digit plus one, else each letter the next one, else an x behind it."""
+    """Return a different answer: shift each digit to the next one, else each letter, else append an x."""
     if any(c in string.digits for c in answer):
         return answer.translate(NEXT_DIGIT)
     if any(c in string.ascii_letters for c in answer):
@@ -69,11 +72,13 @@ def corrupt(answer: str) -> str:
 
 
 def declares_gold(file: Path) -> bool:
-    """Whether the file says `GOLD = True` at its top level: that its function compares with the row's gold answer. It
-    is read, not executed."""
+    """Return whether the file says `GOLD = True` at its top level: its function compares with the row's gold answer.
+
+    The file is parsed, not executed.
+    """
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # which loading it will say, with its line
+    except (SyntaxError, ValueError):  # loading the file will report this, with the line
         return False
     return any(ast.unparse(node) in ("GOLD = True", "GOLD: bool = True") for node in tree.body)
 
@@ -85,10 +90,12 @@ def check_loads(
     columns: Sequence[Sequence[str]] | None = None,
     deadline_s: float = START_S,
 ) -> list[tuple[str, ...]]:
-    """Load every file as a worker does, each in a process of its own. Return of each function the parameters that keep
-    their defaults, as its style does not give them.
+    """Load every file as a worker does, each in a separate process.
 
-    `columns`: of the rows that each reward scores; with them, functions of style trl are checked to ask for no other.
+    Return, for each function, the parameters that keep their defaults because its style does not provide them.
+
+    Args:
+        columns: Columns of the rows that each reward scores. If given, functions of style trl must require no others.
 
     Raises UserError naming the reward, the file and the line.
     """
@@ -131,14 +138,16 @@ def try_out(
     unsampled: Unsampled,
     log_dir: Path,
 ) -> list[str]:
-    """Load every reward and run it by itself, unweighted, on real rows. Returns a line about each and every data set
-    that it is for, before them one about what its style does not give, where there is something to say.
+    """Load every reward and run it alone, unweighted, on real rows.
+
+    Return one line per reward and data set that it is for. They follow the reward's notes, if any: what its style does
+    not provide, and which environment variables are withheld from it.
 
     Args:
-        prompts: data set, in words -> some of its prompts.
+        prompts: Description of a data set -> some of its prompts.
 
-    Raises UserError when a file does not load, a function fails on every row, or a reward with `gold: true` does not
-    score the gold answer above 0 or scores a corrupted one as highly.
+    Raises UserError when a file does not load, when a function fails on every row, or when a reward with `gold: true`
+    does not score the gold answer above 0 and above a corrupted one.
     """
     tried = [_of_reward(reward, prompts) for reward in rewards]
     unfilled = check_loads(rewards, files, columns=[_common_columns(own) for own in tried])
@@ -152,7 +161,7 @@ def try_out(
             for dataset, some in tried[i].items():
                 try:
                     said = run_on_any(pool, f"{where} on {dataset}", some, unsampled)
-                except UserError as error:  # whatever a function makes of a variable that it does not see
+                except UserError as error:  # the cause may be a variable that it does not see
                     raise error if not asked or asked in str(error) else UserError(f"{error} ({asked})") from error
                 if reward.gold:
                     said = run_on_gold(pool, f"{where} on {dataset}", i, some, gold_template, answer_column, unsampled)
@@ -161,10 +170,10 @@ def try_out(
 
 
 def style_words(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]], unfilled: Sequence[str]) -> str:
-    """What the style of `reward` does not give on the rows of `prompts`, or nothing.
+    """Return what the style of `reward` does not provide on the rows of `prompts`, in words; "" if nothing.
 
     Args:
-        unfilled: parameters of the function that keep their defaults where the rows have no such column.
+        unfilled: Parameters of the function that keep their defaults if the rows have no such column.
     """
     words, rows = list[str](), [prompt.row for some in prompts.values() for prompt in some]
     if reward.style == "trl":
@@ -181,18 +190,18 @@ def style_words(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]], u
 
 
 def asked_secrets(i: int, reward: RewardConfig, file: Path) -> str:
-    """What is to be known of environment variables that the file of the reward number `i` names and does not see."""
+    """Return a note on withheld environment variables that the file of reward number `i` mentions; "" if none."""
     named = withheld(os.environ, reward.env) & set(re.findall(r"\w+", file.read_text(errors="replace")))
     return withheld_words(sorted(named), i) if named else ""
 
 
 def _of_reward(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, Sequence[Prompt]]:
-    """The data sets whose rows the reward scores."""
+    """Return the data sets whose rows the reward scores."""
     return {label: some for label, some in prompts.items() if some and reward.applies_to(some[0].dataset)}
 
 
 def _common_columns(prompts: Mapping[str, Sequence[Prompt]]) -> list[str]:
-    """Columns that the first row of every data set has."""
+    """Return the columns that the first row of every data set has."""
     rows = [some[0].row for some in prompts.values()]
     return [column for column in rows[0] if all(column in row for row in rows)]
 
@@ -209,14 +218,15 @@ def try_golds(
     log_dir: Path,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Score the gold answers of all rows by the rewards with `gold: true`. Returns a line about each reward and data
-    set: how many score above 0, and the first rows of those that do not.
+    """Score the gold answers of the rows, at most MAX_GOLDS of each data set, with the rewards that have `gold: true`.
+
+    Return one line per reward and data set: how many score above 0, and the first rows of those that do not.
 
     Args:
-        prompts: data set, in words -> its prompts.
-        say: is told now and then how far the work is.
+        prompts: Description of a data set -> its prompts.
+        say: Called now and then with a progress line.
 
-    Raises UserError naming the rows when a call fails: what the reward cannot read is no gold answer.
+    Raises UserError naming the rows when a call fails: an answer that the reward cannot read is not a gold answer.
     """
     lines = []
     for i, (reward, file, name) in enumerate(zip(rewards, files, part_names(rewards), strict=True)):
@@ -242,9 +252,9 @@ def try_golds(
 
 
 def refuse_unfit_answers(prompts: Sequence[Prompt], where: str, i: int, gold_template: str, answer_column: str) -> None:
-    """An empty answer is what an empty completion gives, and a list or mapping would be written as Python.
+    """Raise UserError naming the first rows whose answer is empty, or is a list or mapping that the template inserts.
 
-    Raises UserError naming the first rows.
+    An empty answer equals an empty completion. A list or mapping would be written as Python.
     """
     answers = {prompt.where: prompt.row.get(answer_column) for prompt in prompts}
     empty = [
@@ -270,7 +280,7 @@ def _golds_without_reward(
     unsampled: Unsampled,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Places of the rows whose gold answer gets no reward above 0. A bounded number of calls is under way at once."""
+    """Return the places of the rows whose gold answer gets no reward above 0. Bound the number of calls in flight."""
     unread, broken = list[str](), list[str]()
     pending: deque[tuple[Prompt, Future[list[Scored | Failed]]]] = deque()
     waiting, told = iter(zip(prompts, texts, strict=True)), time.monotonic()
@@ -294,14 +304,16 @@ def _golds_without_reward(
 
 
 def evenly_spread(items: Sequence[T], count: int) -> Sequence[T]:
-    """`count` of them at even distances; all of them where there are no more."""
+    """Return `count` evenly spaced items, or all of them if there are no more."""
     return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
 def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsampled: Unsampled) -> str:
-    """The function must not fail on every row, whatever it thinks of an empty and an arbitrary completion.
+    """Run the function on an empty and an arbitrary completion of each row. Return on how many rows it ran, in words.
 
-    Returns on how many rows it ran, in words. Behind a row on which it ran into its deadline none is tried.
+    After a row on which every failure is a timeout, no further rows are tried.
+
+    Raises UserError when it fails on every row that was tried.
     """
     failed, tried, scored, abstained = list[str](), 0, False, False
     for prompt in prompts:
@@ -313,7 +325,7 @@ def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsample
         if failures:
             detail = failures[0].detail
             failed.append(f"{prompt.where}: {failures[0].kind}: {detail}{nested_hint(detail, prompt.row)}")
-        if failures and all(f.kind == "timeout" for f in failures):  # waiting as long on every row tells no more
+        if failures and all(f.kind == "timeout" for f in failures):  # more timeouts would show nothing new
             break
     if failed and not (scored or abstained):
         raise UserError(f"{where} fails on every row tried; the first: {failed[0]}")
@@ -325,7 +337,7 @@ def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsample
 
 
 def nested_hint(detail: str, row: Mapping[str, object]) -> str:
-    """Return the line that makes a column of what a function has not found, where it is inside another."""
+    """Return a hint, the `columns` line to add, if a function missed a key that is inside another column; else ""."""
     missing = re.search(r"KeyError\b[^']*'([^']+)'", detail)
     path = nested(missing[1], row) if missing else None
     return f"; it is inside another: {line(missing[1], path)}" if missing and path else ""
@@ -340,7 +352,7 @@ def run_on_gold(
     answer_column: str,
     unsampled: Unsampled,
 ) -> str:
-    """On every row the gold answer must score above 0, and above a corrupted one. Returns the first row's values."""
+    """Check that each gold answer scores above 0 and above a corrupted one. Return the first row's values, in words."""
     shown = ""
     for prompt in prompts:
         texts = [*gold_texts(prompt, where, gold_template, answer_column), ""]
@@ -361,7 +373,7 @@ def run_on_gold(
 
 
 def unreadable(where: str, i: int, rows: Sequence[str]) -> str:
-    """What is said of rows whose gold answer makes the reward number `i` fail."""
+    """Return the error message for rows whose gold answer makes reward number `i` fail."""
     return (
         f"{where} cannot read the gold answer of {'; '.join(rows)}; mend the data, or go on without: "
         f"rewards.{i}.gold=false (completions of such rows are then Failed, and in no average)"
@@ -369,17 +381,17 @@ def unreadable(where: str, i: int, rows: Sequence[str]) -> str:
 
 
 def score(pool: RewardPool, prompt: Prompt, texts: Sequence[str], unsampled: Unsampled) -> list[Scored | Failed]:
-    """The outcomes of `texts` as one group of completions. The pool keeps the deadlines."""
+    """Score `texts` as one group of completions. The pool enforces the deadlines."""
     return pool.submit([unsampled.item(prompt, text) for text in texts]).result()
 
 
 def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> tuple[str, str]:
-    """The gold answer and a corrupted one, written as completions."""
+    """Return the gold answer and a corrupted one, written as completions."""
     gold = gold_text(prompt, where, gold_template, answer_column)
     answer = prompt.row[answer_column]
     wrong = corrupt(str(answer))
     try:
-        # a number stays one, for templates like {answer:d}
+        # a number stays a number, for templates like {answer:d}
         other = {**prompt.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
         return gold, closing(prompt, gold_template) + render(gold_template, other)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
@@ -387,7 +399,7 @@ def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: st
 
 
 def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> str:
-    """The gold answer, written as a completion."""
+    """Return the gold answer, written as a completion."""
     if answer_column not in prompt.row:
         raise UserError(
             f"{where} has gold: true, by the recipe or by GOLD in its file, and needs the gold answer, but "
@@ -401,6 +413,6 @@ def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str
 
 
 def closing(prompt: Prompt, gold_template: str) -> str:
-    """Return what ends the reasoning that a prompt has begun, where the template does not: an answer is behind it."""
+    """Return "</think>" if the prompt opens a reasoning block that the template does not close, else ""."""
     begun = prompt.text.rstrip().endswith("<think>")
     return "</think>" if begun and "</think>" not in gold_template else ""

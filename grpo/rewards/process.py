@@ -235,7 +235,7 @@ def parse_greeting(line: bytes) -> Greeting:
 def parse_answer(line: bytes, name: str, count: int) -> tuple[list[Part], str | None]:
     """Parse the answer to one call of the reward `name` on `count` completions.
 
-    Return the parts, and what the call has changed in the worker's process, or None. A changed worker must not be
+    Return the parts, and what the call has changed in the worker's surroundings, or None. A changed worker must not be
     reused.
 
     Raises ValueError when the line is anything else.

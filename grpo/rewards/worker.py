@@ -1,9 +1,11 @@
-"""A reward worker: `python -P worker.py FD PARENT MEMORY_BYTES`, started by its keeper, one call at a time.
+"""Reward worker: `python -P worker.py FD PARENT MEMORY_BYTES`, started by its keeper. It makes one call at a time.
 
-From the parent come pickles behind their length, made by us from the data set's rows. Back goes one line of JSON per
-call, in order, so that the parent unpickles nothing that a reward function touched. Each line also tells the parent
-that the next call begins, which is when that call's deadline starts. Imports nothing heavy: a worker that is killed
-must be replaced in a fraction of a second; and nothing of this package, as it is started by its path.
+The parent sends pickles, each preceded by its length, which it made from the rows of the data set. The worker answers
+each call, in order, with one line of JSON. So the parent never unpickles data that a reward function touched. Each line
+also signals that the next call begins, which starts that call's deadline.
+
+This module imports nothing heavy: a worker that is killed must be replaced in a fraction of a second. It imports
+nothing from this package, because it is started by its path.
 """
 
 from __future__ import annotations
@@ -32,38 +34,38 @@ from typing import Any, BinaryIO
 
 PR_SET_PDEATHSIG = 1
 FILE_BYTES = 1 << 28
-"""Largest file that a reward function may write."""
+"""Largest file that a reward function may write, in bytes."""
 LOG_BYTES = 1 << 24
-"""A log that has grown beyond this is cut before the next call."""
+"""A log that has grown beyond this is truncated before the next call."""
 HEADER_BYTES = 8
-"""Length of the pickle that follows, little endian."""
+"""Size of the header, which is the length of the pickle that follows, little endian."""
 MAX_PARTS = 64
-"""Entries of a mapping that a reward returns, and different names that it logs by."""
+"""Maximum number of entries in a mapping that a reward returns, and of different names that it logs."""
 LOGGED_BYTES = 1 << 20
-"""What one call may log, as JSON."""
+"""Maximum size of what one call may log, as JSON."""
 MAX_TEXT, MAX_NAME = 2000, 100
-"""Characters of a logged text, which is cut there, and of a name that something is logged by."""
+"""Maximum characters of a logged text, which is truncated to it, and of a logged name."""
 GIVEN_BY_US = ("info", "log_extra", "log_metric")
 GIVEN_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""What a function of style trl is called with besides the columns of the rows."""
+"""Arguments of a function of style trl, besides the columns of the rows."""
 GIVEN_BY_VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 NOT_GIVEN = ("environments", "prompt_ids")
-"""What functions written for TRL may ask for and style trl does not give: `environments` are TRL's where a trainer has
-an `environment_factory`, which there is nothing like here."""
+"""Parameters that functions written for TRL may have and style trl does not provide. `environments` come from the
+`environment_factory` of TRL's trainer, which has no counterpart here."""
 
 Result = dict[str, Any]
-"""{"value": number | None, "parts": {key: number}} or {"failed": kind, "detail": text}, of one completion."""
+"""Of one completion: {"value": number | None, "parts": {key: number}} or {"failed": kind, "detail": text}."""
 Answer = dict[str, Any]
-"""{"results": one Result per completion}, and where something was logged {"columns": {name: one value per completion},
+"""{"results": one Result per completion}. If something was logged, also {"columns": {name: one value per completion},
 "metrics": {name: [sum, count]}}."""
 
 
 class LoadError(Exception):
-    """A reward cannot be used. Its text is the sentence for the user."""
+    """A reward cannot be used. The message is written for the user."""
 
 
 class BadReturnError(Exception):
-    """What a function returned is no reward. `args`: (kind, detail)."""
+    """A function returned something that is not a reward. `args`: (kind, detail)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,39 +74,39 @@ class Reward:
 
     function: Callable[..., Any]
     names: frozenset[str] | None
-    """Names that it can be called with; None: any."""
+    """Names of the arguments that it accepts; None: any."""
     style: str
     file: str
     """Absolute path."""
     shown: str
     """The path as the recipe gives it."""
     index: int
-    """In the recipe's rewards."""
+    """Index in the recipe's `rewards`."""
     unfilled: tuple[str, ...]
-    """Parameters that keep their defaults, as the style does not give them."""
+    """Parameters that keep their defaults because the style does not provide them."""
     withheld: frozenset[str]
     """Environment variables that it does not see."""
     logged: set[str] = field(default_factory=set)
-    """Names that it has logged by."""
+    """Names that it has logged so far."""
 
     def given(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of `arguments` that the function takes."""
+        """Return those of `arguments` that the function accepts."""
         return {name: value for name, value in arguments.items() if self.names is None or name in self.names}
 
 
 def main(fd: int, parent: int, memory_bytes: int) -> None:
-    """Load what the first message names, then answer calls until the driver closes the socket."""
+    """Load the rewards of the first message, then answer calls until the driver closes the socket."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above, so that no signal will come
+    if os.getppid() != parent:  # it died before the line above, so no signal will come
         return
     for limit, value in (
         (resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_CORE, 0),
     ):  # fmt: skip
         resource.setrlimit(limit, (value, value))
-    # Ray sends SIGTERM to every process below a job that it stops, while the step under way is still to be scored
+    # Ray sends SIGTERM to every process of a job that it stops, but the current step must still be scored
     signal.signal(signal.SIGTERM, go_on)
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    sys.path.append(os.getcwd())  # reward files may import what lies there, but nothing there hides a module
+    sys.path.append(os.getcwd())  # last: reward files may import from it, but it shadows no module
     os.set_inheritable(fd, False)  # a process that a reward function starts must not keep the socket open
     stream = os.fdopen(fd, "rb", closefd=False)
     try:
@@ -118,17 +120,17 @@ def main(fd: int, parent: int, memory_bytes: int) -> None:
         for reward, items in job["calls"]:
             cut_log()
             answer = call(rewards[reward], job["context"], items)
-            if os.getpid() != own:  # a copy that the function has forked: only one may answer
+            if os.getpid() != own:  # a fork made by the function: only the original may answer
                 os._exit(0)
             send(fd, answer | ({"changed": name} if (name := surroundings.changed()) else {}))
 
 
 def go_on(number: int, frame: FrameType | None) -> None:
-    """The handler of a signal that is the driver's to answer."""
+    """Do nothing: the driver handles this signal."""
 
 
 def receive(stream: BinaryIO) -> bytes:
-    """The next message; empty when the parent has closed the socket."""
+    """Return the next message; empty when the parent has closed the socket."""
     return stream.read(int.from_bytes(stream.read(HEADER_BYTES), "little"))
 
 
@@ -159,14 +161,14 @@ def _has_children() -> bool:
 
 
 def cut_log() -> None:
-    """Keep the prints of long runs bounded. A function may have closed them, which `Surroundings` sees."""
+    """Truncate a log that exceeds LOG_BYTES. If a function has closed its output, `Surroundings` detects it."""
     with contextlib.suppress(OSError):
         if os.fstat(1).st_size > LOG_BYTES:
             os.ftruncate(1, 0)
 
 
 class Surroundings:
-    """What one call may change under the next: built-in names, functions of the standard library, and the like."""
+    """State that a call could change for later calls, such as built-in names and functions of the standard library."""
 
     def __init__(self) -> None:
         watched = (builtins, json, math, os, pickle, random, re, signal, time)
@@ -175,10 +177,10 @@ class Surroundings:
         self._others = self._look()
 
     def changed(self) -> str | None:
-        """The first thing that is not as it was, if any. What was added to a module does not count."""
+        """Return the name of the first thing that has changed, or None. Additions to a module do not count."""
         for module, before in self._modules:
             now = vars(module)
-            if now != before:  # dictionaries are compared in a microsecond
+            if now != before:  # comparing the dictionaries takes a microsecond
                 for name, value in before.items():
                     if name not in ("_", "_runner") and now.get(name) is not value and now.get(name) != value:
                         return f"{module.__name__}.{name}"
@@ -203,16 +205,16 @@ class Surroundings:
 
 
 def load(spec: Mapping[str, Any]) -> Reward:
-    """The function that `spec` (see `grpo.rewards.process.spec_of`) names.
+    """Load the function that `spec` (see `grpo.rewards.process.spec_of`) names.
 
-    The source comes with the spec, read once at the start of the run: a worker that is started later scores by the
-    same function although the file has been edited since.
+    The spec contains the source, which is read once at the start of the run. So a worker that is started later scores
+    with the same function, even if the file has been edited since.
 
     Raises LoadError.
     """
     where, file, folder = f"rewards[{spec['index']}]: {spec['shown']}", spec["file"], str(Path(spec["file"]).parent)
     if folder not in sys.path:
-        sys.path.insert(behind_standard_library(), folder)  # for imports of files beside it
+        sys.path.insert(behind_standard_library(), folder)  # so that it can import files next to it
     module_spec = importlib.util.spec_from_file_location(f"grpo_reward_{spec['index']}", file)
     if module_spec is None:
         raise LoadError(f"{where} is not a Python file (.py)")
@@ -220,7 +222,7 @@ def load(spec: Mapping[str, Any]) -> Reward:
     sys.modules[module.__name__] = module  # dataclasses and pickle look the module up by name
     try:
         exec(compile(spec["source"], file, "exec"), module.__dict__)
-    except BaseException as error:  # the user's module may raise anything, SystemExit too
+    except BaseException as error:  # the user's module may raise anything, even SystemExit
         place = user_place(error, file, spec["shown"]) or spec["shown"]
         hint = hinted(error, spec["index"], spec["withheld"])
         raise LoadError(f"rewards[{spec['index']}]: {place}: {described(error)}{hint}") from error
@@ -244,8 +246,11 @@ def load(spec: Mapping[str, Any]) -> Reward:
 
 
 def behind_standard_library() -> int:
-    """The place in `sys.path` after Python's own modules and before the installed packages: a `string.py` beside a
-    reward file hides no module that others import, and a `utils.py` is not hidden by a package of that name."""
+    """Return the index in `sys.path` after the standard library and before the installed packages.
+
+    A `string.py` next to a reward file then shadows no module that others import, and no installed package shadows a
+    `utils.py` next to it.
+    """
     own = os.path.dirname(os.__file__)
     return max((i + 1 for i, place in enumerate(sys.path) if place in (own, f"{own}/lib-dynload")), default=0)
 
@@ -253,8 +258,9 @@ def behind_standard_library() -> int:
 def checked_names(
     function: Callable[..., Any], spec: Mapping[str, Any], where: str
 ) -> tuple[frozenset[str] | None, tuple[str, ...]]:
-    """The names that `function` takes, None for any, and those of its parameters that keep their defaults, after trying
-    to bind what its style gives.
+    """Try to bind the arguments that the style provides to `function`.
+
+    Return the names that it accepts (None: any), and its parameters that keep their defaults.
 
     Raises LoadError when it could never be called.
     """
@@ -271,7 +277,7 @@ def checked_names(
     if spec["style"] == "grpo":
         positional, given = ("completion", "row"), list(GIVEN_BY_US)
         for style, name in (("trl", "completions"), ("verl", "solution_str")):
-            if name in required:  # it might bind, and then be called with other things than it means
+            if name in required:  # it might bind, but its arguments would mean something else
                 raise LoadError(f"{where}: {spec['name']}{signature} is written for {style}; set its style: {style}")
     elif spec["style"] == "verl":
         given = list(GIVEN_BY_VERL)
@@ -286,15 +292,15 @@ def checked_names(
         ) from error
     known = {*given, *list(signature.parameters)[: len(positional)]}
     optional = [p.name for p in parameters if p.default is not p.empty and p.name not in known]
-    # of style trl the columns are known before a run, and a parameter may be one
+    # style trl: an optional parameter may be a column, so nothing is certain while the columns are unknown
     unfilled = () if spec["style"] == "trl" and spec["columns"] is None else tuple(optional)
     return None if takes_all else frozenset(signature.parameters), unfilled
 
 
 def checked_columns(required: Sequence[str], spec: Mapping[str, Any], where: str) -> list[str]:
-    """Columns that a function of style trl will be given: the rows', or while they are unknown those it asks for.
+    """Return the columns that a function of style trl receives: those of the rows or, if unknown, those it requires.
 
-    Raises LoadError for a name that will not be given.
+    Raises LoadError for a required name that will not be provided.
     """
     columns = spec["columns"]
     known = list(required) if columns is None else list(columns)
@@ -308,8 +314,8 @@ def checked_columns(required: Sequence[str], spec: Mapping[str, Any], where: str
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
-    import difflib  # noqa: PLC0415 - only for a sentence that ends the run
+    """Return `; did you mean ...?`, or "" if nothing is similar."""
+    import difflib  # noqa: PLC0415 - only for an error that ends the run
 
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {near[0]}?" if near else ""
@@ -319,21 +325,21 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 class LogError(Exception):
-    """The function has logged what cannot be kept. Its text is the sentence for the user."""
+    """The function has logged something invalid. The message is written for the user."""
 
 
 class Log:
-    """What one call on `count` completions logs besides rewards, by `log_extra` and `log_metric`, which are TRL's."""
+    """Values that one call on `count` completions logs besides rewards, with TRL's `log_extra` and `log_metric`."""
 
     def __init__(self, count: int, names: set[str]) -> None:
-        """`names`: those that the reward has logged by before; new ones are added."""
+        """Start an empty log. `names`: names that the reward has logged before. New ones are added to it."""
         self._count, self._names, self._left = count, names, LOGGED_BYTES
         self._columns: dict[str, list[Any]] = {}
         self._metrics: dict[str, tuple[float, int]] = {}
         self._mistake: LogError | None = None
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """Take values of a column of the samples file; in the end there must be one per completion."""
+        """Add values to a column of the samples file. In the end there must be one value per completion."""
         where = self._named("log_extra", column)
         values = listed(values)
         if not isinstance(values, list | tuple):
@@ -348,7 +354,7 @@ class Log:
             kept.append(value)
 
     def log_metric(self, name: str, value: float) -> None:
-        """Take one value of a metric, which is averaged over all that are logged in a step."""
+        """Add one value of a metric. The metric is the average of all values that are logged in a step."""
         where = self._named("log_metric", name)
         try:
             added = number(value)
@@ -360,9 +366,10 @@ class Log:
         self._metrics[name] = (total + added, count + 1)
 
     def entries(self) -> dict[str, Any]:
-        """What there is to add to the answer.
+        """Return what was logged, to be added to the answer.
 
-        Raises BadReturnError for a wrong call that the function has kept to itself, and for a column that lacks values.
+        Raises BadReturnError for an invalid call whose error the function has suppressed, and for a column that lacks
+        values.
         """
         if self._mistake is not None:
             raise BadReturnError("exception", f"LogError: {self._mistake}")
@@ -376,7 +383,7 @@ class Log:
         return {kind: logged for kind, logged in every.items() if logged}
 
     def _named(self, function: str, name: Any) -> str:
-        """The call, in words, after looking at the name that it logs by."""
+        """Check and record the name that is logged. Return the call, in words."""
         if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()):
             raise self._wrong(f"{function} needs a name of 1 to {MAX_NAME} printable characters, not {name!r:.80}")
         if name not in self._names and len(self._names) >= MAX_PARTS:
@@ -390,7 +397,7 @@ class Log:
 
 
 def loggable(value: Any) -> str | float | bool | None:
-    """`value` as it is kept in a samples file: a number, None, or else its text, which is cut at MAX_TEXT."""
+    """Return `value` as it is kept in a samples file: a number, None, or its text, truncated to MAX_TEXT."""
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):  # scalars of numpy and torch
         value = value.item()
     if value is None or type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63):
@@ -400,7 +407,7 @@ def loggable(value: Any) -> str | float | bool | None:
 
 
 def listed(values: Any) -> Any:
-    """A one-dimensional array or tensor as a list of Python's numbers, anything else as it is."""
+    """Convert a one-dimensional array or tensor to a list of Python numbers. Return anything else unchanged."""
     return values.tolist() if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist") else values
 
 
@@ -408,24 +415,24 @@ def listed(values: Any) -> Any:
 
 
 class TrainerState:
-    """What is known here of the state that TRL's trainer hands to reward functions."""
+    """The part of the state of TRL's trainer that is available to reward functions here."""
 
     def __init__(self, known: Mapping[str, float]) -> None:
         vars(self).update(known)
 
-    def __getattr__(self, name: str) -> Any:  # of what it has not
+    def __getattr__(self, name: str) -> Any:  # called for missing attributes only
         raise AttributeError(f"trainer_state has no {name} here, only {', '.join(vars(self))}")
 
 
 Item = tuple[str, Mapping[str, Any], list[int]]
-"""(completion, info, ids of its tokens): what a call is about."""
+"""One completion of a call: (completion, info, token ids)."""
 
 
 def call(reward: Reward, context: bytes, items: Sequence[Item]) -> Answer:
-    """One call on `items`; one result each, whatever the function does short of ending the process.
+    """Call the reward on `items`. Return one result each, whatever the function does, unless it ends the process.
 
-    `context` is the pickle of (row, messages, state of the trainer). Unpickling it for every call gives each its own
-    deep copy, so that a function which changes its row cannot affect another completion; it is quicker than
+    `context` is the pickle of (row, messages, state of the trainer). It is unpickled for every call, so each call gets
+    its own deep copy: a function that changes its row cannot affect another completion. This is faster than
     copy.deepcopy.
     """
     try:
@@ -461,7 +468,10 @@ def call_trl(
     items: Sequence[Item],
     log: Log,
 ) -> list[Result]:
-    """A whole group, by the names that TRL's GRPOTrainer calls by: one number or None per completion."""
+    """Call the function on a whole group, with the argument names of TRL's GRPOTrainer.
+
+    The function must return one number or None per completion.
+    """
     prompts: list[Any] = [info["prompt"] for _, info, _ in items]
     completions: list[Any] = [completion for completion, _, _ in items]
     if messages is not None:
@@ -482,19 +492,21 @@ def call_trl(
         raise BadReturnError("wrong_count", f"returned {len(returned)} rewards for {len(items)} completions")
     results = []
     for value in returned:
-        if isinstance(value, BaseException):  # of this completion only
+        if isinstance(value, BaseException):  # fails this completion only
             results.append(failed("exception", described(value)))
             continue
         try:
             results.append(result(None if value is None else number(value)))
-        except BadReturnError as error:  # of this completion only
+        except BadReturnError as error:  # fails this completion only
             results.append(failed(*error.args))
     return results
 
 
 def call_verl(reward: Reward, completion: str, row: Mapping[str, Any]) -> Any:
-    """compute_score(data_source, solution_str, ground_truth, extra_info), by the names that it takes, from the columns
-    of verl's files. As verl does, an absent `extra_info` is an empty one."""
+    """Call compute_score(data_source, solution_str, ground_truth, extra_info) with those arguments that it accepts.
+
+    Their values come from the columns of verl's files. As in verl, a missing `extra_info` is an empty one.
+    """
     extra_info = row.get("extra_info")
     arguments = {
         "data_source": row.get("data_source"),
@@ -513,10 +525,10 @@ def call_verl(reward: Reward, completion: str, row: Mapping[str, Any]) -> Any:
 
 
 def awaited(returned: Any) -> Any:
-    """The result of an async function. One event loop serves all calls, as clients kept between calls need."""
+    """Await the result of an async function. One event loop serves all calls: clients kept between calls need it."""
     if not inspect.isawaitable(returned):
         return returned
-    import asyncio  # noqa: PLC0415 - costs more than everything else here, and most functions are plain
+    import asyncio  # noqa: PLC0415 - slower to import than everything else here, and most functions are not async
 
     global _runner
     if _runner is None:
@@ -543,7 +555,7 @@ def failed(kind: str, detail: str) -> Result:
 
 
 def value_of(returned: Any) -> Result:
-    """Style grpo: a number, None, or a mapping whose entries are summed and logged."""
+    """Return the result of style grpo: a number, None, or a mapping whose entries are summed and logged."""
     if not isinstance(returned, Mapping):
         return result(None if returned is None else number(returned))
     if not returned:
@@ -554,8 +566,10 @@ def value_of(returned: Any) -> Result:
 
 
 def score_of(returned: Any, log: Log) -> Result:
-    """Style verl: a number, None, or a mapping with `score`, whose other entries are only logged: numbers as parts, the
-    rest as columns of the samples file."""
+    """Return the result of style verl: a number, None, or a mapping with `score`.
+
+    The other entries of the mapping are only logged: numbers as parts, the rest as columns of the samples file.
+    """
     if not isinstance(returned, Mapping):
         return result(None if returned is None else number(returned))
     if "score" not in returned:
@@ -573,7 +587,7 @@ def score_of(returned: Any, log: Log) -> Result:
 
 
 def refuse_crowd(returned: Mapping[Any, Any]) -> None:
-    """Each entry becomes a metric. Raises BadReturnError for more than MAX_PARTS."""
+    """Raise BadReturnError for more than MAX_PARTS entries: each entry becomes a metric."""
     if len(returned) > MAX_PARTS:
         raise BadReturnError(
             "wrong_type", f"returned a mapping of {len(returned)} entries; at most {MAX_PARTS} are taken"
@@ -581,7 +595,7 @@ def refuse_crowd(returned: Mapping[Any, Any]) -> None:
 
 
 def number(value: Any) -> float:
-    """`value` as a finite float: Python's numbers and the scalars of numpy and torch, but no arrays."""
+    """Convert `value` to a finite float: Python numbers and the scalars of numpy and torch, but no arrays."""
     is_array = getattr(value, "ndim", 0) != 0
     if is_array or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise BadReturnError("wrong_type", f"returned {type(value).__name__} {value!r:.80}, not a number")
@@ -595,7 +609,7 @@ def number(value: Any) -> float:
 
 
 def described(error: BaseException) -> str:
-    """Type and message on one line."""
+    """Return the type and the message of `error` on one line."""
     try:
         message = str(error.msg if isinstance(error, SyntaxError) else error)
     except BaseException:  # noqa: BLE001 - the user's own exception class may fail to print
@@ -605,7 +619,7 @@ def described(error: BaseException) -> str:
 
 
 def hinted(error: BaseException, index: int, withheld: Collection[str]) -> str:
-    """What the user may not know of the names in the message of `error`, in brackets; else nothing."""
+    """Return a hint, in parentheses, if the message of `error` names something that rewards do not get; else ""."""
     try:
         names = re.findall(r"\w+", str(error))
     except BaseException:  # noqa: BLE001 - see `described`
@@ -618,13 +632,13 @@ def hinted(error: BaseException, index: int, withheld: Collection[str]) -> str:
 
 
 def withheld_words(names: Sequence[str], index: int) -> str:
-    """Of environment variables that the reward number `index` does not see: why, and what to do."""
+    """Return why reward number `index` does not see these environment variables, and how to pass them on."""
     every = ", ".join(names)
     return f"rewards see no {every}, which looks like a secret; rewards[{index}].env: [{every}] passes it on"
 
 
 def user_place(error: BaseException, file: str, shown: str) -> str | None:
-    """`path:line` of the last frame that `error` passed in the reward file or its folder, else outside this file."""
+    """Return `path:line` of the last frame of `error` in the reward file or its folder, else outside this file."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno or 1))
