@@ -1,5 +1,7 @@
-"""What a person sees: a live table on a terminal, a few short lines a step elsewhere, all of it also in log.txt, there
-without line breaks."""
+"""Console output: a live table on a terminal, a few short lines per step elsewhere.
+
+All of it also goes to log.txt, there without line breaks.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,15 @@ from rich.table import Table
 from grpo.metrics import HEADLINE
 
 WIDTH = 120
-"""Columns of a line, unless COLUMNS or the terminal says otherwise."""
+"""Maximum columns of a line, unless COLUMNS is set."""
 INDENT = 4
 
 
 class Reader(RichConsole):
-    """Standard output. One that reads it from a pipe may go, as `| head` does: the run goes on for log.txt."""
+    """Standard output. If it is a pipe whose reader exits, as `| head` does, the run continues, with log.txt only."""
 
     def on_broken_pipe(self) -> None:
-        """Where rich would end the process, without a word."""
+        """Discard all further output. Rich would end the process silently."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -59,12 +61,12 @@ class Console:
             self._log.close()
 
     def say(self, text: str) -> None:
-        """A line for the reader."""
+        """Print `text` and append it to log.txt."""
         self._rich.print(wrapped(text), markup=False)
         self._write(text)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The ten numbers of a finished step."""
+        """Show the ten headline metrics of a finished step."""
         shown = {name: metrics[name] for name in HEADLINE if name in metrics}
         line = " ".join(f"{name} {value:.4g}" for name, value in shown.items())
         text = f"step {step}/{self._steps}: {line}; {where_the_gradient_went(metrics)}"
@@ -97,23 +99,25 @@ class Console:
             return
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            with self._lock:  # the heartbeat is another thread's
+            with self._lock:  # the heartbeat writes from another thread
                 self._log.write(f"{stamp} {text}\n")
                 self._log.flush()
-        except OSError as error:  # what goes on is still shown here
+        except OSError as error:  # the run continues and is still shown here
             self._log = None
             self._rich.print(f"log.txt ends here: {error.strerror}", markup=False)
 
 
 def columns() -> int:
-    """Return the columns of a line: what COLUMNS says, else those of the terminal where there is one, at most WIDTH."""
+    """Return the columns of a line: COLUMNS if it is set, else the width of the terminal, at most WIDTH."""
     there = shutil.get_terminal_size((WIDTH, 24)).columns
     return there if os.environ.get("COLUMNS") else min(WIDTH, there)
 
 
 def wrapped(text: str) -> str:
-    """Return `text` in lines that fit, broken between words; behind a label ("placed     ...", "step 1/9: ...") they
-    stand below one another. A longer word, as a path, stays whole."""
+    """Return `text` wrapped between words. A word longer than a line, such as a path, stays whole.
+
+    After a label ("placed     ...", "step 1/9: ..."), continuation lines are indented to the end of the label.
+    """
     lines, width = [], columns()
     for line in text.split("\n"):
         if len(line) <= width:
@@ -129,7 +133,7 @@ def wrapped(text: str) -> str:
 
 
 def where_the_gradient_went(metrics: Mapping[str, float]) -> str:
-    """The account of a step's sampled tokens in a line; columns without any are left out."""
+    """Return the use of a step's sampled tokens as one line. Uses without tokens are left out."""
     names = [name for name in metrics if name.startswith("gradient/") and name != "gradient/sampled"]
     parts = [f"{metrics[name]:.0f} {name.removeprefix('gradient/')}" for name in names if metrics[name]]
     return f"{metrics['gradient/sampled']:.0f} token uses = {' + '.join(parts) or '0'}"

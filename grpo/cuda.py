@@ -1,4 +1,4 @@
-"""Whether this machine can run the CUDA builds that the locks pin: its driver, and what Triton compiles with."""
+"""Checks that this machine can run the CUDA builds that the locks pin: its driver, and what Triton compiles with."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from grpo.types import UserError
 DRIVER = 580
 """Oldest driver that CUDA 13 runs on (NVIDIA's table of minor-version compatibility)."""
 LOADED_DRIVER = Path("/proc/driver/nvidia/version")
-"""What the kernel's module says of itself."""
+"""Version file of the loaded kernel module."""
 
 
 def driver_of(text: str) -> int | None:
-    """Return the major version in the text of LOADED_DRIVER; None where it names none."""
+    """Return the major version in the text of LOADED_DRIVER; None if it has none."""
     found = re.search(r"\b(\d{3,4})\.\d+(?:\.\d+)?\b", text)
     return int(found[1]) if found else None
 
 
 def check_machine(gpus: int, driver: Path = LOADED_DRIVER, headers: Path | None = None) -> None:
-    """See that engines on this machine's GPUs will start. `gpus`: how many torch sees; only where there is none does
-    the driver matter. `headers`: Python's folder of C headers.
+    """Check that engines can start on this machine's GPUs.
+
+    Args:
+        gpus: Number of GPUs that torch sees. The driver is checked only if there are none.
+        headers: Folder of Python's C headers.
 
     Raises UserError saying what is missing, and how to get it.
     """
@@ -45,7 +48,7 @@ def check_machine(gpus: int, driver: Path = LOADED_DRIVER, headers: Path | None 
 
 
 def check_driver(driver: Path) -> None:
-    """Say why torch sees no GPU, where the driver is the cause. Raises UserError."""
+    """Raise UserError if the driver is the reason why torch sees no GPU."""
     if not driver.exists():
         raise UserError(
             f"cluster.device=gpu: no NVIDIA driver is loaded on this machine ({driver} is not there); "

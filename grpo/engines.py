@@ -309,7 +309,7 @@ class Engines:
             self._wait(waking, "the samplers to wake", self._timeout)
 
     def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], SyncResult]:
-        """Start the sync of the learner's weights to every sampler. The returned function waits until it is verified."""
+        """Start the weight sync from the learner to every sampler. The returned function waits until it is verified."""
         pending = self._publishing(policy_version, probe, full_check)
 
         def finish() -> SyncResult:
@@ -322,7 +322,7 @@ class Engines:
                 self._settle(pending)
                 # the others are in a sync that will not end, so they are replaced, too
                 self._replace(range(len(self.samplers)), error)
-                result = self._publish(policy_version, probe, full_check=full_check)  # the same metrics as without a loss
+                result = self._publish(policy_version, probe, full_check=full_check)  # same metrics as without it
             return result
 
         return finish
@@ -399,8 +399,9 @@ class Engines:
         return results
 
     def _ready(self, references: list[Any], what: str, timeout_s: float, asked: float) -> tuple[list[Any], list[Any]]:
-        """Wait for the first of `references`, as `ray.wait` does, but fail when a node is lost: Ray may never report the
-        death of actors on a lost node.
+        """Wait for the first of `references`, as `ray.wait` does, but fail when a node is lost.
+
+        Ray may never report the death of actors on a lost node.
 
         Raises EngineFailure when a node is lost, or after `timeout_s` since `asked`.
         """
@@ -440,7 +441,7 @@ class Engines:
         ray.wait(list(references), num_returns=len(references), timeout=self._timeout)
 
     def _died(self, what: str, error: Any) -> EngineFailure:
-        """Return an error that names the dead actor and quotes its last lines, or one that names a lost node: the cause."""
+        """Return the error for a dead actor, with its last lines, or for its lost node, which is then the cause."""
         if lost := self._lost():
             return EngineFailure(f"{lost} while waiting for {what}")
         dead = getattr(error, "actor_id", None)

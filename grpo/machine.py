@@ -1,4 +1,4 @@
-"""What this process may use of its machine: a scheduler or a container gives less than there is."""
+"""Resources that this process may use. A scheduler or a container may grant less than the machine has."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ PROCESS = Path("/proc/self/cgroup")
 
 
 def usable_cpus() -> int:
-    """Return how many CPUs this process may run on at once: of those it is bound to, what its container's quota is."""
+    """Return how many CPUs this process may use at once: those it is bound to, limited by its container's quota."""
     bound = len(os.sched_getaffinity(0))
     quotas = [quota for folder in _folders("cpu") if (quota := _quota(folder)) is not None]
     return max(1, min([bound, *(int(quota) for quota in quotas)]))
 
 
 def usable_memory_gib() -> float:
-    """Return the machine's memory, or the limit of this process's container or job where that is less."""
+    """Return the machine's memory in GiB, or the limit of this process's container or job if that is lower."""
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for folder in _folders("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -28,7 +28,7 @@ def usable_memory_gib() -> float:
 
 
 def _quota(folder: Path) -> float | None:
-    """CPUs that a control group's quota amounts to."""
+    """Return the CPU quota of a control group, in CPUs; None if it has none."""
     words = _words(folder / "cpu.max") or [
         *_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")
     ]  # fmt: skip
@@ -38,7 +38,7 @@ def _quota(folder: Path) -> float | None:
 
 
 def _folders(controller: str) -> list[Path]:
-    """The folders of this process's control group and those above it, of version 2 and of version 1."""
+    """Return the folders of this process's control group and its ancestors, of cgroup versions 2 and 1."""
     folders = []
     for line in PROCESS.read_text().splitlines() if PROCESS.is_file() else []:
         _, controllers, path = line.split(":", 2)

@@ -1,9 +1,9 @@
-"""Which engines sit together, whether the nodes can hold them, and the Ray placement groups that hold the places.
+"""Placement of the engines: which ones share a node, whether they fit, and the Ray placement groups that reserve room.
 
-A bundle is what one node must have at once: a sampler with all its workers, a rank of the learner, or, where they
-share GPUs, a sampler and the ranks on its GPUs. There is one placement group per role: "engines" where samplers and
-learner are colocated, "samplers" and "learner" where they are not. Ray waits without a word for what it cannot place,
-so the arithmetic is done first.
+A bundle must be on one node: a sampler with all its workers, a learner rank or, if they share GPUs, a sampler and the
+ranks on its GPUs. There is one placement group per role: "engines" if samplers and learner are colocated, otherwise
+"samplers" and "learner"; and "rewards" for nodes with reward workers. Ray waits silently for what it cannot place, so
+the fit is checked first.
 """
 
 from __future__ import annotations
@@ -24,30 +24,33 @@ from grpo.types import UserError
 ENGINES = ("engines", "samplers", "learner")
 """Roles that have GPUs."""
 SLACK = 1e-9
-"""Ray counts in ten-thousandths; sums of such shares as floats may miss a whole by this."""
+"""Tolerance of sums. Ray counts in ten-thousandths, and float sums of such shares may miss a whole number by this."""
 TRIED = 5_000
-"""Steps of the search before it gives up and refuses: 128 bundles on 32 nodes take a second, and of a few every way."""
+"""Maximum steps of the search, after which it fails.
+
+A search for 128 bundles on 32 nodes takes a second. For a few bundles, all placements are tried.
+"""
 
 
 THIS_MACHINE = "this machine"
-"""What the node of a private Ray is called."""
+"""Name of the node of a private Ray."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """What one node must hold."""
+    """Engines and resources that must be on one node."""
 
     role: str
     samplers: tuple[int, ...]
     ranks: tuple[int, ...]
     rewards: tuple[int, ...] = ()
-    """Nodes with reward workers, of `cluster.reward_nodes`."""
+    """Indices of nodes with reward workers, below `cluster.reward_nodes`."""
     cpus: float
     gpus: int
 
     @property
     def who(self) -> str:
-        """The engines in it."""
+        """Return the names of the engines in the bundle."""
         named = [f"sampler {i}" for i in self.samplers] + [f"node {i} of the reward workers" for i in self.rewards]
         if self.ranks:
             first, last = self.ranks[0], self.ranks[-1]
@@ -57,7 +60,7 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """What one node has, and how much of that nobody has taken."""
+    """Total and free resources of one node."""
 
     name: str
     cpus: float
@@ -70,7 +73,7 @@ class Node:
 
 
 def bundles(config: Config) -> list[Bundle]:
-    """Every bundle of the run."""
+    """Return every bundle of the run."""
     return _bundles_of_engines(config) + [
         Bundle(role="rewards", samplers=(), ranks=(), rewards=(i,), cpus=config.rewards_on(i), gpus=0)
         for i in range(config.cluster.reward_nodes)
@@ -97,9 +100,10 @@ def _bundles_of_engines(config: Config) -> list[Bundle]:
 
 
 def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
-    """Whether there is a node for every bundle. Ray seeks its own way, which may be a worse one: `Reservation`.
+    """Raise UserError unless there is a node for every bundle.
 
-    Raises UserError with the arithmetic: what is asked, what each node has and what of it is taken.
+    The message lists what is requested, what each node has, and how much of it is free. Ray places bundles with a
+    search of its own, which may fail where this check passes: see `Reservation`.
     """
     if lacking := lacking_room(config, nodes, place):
         raise UserError(
@@ -109,7 +113,7 @@ def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
 
 
 def lacking_room(config: Config, nodes: Sequence[Node], place: str) -> str:
-    """Return "" where there is a node for every bundle, else what is asked, what each node has and what is taken."""
+    """Return "" if there is a node for every bundle, else what is requested, and what each node has and has free."""
     asked = bundles(config)
     bundle = _left_out(sorted(asked, key=_size, reverse=True), [(node.free_gpus, node.free_cpus) for node in nodes])
     if bundle is None:
@@ -124,17 +128,17 @@ def lacking_room(config: Config, nodes: Sequence[Node], place: str) -> str:
 
 
 def emptied(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes as they are when nobody has taken anything."""
+    """Return the nodes with all their resources free."""
     return [dataclasses.replace(node, free_cpus=node.cpus, free_gpus=node.gpus) for node in nodes]
 
 
 def _left_out(asked: Sequence[Bundle], nodes: Sequence[tuple[float, float]]) -> Bundle | None:
-    """The first bundle without a node when each takes the fullest that holds it. None: there is a way to place all.
+    """Return the first bundle that finds no node when each takes the fullest node with room for it; None if all fit.
 
-    Every way is tried, nodes with as much left being alike, but no more than `TRIED` steps of it.
+    All placements are tried, in at most `TRIED` steps. Nodes with equal free resources are interchangeable.
     """
     left_out, seen = None, set()
-    ways = [(0, tuple(sorted(nodes)))]  # how many are placed, and what nodes have left
+    ways = [(0, tuple(sorted(nodes)))]  # (number of placed bundles, free resources of the nodes)
     while ways and (left_out is None or len(seen) < TRIED):
         way = ways.pop()
         if way in seen:
@@ -163,20 +167,20 @@ def _rewards(config: Config) -> str:
 
 
 class Reservation:
-    """The placement groups of a run. They go with the driver, however it ends."""
+    """Placement groups of a run. Ray removes them when the driver ends, however it ends."""
 
     def __init__(self, config: Config, timeout_s: float, roles: Sequence[str]) -> None:
-        """Of some of its `roles`.
+        """Reserve the places of the `roles`.
 
-        Raises TimeoutError when Ray has not given the places within `timeout_s`: others have taken them, or they fit
-        only as `check_fit` would place them. Ray places group after group, gives a bundle the emptiest node and takes
-        nothing back: 4, 3 and 2 CPUs do not get on nodes of 4 and 5."""
+        Raises TimeoutError when Ray has not granted the places within `timeout_s`: others have taken them, or they only
+        fit as `check_fit` places them. Ray places one group after the other, gives a bundle the emptiest node, and does
+        not backtrack: it does not place 4, 3 and 2 CPUs on nodes of 4 and 5 CPUs.
+        """
         self._groups: dict[str, PlacementGroup] = {}
         self._strategies: dict[tuple[str, int], PlacementGroupSchedulingStrategy] = {}
         asked = bundles(config)
-        largest_first = sorted(
-            asked, key=_size, reverse=True
-        )  # Ray places group after group: little ones fit later, too
+        # Ray places one group after the other, and small bundles still fit later
+        largest_first = sorted(asked, key=_size, reverse=True)
         for role in dict.fromkeys(bundle.role for bundle in largest_first if bundle.role in roles):
             ours = [bundle for bundle in asked if bundle.role == role]
             how = "SPREAD" if role == "rewards" else "PACK"
@@ -193,20 +197,26 @@ class Reservation:
                 raise TimeoutError(f"Ray has not placed the {role} within {timeout_s:.0f} s, although they fit")
 
     def of(self, kind: str, index: int) -> dict[str, Any]:
-        """Ray's options that put sampler or learner rank `index` in its place."""
+        """Return the Ray options that put the actor `index` of `kind` (sampler, learner or rewards) in its place."""
         return {"scheduling_strategy": self._strategies[kind, index]}
 
     def release(self) -> None:
-        """Give the places back to the cluster that was joined. A private Ray ends with the driver, and where it is
-        dying already, Ray would wait a minute for an answer and then end the process."""
-        if ray._private.worker.global_worker.node.all_processes:  # what this process has started of Ray
+        """Release the places to the cluster that was joined.
+
+        A private Ray needs no release: it ends with the driver. If it is already dying, Ray would wait a minute for an
+        answer and then end the process.
+        """
+        if ray._private.worker.global_worker.node.all_processes:  # a private Ray: this process has started it
             return
         for group in self._groups.values():
             remove_placement_group(group)
 
 
 def named(role: str) -> str:
-    """A placement group's name, as the dashboard shows it. Ray wants them unique in a namespace, removed ones too."""
+    """Return a unique name for a placement group, as the dashboard shows it.
+
+    Ray requires unique names in a namespace, and counts removed groups.
+    """
     return f"grpo-{role}-{secrets.token_hex(4)}"
 
 
@@ -215,7 +225,7 @@ def _resources(bundle: Bundle) -> dict[str, float]:
 
 
 def nodes_of_cluster() -> list[Node]:
-    """The nodes of the cluster that this process has joined."""
+    """Return the live nodes of the cluster that this process has joined."""
     from ray._private.state import available_resources_per_node  # noqa: PLC0415 - ray has no public call for it
 
     free = available_resources_per_node()

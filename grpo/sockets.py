@@ -1,4 +1,4 @@
-"""Where the sockets of Ray and vLLM are put: a socket's path must be short, and TMPDIR may be long."""
+"""Folder for the sockets of Ray and vLLM: the path of a socket must be short, and TMPDIR may be long."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import tempfile
 from grpo.types import UserError
 
 SOCKET_PATH = 107
-"""Bytes of a UNIX socket's path on Linux, by unix(7), without the last, which is 0."""
+"""Maximum bytes of a UNIX socket path on Linux, by unix(7), without the terminating 0."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 RAY = len("/grpo-ray-xxxxxxxx/r/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
-"""Bytes that the longest path of Ray's sockets has behind the folder that its own is made in."""
+"""Bytes that the longest path of a Ray socket adds to the folder in which Ray's own folder is created."""
 VLLM = len("/01234567-0123-0123-0123-0123456789ab")
-"""The same of the sockets that the workers of one sampler talk through."""
+"""The same for the sockets between the workers of one sampler."""
 
 
 def socket_folder(below: int) -> str:
-    """A folder whose path leaves room for sockets of `below` more bytes: that for temporary files, which TMPDIR names,
-    or where its path is too long another one of the machine.
+    """Return a writable folder whose path leaves room for `below` more bytes of a socket path.
+
+    This is the folder for temporary files (TMPDIR) or, if its path is too long, one of SHORT_FOLDERS.
 
     Raises UserError when there is none.
     """

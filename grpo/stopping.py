@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: the first one asks for an end, a second one or the end of patience enforces it."""
+"""Handling of SIGTERM, SIGUSR1 and Ctrl-C. The first signal requests a stop; a second one or a timeout enforces it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run ends here.
+    """The run stops now.
 
-    A KeyboardInterrupt, because Ray's compiled waits pass on no other exception of a signal handler: any other is lost
-    there, or crashes the process. What comes out of them is a plain KeyboardInterrupt.
+    It is a KeyboardInterrupt because Ray's compiled waits propagate no other exception from a signal handler: others
+    are lost there, or crash the process. The waits raise a plain KeyboardInterrupt instead of this class.
     """
 
 
 def interrupt_early() -> None:
-    """Let every one of the signals raise KeyboardInterrupt, as Ctrl-C does, while there is nothing to finish."""
+    """Make all of the signals raise KeyboardInterrupt, as Ctrl-C does, while there is nothing to finish."""
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let signals that come in the block interrupt at its end: where half of it would be worse than none of it. What
-    the block itself raises goes before them."""
+    """Delay signals that arrive during the block until its end, so that it is not interrupted halfway.
+
+    An exception of the block takes precedence over them.
+    """
     came: list[int] = []
     before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS}
     try:
@@ -41,7 +43,7 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Put back, at the end of the block, the handlers that the signals had before it."""
+    """Restore, at the end of the block, the signal handlers that were set before it."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -51,25 +53,30 @@ def handlers_kept() -> Iterator[None]:
 
 
 class Stopper:
-    """What to do about signals. Between `with stopper.finishing_steps()` and its end the first one only sets `asked`,
-    and the step under way may take `grace_s` more seconds; elsewhere it raises Stopped at once."""
+    """Signal handling of a run.
+
+    Inside `with stopper.finishing_steps()`, the first signal only sets `asked`, and the current step may take `grace_s`
+    more seconds. Elsewhere it raises Stopped at once.
+    """
 
     def __init__(self, grace_s: float, say: Callable[[str], object]) -> None:
         self._grace_s, self._say = grace_s, say
         self.asked: str | None = None
-        """The first signal's name."""
+        """Name of the first signal."""
         self.enforced = False
-        """Stopped has been raised; whatever comes out of it, the reason is the signal."""
+        """Stopped has been raised. Whatever exception it results in, the signal is the reason."""
         self._may_finish = self._over = False
 
     def install(self) -> None:
-        """Take the signals, also from whoever has taken them since."""
+        """Install the handlers, replacing any that were installed by others."""
         for number in (*SIGNALS, signal.SIGALRM):
             signal.signal(number, self._handle)
 
     def uninstall(self) -> None:
-        """Back to what Python does; SIGTERM and SIGUSR1 kill. After an end that was asked for, signals are ignored:
-        what is left to do are last words, and they decide the exit code."""
+        """Restore the default handlers: SIGTERM and SIGUSR1 kill the process.
+
+        After a requested stop, ignore signals instead: only final messages remain, and they decide the exit code.
+        """
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (*SIGNALS, signal.SIGALRM):
             plain = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -77,7 +84,7 @@ class Stopper:
 
     @contextmanager
     def finishing_steps(self) -> Iterator[None]:
-        """Where an end may wait until the step is done and saved."""
+        """Allow, in the block, that a stop waits until the step is done and saved."""
         self._may_finish = True
         try:
             yield
@@ -87,7 +94,7 @@ class Stopper:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.enforced or self._over:  # taking down is not interrupted again
+        if self.enforced or self._over:  # the shutdown is not interrupted again
             return
         first, name = self.asked is None, signal.Signals(number).name
         self.asked = self.asked or name

@@ -1,7 +1,7 @@
-"""`python -P sweeper.py FOLDER`: outlives a driver that is killed, and takes what is left of its private Ray down.
+"""Sweeper of a private Ray: `python -P sweeper.py FOLDER`. It outlives a killed driver and cleans up after it.
 
-Waits until its standard input ends, which the kernel sees to however the driver dies. Then it kills every process of
-the session and removes the session's folder. Ray's own agents would linger for a while.
+It waits until its standard input ends, which the kernel ensures however the driver dies. Then it kills every process
+of the Ray session and removes the session folder. Ray's own agents would linger for a while.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 MARK = "GRPO_RAY_SESSION"
 ROUNDS = 50
-"""Of a fifth of a second each, before it gives up."""
+"""Rounds of 0.2 s each before it gives up."""
 
 
 def belonging(folder: str, spared: set[int]) -> list[int]:
-    """Processes of the session: with MARK=folder in their environment, or a file of the folder open.
+    """Return the processes of the session: those with MARK=folder in their environment, or with an open file in it.
 
-    Either alone is not enough: a process that sets its title, as Ray's do, may write it over its environment.
+    One condition alone is not enough: a process that sets its title, as Ray's do, may overwrite its environment.
     """
     wanted = f"{MARK}={folder}".encode()
     found = []
@@ -32,13 +32,16 @@ def belonging(folder: str, spared: set[int]) -> list[int]:
             in_environment = wanted in (entry / "environ").read_bytes().split(b"\0")
             if in_environment or any(os.readlink(fd).startswith(f"{folder}/") for fd in (entry / "fd").iterdir()):
                 found.append(int(entry.name))
-        except OSError:  # gone meanwhile, or not ours
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 
 
 def main(folder: str) -> None:
-    """Wait, then sweep until nothing is found twice over: a dying raylet may still start something, or write a file."""
+    """Wait for the end of standard input, then sweep until two rounds in a row find nothing.
+
+    A dying raylet may still start a process or write a file.
+    """
     spared = {os.getpid(), os.getppid()}  # the driver ends by itself, with its own exit code
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""Who did what when in a step: a file of Chrome's trace events per step where `run.trace` is on.
+"""Timeline of a step: one file of Chrome trace events per step, if `run.trace` is on.
 
-Perfetto and chrome://tracing show them. Times are the driver's: a span of a sampler begins when it is asked and ends
-when its last completion has come.
+Perfetto and chrome://tracing display them. Times are measured in the driver: the span of a sampler begins when its
+requests are sent and ends when its last completion has arrived.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from grpo.types import Failed, Scored
 
 
 class Timeline:
-    """Spans of the step under way, by role: driver, samplers, rewards, learner. Threads may add at once."""
+    """Spans of the current step, by role: driver, samplers, rewards, learner. Thread-safe."""
 
     def __init__(self, folder: Path | None) -> None:
-        """`folder`: where files go; None keeps nothing."""
+        """Start the clock. `folder`: folder of the files; None records nothing."""
         self._folder = folder
         self._events: list[dict[str, Any]] = []
         self._lock = threading.Lock()
@@ -33,7 +33,7 @@ class Timeline:
 
     @contextmanager
     def span(self, role: str, name: str, **details: Any) -> Iterator[None]:
-        """What happens in the block."""
+        """Record the block as a span."""
         end = self.begin(role, name, **details)
         try:
             yield
@@ -41,7 +41,7 @@ class Timeline:
             end()
 
     def begin(self, role: str, name: str, **details: Any) -> Callable[[], None]:
-        """What ends when the returned function is called."""
+        """Begin a span. The returned function ends it."""
         started = time.monotonic()
 
         def end() -> None:
@@ -57,7 +57,7 @@ class Timeline:
         return end
 
     def write(self, step: int) -> None:
-        """The step's file: what has ended since the last one."""
+        """Write the file of the step: the spans that ended since the last call."""
         if self._folder is None:
             return
         with self._lock:
@@ -69,7 +69,7 @@ class Timeline:
 
 
 class TimedScorer:
-    """A scorer whose every call is a span."""
+    """Scorer that records each call as a span."""
 
     def __init__(self, scorer: Scorer, timeline: Timeline) -> None:
         self._scorer, self._timeline = scorer, timeline

@@ -1,4 +1,4 @@
-"""A heartbeat while completions are sampled and scored: a line every HEARTBEAT_S seconds with what is awaited."""
+"""Heartbeat while completions are sampled and scored: every HEARTBEAT_S seconds, a line reports what is awaited."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ HEARTBEAT_S = 30.0
 
 
 class Watch:
-    """The samplers and the scorer of one `collect`; counts what passes through. A context manager."""
+    """Wrapper around the samplers and the scorer of one `collect` that counts completions. A context manager."""
 
     def __init__(
         self, what: str, completions: int, *, sampler: SamplerGroup, scorer: Scorer, say: Callable[[str], None]
     ) -> None:
-        """`what`: is put before each line. `completions`: how many are asked for."""
+        """Prepare the heartbeat.
+
+        Args:
+            what: Prefix of each line.
+            completions: Number of completions that are requested.
+        """
         self._what, self._completions, self._say = what, completions, say
         self._sampler, self._scorer = sampler, scorer
         self._sampled = self._submitted = 0
@@ -41,26 +46,26 @@ class Watch:
         self._thread.join()
 
     def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]:
-        """Sample, and count."""
+        """Sample `requests` and count the completions."""
         for block in self._sampler.sample(requests, settings):
             self._sampled += len(block.lengths)
             yield block
 
     def outstanding(self) -> dict[str, int]:
-        """Return the samplers' own."""
+        """Return the outstanding completions of the samplers."""
         return self._sampler.outstanding()
 
     def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
-        """Score, and count."""
+        """Score `items` and count them."""
         self._submitted += len(items)
         return self._scorer.submit(items)
 
     def counts(self) -> Counted:
-        """Return the scorer's own."""
+        """Return the counts of the scorer."""
         return self._scorer.counts()
 
     def line(self) -> str:
-        """Return what is awaited now."""
+        """Return the heartbeat line: what is awaited now."""
         counted = self._scorer.counts().since(self._before)
         parts = []
         if self._sampled < self._completions:

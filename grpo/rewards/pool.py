@@ -278,7 +278,10 @@ class RewardPool:
         return None if worker.job is None else self._rewards[worker.job.calls[0][0]].timeout_s
 
     def _patience(self) -> float:
-        """Return the seconds until the next deadline, at most 1: only polling finds a death that leaves a socket open."""
+        """Return the seconds until the next deadline, at most 1.
+
+        A death that leaves the socket open is only found by polling.
+        """
         now = time.monotonic()
         left = [w.since + limit - now for w in self._workers.values() if (limit := self._limit(w)) is not None]
         return max(0.0, min([*left, 1.0]))
