@@ -60,8 +60,8 @@ class SyncResult:
     full_check_s: float = 0.0
     """Seconds of the full check before the sync; 0 if there was none."""
     movement_errors: tuple[float, ...] = ()
-    """After a full check, for each group of parameters: the distance of a sampler's logprobs from where the learner's
-    moved to, as a share of that movement (90 % quantiles)."""
+    """After a full check, for each perturbed group of parameters: the difference between the logprobs of a sampler and
+    of the learner, as a share of how far the learner's had moved (90 % quantiles)."""
 
 
 STACK_SIGNAL = signal.SIGUSR2
@@ -127,7 +127,7 @@ class SamplerActor:
         return _process()
 
     def start(self, transport: str, devices: Sequence[str]) -> None:
-        """Load the engine. `devices`: GPUs of the learner ranks, if it shares them."""
+        """Load the engine. `devices`: GPUs that it shares with learner ranks; empty if none."""
         os.environ.update(network_environment(ray.util.get_node_ip_address()))
         if devices:  # Ray has assigned them to the ranks
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
@@ -339,7 +339,7 @@ class LearnerActor:
     def _take_turns(self, verb: str, argument: Any, *, timeout_s: float) -> None:
         """Have every sampler sleep or wake, if samplers and learner take turns in memory.
 
-        A barrier before it waits for all ranks. A barrier after it holds them until the samplers are done.
+        All ranks wait for each other before it, and wait until the samplers are done after it.
         """
         if not self._config.takes_turns:
             return

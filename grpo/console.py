@@ -30,7 +30,7 @@ INDENT = 4
 
 
 class Reader(RichConsole):
-    """Standard output. If it is a pipe whose reader exits, as `| head` does, the run continues, with log.txt only."""
+    """Standard output. If it is a pipe whose reader exits, as `| head` does, the run continues with log.txt only."""
 
     def on_broken_pipe(self) -> None:
         """Discard all further output. Rich would end the process silently."""

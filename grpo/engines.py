@@ -322,7 +322,8 @@ class Engines:
                 self._settle(pending)
                 # the others are in a sync that will not end, so they are replaced, too
                 self._replace(range(len(self.samplers)), error)
-                result = self._publish(policy_version, probe, full_check=full_check)  # same metrics as without it
+                # the metrics are the same as without a replacement
+                result = self._publish(policy_version, probe, full_check=full_check)
             return result
 
         return finish

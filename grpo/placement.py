@@ -26,9 +26,9 @@ ENGINES = ("engines", "samplers", "learner")
 SLACK = 1e-9
 """Tolerance of sums. Ray counts in ten-thousandths, and float sums of such shares may miss a whole number by this."""
 TRIED = 5_000
-"""Maximum steps of the search, after which it fails.
+"""Maximum steps of the search for a placement, after which it fails.
 
-A search for 128 bundles on 32 nodes takes a second. For a few bundles, all placements are tried.
+For 128 bundles on 32 nodes this takes a second. For a few bundles, all placements are tried.
 """
 
 
@@ -102,8 +102,8 @@ def _bundles_of_engines(config: Config) -> list[Bundle]:
 def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
     """Raise UserError unless there is a node for every bundle.
 
-    The message lists what is requested, what each node has, and how much of it is free. Ray places bundles with a
-    search of its own, which may fail where this check passes: see `Reservation`.
+    The message lists what is requested, what each node has, and how much of it is free. Ray uses a different
+    search, which may fail where this check passes: see `Reservation`.
     """
     if lacking := lacking_room(config, nodes, place):
         raise UserError(
@@ -113,7 +113,7 @@ def check_fit(config: Config, nodes: Sequence[Node], place: str) -> None:
 
 
 def lacking_room(config: Config, nodes: Sequence[Node], place: str) -> str:
-    """Return "" if there is a node for every bundle, else what is requested, and what each node has and has free."""
+    """Return "" if there is a node for every bundle, else what is requested, and what each node has and has left."""
     asked = bundles(config)
     bundle = _left_out(sorted(asked, key=_size, reverse=True), [(node.free_gpus, node.free_cpus) for node in nodes])
     if bundle is None:

@@ -84,7 +84,7 @@ class Stopper:
 
     @contextmanager
     def finishing_steps(self) -> Iterator[None]:
-        """Allow, in the block, that a stop waits until the step is done and saved."""
+        """Let a stop wait, inside the block, until the step is done and saved."""
         self._may_finish = True
         try:
             yield

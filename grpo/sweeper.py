@@ -19,7 +19,7 @@ ROUNDS = 50
 
 
 def belonging(folder: str, spared: set[int]) -> list[int]:
-    """Return the processes of the session: those with MARK=folder in their environment, or with an open file in it.
+    """Return the processes of the session: with MARK=folder in their environment, or with an open file in the folder.
 
     One condition alone is not enough: a process that sets its title, as Ray's do, may overwrite its environment.
     """

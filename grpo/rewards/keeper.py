@@ -41,7 +41,7 @@ def main(fd: int, memory_bytes: int) -> None:
         pass_fds=(fd,),
         start_new_session=True,
     )
-    os.close(fd)  # so that the parent sees its end when the worker closes it
+    os.close(fd)  # so that the parent sees the end of the stream when the worker ends
     ended = os.pidfd_open(worker.pid)
     over = 0
     while not over and not select.select([0, ended], [], [], LOOK_S)[0]:

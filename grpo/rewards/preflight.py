@@ -63,7 +63,7 @@ class Unsampled:
 
 
 def corrupt(answer: str) -> str:
-    """Return a different answer: shift each digit to the next one, else each letter, else append an x."""
+    """Return a different answer: replace each digit by the next one; without digits, each letter; else append an x."""
     if any(c in string.digits for c in answer):
         return answer.translate(NEXT_DIGIT)
     if any(c in string.ascii_letters for c in answer):
@@ -72,9 +72,9 @@ def corrupt(answer: str) -> str:
 
 
 def declares_gold(file: Path) -> bool:
-    """Return whether the file says `GOLD = True` at its top level: its function compares with the row's gold answer.
+    """Return whether the file says `GOLD = True` at its top level.
 
-    The file is parsed, not executed.
+    This means that its function compares with the row's gold answer. The file is parsed, not executed.
     """
     try:
         tree = ast.parse(file.read_bytes())
@@ -140,8 +140,8 @@ def try_out(
 ) -> list[str]:
     """Load every reward and run it alone, unweighted, on real rows.
 
-    Return one line per reward and data set that it is for. They follow the reward's notes, if any: what its style does
-    not provide, and which environment variables are withheld from it.
+    Return one line per reward and data set that it is for. Before them come lines, if needed, on what the style does
+    not provide and on environment variables that are withheld from the reward.
 
     Args:
         prompts: Description of a data set -> some of its prompts.
@@ -252,9 +252,9 @@ def try_golds(
 
 
 def refuse_unfit_answers(prompts: Sequence[Prompt], where: str, i: int, gold_template: str, answer_column: str) -> None:
-    """Raise UserError naming the first rows whose answer is empty, or is a list or mapping that the template inserts.
+    """Raise UserError for answers that are empty, or that are a list or mapping which the template inserts.
 
-    An empty answer equals an empty completion. A list or mapping would be written as Python.
+    An empty answer equals an empty completion. A list or mapping would be written as Python. The error names rows.
     """
     answers = {prompt.where: prompt.row.get(answer_column) for prompt in prompts}
     empty = [
@@ -337,7 +337,7 @@ def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsample
 
 
 def nested_hint(detail: str, row: Mapping[str, object]) -> str:
-    """Return a hint, the `columns` line to add, if a function missed a key that is inside another column; else ""."""
+    """Return the `columns` line to add, as a hint, if the missing key is inside another column; else ""."""
     missing = re.search(r"KeyError\b[^']*'([^']+)'", detail)
     path = nested(missing[1], row) if missing else None
     return f"; it is inside another: {line(missing[1], path)}" if missing and path else ""

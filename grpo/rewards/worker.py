@@ -38,13 +38,13 @@ FILE_BYTES = 1 << 28
 LOG_BYTES = 1 << 24
 """A log that has grown beyond this is truncated before the next call."""
 HEADER_BYTES = 8
-"""Size of the header, which is the length of the pickle that follows, little endian."""
+"""Size of the header: the length of the pickle that follows, little endian."""
 MAX_PARTS = 64
 """Maximum number of entries in a mapping that a reward returns, and of different names that it logs."""
 LOGGED_BYTES = 1 << 20
 """Maximum size of what one call may log, as JSON."""
 MAX_TEXT, MAX_NAME = 2000, 100
-"""Maximum characters of a logged text, which is truncated to it, and of a logged name."""
+"""Maximum characters of a logged text (longer ones are truncated) and of a logged name."""
 GIVEN_BY_US = ("info", "log_extra", "log_metric")
 GIVEN_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments of a function of style trl, besides the columns of the rows."""
@@ -54,7 +54,7 @@ NOT_GIVEN = ("environments", "prompt_ids")
 `environment_factory` of TRL's trainer, which has no counterpart here."""
 
 Result = dict[str, Any]
-"""Of one completion: {"value": number | None, "parts": {key: number}} or {"failed": kind, "detail": text}."""
+"""Result of one completion: {"value": number | None, "parts": {key: number}} or {"failed": kind, "detail": text}."""
 Answer = dict[str, Any]
 """{"results": one Result per completion}. If something was logged, also {"columns": {name: one value per completion},
 "metrics": {name: [sum, count]}}."""
@@ -503,7 +503,7 @@ def call_trl(
 
 
 def call_verl(reward: Reward, completion: str, row: Mapping[str, Any]) -> Any:
-    """Call compute_score(data_source, solution_str, ground_truth, extra_info) with those arguments that it accepts.
+    """Call compute_score(data_source, solution_str, ground_truth, extra_info) with the arguments that it accepts.
 
     Their values come from the columns of verl's files. As in verl, a missing `extra_info` is an empty one.
     """
