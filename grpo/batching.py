@@ -1,14 +1,14 @@
-"""Scored groups -> what each learner rank does in a step. The only module that shifts the token axis.
+"""Training rows -> the microbatches of each learner rank in a step. The only module that shifts the token axis.
 
 A row of L prompt and C completion tokens becomes T = L + C - 1 positions: `input_ids = tokens[:-1]`,
-`target_ids = tokens[1:]`, and every other [B,T] tensor is aligned to the target. The completion's first target stands
-at position L - 1. Masks are made from lengths; a pad id is never consulted.
+`target_ids = tokens[1:]`, and every other [B,T] tensor is aligned to the target. The completion's first target is at
+position L - 1. Masks are built from lengths, never from a pad id.
 
 Example: prompt [7, 8], completion [9, 0], a microbatch of T = 4:
     input_ids        7 8 9 0      target_ids  8 9 0 0      completion_mask  0 1 1 0
 
-One optimizer step's rows are dealt over the ranks longest first, packed into microbatches under the token budget, and
-every rank gets the same number of them, filled up with rows of weight zero: under ZeRO-3 an unequal count hangs.
+The rows of one optimizer step are dealt to the ranks, longest first, and packed into microbatches under the token
+budget. Microbatches of weight zero are added until every rank has the same number: ZeRO-3 hangs otherwise.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class TrainingRow:
     sampler_logprobs: np.ndarray
     """[C] float32"""
     sampled_mask: np.ndarray
-    """[C] bool; tokens the policy did not sample are context, not targets."""
+    """[C] bool; tokens that the policy did not sample are context, not targets."""
     prompt: int
-    """Which prompt of the step this is a completion of."""
+    """Position of the row's prompt in the step."""
     advantage: float
     reward: float
-    """What token-level advantages are made from."""
+    """Input of token-level advantages."""
     has_spread: bool
     truncated: bool
 
@@ -65,12 +65,12 @@ def rank_steps(
     epochs: int,
     kl_coef: float,
 ) -> list[RankStep]:
-    """Lay out a step for every rank.
+    """Return the `RankStep` of every rank.
 
     Args:
-        minibatches: rows of each optimizer step of one epoch; those without a trained token are left out.
-        tokens_per_microbatch: bound on B*T; a single longer row goes alone.
-        epochs: times that the minibatches are gone through.
+        minibatches: rows of each optimizer step of one epoch; rows without a trained token are left out.
+        tokens_per_microbatch: bound on B*T; a longer row gets a separate microbatch.
+        epochs: number of passes over the minibatches.
 
     Returns:
         [ranks] RankSteps with the same numbers of minibatches and microbatches.
@@ -93,7 +93,7 @@ def rank_steps(
 def _minibatch(
     rows: Sequence[TrainingRow], ranks: int, budget: int, aggregation: Aggregation, constant_length: int
 ) -> list[tuple[Batch, ...]]:
-    """One optimizer step: [ranks][microbatches], the same number of microbatches everywhere."""
+    """Return one optimizer step's microbatches, [ranks][microbatches], the same number for every rank."""
     weights = aggregation_weights(
         [row.trained_tokens for row in rows],
         [row.prompt for row in rows],
@@ -107,7 +107,7 @@ def _minibatch(
 
 
 def _pack(rows: Sequence[tuple[TrainingRow, float]], budget: int) -> list[Batch]:
-    """Fill microbatches with rows that come longest first, so that padding stays small."""
+    """Pack rows, which come longest first, into microbatches. The order keeps padding small."""
     microbatches: list[list[tuple[TrainingRow, float]]] = []
     for pair in rows:
         if not microbatches or (len(microbatches[-1]) + 1) * microbatches[-1][0][0].positions > budget:
@@ -117,17 +117,17 @@ def _pack(rows: Sequence[tuple[TrainingRow, float]], budget: int) -> list[Batch]
 
 
 def _batch(rows: Sequence[tuple[TrainingRow, float]]) -> Batch:
-    """Shift, pad and mask the rows of one microbatch."""
+    """Return the rows of one microbatch, shifted, padded and masked."""
     shape = (len(rows), max(row.positions for row, _ in rows))
     prompt = np.asarray([len(row.prompt_ids) for row, _ in rows])
     length = np.asarray([len(row.completion_ids) for row, _ in rows])
     position = np.arange(shape[1] + 1)
-    real = position < (prompt + length)[:, None]  # [B,T+1] places of tokens
+    real = position < (prompt + length)[:, None]  # [B,T+1] true at tokens, false at padding
     tokens = np.zeros(real.shape, dtype=np.int64)
     tokens[real] = np.concatenate([part for row, _ in rows for part in (row.prompt_ids, row.completion_ids)])
     input_ids = np.where(real[:, 1:], tokens[:, :-1], 0)
     target_ids = tokens[:, 1:]
-    place = real[:, 1:] & (position[1:] >= prompt[:, None])  # [B,T] targets that belong to the completion
+    place = real[:, 1:] & (position[1:] >= prompt[:, None])  # [B,T] true where the target belongs to the completion
     mask = np.zeros(shape, dtype=np.bool_)
     mask[place] = np.concatenate([row.sampled_mask for row, _ in rows])
     sampler_logprobs = np.zeros(shape, dtype=np.float32)
@@ -150,7 +150,7 @@ def _batch(rows: Sequence[tuple[TrainingRow, float]]) -> Batch:
 
 
 def _filler() -> Batch:
-    """One position of weight zero: it runs through every layer and leaves every gradient as it is."""
+    """Return a microbatch of one position of weight zero: it runs through every layer and adds 0 to every gradient."""
     ids = torch.zeros(1, 1, dtype=torch.int64)
     zeros = torch.zeros(1, 1)
     return Batch(

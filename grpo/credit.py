@@ -1,9 +1,12 @@
-"""Scored groups -> the rows that are trained on, each with its advantage, and an account of every sampled token.
+"""Scored groups -> training rows with their advantages, and an account of every sampled token.
 
-The account counts *uses*: a token that is trained on in two epochs counts twice. Its columns exclude each other, the
-first that applies, and add up: sampled = failed + truncated + no_spread + stale, here, + zero_advantage + stopped +
-mismatch_masked + clipped + contributing, on the learner. The scored members of a group that is too small count as
-failed.
+The account counts *uses*: a token that is trained on in two epochs counts twice. Each use is in the first column that
+applies, so the columns add up:
+
+    sampled = failed + truncated + no_spread + stale                                        (counted here)
+              + zero_advantage + stopped + mismatch_masked + clipped + contributing         (counted by the learner)
+
+Scored members of a group that is too small count as failed.
 """
 
 from __future__ import annotations
@@ -23,26 +26,26 @@ LEARNER_COLUMNS = ("zero_advantage", "stopped", "mismatch_masked", "clipped", "c
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
-    """A step's rows."""
+    """The training rows of a step, and the driver's part of the account."""
 
     minibatches: tuple[tuple[TrainingRow, ...], ...]
     advantages: tuple[float, ...]
-    """Of the rows, in order; for token-level methods the rewards that they are made from."""
+    """The rows' advantages, in order; for token-level methods, the rewards from which they are computed."""
     uses: Mapping[str, int]
     """The account's columns up to `stale`, and `sampled`."""
 
 
 def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Config, policy_version: int) -> Credit:
-    """Rows of each minibatch, with advantages over the scored members of each group.
+    """Return the rows of each minibatch, with advantages over the scored members of each group.
 
-    Failed rollouts are in no row and no statistic. A group with fewer scored members than the method compares is
-    dropped. Rollouts of groups without spread stay where the method gives them 0: they count in the denominator.
-    Truncated completions that `mask_truncated` leaves out are compared with, and not trained on.
+    Failed rollouts are in no row and no statistic. A group with fewer scored members than the method needs is dropped.
+    Rollouts of a group without spread stay, even if their advantage is 0: they count in the denominator. Truncated
+    completions that `mask_truncated` excludes count in their group's statistics but are not trained on.
 
     Args:
-        groups: of the step's prompts, in order.
-        unused: further groups that were sampled and replaced, for the account alone.
-        policy_version: of the learner; a row with an older token is left out as stale.
+        groups: groups of the step's prompts, in order.
+        unused: groups that were sampled and replaced; used for the account only.
+        policy_version: version of the learner; a rollout with an older token is left out as stale.
     """
     a = config.algorithm
     least = members_needed(a)
@@ -53,7 +56,7 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
     spread = [family.has_spread(scored_rewards(group)) for _, group in usable]
     lengths = [[int(r.completion.sampled_mask.sum()) for r in scored(group)] for _, group in usable]
     values = row_values(shaped, spread, lengths, a)
-    # where 0 is not final, because the KL or the whitening moves it, such a row contributes like any other
+    # if the KL in the reward or the whitening can change an advantage of 0, a row without spread counts like any other
     judged = a.advantage in GROUP_RELATIVE and not (a.kl_coef > 0 and a.kl_place == "reward")
     uses = dict.fromkeys(("sampled", "failed", "truncated", "no_spread", "stale"), 0)
     minibatches: list[list[TrainingRow]] = [[] for _ in range(a.minibatches_per_step)]
@@ -88,8 +91,7 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
 
 
 def advantages_of(credit: Credit, config: Config) -> dict[int, float]:
-    """Return the advantage of each trained completion by its position in the step; empty where a method gives tokens
-    advantages of their own."""
+    """Return position in the step -> advantage of each trained completion; empty for token-level advantages."""
     if config.algorithm.advantage not in GROUP_RELATIVE:
         return {}
     return {row.rollout_index: row.advantage for rows in credit.minibatches for row in rows}
@@ -98,7 +100,12 @@ def advantages_of(credit: Credit, config: Config) -> dict[int, float]:
 def training_row(
     rollout: Rollout, prompt: int, index: int, advantage: float, reward: float, has_spread: bool
 ) -> TrainingRow:
-    """The row of a rollout. `prompt`: position of its group in the step; `index`: its own among all rollouts."""
+    """Return the row of a rollout.
+
+    Args:
+        prompt: position of its group in the step.
+        index: position of the rollout among all rollouts of the step.
+    """
     return TrainingRow(
         rollout_index=index,
         prompt=prompt,
@@ -114,7 +121,7 @@ def training_row(
 
 
 def members_needed(a: AlgorithmConfig) -> int:
-    """Scored members that a group must have to be trained on."""
+    """Return the number of scored members that a group needs to be trained on."""
     if a.advantage == "pass_at_k":
         return a.pass_k
     return 2 if a.advantage in NEEDS_GROUPS else 1
@@ -123,11 +130,11 @@ def members_needed(a: AlgorithmConfig) -> int:
 def row_values(
     shaped: Sequence[Sequence[float]], spread: Sequence[bool], lengths: Sequence[Sequence[int]], a: AlgorithmConfig
 ) -> list[list[float]]:
-    """What the method gives each row of each group: its advantage, or the reward that tokens will be given.
+    """Return the value of each row of each group: its advantage, or the reward for token-level advantages.
 
     Args:
         shaped: [P][n_p] rewards, length penalty included.
-        spread: [P] whether the raw rewards differ; where they do not, the length penalty alone gives no advantage.
+        spread: [P] true if the raw rewards differ. If they are equal, the length penalty alone gives no advantage.
         lengths: [P][n_p] trained tokens.
     """
     match a.advantage:
@@ -149,8 +156,11 @@ def row_values(
 
 
 def shaped_reward(rollout: Rollout, config: Config) -> float:
-    """The reward with the soft length penalty (DAPO, arXiv 2503.14476 eq. 13): from `length_penalty_tokens` before
-    `max_tokens` it falls linearly, by `length_penalty` at `max_tokens`."""
+    """Return the reward with the soft length penalty (DAPO, arXiv 2503.14476 eq. 13).
+
+    The penalty grows linearly from 0, at `length_penalty_tokens` before `max_tokens`, to `length_penalty` at
+    `max_tokens`.
+    """
     assert isinstance(rollout.outcome, Scored)
     buffer = config.algorithm.length_penalty_tokens
     if not buffer:
@@ -160,7 +170,7 @@ def shaped_reward(rollout: Rollout, config: Config) -> float:
 
 
 def left_out(rollout: Rollout, policy_version: int, has_spread: bool, a: AlgorithmConfig) -> str | None:
-    """The column that a scored rollout's tokens fall into before the learner, None where they go on to it."""
+    """Return the column that counts a scored rollout's tokens here, or None if the learner counts them."""
     if a.mask_truncated and rollout.completion.finish_reason == "length":
         return "truncated"
     if not has_spread:
@@ -169,12 +179,12 @@ def left_out(rollout: Rollout, policy_version: int, has_spread: bool, a: Algorit
 
 
 def is_stale(rollout: Rollout, policy_version: int) -> bool:
-    """Whether any token was sampled by an older policy than the learner's."""
+    """Return whether any token was sampled by a policy older than the learner's."""
     return int(rollout.completion.policy_versions.min()) < policy_version
 
 
 def tokens_of(rollout: Rollout) -> int:
-    """Sampled tokens of a rollout."""
+    """Return the number of sampled tokens of a rollout."""
     return int(rollout.completion.sampled_mask.sum())
 
 
@@ -187,9 +197,9 @@ def failed(group: Group) -> list[Rollout]:
 
 
 def account(uses: Mapping[str, int], learner: Mapping[str, float]) -> dict[str, float]:
-    """The whole table, `gradient/<column>`.
+    """Return the whole account as `gradient/<column>`.
 
-    Raises RuntimeError when the columns do not add up: then tokens were lost between the sampler and the loss.
+    Raises RuntimeError if the columns do not add up: tokens were lost between the sampler and the loss.
     """
     table = {f"gradient/{name}": float(count) for name, count in uses.items()}
     table |= {f"gradient/{name}": learner.get(f"gradient/{name}", 0.0) for name in LEARNER_COLUMNS}

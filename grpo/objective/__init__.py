@@ -1,1 +1,1 @@
-"""The objective: pure functions on tensors. Imports torch and nothing of this package but itself."""
+"""The objective: pure functions on tensors. It imports torch and, from this package, only itself."""

@@ -1,8 +1,8 @@
-"""Rewards of a step -> one advantage for each of its rollouts. The reward-only family; pure, in float64.
+"""Reward-only advantages: the rewards of a step -> one advantage per rollout. Pure functions, in float64.
 
-Groups may be ragged: a failed rollout has no reward and is not in the list, so every G below is the number of
-survivors. A group without spread (all raw rewards exactly equal) gets exactly 0 from every group-relative method.
-What needs logprobs, values or whitening over tokens is in `grpo.objective.token_advantages`.
+Groups may be ragged: a failed rollout has no reward and is not in the list, so n_p is the number of scored rollouts of
+group p. A group without spread (all raw rewards exactly equal) gets exactly 0 from every group-relative method.
+Advantages that need logprobs, values or whitening over tokens are in `grpo.objective.token_advantages`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ Rewards = Sequence[Sequence[float]]
 
 
 def has_spread(rewards: Sequence[float]) -> bool:
-    """Whether a group carries signal, by exact equality of the raw rewards and before any float statistic.
+    """Return whether the raw rewards of a group differ, by exact comparison.
 
-    A standard deviation of equal numbers is not always 0 in floating point; this is.
+    The standard deviation of equal numbers is not always 0 in floating point, so no statistic is used.
     """
     return any(reward != rewards[0] for reward in rewards[1:])
 
 
 def group_normalized(rewards: Rewards, *, std_eps: float) -> list[list[float]]:
-    """(r - mean) / (std + std_eps) within each group, the unbiased std (n - 1); GRPO, arXiv 2402.03300 sec. 4.1.
+    """Return (r - mean) / (std + std_eps) within each group, with the unbiased std (n - 1).
+
+    GRPO, arXiv 2402.03300 sec. 4.1.
 
     Args:
         rewards: [P][n_p], n_p >= 2.
@@ -35,26 +37,28 @@ def group_normalized(rewards: Rewards, *, std_eps: float) -> list[list[float]]:
         [P][n_p] advantages.
 
     Raises:
-        ValueError: a group has fewer than two members or a reward is not finite.
+        ValueError: a group has fewer than two rewards, or a reward is not finite.
     """
     return [_relative(group, lambda r: (r - r.mean()) / (r.std(correction=1) + std_eps)) for group in _checked(rewards)]
 
 
 def group_centered(rewards: Rewards) -> list[list[float]]:
-    """r - mean within each group: no division, so that easy and hard prompts keep their weight; Dr.GRPO, arXiv
-    2503.20783 eq. 3. Raises as `group_normalized`."""
+    """Return r - mean within each group; Dr.GRPO, arXiv 2503.20783 eq. 3.
+
+    Without the division by the std, easy and hard prompts keep their weight. Raises like `group_normalized`.
+    """
     return [_relative(group, lambda r: r - r.mean()) for group in _checked(rewards)]
 
 
 def leave_one_out(rewards: Rewards) -> list[list[float]]:
-    """r_i - mean of the group's other rewards; RLOO, arXiv 2402.14740 eq. 9. Raises as `group_normalized`."""
+    """Return r_i - mean of the group's other rewards; RLOO, arXiv 2402.14740 eq. 9. Raises like `group_normalized`."""
     return [_relative(group, lambda r: r - (r.sum() - r) / (len(r) - 1)) for group in _checked(rewards)]
 
 
 def batch_normalized(rewards: Rewards, *, std_eps: float) -> list[list[float]]:
-    """r - mean of its group, over (std of all rewards of the step + std_eps), unbiased; arXiv 2508.08221 sec. 4.2.
+    """Return (r - mean of its group) / (std of all rewards of the step + std_eps), with the unbiased std.
 
-    Raises as `group_normalized`.
+    arXiv 2508.08221 sec. 4.2. Raises like `group_normalized`.
     """
     checked = _checked(rewards)
     if not checked:
@@ -64,13 +68,14 @@ def batch_normalized(rewards: Rewards, *, std_eps: float) -> list[list[float]]:
 
 
 def optimal_baseline(rewards: Rewards, lengths: Sequence[Sequence[int]]) -> list[list[float]]:
-    """r - the group's mean reward weighted by completion length, the baseline of least variance when a rollout's
-    squared gradient grows with its length; OPO, arXiv 2505.23585 eq. 8.
+    """Return r - the group's mean reward weighted by completion length; OPO, arXiv 2505.23585 eq. 8.
+
+    This baseline has the least variance if a rollout's squared gradient grows with its length.
 
     Args:
         lengths: [P][n_p] trained tokens of the same rollouts.
 
-    Raises as `group_normalized`.
+    Raises like `group_normalized`.
     """
     out = []
     for group, tokens in zip(_checked(rewards), lengths, strict=True):
@@ -82,14 +87,14 @@ def optimal_baseline(rewards: Rewards, lengths: Sequence[Sequence[int]]) -> list
 
 
 def pass_at_k(rewards: Rewards, *, k: int) -> list[list[float]]:
-    """Advantages whose policy gradient is that of E[max reward of k completions], for any rewards.
+    """Return advantages whose policy gradient is the gradient of E[max reward of k completions], for any rewards.
 
     A_i = n / C(n,k) * sum over the k-subsets S with i of (max of S - max of S without i)
 
-    The leave-one-out-minus-one estimator of PKPO, arXiv 2505.15201 sec. 4, scaled by n so that a mean over the group
-    gives the gradient; for k = 1 it is the reward itself. Computed over the sorted rewards in O(n^2).
+    This is the leave-one-out-minus-one estimator of PKPO, arXiv 2505.15201 sec. 4, scaled by n so that a mean over the
+    group gives the gradient. For k = 1 it would be the reward itself. It is computed over the sorted rewards in O(n^2).
 
-    Raises ValueError when a group is smaller than k or k < 2, and as `group_normalized`.
+    Raises ValueError if k < 2 or a group is smaller than k, and like `group_normalized`.
     """
     if k < 2:
         raise ValueError(f"pass@k needs k of at least 2, not {k}")
@@ -104,8 +109,8 @@ def pass_at_k(rewards: Rewards, *, k: int) -> list[list[float]]:
         order = sorted(range(n), key=lambda i: group[i])
         advantages = [0.0] * n
         for rank, i in enumerate(order):
-            # i is the maximum only of subsets whose other members stand below it; with the best of those at `below`,
-            # the remaining k - 2 members come from the `below` that stand lower still
+            # i is the maximum of a subset only if all other members rank lower; if the best of them has rank `below`,
+            # the remaining k - 2 members come from the `below` rewards that rank lower still
             gain = sum(math.comb(below, k - 2) * (group[i] - group[order[below]]) for below in range(k - 2, rank))
             advantages[i] = n * gain / math.comb(n, k)
         out.append(advantages)
@@ -122,7 +127,7 @@ def _checked(rewards: Rewards) -> list[list[float]]:
 
 
 def _relative(group: list[float], formula: Callable[[torch.Tensor], torch.Tensor]) -> list[float]:
-    """`formula` of a group's rewards; exactly 0 throughout a group without spread."""
+    """Return `formula` of a group's rewards, or exactly 0 for every member of a group without spread."""
     if not has_spread(group):
         return [0.0] * len(group)
     values: list[float] = formula(torch.tensor(group, dtype=torch.float64)).tolist()

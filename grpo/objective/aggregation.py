@@ -1,4 +1,4 @@
-"""Token weights: the aggregation and the denominator of a whole optimizer step, made once when the step is batched."""
+"""Token weights: the aggregation and its denominator over a whole optimizer step, computed when the step is batched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grpo.objective.legal import Aggregation
 def aggregation_weights(
     lengths: Sequence[int], prompts: Sequence[int], *, aggregation: Aggregation, constant_length: int
 ) -> list[float]:
-    """Weight of each token of each row; the loss is the dot product of these with the token losses.
+    """Return the weight of the tokens of each row. The loss is the dot product of token weights and token losses.
 
     token_mean       1 / (tokens of the step)                      DAPO, arXiv 2503.14476 eq. 8
     sequence_mean    1 / (rows * tokens of the row)                GRPO, arXiv 2402.03300 eq. 3
@@ -18,13 +18,13 @@ def aggregation_weights(
     constant_length  1 / (rows * constant_length)                  Dr.GRPO, arXiv 2503.20783 eq. 4
     prompt_mean      1 / (prompts * tokens of the row's prompt)    every prompt counts the same
 
-    The weights of token_mean, sequence_mean and prompt_mean add up to 1 over the step. Only rows that are trained on
-    are given, so rows, tokens and prompts are those that are left.
+    The weights of token_mean, sequence_mean and prompt_mean add up to 1 over the step. Rows, tokens and prompts are
+    counted over the given rows, which are only those that are trained on.
 
     Args:
         lengths: [R] trained tokens of each row of the optimizer step, over all ranks and microbatches; at least 1.
-        prompts: [R] which prompt each row belongs to.
-        constant_length: for that aggregation only.
+        prompts: [R] index of each row's prompt.
+        constant_length: used by the aggregation of that name only.
     """
     rows = len(lengths)
     match aggregation:

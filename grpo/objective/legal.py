@@ -1,4 +1,7 @@
-"""The choices, which of them go together, and which options reach a term: the tables that recipes are held against."""
+"""The algorithm's choices, their legal combinations, and the options that each choice uses.
+
+Recipes are validated against these tables.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ Advantage = Literal[
 GROUP_RELATIVE: frozenset[Advantage] = frozenset(
     ("group_normalized", "group_centered", "leave_one_out", "batch_normalized", "optimal_baseline", "pass_at_k")
 )
-"""A group without spread gets exactly 0 from these, and is dropped where fewer than two members were scored."""
+"""These give exactly 0 to a group without spread. A group with fewer than two scored members is dropped."""
 
 NEEDS_GROUPS: frozenset[Advantage] = GROUP_RELATIVE | {"reinforce_pp_baseline"}
-"""Compare the members of a group, of which there must be two."""
+"""These compare the members of a group, so a group needs at least two."""
 
 WHITENED: frozenset[Advantage] = frozenset(("reinforce_pp", "reinforce_pp_baseline", "gae"))
-"""Whitened over all tokens of the step, on the learner."""
+"""These are whitened over all tokens of the step, on the learner."""
 
 _ANY: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "sequence_sum", "constant_length", "prompt_mean")
 
@@ -34,7 +37,8 @@ LEGAL_AGGREGATIONS: dict[PolicyLoss, tuple[Aggregation, ...]] = {
     "gspo": ("sequence_mean",),
     "gmpo": ("sequence_mean",),
 }
-"""Losses of the whole sequence are the same at each of its tokens: any other weights would count long rows more."""
+"""A sequence-level loss repeats one value at each token of a row. Weights other than `sequence_mean` would count long
+rows more."""
 
 ILLEGAL_KL: dict[tuple[Estimator, Gradient], str] = {
     ("k1", "autodiff"): "its expected gradient is 0; take algorithm.kl_gradient=k2",
@@ -42,8 +46,8 @@ ILLEGAL_KL: dict[tuple[Estimator, Gradient], str] = {
 }
 
 REWARD_KL: tuple[Estimator, ...] = ("k1",)
-"""As a reward the KL has no gradient of its own, and only k1's score-function gradient is then the whole of it; of k2
-and k3 what is missing nearly cancels what is there."""
+"""In the reward the estimator itself is not differentiated, so only its score-function gradient remains. For k1 this is
+the whole gradient of the KL. For k2 and k3 the missing part nearly cancels the remaining one."""
 
 LOSSES_THAT_REACH: dict[str, tuple[PolicyLoss, ...]] = {
     "eps_low": ("ppo_clip", "gspo", "cispo", "gmpo"),
@@ -58,4 +62,4 @@ ADVANTAGES_THAT_REACH: dict[str, tuple[Advantage, ...]] = {
     "gamma": ("reinforce_pp", "gae"),
     "gae_lambda": ("gae",),
 }
-"""Options of `algorithm` that only some choices use; elsewhere they may not be set to anything but their default."""
+"""Options of `algorithm` that only some choices use. With any other choice they must keep their default."""

@@ -1,7 +1,7 @@
-"""Hidden states -> logprob of each target token and entropy of each distribution, without the logits.
+"""Hidden states -> logprob of each target token and entropy of each distribution, without materializing all logits.
 
-The vocabulary projection is computed by chunks of tokens and computed again in the backward pass, so that memory
-grows neither with tokens x vocabulary nor with the graph: one chunk of float32 logits and its gradient at a time.
+The vocabulary projection is computed in chunks of tokens and recomputed in the backward pass. Memory holds one chunk of
+float32 logits and its gradient at a time, so it does not grow with tokens x vocabulary.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ import torch
 from torch.nn.functional import linear
 
 CHUNK_ELEMENTS = 1 << 26
-"""Logits held at once: 256 MiB in float32."""
+"""Logits in memory at a time: 256 MiB in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitChange:
-    """What a model family does to its logits behind the projection: x -> scale * cap * tanh(x / cap)."""
+    """A model family's change to its logits after the projection: x -> scale * cap * tanh(x / cap)."""
 
     scale: float = 1.0
     cap: float | None = None
     """None: x -> scale * x."""
 
     def apply_(self, logits: torch.Tensor) -> torch.Tensor:
-        """Change `logits` in place, in their own dtype and in vLLM's order: so both round alike."""
+        """Change `logits` in place, in their own dtype, and return them. The operations are in vLLM's order, so that
+        both round in the same way."""
         if self.cap is not None:
             logits.div_(self.cap).tanh_().mul_(self.cap)
         return logits if self.scale == 1.0 else logits.mul_(self.scale)
 
     def slope(self, changed: torch.Tensor, temperature: float) -> torch.Tensor | float:
-        """Return the derivative where the change gave `changed` times `temperature`."""
+        """Return the derivative of the change at the point where its output is `changed * temperature`."""
         if self.cap is None:
             return self.scale
         return changed.mul(temperature / (self.scale * self.cap)).square_().neg_().add_(1.0).mul_(self.scale)
@@ -51,18 +52,18 @@ def selected_logprobs(
     change: LogitChange = UNCHANGED,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(change(hidden @ weight^T) / temperature) at the targets, and the entropy of that distribution.
+    """Return log softmax(change(hidden @ weight^T) / temperature) at the targets, and the entropy of that distribution.
 
     The sampler reports its logprobs after the same division (`logprobs_mode=processed_logprobs`). The projection and
-    `change` are computed in the dtype of `hidden`, or in float32 with `float32_head`; all that follows is in float32 at
-    least.
+    `change` are computed in the dtype of `hidden`, or in float32 with `float32_head`. Everything after them is computed
+    in at least float32.
 
     Args:
         hidden: [B,T,H].
         weight: [V,H]; bias: [V].
         target_ids: [B,T] int64.
-        change: what the model family does to its logits behind the projection.
-        chunk_elements: bound on tokens x V computed at once, at least one token.
+        change: the model family's change to its logits after the projection.
+        chunk_elements: bound on tokens x V of a chunk; a chunk has at least one token.
 
     Returns:
         logprobs [B,T] and entropy [B,T] in nats, both with gradient to hidden, weight and bias.
@@ -77,7 +78,10 @@ def selected_logprobs(
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, change: LogitChange, temperature: float
 ) -> torch.Tensor:
-    """[n,H] -> [n,V] in float32 at least, owned by the caller."""
+    """Return the changed logits divided by the temperature, [n,H] -> [n,V], in at least float32.
+
+    The result is a new tensor, which the caller may overwrite.
+    """
     logits = change.apply_(linear(hidden, weight, bias))
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits if temperature == 1.0 else logits.div_(temperature)
@@ -168,7 +172,7 @@ class _SelectedLogprobs(torch.autograd.Function):
 def _in_head_dtype(
     weight: torch.Tensor, bias: torch.Tensor | None, float32_head: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The projection's parameters in the dtype that it is computed in."""
+    """Return the projection's weight and bias in the dtype in which it is computed."""
     if not float32_head or weight.dtype == torch.float64:
         return weight, bias
     return weight.float(), None if bias is None else bias.float()

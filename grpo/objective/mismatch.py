@@ -1,8 +1,8 @@
-"""Corrections for sampling from a slightly other policy than the learner's: numerics, quantization, staleness.
+"""Corrections for samples from a policy that differs slightly from the learner's: numerics, quantization, staleness.
 
-All take old_logprobs (the learner's at the step's start) and sampler_logprobs (as vLLM reported them), [B,T], and give
-detached tensors that multiply the policy term and nothing else. They never renormalise: what is masked here stays in
-every denominator. fengyao.notion.site/off-policy-rl; masked form arXiv 2510.18855 sec. 3 (IcePop).
+The functions take old_logprobs (the learner's at the step's start) and sampler_logprobs (as vLLM reported them), [B,T].
+They return detached tensors that multiply the policy term and nothing else. They never renormalise: a token that is
+masked here stays in every denominator. fengyao.notion.site/off-policy-rl; masked form arXiv 2510.18855 sec. 3 (IcePop).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Mode = Literal["truncate", "mask"]
 def importance_weight(
     old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: torch.Tensor, *, level: Level
 ) -> torch.Tensor:
-    """exp(old - sampler) of each token, or of the whole row (their product) at every token of it; 1 off the mask.
+    """Return exp(old - sampler) of each token, or the product over the row at each of its tokens; 1 off the mask.
 
     Args:
-        level: "token" is biased by what the prefix weighs and has little variance; "sequence" is exact and its
-            variance grows with length. "none": all ones.
+        level: "token" ignores the weight of the prefix, so it is biased, and has low variance. "sequence" is exact, and
+            its variance grows with length. "none": all ones.
     """
     if level == "none":
         return torch.ones_like(old_logprobs)
@@ -33,7 +33,7 @@ def importance_weight(
 
 
 def bounded_weight(weight: torch.Tensor, *, mode: Mode, low: float, high: float) -> torch.Tensor:
-    """Truncate: clamp to [low, high]. Mask: the weight itself within [low, high], 0 outside."""
+    """Return the weight bounded by `mode`: "truncate" clamps to [low, high]; "mask" sets weights outside to 0."""
     if mode == "truncate":
         return weight.clamp(low, high)
     return torch.where((weight >= low) & (weight <= high), weight, 0.0)
@@ -42,9 +42,9 @@ def bounded_weight(weight: torch.Tensor, *, mode: Mode, low: float, high: float)
 def kept_sequences(
     old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: torch.Tensor, *, low: float, high: float
 ) -> torch.Tensor:
-    """[B,1] bool: whether the geometric mean of a row's token weights lies within [low, high].
+    """Return [B,1] bool: true if the geometric mean of a row's token weights lies within [low, high].
 
-    The mean over tokens makes the band independent of length; arXiv 2510.18855 and verl's rollout correction use it.
+    The mean makes the bounds independent of length; arXiv 2510.18855 and verl's rollout correction use it.
     """
     difference = torch.where(mask, old_logprobs.detach() - sampler_logprobs, 0.0)
     mean = (difference.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()

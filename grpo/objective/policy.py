@@ -1,8 +1,8 @@
-"""The policy term of each objective, per token. Every function takes and gives [B,T]; aggregate with token weights.
+"""The policy term of each objective, per token. Every function takes and returns [B,T]; token weights aggregate them.
 
-`log_ratio` is logprobs - old_logprobs with gradient through logprobs. With one update per batch old_logprobs are
-logprobs.detach(): then every ratio is exactly 1, nothing is clipped, and each of these has the gradient of REINFORCE
-(GMPO's with the row's mean advantage).
+`log_ratio` is logprobs - old_logprobs, with gradient through logprobs. With one update per batch, old_logprobs are
+logprobs.detach(). Then every ratio is exactly 1, nothing is clipped, and each objective has the gradient of REINFORCE
+(GMPO with the row's mean advantage).
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from grpo.objective.legal import PolicyLoss
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTerm:
-    """[B,T] each."""
+    """A policy term, [B,T] each."""
 
     loss: torch.Tensor
     """With gradient; 0 off the mask."""
     clipped_low: torch.Tensor
     clipped_high: torch.Tensor
-    """bool; the ratio left its range on this side and the clip acted. CISPO bounds a token's weight then, and the
-    token still has a gradient; under every other objective it has none."""
+    """bool: the ratio left its range on the low or the high side, and the clip acted. Under CISPO such a token has a
+    bounded weight and keeps its gradient; under every other objective it has no gradient."""
 
 
 def ppo_clip(
     log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float, eps_high: float, dual_clip: float | None
 ) -> PolicyTerm:
-    """-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A); PPO arXiv 1707.06347, two ranges as in DAPO 2503.14476.
+    """Return -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A); PPO arXiv 1707.06347, two ranges as in DAPO 2503.14476.
 
     Args:
-        dual_clip: with a negative advantage the term is held at or below -dual_clip * A, which stops a token whose
-            ratio grew large; arXiv 1912.09729 eq. 5. None: off.
+        dual_clip: with a negative advantage the loss is at most -dual_clip * A. This stops the gradient of a token
+            whose ratio is large; arXiv 1912.09729 eq. 5. None: off.
     """
-    ratio = torch.where(advantages == 0, 0.0, log_ratio).exp()  # a ratio that overflows, times 0, would be NaN
+    ratio = torch.where(advantages == 0, 0.0, log_ratio).exp()  # an overflowed ratio times 0 would be NaN
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
     objective = torch.minimum(unclipped, clipped)
@@ -51,10 +51,10 @@ def ppo_clip(
 def gspo(
     log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, eps_low: float, eps_high: float
 ) -> PolicyTerm:
-    """PPO's clip of the sequence's ratio, the geometric mean of its tokens' ratios; GSPO, arXiv 2507.18071 eq. 5.
+    """Return PPO's clip on the sequence ratio, the geometric mean of the token ratios; GSPO, arXiv 2507.18071 eq. 5.
 
-    The token form (eq. 14): the value is the sequence's, the gradient goes through each token's own logprob, so
-    advantages may differ from token to token.
+    This is the token form (eq. 14): each token has the sequence's ratio, with gradient through its own logprob.
+    Advantages may therefore differ between tokens.
     """
     mean = _row_mean(log_ratio, mask).detach()
     return ppo_clip(
@@ -65,8 +65,10 @@ def gspo(
 def cispo(
     logprobs: torch.Tensor, log_ratio: torch.Tensor, advantages: torch.Tensor, *, eps_low: float, eps_high: float
 ) -> PolicyTerm:
-    """-sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi: a bounded weight instead of a stopped gradient; CISPO, arXiv
-    2506.13585 eq. 4."""
+    """Return -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi; CISPO, arXiv 2506.13585 eq. 4.
+
+    The clip bounds the weight and does not stop the gradient.
+    """
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1 - eps_low, 1 + eps_high)
     acted = advantages != 0
@@ -78,8 +80,10 @@ def cispo(
 
 
 def sapo(log_ratio: torch.Tensor, advantages: torch.Tensor, *, tau_positive: float, tau_negative: float) -> PolicyTerm:
-    """-(4 / tau) sigmoid(tau (r - 1)) A, tau by the advantage's sign: a soft gate whose slope at r = 1 is 1; SAPO,
-    arXiv 2511.20347 eq. 5. Nothing is clipped."""
+    """Return -(4 / tau) sigmoid(tau (r - 1)) A, with tau by the sign of the advantage; SAPO, arXiv 2511.20347 eq. 5.
+
+    The gate is soft and has slope 1 at r = 1. Nothing is clipped.
+    """
     tau = torch.where(advantages > 0, advantages.new_tensor(tau_positive), advantages.new_tensor(tau_negative))
     gate = torch.sigmoid(tau * (log_ratio.exp() - 1)) * 4 / tau
     nothing = torch.zeros_like(advantages, dtype=torch.bool)
@@ -89,10 +93,10 @@ def sapo(log_ratio: torch.Tensor, advantages: torch.Tensor, *, tau_positive: flo
 def gmpo(
     log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, eps_low: float, eps_high: float
 ) -> PolicyTerm:
-    """-(geometric mean of the clipped token ratios) * A; GMPO, arXiv 2507.20673 eq. 4.
+    """Return -(geometric mean of the clipped token ratios) * A; GMPO, arXiv 2507.20673 eq. 4.
 
-    Each token's log ratio is clipped to [-eps_low, eps_high] on the side that its advantage would push it to, then
-    averaged; the row's mean advantage multiplies, and the loss is the same at every token of the row.
+    Each token's log ratio is clipped to [-eps_low, eps_high] on the side that its advantage would push it to, and then
+    averaged. A is the row's mean advantage. The loss is the same at every token of the row.
     """
     sign = torch.sign(advantages)
     bounded = log_ratio.clamp(-eps_low, eps_high)
@@ -106,13 +110,13 @@ def gmpo(
 
 
 def reinforce(logprobs: torch.Tensor, advantages: torch.Tensor) -> PolicyTerm:
-    """-A log pi; no ratio, so it is right only for tokens that the present policy sampled."""
+    """Return -A log pi. There is no ratio, so it is correct only for tokens that the current policy sampled."""
     nothing = torch.zeros_like(advantages, dtype=torch.bool)
     return PolicyTerm(loss=-advantages * logprobs, clipped_low=nothing, clipped_high=nothing)
 
 
 def _row_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[B,1] mean over a row's masked tokens; 0 for a row without any."""
+    """Return [B,1], the mean over the tokens of a row that are on the mask; 0 for a row without any."""
     return torch.where(mask, values, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -129,7 +133,7 @@ def policy_term(
     tau_positive: float,
     tau_negative: float,
 ) -> PolicyTerm:
-    """The named objective. All tensors are [B,T] and 0 off the mask; `logprobs` has gradient."""
+    """Return the term of the named objective. All tensors are [B,T] and 0 off the mask; `logprobs` has gradient."""
     log_ratio = logprobs - old_logprobs.detach()
     match loss:
         case "ppo_clip":

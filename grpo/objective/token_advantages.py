@@ -1,8 +1,8 @@
-"""Advantages that differ from token to token: KL in the reward, returns-to-go, GAE, whitening over the step's tokens.
+"""Token-level advantages: KL in the reward, returns-to-go, GAE, whitening over the step's tokens.
 
-All tensors are [B,T] in the alignment of `grpo.batching`; off the mask they hold 0 and are ignored. A token that is
-off the mask inside a completion (one that the policy did not sample) is stepped over: rewards and values carry on at
-the next token on the mask.
+All tensors are [B,T] in the alignment of `grpo.batching`; off the mask they hold 0 and are ignored. A token off the
+mask inside a completion (one that the policy did not sample) is skipped: rewards and values continue at the next token
+on the mask.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def rewards_to_go(token_rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float) -> torch.Tensor:
-    """sum over s >= t of gamma^(s - t) r_s, counted in masked tokens; [B,T], 0 off the mask.
+    """Return the sum over s >= t of gamma^(s - t) r_s, [B,T], 0 off the mask. Only tokens on the mask count.
 
     Args:
         token_rewards: [B,T] reward received with each token.
@@ -36,16 +36,18 @@ def generalized_advantages(
     lam: float,
     final_values: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GAE, arXiv 1506.02438 eq. 16: A_t = sum of (gamma lam)^l delta_(t+l), delta_t = r_t + gamma V_(t+1) - V_t.
+    """Return GAE advantages and the critic's returns; GAE, arXiv 1506.02438 eq. 16.
+
+    A_t = sum of (gamma lam)^l delta_(t+l), delta_t = r_t + gamma V_(t+1) - V_t
 
     Args:
         token_rewards: [B,T].
         values: [B,T] V of the state in which each token was sampled.
-        final_values: [B] V of the state after the last token: 0 where the completion ended by itself; of a truncated
-            one 0 or the critic's estimate, as the recipe chooses.
+        final_values: [B] V of the state after the last token: 0 for a completion that ended by itself; 0 or the
+            critic's estimate for a truncated one, as the recipe chooses.
 
     Returns:
-        advantages [B,T] and returns [B,T] (advantages + values, what the critic is trained towards); 0 off the mask.
+        advantages [B,T] and returns [B,T] (advantages + values, the critic's targets); 0 off the mask.
     """
     advantages = torch.zeros_like(values)
     carried = torch.zeros_like(final_values)
@@ -60,7 +62,10 @@ def generalized_advantages(
 
 
 def at_last_token(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[B] per row -> [B,T] with it at the row's last masked token and 0 elsewhere; a row without tokens gets none."""
+    """Return [B,T] with each row's value, [B], at its last token on the mask and 0 elsewhere.
+
+    A row without tokens on the mask is all 0.
+    """
     count = mask.sum(1, keepdim=True)
     last = mask & (mask.cumsum(1) == count)
     return torch.where(last, values[:, None], 0.0)
@@ -73,15 +78,16 @@ def whiten(
     eps: float,
     all_sum: Callable[[Sequence[float]], list[float]],
 ) -> list[torch.Tensor]:
-    """(a - mean) / sqrt(var + eps) over all masked tokens of a step, the unbiased variance; REINFORCE++, arXiv
-    2501.03262 sec. 3.
+    """Return (a - mean) / sqrt(var + eps), with the unbiased variance, over all tokens of a step that are on the mask.
+
+    REINFORCE++, arXiv 2501.03262 sec. 3.
 
     Args:
         advantages, masks: [B,T] each, this rank's microbatches.
-        all_sum: adds the numbers up over the learner's ranks; a collective.
+        all_sum: sums each number over the learner's ranks; a collective.
 
     Returns:
-        The whitened advantages, 0 off the mask. With fewer than two tokens in the step: unchanged.
+        The whitened advantages, 0 off the mask. They are unchanged if the step has fewer than two tokens.
     """
     taken = [values[mask].double() for values, mask in zip(advantages, masks, strict=True)]
     total, count = all_sum([sum(float(v.sum()) for v in taken), float(sum(v.numel() for v in taken))])

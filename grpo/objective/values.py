@@ -8,18 +8,18 @@ import torch
 def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, eps: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """max((v - R)^2, (clip(v, v_old - eps, v_old + eps) - R)^2) / 2, as in the code of PPO (arXiv 2005.12729 sec. 3).
+    """Return max((v - R)^2, (clip(v, v_old - eps, v_old + eps) - R)^2) / 2, as in PPO's code (arXiv 2005.12729 sec. 3).
 
     Args:
-        values: [B,T] with gradient; the others without.
+        values: [B,T] with gradient; the other tensors have none.
         eps: None: no clipping.
 
     Returns:
-        loss [B,T]; clipped [B,T] bool, where the clipped square is the greater one and stops the gradient.
+        loss [B,T]; clipped [B,T] bool, true where the clipped square is the greater one and stops the gradient.
     """
     plain = (values - returns).square()
     if eps is None:
         return plain / 2, torch.zeros_like(values, dtype=torch.bool)
-    # clamped to bounds, not by its distance from the old value: what lies within must come out bit for bit
+    # clamp the value, not its difference from the old value: a value within the bounds must stay equal bit for bit
     bounded = (torch.clamp(values, old_values - eps, old_values + eps) - returns).square()
     return torch.maximum(plain, bounded) / 2, bounded > plain

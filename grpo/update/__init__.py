@@ -1,5 +1,6 @@
-"""One learner rank's arithmetic in a step. Pure torch against the `StepEngine` it is given; DeepSpeed stays in
-`grpo.learner`. Losses are dot products with `token_weights`: nothing here divides by a batch.
+"""One learner rank's arithmetic in a step: pure torch that calls a `StepEngine`. DeepSpeed stays in `grpo.learner`.
+
+Losses are dot products with `token_weights`: nothing here divides by a batch size.
 
     prepare   old and reference logprobs, values -> token-level advantages, whitened over the step
     step      microbatches -> backward, optimizer steps, metric sums

@@ -1,4 +1,4 @@
-"""What a step needs of the models and their optimizers; `grpo.learner.engine.Learner` is it."""
+"""The interface of a step to the models and their optimizers; `grpo.learner.engine.Learner` implements it."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ Model = Literal["policy", "critic"]
 
 
 class StepEngine(Protocol):
-    """One rank's models. Everything here is called by all ranks together, the same number of times."""
+    """One rank's models. Every method is a collective: all ranks call it, the same number of times."""
 
     def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B,T] ids -> logprobs of the targets and entropy, [B,T], under the policy at the sampling temperature."""
+        """Return the logprobs of the targets and the entropy, [B,T] each, under the policy at the sampling temperature.
+
+        Both arguments are [B,T] ids.
+        """
         ...
 
     def ref_logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        """[B,T] logprobs of the targets under the frozen reference; never with gradient."""
+        """Return the logprobs of the targets under the frozen reference, [B,T], without gradient."""
         ...
 
     def values(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[B,S] ids -> [B,S] the critic's value of the state after each token."""
+        """Return the critic's value of the state after each token, [B,S] ids -> [B,S] values."""
         ...
 
     def backward(self, model: Model, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradient of `loss`, a share of the global sum; `last` ends the optimizer step's accumulation."""
+        """Accumulate the gradient of `loss`, a share of the global sum. `last` marks an optimizer step's last call."""
         ...
 
     def optimizer_step(self, model: Model) -> float:
-        """Apply the accumulated gradient and clear it. Returns its global norm before clipping; where that is not
-        finite, nothing was applied, on any rank."""
+        """Apply the accumulated gradient and clear it; return its global norm before clipping.
+
+        If the norm is not finite, no rank has applied anything.
+        """
         ...
 
     def set_aside(self, minibatch: Sequence[Batch], prepared: Sequence[Prepared], kl_coef: float) -> None:
-        """Keep what an update was made of whose loss or gradient was not finite. A collective."""
+        """Save the inputs of an update whose loss or gradient was not finite. A collective."""
         ...
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
-        """The numbers added up over all ranks."""
+        """Return each number summed over all ranks."""
         ...

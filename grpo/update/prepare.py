@@ -1,4 +1,4 @@
-"""Before the first update of a step: old and reference logprobs, values, and the advantages made of them."""
+"""The quantities that are computed before a step's first update: old and reference logprobs, values, advantages."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ WHITEN_EPS = 1e-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What a microbatch is trained with, [B,T] each and without gradient."""
+    """Tensors for training on one microbatch, [B,T] each and without gradient."""
 
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None
-    """None: the step has one update, and its own logprobs are the old ones."""
+    """None: the step has one update, whose own logprobs are the old ones."""
     ref_logprobs: torch.Tensor | None
     """None: there is no reference."""
     old_values: torch.Tensor | None
     returns: torch.Tensor | None
-    """None: there is no critic."""
+    """`old_values` and `returns` are None if there is no critic."""
 
 
 def unique_batches(step: RankStep) -> list[Batch]:
-    """Each microbatch once: later epochs repeat the first one's."""
+    """Return each microbatch once; later epochs repeat the microbatches of the first."""
     return list({id(batch): batch for minibatch in step.minibatches for batch in minibatch}.values())
 
 
@@ -45,7 +45,7 @@ def prepare(
     device: torch.device,
     tally: Tally,
 ) -> dict[int, Prepared]:
-    """id(microbatch) -> what it is trained with. A collective where advantages are whitened."""
+    """Return id(microbatch) -> its `Prepared` tensors. A collective."""
     batches = unique_batches(step)
     in_reward = algorithm.kl_coef > 0 and algorithm.kl_place == "reward"
     old: list[torch.Tensor | None] = [None] * len(batches)
@@ -79,7 +79,7 @@ def prepare(
     return {
         id(batch): Prepared(
             advantages=advantages[i],
-            # with one update the ratio is exactly 1: the same logprobs, not a second pass's
+            # with one update the ratio must be exactly 1: use the update's own logprobs, not those of a second pass
             old_logprobs=old[i] if step.multiple_updates else None,
             ref_logprobs=ref[i],
             old_values=values[i],
@@ -98,7 +98,7 @@ def kl_penalty(
     device: torch.device,
     tally: Tally,
 ) -> torch.Tensor:
-    """[B,T] reward of each token: -kl_coef times the KL estimate of the policy at the step's start."""
+    """Return the KL reward of each token, [B,T]: -kl_coef times the KL estimate of the policy at the step's start."""
     assert old_logprobs is not None
     assert ref_logprobs is not None
     mask = batch.completion_mask.to(device)
@@ -110,8 +110,11 @@ def kl_penalty(
 def token_advantages(
     batch: Batch, penalty: torch.Tensor | None, algorithm: AlgorithmConfig, device: torch.device
 ) -> torch.Tensor:
-    """[B,T] without a critic: the row's advantage or discounted reward, plus what the KL's penalty adds up to from
-    each token on, which makes it the gradient of the sequence's KL."""
+    """Return the advantages of a method without a critic, [B,T].
+
+    They are the row's advantage or its discounted reward, plus the sum of the KL penalty from each token on. Summing
+    the penalty gives the gradient of the sequence's KL.
+    """
     mask = batch.completion_mask.to(device)
     gamma = algorithm.gamma if algorithm.advantage == "reinforce_pp" else 1.0
     if algorithm.advantage == "reinforce_pp":
@@ -131,7 +134,7 @@ def critic_advantages(
     critic: CriticConfig,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Advantages before whitening, old values and returns, [B,T] each."""
+    """Return the advantages before whitening, the old values and the returns, [B,T] each."""
     mask = batch.completion_mask.to(device)
     every = engine.values(critic_ids(batch).to(device)).float()
     values = torch.where(mask, every[:, :-1], 0.0)
@@ -140,7 +143,7 @@ def critic_advantages(
         token_rewards = token_rewards + penalty
     final = torch.zeros(len(every), device=device)
     if critic.truncated == "bootstrap":
-        # a row's last target is at its last masked position; the state behind it is one further in `every`
+        # a row's last target is at its last position on the mask; the state after it is one further in `every`
         positions = torch.arange(1, every.shape[1], device=device)
         last = torch.where(mask, positions, 0).amax(1, keepdim=True)
         final = torch.where(batch.truncated.to(device), every.gather(1, last)[:, 0], final)
@@ -151,5 +154,8 @@ def critic_advantages(
 
 
 def critic_ids(batch: Batch) -> torch.Tensor:
-    """[B,T+1] the rows unshifted: value t is that of the state in which target t is sampled, value t+1 of the next."""
+    """Return the unshifted token ids of the rows, [B,T+1].
+
+    Value t belongs to the state in which target t is sampled, value t+1 to the state after it.
+    """
     return torch.cat([batch.input_ids[:, :1], batch.target_ids], dim=1)

@@ -23,10 +23,11 @@ from grpo.update.tally import Tally
 def run_step(
     step: RankStep, engine: StepEngine, algorithm: AlgorithmConfig, critic: CriticConfig, device: torch.device
 ) -> Tally:
-    """Every optimizer step of one driver step on this rank; returns this rank's metric sums.
+    """Run the optimizer steps of one driver step on this rank; return this rank's metric sums.
 
-    An update whose loss or gradient is not finite on any rank is left out on all of them, handed to
-    `engine.set_aside`, and counted in `optim/skipped_updates`; nothing of it is in any other sum.
+    An update whose loss or gradient is not finite on any rank is skipped on all ranks and passed to `engine.set_aside`.
+    A skipped update of the policy counts in `optim/skipped_updates`, and its tokens in `gradient/zero_advantage` or
+    `gradient/stopped`. No other sum includes it.
     """
     tally = Tally()
     prepared = prepare(step, engine, algorithm, critic, device, tally)
@@ -56,7 +57,7 @@ def _update(
     device: torch.device,
     tally: Tally,
 ) -> bool:
-    """One optimizer step of the policy, and of the critic where there is one. Whether the policy has moved."""
+    """Run one optimizer step of the policy, and of the critic if there is one; return whether the policy was updated."""
     policy, value = Tally(measured=tally.learner_logprob_sums), Tally()
     for position, batch in enumerate(minibatch):
         last = position == len(minibatch) - 1
@@ -83,8 +84,10 @@ def _update(
 
 
 def _checked(loss: torch.Tensor, last: bool, engine: StepEngine, tally: Tally) -> torch.Tensor:
-    """`loss` itself; of an update's last microbatch NaN, where a loss of the update was not finite on any rank, so
-    that every rank's gradient is, and the optimizer steps nowhere."""
+    """Return `loss`, or NaN for the last microbatch of an update if any loss of the update on any rank was not finite.
+
+    The NaN makes every rank's gradient NaN, so that the optimizer steps on no rank.
+    """
     if not bool(torch.isfinite(loss)):
         tally.add("not_finite", 1, 0)
     if last and engine.all_sum([tally.sums.pop("not_finite", [0.0])[0]])[0]:
@@ -96,9 +99,9 @@ def _checked(loss: torch.Tensor, last: bool, engine: StepEngine, tally: Tally) -
 def measured_kl_old(
     minibatch: Sequence[Batch], prepared: dict[int, Prepared], engine: StepEngine, device: torch.device
 ) -> float:
-    """KL from the step's start to the policy of now per token of `minibatch` on all ranks (k3). A collective.
+    """Return the KL (k3) from the policy at the step's start to the current one, per token of `minibatch` on all ranks.
 
-    A pass of its own: the gradient of a minibatch that will not be used is never accumulated.
+    A collective. It runs a separate forward pass, so that a minibatch that will not be used accumulates no gradient.
     """
     total = count = 0.0
     for batch in minibatch:
@@ -114,15 +117,15 @@ def measured_kl_old(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """The parts of a microbatch's loss, [B,T] each."""
+    """Parts of a microbatch's loss, [B,T] each unless noted."""
 
     total: torch.Tensor
     """With gradient."""
     policy: PolicyTerm
     weight: torch.Tensor
-    """What multiplies the policy term: the bounded importance weight, 0 where the row was rejected."""
+    """Factor of the policy term: the bounded importance weight, 0 in rejected rows."""
     raw_weight: torch.Tensor
-    """The importance weight before its bounds."""
+    """The importance weight before the bounds."""
     rejected: torch.Tensor
     """[B,1] bool"""
     kl_ref: torch.Tensor | None
@@ -141,9 +144,9 @@ def objective_terms(
     kl_coef: float,
     algorithm: AlgorithmConfig,
 ) -> Terms:
-    """policy * weight + kl_coef * kl_ref - entropy_coef * entropy, per token.
+    """Return policy * weight + kl_coef * kl_ref - entropy_coef * entropy per token, and its parts.
 
-    Off the mask every value is replaced by a neutral one first, so that padding gives neither NaN nor gradient.
+    Values off the mask are first replaced by neutral ones, so that padding gives neither NaN nor gradient.
     """
     a = algorithm
     current = torch.where(mask, logprobs, 0.0)
@@ -199,7 +202,7 @@ def _policy_microbatch(
     loss = (weights * terms.total).sum()
     engine.backward("policy", _checked(loss, last, engine, tally), last=last)
     with torch.no_grad():
-        if int(batch.rollout_index[0]) not in tally.measured:  # once a step, whatever the epochs
+        if int(batch.rollout_index[0]) not in tally.measured:  # once per step, not once per epoch
             _tally_mismatch(tally, batch, old, terms, algorithm)
         _tally_objective(tally, terms, mask, weights, entropy.detach(), algorithm)
         _tally_uses(tally, batch, prepared.advantages, terms, algorithm)
@@ -235,12 +238,15 @@ def _critic_microbatch(
 
 
 def _accounted(batch: Batch) -> torch.Tensor:
-    """[B,T] bool: the tokens whose use is accounted for here; those of groups without spread are by the driver."""
+    """Return [B,T] bool, true for the tokens whose uses are counted here.
+
+    The driver counts the tokens of groups without spread.
+    """
     return batch.completion_mask & batch.has_spread[:, None]
 
 
 def _tally_unused(tally: Tally, batch: Batch, advantages: torch.Tensor) -> None:
-    """The uses of tokens in an update that did not happen."""
+    """Count the uses of tokens in an update that did not happen."""
     uses, without = _accounted(batch), advantages.cpu() == 0
     tally.add("gradient/zero_advantage", float((uses & without).sum()), 0)
     tally.add("gradient/stopped", float((uses & ~without).sum()), 0)
@@ -254,7 +260,7 @@ def _tally_objective(
     entropy: torch.Tensor,
     algorithm: AlgorithmConfig,
 ) -> None:
-    """Sums of one microbatch. The weighted terms are shares of a sum over the optimizer step."""
+    """Add the objective's sums of one microbatch. The weighted terms are shares of a sum over the optimizer step."""
     tokens = float(mask.sum())
     ratio = terms.log_ratio.exp()
     shares = {
@@ -282,10 +288,10 @@ def _tally_objective(
 
 
 def _tally_uses(tally: Tally, batch: Batch, advantages: torch.Tensor, terms: Terms, algorithm: AlgorithmConfig) -> None:
-    """What became of each use of a token, the first reason that applies."""
+    """Count each use of a token under the first reason that applies."""
     left = _accounted(batch).to(advantages.device)
     clipped = terms.policy.clipped_low | terms.policy.clipped_high
-    if algorithm.loss == "cispo":  # bounds the weight of such a token and keeps its gradient
+    if algorithm.loss == "cispo":  # it bounds the weight of a clipped token and keeps its gradient
         clipped = torch.zeros_like(clipped)
     reasons = {
         "gradient/zero_advantage": advantages == 0,
@@ -301,7 +307,10 @@ def _tally_uses(tally: Tally, batch: Batch, advantages: torch.Tensor, terms: Ter
 def _tally_mismatch(
     tally: Tally, batch: Batch, old_logprobs: torch.Tensor, terms: Terms, algorithm: AlgorithmConfig
 ) -> None:
-    """Sampler against learner, on the weights that sampled: the invariant that breaks first when anything is wrong."""
+    """Add the mismatch between sampler and learner logprobs, on the weights that sampled.
+
+    This is the invariant that breaks first if anything is wrong.
+    """
     mask = batch.completion_mask
     logprobs = old_logprobs.cpu()
     difference = (logprobs - batch.sampler_logprobs)[mask].double()

@@ -1,4 +1,4 @@
-"""Metric sums of one learner rank. Nothing is divided here: sums and counts are added over ranks, then logged."""
+"""Metric sums of one learner rank. Nothing is divided here: sums and counts are first added over the ranks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ class Tally:
     mismatch_counts: NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(len(MISMATCH_EDGES) + 1, dtype=np.int64)
     )
-    """Tokens by |learner - sampler| logprob, between MISMATCH_EDGES."""
+    """Numbers of tokens by |learner - sampler| logprob, in the bins of MISMATCH_EDGES."""
     measured: Container[int] = ()
-    """Rollouts whose mismatch has been measured before."""
+    """Indices of rollouts whose mismatch has already been measured."""
 
     def add(self, name: str, total: float, count: float) -> None:
-        """`count` 0: a share of a sum over the optimizer step, which is divided by the number of updates."""
+        """Add to a metric's sum and count.
+
+        `count` is 0 for a share of a sum over the optimizer step, which is later divided by the number of updates.
+        """
         pair = self.sums.setdefault(name, [0.0, 0.0])
         pair[0] += total
         pair[1] += count
@@ -38,7 +41,7 @@ class Tally:
         self.extremes[name] = max(value, self.extremes.get(name, value))
 
     def absorb(self, other: Tally) -> None:
-        """Add what `other` has found."""
+        """Merge the sums, counts and maxima of `other` into this tally."""
         for name, (total, count) in other.sums.items():
             self.add(name, total, count)
         for name, value in other.extremes.items():
@@ -48,14 +51,14 @@ class Tally:
 
     @contextmanager
     def timed(self, name: str, device: torch.device) -> Iterator[None]:
-        """Add the seconds that the block takes to this rank's total; the logged value is the slowest rank's."""
+        """Add the block's duration, in seconds, to this rank's total. The logged value is the slowest rank's."""
         started = _clock(device)
         yield
         self.extremes[name] = self.extremes.get(name, 0.0) + _clock(device) - started
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, once everything that was asked of `device` is done."""
+    """Wait until `device` has finished its queued work, then return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
