@@ -8,7 +8,7 @@ Example: prompt [7, 8], completion [9, 0], a microbatch of T = 4:
     input_ids        7 8 9 0      target_ids  8 9 0 0      completion_mask  0 1 1 0
 
 The rows of one optimizer step are dealt to the ranks, longest first, and packed into microbatches under the token
-budget. Microbatches of weight zero are added until every rank has the same number: ZeRO-3 hangs otherwise.
+budget. Microbatches of weight zero are added until every rank has the same number: ZeRO 3 hangs otherwise.
 """
 
 from __future__ import annotations

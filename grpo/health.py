@@ -1,7 +1,7 @@
-"""Signs that a run learns nothing, read from the metrics of its steps; docs/operations.md lists them.
+"""Signs that a run learns nothing, detected in the metrics of its steps; docs/operations.md lists them.
 
-A sign is reported when it has held for as many steps in a row as its threshold names, or for the whole of a shorter
-run: once in the console, and again at the end and in summary.json with the steps in which it held.
+A sign is reported once it has held for as many consecutive steps as its threshold, or for all steps of a shorter run.
+It is reported once in the console, then at the end and in summary.json with the steps in which it held.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ NO_SPREAD_FRACTION = 0.95
 ZERO_GRADIENT_STEPS = 3
 ZERO_LR_STEPS = 3
 TRUNCATED_STEPS = 3
-"""Thresholds: steps in a row, and the share of groups without spread that counts as all of them."""
+"""Thresholds: consecutive steps, and the share of groups without spread that counts as all of them."""
 
 Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """One way in which a run stands still."""
+    """A sign that a run learns nothing."""
 
     name: str
     steps: int
-    """In a row, from which on it is reported."""
+    """Consecutive steps after which it is reported."""
     holds: Callable[[Config, Metrics], bool]
     describe: Callable[[Config, Metrics], str]
-    """What is seen, and the likely cause."""
+    """Returns the observation and its likely cause."""
 
 
 class Health:
-    """Follows the metrics of a run and remembers which signs have shown."""
+    """Follows the metrics of a run and records the steps in which each sign held."""
 
     def __init__(self, config: Config, lines: Iterable[Mapping[str, Any]] = ()) -> None:
-        """`lines`: of metrics.jsonl, from the steps before a resumed run goes on; nothing is reported of them."""
+        """`lines`: lines of metrics.jsonl from the steps before a resume. Signs in them are recorded, not printed."""
         self._config = config
         self._held: dict[str, list[int]] = {sign.name: [] for sign in SIGNS}
         self._texts: dict[str, str] = {}
@@ -49,7 +49,7 @@ class Health:
             self.see(int(line["step"]), {name: value for name, value in line.items() if isinstance(value, float)})
 
     def see(self, step: int, metrics: Metrics) -> list[str]:
-        """Take in the metrics of a step; return what is to be said now."""
+        """Record the metrics of a step; return the warnings to print now."""
         if "group/count" not in metrics:  # an evaluation's line
             return []
         said = []
@@ -67,8 +67,8 @@ class Health:
         return said
 
     def warnings(self) -> list[dict[str, Any]]:
-        """Return every sign that was reported: its name, the first and last step and the number of steps in which it
-        held, and the text of the last one."""
+        """Return every reported sign: its name, the first step, the last step and the number of steps in which it held,
+        and its text at the last of them."""
         return [
             {"sign": name, "first": held[0], "last": held[-1], "steps": len(held), "text": self._texts[name]}
             for name, held in self._held.items()
@@ -77,7 +77,7 @@ class Health:
 
 
 def warning_line(warning: Mapping[str, Any], steps: int) -> str:
-    """Return a warning of `Health.warnings` in a line, for the end of a run of `steps` steps."""
+    """Return an entry of `Health.warnings` as one line, for the end of a run of `steps` steps."""
     return f"warning: in {warning['steps']} of {steps} steps {warning['text']}"
 
 
@@ -92,7 +92,7 @@ def _why_constant(config: Config, metrics: Metrics) -> str:
         for name in metrics
         if name.startswith("reward_part/")
         and name.endswith("/min")
-        and name.count("/") == 2  # entries of a mapping have no weight of their own
+        and name.count("/") == 2  # entries of a mapping have no weights
         and metrics[name] != metrics[name[:-3] + "max"]
     ]
     if varying:
@@ -140,7 +140,7 @@ CAUSES = {
     "clipped": "the clip stops their gradient (algorithm.eps_low, eps_high)",
     "contributing": "they reached the loss, and its gradient is 0",
 }
-"""Column of the account of sampled tokens (`gradient/*`) -> why its tokens move nothing."""
+"""Column of the account of sampled tokens (`gradient/*`) -> why its tokens change no weight."""
 
 
 def _why_zero(config: Config, metrics: Metrics) -> str:

@@ -1,4 +1,4 @@
-"""What a step is described by: pure functions from groups and learner sums to numbers; docs/metrics.md.
+"""The metrics of a step: pure functions from groups and learner sums to numbers. docs/metrics.md lists them.
 
 A quantity without observations (no failed group, nothing clipped because nothing was trained) is left out, not 0.
 """
@@ -22,11 +22,14 @@ HEADLINE = (
     "reward/mean", "group/no_spread_fraction", "completion/tokens_mean", "completion/truncated_fraction",
     "policy/entropy", "policy/kl_ref", "policy/clip_fraction", "mismatch/rms", "optim/grad_norm", "time/step_s",
 )  # fmt: skip
-"""The ten numbers of the console."""
+"""The ten metrics that the console shows."""
 
 
 def spread_of(prefix: str, values: Sequence[float], names: Sequence[str]) -> dict[str, float]:
-    """`prefix_mean` and friends of `values`; empty when there are none."""
+    """Return the statistics `names` (of mean, std, min, max) of `values`, each as `<prefix><name>`.
+
+    Empty if there are no values.
+    """
     if not values:
         return {}
     array = np.asarray(values, dtype=np.float64)
@@ -40,17 +43,20 @@ def spread_of(prefix: str, values: Sequence[float], names: Sequence[str]) -> dic
 
 
 def scored_rewards(group: Group) -> list[float]:
-    """Rewards of the rollouts that have one."""
+    """Return the rewards of the group's scored rollouts."""
     return [r.outcome.value for r in group.rollouts if isinstance(r.outcome, Scored)]
 
 
 def failures(group: Group) -> int:
-    """Rollouts of a group that have no reward."""
+    """Return the number of a group's rollouts that have no reward."""
     return sum(isinstance(r.outcome, Failed) for r in group.rollouts)
 
 
 def rollout_metrics(groups: Sequence[Group], least: int) -> dict[str, float]:
-    """Rewards, groups, lengths and failures of a step's rollouts."""
+    """Return the metrics of a step's rollouts: rewards, groups, lengths and failures.
+
+    `least`: scored members that a group needs to be trained on.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scored = [(r, r.outcome) for r in rollouts if isinstance(r.outcome, Scored)]
     four = ("mean", "std", "min", "max")
@@ -74,8 +80,10 @@ def rollout_metrics(groups: Sequence[Group], least: int) -> dict[str, float]:
 
 
 def logged_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Return the means over all values that reward functions have logged by a name, as `reward/<reward>/metric/<name>`;
-    a reward that failed on a completion may have logged, too."""
+    """Return the mean of all values that reward functions logged by a name, as `reward/<reward>/metric/<name>`.
+
+    Values logged by a reward that failed on the completion are included.
+    """
     sums: dict[str, tuple[float, int]] = {}
     for group in groups:
         for rollout in group.rollouts:
@@ -86,8 +94,12 @@ def logged_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def group_metrics(groups: Sequence[Group], best: float, least: int) -> dict[str, float]:
-    """How the groups are made up, those of two or more. `best`: the step's highest reward, what "right" means here;
-    `least`: scored members without which a group is dropped."""
+    """Return the metrics of the groups: counts of all groups, shares of those with at least two scored members.
+
+    Args:
+        best: the step's highest reward. Completions with this reward count as right if the reward is above 0.
+        least: scored members that a group needs. A group with fewer is dropped and is in no share.
+    """
     rewards = [scored_rewards(group) for group in groups]
     dropped = sum(len(group) < least for group in rewards)
     usable = [group for group in rewards if len(group) >= max(2, least)]
@@ -107,11 +119,11 @@ def group_metrics(groups: Sequence[Group], best: float, least: int) -> dict[str,
 BY_SET = (
     "reward/mean", "completion/tokens_mean", "completion/truncated_fraction", "group/no_spread_fraction", "group/count",
 )  # fmt: skip
-"""What is also said of each data set of a mix."""
+"""Metrics that are also logged for each data set of a mix."""
 
 
 def metrics_by_set(groups: Sequence[Group], least: int) -> dict[str, float]:
-    """BY_SET of the groups of each data set, as `<name>/<data set>`."""
+    """Return the metrics BY_SET of the groups of each data set, as `<name>/<data set>`."""
     out: dict[str, float] = {}
     for dataset in sorted({group.prompt.dataset for group in groups}):
         own = rollout_metrics([group for group in groups if group.prompt.dataset == dataset], least)
@@ -120,35 +132,39 @@ def metrics_by_set(groups: Sequence[Group], least: int) -> dict[str, float]:
 
 
 def fraction(items: Sequence[T], predicate: Callable[[T], bool]) -> float:
-    """Share of `items` for which `predicate` holds."""
+    """Return the share of `items` for which `predicate` is true."""
     return sum(bool(predicate(item)) for item in items) / len(items)
 
 
 def staleness_metrics(rollouts: Sequence[Rollout], policy_version: int) -> dict[str, float]:
-    """Learner version at use minus the version that sampled, over tokens."""
+    """Return the mean and the maximum over tokens of the learner's version minus the version that sampled the token."""
     ages = np.concatenate([policy_version - r.completion.policy_versions for r in rollouts])
     return {"staleness/mean": float(ages.mean()), "staleness/max": float(ages.max())}
 
 
 MISMATCH_EDGES = np.logspace(-9, 3, 481)
-"""Bounds, in nats, between which tokens are counted by the size of their mismatch: 40 a decade, 6 % apart."""
+"""Edges, in nats, of the bins in which tokens are counted by the size of their mismatch: 40 per decade, 6 % wide."""
 
 
 def mismatch_counts(differences: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return how many of the absolute `differences` lie below the first of MISMATCH_EDGES, between each two, and above
-    the last, where NaN is, too."""
+    """Return how many of the absolute `differences` lie in each bin of MISMATCH_EDGES.
+
+    The first bin is below the first edge. The last bin is above the last edge and also counts NaN.
+    """
     return np.bincount(np.digitize(differences, MISMATCH_EDGES), minlength=len(MISMATCH_EDGES) + 1)
 
 
 def counted_quantile(counts: NDArray[np.int64], q: float) -> float:
-    """Return the upper bound of the bin that holds the `q`-quantile of what `mismatch_counts` has counted: 0 for the
-    first bin, infinity for the last."""
+    """Return the upper edge of the bin that holds the `q`-quantile of `counts`, as `mismatch_counts` returns them.
+
+    The first bin gives 0, the last one infinity.
+    """
     bounds = np.concatenate([[0.0], MISMATCH_EDGES[1:], [math.inf]])
     return float(bounds[np.searchsorted(np.cumsum(counts), q * counts.sum())])
 
 
 def value_metrics(pairs: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Take the critic's sums out of `pairs` and return the share of the returns' variance that its values explain."""
+    """Remove the critic's sums from `pairs` and return the share of the returns' variance that its values explain."""
     error, error_square, return_square = (
         pairs.pop(f"value/{name}", None) for name in ("error", "error_square", "return_square")
     )
@@ -163,7 +179,7 @@ def value_metrics(pairs: dict[str, tuple[float, float]]) -> dict[str, float]:
 
 
 def learner_metrics(result: StepResult) -> dict[str, float]:
-    """The learner's sums as means, with what follows from them."""
+    """Return the learner's sums as means, and the metrics that are derived from them."""
     pairs = dict(result.metrics)
     square = pairs.pop("mismatch/importance_weight_square", None)
     mismatch = pairs.pop("mismatch/square", None)

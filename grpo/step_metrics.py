@@ -1,6 +1,6 @@
-"""The metrics of a step as the driver knows it: its groups, what the learner made of them, and how long each part took.
+"""The metrics of a step in the driver: its groups, the learner's result, and the duration of each part.
 
-The numbers themselves are made in `grpo.metrics`; docs/metrics.md lists them.
+The numbers themselves are computed in `grpo.metrics`; docs/metrics.md lists them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo.progress import Progress
 from grpo.types import Group, StepResult, UserError
 
 OF_EVALUATION = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")
-"""What is logged of an evaluation, as eval/<name>."""
+"""Metrics of an evaluation, logged as eval/<name>."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +28,9 @@ class Sampled:
     """The groups of a step."""
 
     groups: tuple[Group, ...]
-    """At most prompts_per_step; the ones to train on."""
+    """The groups to train on, at most prompts_per_step."""
     unused: tuple[Group, ...]
-    """Sampled, found without spread or with too few members, and replaced."""
+    """Groups that were sampled and replaced, because they had no spread or too few members."""
     attempts: int
     sample_s: float
     reward_s: float
@@ -42,7 +42,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """What the learner made of a step's groups."""
+    """The training rows of a step, the learner's result on them, and the time that both took."""
 
     credit: Credit
     result: StepResult
@@ -51,7 +51,7 @@ class Learned:
 
 
 def step_metrics(config: Config, at: Progress, sampled: Sampled, learned: Learned) -> dict[str, float]:
-    """Everything known about a step but its later timings."""
+    """Return the metrics of a step, except for `timings` and `throughput`."""
     a, credit, result = config.algorithm, learned.credit, learned.result
     rollouts = [rollout for group in sampled.every for rollout in group.rollouts]
     learner = m.learner_metrics(result)
@@ -80,9 +80,11 @@ def step_metrics(config: Config, at: Progress, sampled: Sampled, learned: Learne
 def throughput(
     config: Config, minibatches: Sequence[Sequence[TrainingRow]], weight_bytes: int, metrics: Mapping[str, float]
 ) -> dict[str, float]:
-    """Tokens per second, and the model flops that the learner did: 6 per parameter and position for forward and
-    backward, 2 for each forward without gradient (arXiv 2001.08361 sec. 2.1; attention is left out). Padding and
-    recomputation do not count."""
+    """Return the sampled tokens per second, and the learner's rate in model TFLOP/s per rank.
+
+    Model flops are 6 per parameter and position for forward and backward, and 2 for each forward without gradient
+    (arXiv 2001.08361 sec. 2.1; attention is left out). Padding and recomputation do not count.
+    """
     a = config.algorithm
     rate = metrics["tokens/sampled"] / metrics["time/step_s"]
     out = {"tokens/per_second": rate}
@@ -97,10 +99,7 @@ def throughput(
 
 
 def refuse_unknown_best(config: Config, metrics: Mapping[str, float]) -> None:
-    """`run.keep_best` must be a metric that every step has, or one of the evaluation.
-
-    Raises UserError with the nearest name.
-    """
+    """Raise UserError, with the nearest name, if `run.keep_best` is no metric of the step or of an evaluation."""
     best = config.run.keep_best
     if best is None or best in metrics or best in eval_names(config):
         return
@@ -110,7 +109,7 @@ def refuse_unknown_best(config: Config, metrics: Mapping[str, float]) -> None:
 
 
 def eval_names(config: Config) -> list[str]:
-    """The metrics of an evaluation."""
+    """Return the names of an evaluation's metrics."""
     sets = ["", *(f"/{one.name}" for one in config.data.eval.sets if len(config.data.eval.sets) > 1)]
     return [f"eval/{name}{of_set}" for of_set in sets for name in OF_EVALUATION]
 
@@ -118,8 +117,11 @@ def eval_names(config: Config) -> list[str]:
 def timings(
     sampled: Sampled, learned: Learned, sync: Any, started: float, synced: float, ended: float
 ) -> dict[str, float]:
-    """Of a step that began at `started`, whose weight sync began at `synced`, and that `ended`. Idle is what no role
-    worked in; a role is busy for its share of the step."""
+    """Return the timings of a step and the metrics of its weight sync.
+
+    The step ran from `started` to `ended`, and its weight sync began at `synced`. The idle time is the time in which no
+    role worked. A role's busy fraction is the share of the step in which it worked.
+    """
     parts = {
         "sample": sampled.sample_s,
         "reward": sampled.reward_s,
@@ -148,7 +150,10 @@ def timings(
 
 
 def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Means over data sets; where there are several, also of each; and of the parts of each."""
+    """Return the means over the data sets, and the metrics of each data set (if there are several) and of each part.
+
+    `eval/failed` is a sum over the data sets. The metrics that reward functions logged are included.
+    """
     sets = evaluation.sets
     out = {f"eval/{n}": sum(float(getattr(found, n)) for found in sets.values()) / len(sets) for n in OF_EVALUATION}
     out["eval/failed"] *= len(sets)  # a count, not a mean

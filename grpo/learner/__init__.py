@@ -1,1 +1,1 @@
-"""The DeepSpeed side; the only package that imports deepspeed."""
+"""The learner's models and their training with DeepSpeed; the only package that imports deepspeed."""

@@ -1,8 +1,8 @@
-"""What a model's own forward does to its logits behind the vocabulary projection: found by trying, not by names.
+"""Detect how a model's forward changes its logits after the vocabulary projection, by running it.
 
-The projection is replaced by one that returns chosen numbers, and the model is run on one token. What comes out shows
-the change whatever its family calls it: a scale (Granite, Cohere), a soft cap (Gemma 2), both, or one that our head
-does not compute and that is refused. The weights have no part in it, so a model on the meta device will do.
+The projection is replaced by one that returns chosen numbers, and the model runs on one token. The output shows the
+change, whatever the family's config calls it: a scale (Granite, Cohere), a soft cap (Gemma 2), or both. A change that
+our head does not compute is refused. The weights are not used, so a model on the meta device suffices.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from grpo.objective.logprobs import UNCHANGED, LogitChange
 from grpo.types import UserError
 
 SMALL, HUGE = 1e-6, 1e8
-"""A logit that no cap bends, and one that every cap flattens."""
+"""A logit so small that no cap changes it, and one so large that every cap saturates."""
 POINTS = (SMALL, 1.0, HUGE, 0.0, -0.3, 2.0, -7.0, 25.0)
 
 
 class _Output(tuple[torch.Tensor]):
-    """What a model's body would return: the hidden states, and nothing else that a forward may ask for."""
+    """Stand-in for the output of a model's body: the hidden states; every other attribute is None."""
 
     @property
     def last_hidden_state(self) -> torch.Tensor:
@@ -47,9 +47,9 @@ def _forward_as(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
 
 
 def find_change(model: Any) -> LogitChange:
-    """Return what the forward of `model`, a causal language model of transformers, does to its logits.
+    """Return the change that the forward of `model`, a causal language model of transformers, makes to its logits.
 
-    Raises UserError naming the entries of its config.json for a change that our head does not compute.
+    Raises UserError, with the config.json entries, for a change that our head does not compute.
     """
     head, body = model.get_output_embeddings(), _body(model)
     if head is None or body is None:
@@ -77,13 +77,13 @@ def find_change(model: Any) -> LogitChange:
 
 
 def _body(model: Any) -> torch.nn.Module | None:
-    """The part of `model` that turns token ids into hidden states."""
+    """Return the child of `model` that maps token ids to hidden states."""
     embedding = model.get_input_embeddings()
     return next((child for child in model.children() if any(part is embedding for part in child.modules())), None)
 
 
 def _fit(found: list[float]) -> LogitChange | None:
-    """The change that made `found` of POINTS, None where it is of another kind."""
+    """Return the change that maps POINTS to `found`, or None if it is no scale and soft cap."""
     small, one, huge = found[:3]
     if math.isclose(huge, one * HUGE, rel_tol=1e-5):
         change = LogitChange(scale=one)
@@ -96,15 +96,17 @@ def _fit(found: list[float]) -> LogitChange | None:
 
 
 def _entries(model: Any) -> str:
-    """The entries of config.json that may be meant, with their values."""
+    """Return the subject of an error message: the config.json entries about logits, with their values."""
     settings = model.config.get_text_config().to_dict()
     named = [f"{name}={value}" for name, value in settings.items() if "logit" in name and value not in (None, False)]
     return f"config.json's {', '.join(named)}" if named else f"the forward of {type(model).__name__} does"
 
 
 def bypass(model: Any) -> None:
-    """Make `model` return what its projection returns, without what its own forward does to it. The config stays as it
-    is, and is saved so."""
+    """Make `model` return the output of its projection unchanged.
+
+    The config keeps its entries about logits, also when the model is saved.
+    """
     body, head = _body(model), model.get_output_embeddings()
     assert body is not None
 

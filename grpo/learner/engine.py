@@ -1,8 +1,8 @@
-"""The learner: one rank of a DeepSpeed ZeRO group, with the frozen reference beside the policy.
+"""The learner: one rank of a DeepSpeed ZeRO group, with the policy, the frozen reference and the critic.
 
-Verbs: `step` (a driver step's optimizer steps), `weights` (named tensors for a sync, gathered at ZeRO-3),
+Verbs: `step` (a driver step's optimizer steps), `weights` (named tensors for a sync, gathered at ZeRO 3),
 `perturbation` (for the full sync check), `read_probe`, `save` (a Hugging Face folder), `capture` and `restore` (a
-checkpoint). Every verb is a collective: all ranks call it together.
+checkpoint). Every verb is a collective: all ranks call it.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from grpo.update import Model, Prepared, Tally, run_step
 from grpo.weight_sync import buckets_of
 
 MAX_DUMPS = 3
-"""Updates that were not finite and are kept; each holds the weights."""
+"""Most updates that were not finite and are dumped; each dump holds the weights."""
 
 OTHER_FILES = (".json", ".jinja", ".model", ".txt")
 
 
 class Learner:
-    """One rank of the process group that `setup.init_process_group` has joined, on its `device`."""
+    """One rank of the process group that `setup.init_process_group` joined; `device` is that function's result."""
 
     def __init__(self, config: Config, rank: int, device: torch.device, dumps: Path) -> None:
-        """`dumps`: the folder for updates that were not finite."""
+        """`dumps`: the folder for dumps of updates that were not finite."""
         self._config, self._dumps = config, dumps
         self.rank = rank
         self.world_size = config.cluster.learner_ranks
@@ -75,7 +75,7 @@ class Learner:
         self._offloaded = False
 
     def _make_reference(self) -> None:
-        """A frozen copy of the starting policy: sharded at ZeRO 3, else whole on every rank."""
+        """Load a frozen copy of the starting policy: sharded at ZeRO 3, else whole on every rank."""
         model = heads.load_policy(self._config).eval().requires_grad_(False)
         self._ref_head = heads.install(model, self._config)
         if self._config.learner.zero_stage == 3:
@@ -88,9 +88,12 @@ class Learner:
     # --- grpo.update.StepEngine --------------------------------------------------------------------------------------
 
     def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Right padding needs no attention mask: causal attention keeps it from every real position."""
+        """Return logprobs of the targets and entropy, [B,T] each.
+
+        Right padding needs no attention mask: under causal attention no real position sees it.
+        """
         if self._config.learner.reference_offload and torch.is_grad_enabled():
-            self._reference.to("cpu")  # the memory is for the activations now
+            self._reference.to("cpu")  # frees memory for the activations
         with self._head.targets(target_ids, self._config.sampling.temperature):
             return heads.unpack(self._engine(input_ids=input_ids, use_cache=False).logits)
 
@@ -111,7 +114,7 @@ class Learner:
 
     def optimizer_step(self, model: Model) -> float:
         engine = self._engine_of(model)
-        if self._config.learner.zero_stage == 0:  # DeepSpeed looks at no norm there
+        if self._config.learner.zero_stage == 0:  # DeepSpeed checks no norm there
             norm = setup.plain_grad_norm(engine.module)
             if not math.isfinite(norm):
                 engine.zero_grad()
@@ -133,29 +136,29 @@ class Learner:
         return summed
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        """Return the means of `values` over the ranks, the same on each."""
+        """Return the mean of each of `values` over the ranks. A collective."""
         return [value / self.world_size for value in self.all_sum(values)]
 
     def barrier(self) -> None:
-        """Wait until every rank is here. On the CPU: a GPU that waits in a kernel is taken from the sampler on it."""
+        """Wait for every rank. The barrier runs on the CPU: a kernel that waits would occupy the sampler's GPU."""
         dist.barrier(group=self._control)
 
     def gathered(self, ours: Any) -> list[Any]:
-        """Return what each rank gives, on every rank. A collective on the CPU."""
+        """Return the object `ours` of every rank, in the order of the ranks. A collective on the CPU."""
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, ours, group=self._control)
         return found
 
     def drop_cache(self) -> None:
-        """Give back the GPU memory that torch keeps for the next step's activations."""
+        """Release the GPU memory that torch caches for the next step's activations."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def offload(self) -> None:
-        """Leave the GPU's memory to the sampler: states and weights go to host memory. A sharded reference stays.
+        """Offload states and weights to host memory, which leaves the GPU memory to the sampler.
 
-        Pinned host memory on CPU, too, where it gains nothing: there, as on GPUs, parameters then get new storage, and
-        whatever holds on to the old one is found by the tests.
+        A sharded reference stays. Pinned memory gains nothing on CPU and is used nevertheless: parameters then get new
+        storage as they do on GPUs, so that tests on CPU find code that keeps the old storage.
         """
         if self._offloaded:
             return
@@ -166,7 +169,7 @@ class Learner:
         self._offloaded = True
 
     def reload(self) -> None:
-        """Take them back."""
+        """Undo `offload`."""
         if not self._offloaded:
             return
         for engine in self._engines().values():
@@ -176,11 +179,11 @@ class Learner:
         self._offloaded = False
 
     def gpus(self) -> tuple[str, ...]:
-        """UUID of this rank's GPU; empty on CPU."""
+        """Return the UUID of this rank's GPU; empty on CPU."""
         return (str(torch.cuda.get_device_properties(self.device).uuid),) if self.device.type == "cuda" else ()
 
     def set_aside(self, minibatch: Sequence[Batch], prepared: Sequence[Prepared], kl_coef: float) -> None:
-        """Write what `grpo replay` needs, for the first few updates of this process that were not finite."""
+        """Write the dump for `grpo replay`, for the first MAX_DUMPS updates of this process that were not finite."""
         self._set_aside += 1
         if self._set_aside > MAX_DUMPS:
             return
@@ -205,7 +208,7 @@ class Learner:
     # --- verbs -------------------------------------------------------------------------------------------------------
 
     def step(self, step: RankStep) -> StepResult:
-        """Train on one driver step's minibatches. The result covers all ranks and is the same on each."""
+        """Train on one driver step's minibatches; return the result over all ranks, which is the same on each."""
         learning_rate = float(self._engine.optimizer.param_groups[0]["lr"])
         tally = run_step(step, self, self._config.algorithm, self._config.critic, self.device)
         tally.add("optim/lr", learning_rate, 1)
@@ -218,8 +221,10 @@ class Learner:
 
     @torch.no_grad()
     def _move_reference(self) -> None:
-        """After a step: copy the policy to the reference when that is due, or move it a share of the way. At ZeRO 3
-        each rank does so with its own shards, which are cut alike in both."""
+        """Copy the policy to the reference if that is due after this step, or move the reference by its average share.
+
+        At ZeRO 3 each rank moves its own shards: policy and reference are sharded in the same way.
+        """
         a = self._config.algorithm
         due = a.reference_refresh_every and self._steps % a.reference_refresh_every == 0
         share = 1.0 if due else a.reference_average
@@ -235,9 +240,9 @@ class Learner:
         self._drop_gathered(list(getattr(self._reference, "module", self._reference).parameters()))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of every weight as the model's folder has it, tied ones once; gathered at ZeRO-3.
+        """Yield (name, tensor) of every weight as the model folder has it, tied ones once; gathered at ZeRO 3.
 
-        A yielded tensor stays valid as long as it is held: at ZeRO-3 the gathered storage is its own.
+        A yielded tensor stays valid as long as it is referenced: at ZeRO 3 it keeps the gathered storage.
         """
         for name, tensor in self._weights_of(self._engine):
             if name in self._stored_alike:
@@ -247,8 +252,11 @@ class Learner:
 
     @functools.cached_property
     def _stored_alike(self) -> frozenset[str]:
-        """Names of the parameters that the model's folder has as they are. Asking transformers takes a millisecond for
-        each, which is a third of a small model's sync."""
+        """Names of the parameters that the model folder has unchanged.
+
+        They are cached: the conversion in transformers takes a millisecond per parameter, a third of a small model's
+        sync.
+        """
         alike = []
         for name, parameter in self._engine.module.named_parameters():
             blank = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
@@ -261,7 +269,7 @@ class Learner:
         if self._config.learner.zero_stage < 3:
             yield from ((name, p.detach()) for name, p in parameters)
             return
-        # ds_tensor is this rank's share: buckets go by the logical size, which is ds_numel
+        # ds_tensor is this rank's share only: buckets are made by the full shape
         logical = ((name, torch.empty(p.ds_shape, dtype=p.dtype, device="meta")) for name, p in parameters)
         by_name = dict(parameters)
         for bucket in buckets_of(logical):
@@ -270,13 +278,15 @@ class Learner:
                 yield from ((name, by_name[name].detach()) for name, _ in bucket)
 
     def parameter_count(self) -> int:
-        """Return how many parameter tensors the policy has."""
+        """Return the number of the policy's parameter tensors."""
         return sum(1 for _ in self._engine.module.parameters())
 
     @contextmanager
     def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
-        """Give a function that perturbs a group of the parameters by a strength, in the place of the strength before;
-        they are restored bit for bit at the end. At ZeRO 3 on this rank's shards."""
+        """Yield a function that perturbs a group of the parameters by a strength; each call replaces the previous one.
+
+        The parameters are restored bit for bit at the end. At ZeRO 3 this rank's shards are perturbed.
+        """
         parameters = list(self._engine.module.parameters())
         sharded = self._config.learner.zero_stage == 3
         vocabulary = self._engine.module.config.get_text_config().vocab_size
@@ -289,31 +299,33 @@ class Learner:
 
         try:
             yield perturb
-        finally:  # where they are now: the learner may have been offloaded since
+        finally:  # the parameters may have new storage: the learner may have been offloaded since
             perturbation.undo()
             self._drop_gathered(parameters)
 
     def _drop_gathered(self, parameters: Sequence[Any]) -> None:
-        """ZeRO-3 keeps small parameters gathered between forwards; make it gather the changed shards anew."""
+        """Make ZeRO 3 gather changed shards again: it keeps small parameters gathered between forwards."""
         if self._config.learner.zero_stage == 3:
             for p in parameters:
                 if p.ds_status == ZeroParamStatus.AVAILABLE:
                     p.partition()
 
     def read_probe(self, probe: Probe) -> Reading:
-        """Return the logprobs of the probe under the weights of now, and their rounding noise."""
+        """Return the logprobs of the probe under the current weights, and their rounding noise."""
         assert not self._offloaded, "the learner's weights are in host memory"
         return read_probe(self._engine, self._engine.module, self._head, probe, self.device)
 
     def save(self, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder (model, config, tokenizer files), the critic in a folder of its own
-        below it: aside first, then renamed."""
+        """Write the policy as a Hugging Face folder (model, config, tokenizer files), with the critic in `critic/`.
+
+        Rank 0 writes to a folder with the suffix `.partial`, and then renames it.
+        """
         policy = self._state_of(self._engine)
         critic = None if self._critic is None else self._state_of(self._critic)
         if self.rank == 0:
             aside = folder.with_name(folder.name + ".partial")
             shutil.rmtree(aside, ignore_errors=True)
-            # a model's own sampling settings need not pass transformers' checks to be kept: the file is copied as it is
+            # a model's sampling settings may fail transformers' checks: generation_config.json is copied unchanged
             self._engine.module.generation_config = GenerationConfig()
             self._engine.module.save_pretrained(aside, state_dict=policy)
             (aside / "generation_config.json").unlink(missing_ok=True)
@@ -336,7 +348,7 @@ class Learner:
         return self._reference is not None and bool(a.reference_refresh_every or a.reference_average)
 
     def capture(self, file: Path) -> dict[str, Any]:
-        """Copy this rank's state to host memory and start to write it to `file`; `captured` waits for the writing.
+        """Copy this rank's state to host memory and start to write it to `file`; `captured` waits until it is written.
 
         Returns the counters of the state, as plain JSON.
         """
@@ -352,7 +364,7 @@ class Learner:
         return {**counters, "optimizer_steps": self._optimizer_steps, "steps": self._steps}
 
     def state_bytes(self) -> int:
-        """What the captures of all ranks take together: float32 parameters, and AdamW's two moments of each."""
+        """Return the size of all ranks' captures in bytes: float32 parameters, and AdamW's two moments of each."""
         kinds = {"adamw": 3, "sgd": 1}
         optimizers = {"policy": self._config.optimizer, "critic": self._config.critic.optimizer}
         total = sum(
@@ -364,12 +376,15 @@ class Learner:
         return 4 * total
 
     def captured(self, *, wait: bool) -> FileRecord | None:
-        """The file that `capture` has begun to write, once it is on the disk; None while it is not."""
+        """Return the record of the file that `capture` started to write, or None while it is not on the disk.
+
+        `wait`: block until it is.
+        """
         assert self._writing is not None
         return self._writing.result() if wait or self._writing.done() else None
 
     def restore(self, files: Sequence[Path], counters: Mapping[str, Any]) -> None:
-        """Take over the state that the ranks of an earlier learner have captured to `files`."""
+        """Restore the state that the ranks of an earlier learner captured to `files`."""
         zero_stage = self._config.learner.zero_stage
         with state.Reader(files) as reader:
             for section, engine in self._engines().items():
@@ -384,7 +399,7 @@ class Learner:
         self._optimizer_steps, self._steps = counters["optimizer_steps"], counters["steps"]
 
     def _state_of(self, engine: Any) -> dict[str, torch.Tensor]:
-        """Weights on the CPU at rank 0, nothing elsewhere; a collective."""
+        """Return the weights on the CPU at rank 0, and nothing on other ranks. A collective."""
         tensors = {}
         for name, tensor in self._weights_of(engine):
             if self.rank == 0:
@@ -392,19 +407,19 @@ class Learner:
         return tensors
 
     def destroy(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers."""
+        """Release DeepSpeed's hooks and buffers."""
         for engine in (self._engine, self._critic):
             if engine is not None:
                 engine.destroy()
 
 
 def whole_numel(parameter: Any) -> int:
-    """Elements of a parameter, also where ZeRO 3 keeps a part of it here."""
+    """Return the number of elements of a parameter, also if ZeRO 3 keeps only a shard of it on this rank."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:
-    """Add the ranks' sums. Quantities that every rank holds in full (norm, lr) divide out through their counts."""
+    """Return the ranks' sums added up. A quantity that every rank has in full (norm, lr) is averaged by its count."""
     sums: dict[str, tuple[float, float]] = {}
     extremes: dict[str, float] = {}
     logprob_sums: dict[int, float] = {}
@@ -428,7 +443,7 @@ def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:
 
 
 def copy_other_files(source: str, target: Path) -> None:
-    """Everything beside the weights that a folder needs to be used: tokenizer, chat template, generation config.
+    """Copy the files besides the weights that a model folder needs: tokenizer, chat template, generation config.
 
     `source`: the model's folder or hub id.
     """

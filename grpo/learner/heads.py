@@ -1,8 +1,8 @@
-"""The models as they are loaded, and their ends: a projection that gives logprobs instead of logits, and the critic's
-head of zeros.
+"""Load the models and set up their heads: a projection that returns logprobs, and a critic head of zeros.
 
-The projection's module keeps its place and its parameters and gets another `forward`. Calling it as a module is what
-makes ZeRO 3 gather its weight, forward and backward; calling the weight by chunks around it would find it empty.
+The projection's module keeps its place and its parameters and gets another `forward`. ZeRO 3 gathers its weight, in
+forward and backward, only because the module itself is called. Chunks computed outside of the module would find the
+weight empty.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from grpo.weight_sync import torch_dtype
 
 
 class LogprobHead:
-    """What replaces the projection's `forward`: hidden [B,T,H] -> [B,T,2] logprob of the target and entropy."""
+    """Replaces the projection's `forward`: hidden [B,T,H] -> [B,T,2] logprob of the target and entropy."""
 
     def __init__(self, head: torch.nn.Module, *, float32_head: bool, change: LogitChange = UNCHANGED) -> None:
-        """`change`: what the model's family does to logits behind the projection, done here instead."""
+        """`change`: the model family's change to its logits after the projection, which is applied here instead."""
         self.module = head
         self.change = change
         self._float32_head = float32_head
@@ -43,14 +43,14 @@ class LogprobHead:
 
     @contextmanager
     def targets(self, target_ids: torch.Tensor, temperature: float) -> Iterator[None]:
-        """[B,T] what the model's next forward is asked the logprobs of, and at which temperature."""
+        """Set the targets, [B,T], and the temperature for the model's forward within this context."""
         self._targets = (target_ids, temperature)
         yield
         self._targets = None
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Within this, the projection is computed in float32 whatever the model's dtype is."""
+        """Compute the projection in float32 within this context, whatever the model's dtype."""
         before, self._float32_head = self._float32_head, True
         try:
             yield
@@ -76,14 +76,14 @@ class LogprobHead:
 
 
 def unpack(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a model with a `LogprobHead` calls logits -> logprobs, entropy."""
+    """Return logprobs and entropy, [B,T] each, from the "logits" of a model with a `LogprobHead`."""
     return logits[..., 0], logits[..., 1]
 
 
 def install(model: Any, config: Config) -> LogprobHead:
-    """Give `model` a `LogprobHead`, which also does what the model's own forward does to its logits.
+    """Replace the head of `model` by a `LogprobHead` that also applies the model's own change to its logits.
 
-    Raises UserError for a family that changes its logits otherwise than the head can.
+    Raises UserError for a family whose change the head cannot compute.
     """
     change = find_change(model)
     if change != UNCHANGED:
@@ -92,8 +92,8 @@ def install(model: Any, config: Config) -> LogprobHead:
 
 
 def refuse_missing(where: str, names: Sequence[str]) -> None:
-    """Raises UserError when a folder lacks weights of its model: transformers fills them with random numbers and a
-    warning."""
+    """Raise UserError if a folder lacks weights of its model. Transformers only warns, and fills them with random
+    numbers."""
     if names:
         shown = ", ".join(sorted(names)[:4])
         raise UserError(
@@ -102,7 +102,7 @@ def refuse_missing(where: str, names: Sequence[str]) -> None:
 
 
 def refuse_mismatched(where: str, tensors: Collection[tuple[str, torch.Size, torch.Size]]) -> None:
-    """Raises UserError when weights of a folder have other shapes than its config.json says."""
+    """Raise UserError if the shapes of a folder's weights differ from its config.json."""
     if tensors:
         name, found, expected = min(tensors)
         raise UserError(
@@ -112,8 +112,10 @@ def refuse_mismatched(where: str, tensors: Collection[tuple[str, torch.Size, tor
 
 
 def refuse_buffers(where: str, model: torch.nn.Module) -> None:
-    """Raises UserError when a folder has numbers of its model that are no parameters: neither a sync nor a saved model
-    would have them. Routers with a correction of their scores do (DeepSeek 3, GLM 4 MoE)."""
+    """Raise UserError if a model has persistent buffers: neither a sync nor a saved model would include them.
+
+    Routers that correct their scores have such buffers (DeepSeek 3, GLM 4 MoE).
+    """
     names = model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if names:
         raise UserError(
@@ -123,10 +125,10 @@ def refuse_buffers(where: str, model: torch.nn.Module) -> None:
 
 
 def attention_of(config: Config, settings: Any) -> str:
-    """Return transformers' name of the attention that `model.attention` stands for in this process, for a model whose
-    config.json is `settings`.
+    """Return transformers' name of the attention to which `model.attention` resolves in this process.
 
-    Raises UserError where that attention would leave out the model's cap on attention scores.
+    `settings`: the model's config.json. Raises UserError if the configured attention would leave out the model's cap
+    on attention scores.
     """
     cap = getattr(settings.get_text_config(), "attn_logit_softcapping", None)
     if config.model.attention != "auto":
@@ -147,24 +149,24 @@ def attention_of(config: Config, settings: Any) -> str:
 
 
 def _has_sdpa(settings: Any) -> bool:
-    """Return whether transformers computes the model's attention with PyTorch's own."""
+    """Return whether transformers can compute the model's attention with PyTorch's SDPA."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     return bool(getattr(model, "_supports_sdpa", True))
 
 
 def load_policy(config: Config, *, on_paper: bool = False) -> Any:
-    """The model of `model.path`, as a causal language model of transformers.
+    """Return the model of `model.path`, as a causal language model of transformers.
 
-    `on_paper`: with the shapes of its weights, and without their numbers. Raises UserError when the folder lacks
-    weights that the model has, or has them in other shapes.
+    `on_paper`: load the shapes of the weights without their values. Raises UserError if the folder lacks weights of the
+    model or has them in other shapes.
     """
     path = config.model.path
     settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     attention, dtype = attention_of(config, settings), torch_dtype(config.model.dtype)
     if on_paper and not torch.cuda.is_available() and attention.startswith("flash"):
-        attention = "eager"  # has the same weights, and can be loaded where there is no GPU
+        attention = "eager"  # has the same weights and can be loaded without a GPU
     refuse_dropout(settings, "model.path")
-    if on_paper and not Path(path).is_dir():  # nothing is fetched for a look
+    if on_paper and not Path(path).is_dir():  # do not download weights for a check
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 settings, dtype=dtype, attn_implementation=attention, trust_remote_code=config.model.trust_remote_code
@@ -178,7 +180,7 @@ def load_policy(config: Config, *, on_paper: bool = False) -> Any:
         trust_remote_code=config.model.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
+        ignore_mismatched_sizes=True,  # refused below, with their names
         device_map="meta" if on_paper else None,
     )
     refuse_missing(f"model.path={path}", report["missing_keys"])
@@ -188,17 +190,19 @@ def load_policy(config: Config, *, on_paper: bool = False) -> Any:
 
 
 def as_in_folder(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter of `model` under the names that a folder has it by, and vLLM loads: transformers renames weights of
-    some families as it loads them, and holds the experts of a layer in one tensor."""
+    """Return a parameter of `model` under the names that a model folder uses and vLLM loads.
+
+    Transformers renames the weights of some families while loading, and merges the experts of a layer into one tensor.
+    """
     tensors: dict[str, torch.Tensor] = revert_weight_conversion(model, {name: tensor})
     return tensors
 
 
 def load_critic(config: Config, *, on_paper: bool = False) -> Any:
-    """The value model of `critic.path`; a backbone without a head gets one of zeros: every value starts as 0.
+    """Return the value model of `critic.path`. A backbone without a head gets a head of zeros: every value starts at 0.
 
-    `on_paper`: as of `load_policy`. Raises UserError when the family has no such model, or the folder lacks weights of
-    the backbone.
+    `on_paper`: as in `load_policy`. Raises UserError if the family has no value model, or the folder lacks weights of
+    the backbone or has weights in other shapes.
     """
     path = config.critic.path or config.model.path
     settings = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
@@ -235,8 +239,10 @@ def load_critic(config: Config, *, on_paper: bool = False) -> Any:
 
 
 def refuse_dropout(config: Any, option: str) -> None:
-    """Raise UserError for a model with dropout: its numbers would differ from one pass to the next, and from the
-    sampler's. The dropout of heads that a language model does not have is none of its."""
+    """Raise UserError for a model with dropout: its logprobs would differ between passes, and from the sampler's.
+
+    Dropout of heads that a language model does not have is ignored.
+    """
     for name, value in config.to_dict().items():
         if name.startswith(("summary_", "classifier_")):
             continue

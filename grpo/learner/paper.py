@@ -1,4 +1,4 @@
-"""The learner's models on paper: what loading them would refuse, known before an engine starts."""
+"""Check the learner's models on paper (shapes without values), so that errors are known before an engine starts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from grpo.types import UserError
 
 
 def check_models(config: Config) -> None:
-    """Load the policy and the critic as the learner does, with the shapes of their weights and without the numbers.
+    """Load the policy and the critic as the learner does, with the shapes of their weights but without their values.
 
-    Raises UserError with what the learner would refuse, or would fail at.
+    Raises UserError for a model that the learner would refuse or could not load.
     """
     with _quiet(), hub_or_cache() as remark:
         option = f"model.path={config.model.path}"
@@ -27,13 +27,13 @@ def check_models(config: Config) -> None:
                 heads.load_critic(config, on_paper=True)
         except UserError:
             raise
-        except Exception as error:  # whatever a model's code comes upon
+        except Exception as error:  # a model's code may raise anything
             raise UserError(f"{option}{remark}: the learner cannot load it: {one_line(error)}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' reports of loading off the console: what matters of them is raised."""
+    """Keep transformers' loading reports off the console; the problems that matter are raised as errors."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""What the weight check needs of the learner's model: rounding at random, and parameters perturbed for a while.
+"""The learner's part of the weight check: random rounding, and temporary perturbation of parameters.
 
-Both work on a plain model as on one whose parameters DeepSpeed has sharded.
+Both work on a plain model and on one whose parameters DeepSpeed has sharded.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from grpo.learner.heads import LogprobHead, unpack
 from grpo.probing import Probe, Reading, Spread, spread
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
-"""Largest relative change by rounding. A layer in 16 bits adds in float32 and rounds its result once, to half a unit in
-the last place. One in float32 rounds each addition, which over the thousands of terms of a matrix product makes about
-sixteen times as much."""
+"""Largest relative change by rounding. A layer in 16 bits accumulates in float32 and rounds its result once, to half a
+unit in the last place. A layer in float32 rounds each addition; over the thousands of terms of a matrix product this
+adds up to about sixteen times the rounding of one."""
 
 TF32_ROUNDOFF = 2.0**-11
-"""Of float32 matrix products on GPUs: some kernels of the engines round their operands to TF32."""
+"""Unit roundoff of float32 matrix products on GPUs: some kernels of the engines round their operands to TF32."""
 
 GENTLE = 1 / 3
-"""Share of the perturbation that vectors (norms, biases) and vocabulary matrices get: each moves logprobs more than a
-projection does, and would cover what the others do."""
+"""Share of the perturbation for vectors (norms, biases) and vocabulary matrices. Each of them moves logprobs more than
+a projection does, and would hide the effect of the others."""
 
 ZERO_SCALE = 0.02
-"""What stands in for the root mean square of a parameter that is all zeros: the usual scale of initial weights."""
+"""Used instead of the root mean square of a parameter that is all zeros: the usual scale of initial weights."""
 
 
 @contextmanager
 def rounded_at_random(model: torch.nn.Module, without: torch.nn.Module, seed: int = 0) -> Iterator[None]:
-    """Within this, each layer of `model` but the module `without` gives its output times 1 + u, u uniform within the
-    unit roundoff of its dtype: the same model as another engine might compute it (Monte Carlo arithmetic; D. S. Parker,
-    UCLA CSD-970002, 1997)."""
+    """Multiply the output of each layer of `model`, except for the module `without`, by 1 + u within this context.
+
+    u is uniform within the unit roundoff of the output's dtype. The result is the model as another engine might compute
+    it (Monte Carlo arithmetic; D. S. Parker, UCLA CSD-970002, 1997).
+    """
     generators: dict[torch.device, torch.Generator] = {}
 
     def round_output(module: torch.nn.Module, given: Any, out: Any) -> Any:
@@ -66,10 +68,12 @@ def read_probe(
     device: torch.device,
     noise: Spread | None = None,
 ) -> Reading:
-    """Return the logprobs of the probe under the weights of now, and their rounding noise.
+    """Return the logprobs of the probe under the current weights, and their rounding noise.
 
-    `forward`: what is called with `input_ids`, the model itself or DeepSpeed's engine around it; `head`: the model's.
-    `noise`: what was measured before, where it need not be measured anew.
+    Args:
+        forward: the callable for `input_ids`: the model itself, or DeepSpeed's engine around it.
+        head: the model's head.
+        noise: rounding noise from an earlier reading. None: it is measured.
     """
     logprobs = _logprobs(forward, head, probe, device)
     if noise is not None:
@@ -81,8 +85,10 @@ def read_probe(
 
 @torch.no_grad()
 def _logprobs(forward: Any, head: LogprobHead, probe: Probe, device: torch.device) -> tuple[NDArray[np.float32], ...]:
-    """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1. One forward: padding on the right
-    needs no mask."""
+    """Return the logprobs of the probe tokens after the first, [N][L_n - 1], at temperature 1.
+
+    One forward computes all rows: right padding needs no mask.
+    """
     rows = [torch.tensor(ids, device=device) for ids in probe.token_ids]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     with head.targets(tokens[:, 1:], 1.0):
@@ -91,23 +97,30 @@ def _logprobs(forward: Any, head: LogprobHead, probe: Probe, device: torch.devic
 
 
 class Perturbation:
-    """Some parameters of a model changed in place, and what they were.
+    """Changes some parameters of a model in place, and keeps a copy of their values to restore.
 
-    Nothing of a parameter's storage is kept: it is looked up anew each time, since an offload gives parameters new
-    storage.
+    The storage of a parameter is looked up on each use, since an offload gives parameters new storage.
     """
 
     def __init__(self, parameters: Sequence[Any], chosen: Sequence[int], vocabulary: int, rank: int) -> None:
-        """`parameters`: all of the model's; `chosen`: which of them to change. `vocabulary`: rows of a vocabulary
-        matrix. `rank`: this rank's number where each holds other shards of the parameters, else 0."""
+        """Copy the chosen parameters.
+
+        Args:
+            parameters: all parameters of the model.
+            chosen: indices of the parameters to change.
+            vocabulary: number of rows of a vocabulary matrix.
+            rank: this rank, if the parameters are sharded over the ranks; else 0.
+        """
         self._parameters = {i: parameters[i] for i in chosen}
         self._vocabulary, self._rank = vocabulary, rank
         self._saved = {i: _data(p).clone() for i, p in self._parameters.items()}
 
     @torch.no_grad()
     def apply(self, strength: float) -> None:
-        """Set each parameter to what it was plus or minus `strength` times its root mean square, signs at random.
-        Vectors and vocabulary matrices change by GENTLE of that."""
+        """Set each parameter to its copy plus or minus `strength` times its root mean square, with random signs.
+
+        Vectors and vocabulary matrices change by GENTLE times that.
+        """
         for i, p in self._parameters.items():
             saved = self._saved[i]
             generator = torch.Generator(saved.device).manual_seed(1000 * i + self._rank)
@@ -121,19 +134,21 @@ class Perturbation:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put back what the parameters were, bit for bit."""
+        """Restore the parameters bit for bit."""
         for i, p in self._parameters.items():
             _data(p).copy_(self._saved[i])
 
 
 def _real_elements(parameter: Any, shard: torch.Tensor, rank: int) -> int:
-    """Return how many elements of the rank's `shard` belong to the parameter: at ZeRO 3 the last shards are padded with
-    whatever the memory held."""
+    """Return how many elements of the rank's `shard` belong to the parameter.
+
+    At ZeRO 3 the last shards are padded with uninitialized memory.
+    """
     whole = getattr(parameter, "ds_numel", shard.numel())
     return max(0, min(shard.numel(), whole - rank * shard.numel()))
 
 
 def _data(parameter: Any) -> torch.Tensor:
-    """Return the storage of a parameter that this rank holds now; at ZeRO 3 its shard."""
+    """Return the current storage of a parameter on this rank; at ZeRO 3 its shard."""
     data: torch.Tensor = getattr(parameter, "ds_tensor", parameter).data
     return data

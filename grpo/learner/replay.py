@@ -1,6 +1,6 @@
-"""`grpo replay DUMP`: compute an update again that was not finite, and say where that began.
+"""`grpo replay DUMP`: recompute an update that was not finite, and report the first quantity that is not finite.
 
-One process, no DeepSpeed: the weights that the dump holds, plain torch on the GPU if there is one.
+It runs in one process without DeepSpeed: plain torch with the dump's weights, on the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grpo.update.step import objective_terms
 
 
 def replay(folder: Path) -> list[str]:
-    """The report's lines on the dump `folder`. Raises UserError when it is none."""
+    """Return the lines of the report on the dump `folder`. Raises UserError if it is no complete dump."""
     files = sorted(folder.glob("rank-*.safetensors"))
     for needed in ("rank-0.safetensors", "config.yaml", "model/config.json"):
         if not (folder / needed).is_file():
@@ -53,7 +53,10 @@ def replay(folder: Path) -> list[str]:
 
 
 def read(file: Path) -> list[tuple[Batch, Prepared, float]]:
-    """The microbatches of one rank. Raises UserError when the file cannot be read."""
+    """Return the microbatches of one rank's file, each with its `Prepared` and kl_coef.
+
+    Raises UserError if the file cannot be read or is incomplete.
+    """
     try:
         with safe_open(file, framework="pt") as handle:
             about = handle.metadata()
@@ -85,7 +88,10 @@ def examine(
     kl_coef: float,
     device: torch.device,
 ) -> dict[str, str]:
-    """Name -> what is not finite of it, in the order in which a microbatch is computed; without any, the loss."""
+    """Return quantity -> description of its non-finite values, in the order of computation.
+
+    If everything is finite, the only entry is the loss.
+    """
     model.zero_grad()
     with head.targets(batch.target_ids.to(device), config.sampling.temperature):
         logprobs, entropy = heads.unpack(model(input_ids=batch.input_ids.to(device), use_cache=False).logits)
@@ -115,7 +121,7 @@ def examine(
 def examine_critic(
     critic: torch.nn.Module, config: Config, batch: Batch, prepared: Prepared, device: torch.device
 ) -> dict[str, str]:
-    """The same of the value loss; nothing where everything is finite."""
+    """Return the same for the value loss; empty if everything is finite."""
     assert prepared.old_values is not None
     assert prepared.returns is not None
     critic.zero_grad()

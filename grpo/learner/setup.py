@@ -1,4 +1,4 @@
-"""What a learner rank needs before its first step: process group, DeepSpeed config, optimizer, schedule, proof."""
+"""Set-up of a learner rank: process group, DeepSpeed config, optimizer, schedule, and a check of the gradient scale."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from grpo.weight_sync import torch_dtype
 
 
 def init_process_group(config: Config, rank: int, store: Store) -> torch.device:
-    """Join the learner's process group (gloo on CPU, NCCL on GPU) and tell DeepSpeed. Returns this rank's device."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles it here, half a minute
+    """Join the learner's process group (gloo on CPU, NCCL on GPU), also in DeepSpeed. Returns this rank's device."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles it here, for half a minute
     on_gpu = config.on_gpu
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -36,7 +36,7 @@ def init_process_group(config: Config, rank: int, store: Store) -> torch.device:
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's config. Accumulation is counted by us (boundary set by hand), so its own count stays 1."""
+    """Return DeepSpeed's config. We set the accumulation boundary ourselves, so DeepSpeed's own count stays 1."""
     learner = config.learner
     zero: dict[str, Any] = {"stage": learner.zero_stage}
     if learner.offload in ("optimizer", "parameters"):
@@ -58,14 +58,14 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def reference_config(config: Config) -> dict[str, Any]:
-    """A ZeRO-3 engine without optimizer: the frozen reference, sharded like the policy."""
+    """Return DeepSpeed's config of the frozen reference: a ZeRO 3 engine without optimizer, sharded like the policy."""
     whole = deepspeed_config(config)
     zero = {key: value for key, value in whole["zero_optimization"].items() if key != "offload_optimizer"}
     return whole | {"zero_optimization": zero}
 
 
 def train_engine(config: Config, model: torch.nn.Module, o: OptimizerConfig) -> Any:
-    """A DeepSpeed engine that trains `model` with the optimizer and schedule of `o`."""
+    """Return a DeepSpeed engine that trains `model` with the optimizer and schedule of `o`."""
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(o, model, in_host_memory=config.learner.offload != "none"),
@@ -78,10 +78,10 @@ def train_engine(config: Config, model: torch.nn.Module, o: OptimizerConfig) -> 
 
 
 def make_optimizer(o: OptimizerConfig, model: torch.nn.Module, *, in_host_memory: bool) -> torch.optim.Optimizer:
-    """Return the optimizer of `o`; weight decay on matrices only, as usual for transformers.
+    """Return the optimizer of `o`, with weight decay on matrices only, as usual for transformers.
 
-    `in_host_memory`: AdamW's states are there, and the step is computed on the CPU. DeepSpeed's AdamW is several times
-    as fast at that as torch's; it is compiled at first use, and where that fails torch's is taken, and the log says so.
+    `in_host_memory`: AdamW keeps its states in host memory and steps on the CPU. DeepSpeed's AdamW does this several
+    times faster than torch's. It is compiled at first use; if that fails, a warning is logged and torch's is used.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -94,17 +94,17 @@ def make_optimizer(o: OptimizerConfig, model: torch.nn.Module, *, in_host_memory
     if in_host_memory:
         try:
             return DeepSpeedCPUAdam(groups, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=True)
-        except RuntimeError as error:  # its own, of whatever kept it from being built
+        except RuntimeError as error:  # DeepSpeed raises it for every failure to build
             why = f"{error} ({error.__cause__})"
             logging.getLogger(__name__).warning("torch's AdamW steps in host memory, slower than DeepSpeed's: %s", why)
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
 
 
 def lr_factor(optimizer_step: int, *, schedule: str, warmup: int, total: int) -> float:
-    """Factor on lr for the optimizer step that comes after `optimizer_step` others.
+    """Return the factor on lr for the optimizer step that follows `optimizer_step` earlier ones.
 
-    Warm-up reaches 1 at its last step and never starts at 0, which would waste a step; afterwards linear and cosine
-    fall towards 0 at `total`.
+    Warm-up reaches 1 at its last step and does not start at 0, which would waste a step. After it, linear and cosine
+    fall to 0 at `total`.
     """
     if optimizer_step < warmup:
         return (optimizer_step + 1) / warmup
@@ -117,7 +117,7 @@ def lr_factor(optimizer_step: int, *, schedule: str, warmup: int, total: int) ->
 def make_schedule(
     config: Config, o: OptimizerConfig, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning-rate schedule over all optimizer steps of the run."""
+    """Return the learning-rate schedule over all optimizer steps of the run."""
     total = config.run.steps * config.optimizer_steps_per_step
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -126,25 +126,32 @@ def make_schedule(
 
 
 def plain_grad_norm(module: torch.nn.Module) -> float:
-    """Global norm at ZeRO 0 in float32, where DeepSpeed keeps none. Gradients are complete on every rank by then."""
+    """Return the global gradient norm at ZeRO 0, where DeepSpeed computes none.
+
+    ZeRO 0 trains in float32, and every rank has the complete gradients after the last `backward`.
+    """
     norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
     return float(torch.stack(norms).norm())
 
 
 def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) -> None:
-    """DeepSpeed averages gradients over ranks; the losses are shares of one sum, so the average is undone here."""
+    """Accumulate the gradient of `loss`, a share of the sum over the ranks; `last` ends the accumulation.
+
+    DeepSpeed averages gradients over the ranks. The factor `world_size` turns the average into the sum.
+    """
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss * world_size)
 
 
 def prove_gradient_scale(config: Config) -> None:
-    """See, on a throwaway parameter, that `backward` of shares of a loss adds up to the gradient of their sum, and that
-    the sum is kept in float32.
+    """Check on a temporary parameter w that `backward` on shares of a loss accumulates the gradient of their sum, in
+    float32.
 
-    Each rank gives a microbatch of w/ranks and four of w/(512 ranks): one SGD step at lr 1 must move w by exactly
-    -(1 + 1/128) under this very config. A sum in bfloat16, whose numbers above 1 are 1/128 apart, would stay at 1.
+    Each rank contributes a microbatch of w/ranks and four of w/(512 ranks). One SGD step at lr 1 must then move w by
+    exactly -(1 + 1/128) under the run's config. A sum in bfloat16, whose numbers above 1 differ by 1/128, would stay
+    at 1.
 
-    Raises RuntimeError with what w moved by instead.
+    Raises RuntimeError, with the actual movement of w, if it does not.
     """
     world = config.cluster.learner_ranks
 

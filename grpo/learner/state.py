@@ -1,12 +1,13 @@
-"""A rank's share of the training state as named flat tensors, whatever the ZeRO stage, and back.
+"""Capture a rank's share of the training state as named flat tensors, at any ZeRO stage, and restore it.
 
-Every parameter is seen as one flat float32 tensor. A rank owns a range of it (a *fragment*: all of it on rank 0 at ZeRO
-0, what its partition covers at 1 and 2, its shard at 3) and the same range of the optimizer's moments. `capture` gives
-a rank's fragments under keys `section/kind/name@start`; each rank writes its own to one safetensors file, and `Reader`
-puts any parameter together from the files of all ranks. So a checkpoint depends neither on the number of ranks nor on
-the stage, and nothing in it is a pickle.
+Every parameter is treated as one flat float32 tensor. A rank owns a range of it, a *fragment*, and the same range of
+the optimizer's moments. At ZeRO 0, rank 0 owns the whole parameter. At ZeRO 1 and 2, a fragment is the range that the
+rank's partition covers; at ZeRO 3, it is the rank's shard. `capture` returns a rank's fragments under keys
+`section/kind/name@start`. Each rank writes its fragments to one safetensors file, and `Reader` assembles any parameter
+from the files of all ranks. So a checkpoint depends neither on the number of ranks nor on the stage, and it contains
+no pickle.
 
-Where the files are, their checksums and what else a run's state is: `grpo.checkpoint`.
+`grpo.checkpoint` handles the location of the files, their checksums and the rest of a run's state.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Fragment:
     name: str
     start: int
     tensors: Mapping[str, torch.Tensor]
-    """PARAMETER and the optimizer's moments -> float32 [numel], flat; views of what the optimizer works on."""
+    """PARAMETER and the optimizer's moments -> float32 [numel], flat; views of the optimizer's own tensors."""
 
 
 def fragments(engine: Any, *, zero_stage: int, rank: int) -> Iterator[Fragment]:
-    """This rank's fragments of a DeepSpeed engine's float32 parameters and moments."""
+    """Yield this rank's fragments of a DeepSpeed engine's float32 parameters and moments."""
     for name, p in engine.module.named_parameters():
         if zero_stage == 0:
             if rank == 0:
@@ -53,7 +54,7 @@ def fragments(engine: Any, *, zero_stage: int, rank: int) -> Iterator[Fragment]:
                 continue
         elif zero_stage < 3:
             mapping = p._hp_mapping
-            if mapping is None:  # other ranks have it
+            if mapping is None:  # the parameter is on other ranks
                 continue
             [flat] = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"]
             start, parameter, where = (
@@ -76,14 +77,14 @@ def fragments(engine: Any, *, zero_stage: int, rank: int) -> Iterator[Fragment]:
 
 
 def _flats(engine: Any, zero_stage: int) -> list[torch.Tensor]:
-    """The tensors that the optimizer's state is kept by."""
+    """Return the tensors that are the keys of the optimizer's state."""
     if zero_stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
 
 
 def capture(engine: Any, section: str, *, zero_stage: int, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(copies of this rank's fragments in host memory, the engine's counters as plain JSON)."""
+    """Return copies of this rank's fragments in host memory, and the engine's counters as plain JSON."""
     tensors = {
         f"{section}/{kind}/{fragment.name}@{fragment.start}": tensor.detach().to("cpu", torch.float32, copy=True)
         for fragment in fragments(engine, zero_stage=zero_stage, rank=rank)
@@ -103,9 +104,9 @@ def capture(engine: Any, section: str, *, zero_stage: int, rank: int) -> tuple[d
 def restore(
     engine: Any, section: str, reader: Reader, counters: Mapping[str, Any], *, zero_stage: int, rank: int
 ) -> None:
-    """Give an engine that has made no step the parameters, moments and schedule of `section`.
+    """Restore the parameters, moments and schedule of `section` to an engine that has made no step.
 
-    Raises UserError when the checkpoint holds other parameters than the engine.
+    Raises UserError if the checkpoint's parameters are not those of the engine.
     """
     kinds = reader.kinds(section)
     names = [name for name, _ in engine.module.named_parameters()]
@@ -140,7 +141,7 @@ def restore(
                 target.copy_(whole[ranges[name].start : ranges[name].start + target.numel()])
     schedule = engine.lr_scheduler
     schedule.load_state_dict({**schedule.state_dict(), **counters["schedule"]})
-    # of this run's own schedule at that step: where optimizer.lr is allowed to be another, it counts from here on
+    # the rates come from this run's schedule at the restored step: a changed optimizer.lr takes effect from here on
     rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     schedule._last_lr = rates
     for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
@@ -148,12 +149,15 @@ def restore(
 
 
 def _step(optimizer: torch.optim.Optimizer, steps: int) -> torch.Tensor | int:
-    """Return a number of steps as the optimizer keeps it."""
+    """Return a number of steps in the type that the optimizer's state uses."""
     return steps if isinstance(optimizer, DeepSpeedCPUAdam) else torch.tensor(float(steps))
 
 
 def capture_frozen(module: Any, section: str, *, zero_stage: int, rank: int) -> dict[str, torch.Tensor]:
-    """Copies of this rank's share of a module without optimizer: its shards at ZeRO 3, else all of it on rank 0."""
+    """Return copies of this rank's share of a module without optimizer.
+
+    The share is the rank's shards at ZeRO 3; otherwise rank 0 has the whole module.
+    """
     tensors = {}
     for name, p in module.named_parameters():
         if zero_stage == 3:
@@ -168,7 +172,7 @@ def capture_frozen(module: Any, section: str, *, zero_stage: int, rank: int) -> 
 
 @torch.no_grad()
 def restore_frozen(module: Any, section: str, reader: Reader, *, zero_stage: int, rank: int) -> None:
-    """The other way."""
+    """Restore the parameters of `section`, as `capture_frozen` captured them, to `module`."""
     for name, p in module.named_parameters():
         whole = reader.whole(section, PARAMETER, name, p.ds_numel if zero_stage == 3 else p.numel())
         if zero_stage == 3:
@@ -179,7 +183,7 @@ def restore_frozen(module: Any, section: str, reader: Reader, *, zero_stage: int
 
 
 class Reader:
-    """Whole parameters out of the files of all ranks. Use as a context manager."""
+    """Reads whole parameters from the files of all ranks. Use as a context manager."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._stack = ExitStack()
@@ -199,21 +203,24 @@ class Reader:
         self._stack.close()
 
     def metadata(self, rank: int) -> dict[str, str]:
-        """What the file of a rank says beside its tensors."""
+        """Return the metadata of a rank's file."""
         found: dict[str, str] = self._files[rank].metadata()
         return found
 
     def kinds(self, section: str) -> set[str]:
-        """What is kept of every parameter of a section."""
+        """Return the kinds of tensors that are kept for a section's parameters: PARAMETER, and MOMENTS if any."""
         return {key.split("/")[1] for key in self._parts if key.startswith(f"{section}/")}
 
     def names(self, section: str) -> set[str]:
-        """The parameters of a section."""
+        """Return the names of a section's parameters."""
         prefix = f"{section}/{PARAMETER}/"
         return {key.removeprefix(prefix) for key in self._parts if key.startswith(prefix)}
 
     def whole(self, section: str, kind: str, name: str, numel: int) -> torch.Tensor:
-        """float32 [numel] of one parameter. Raises UserError when the fragments do not cover it exactly."""
+        """Return one kind of tensor of a parameter, float32 [numel].
+
+        Raises UserError if the fragments do not cover it exactly.
+        """
         parts = sorted(self._parts.get(f"{section}/{kind}/{name}", []), key=lambda part: part[0])
         tensors, end = [], 0
         for start, opened, key in parts:
@@ -228,7 +235,7 @@ class Reader:
 
 
 def write(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileRecord:
-    """One rank's file, on the disk and read back. Raises OSError when it cannot be written."""
+    """Write one rank's file, flush it to the disk and read it back. Raises OSError if it cannot be written."""
     try:
         save_file(dict(tensors), file, metadata=dict(metadata))
     except SafetensorError as error:
@@ -237,7 +244,7 @@ def write(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str
 
 
 def random_states(device: torch.device) -> str:
-    """Every random generator of this process, as JSON."""
+    """Return the states of this process's random generators, as JSON."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return json.dumps(
         {
@@ -250,7 +257,7 @@ def random_states(device: torch.device) -> str:
 
 
 def restore_random_states(text: str, device: torch.device) -> None:
-    """The other way."""
+    """Set this process's random generators to the states that `random_states` returned."""
     states = json.loads(text)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -57,7 +57,7 @@ def _update(
     device: torch.device,
     tally: Tally,
 ) -> bool:
-    """Run one optimizer step of the policy, and of the critic if there is one; return whether the policy was updated."""
+    """Run one optimizer step of the policy and, if there is one, the critic. Return whether the policy was updated."""
     policy, value = Tally(measured=tally.learner_logprob_sums), Tally()
     for position, batch in enumerate(minibatch):
         last = position == len(minibatch) - 1
