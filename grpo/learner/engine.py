@@ -37,7 +37,7 @@ from grpo.update import Model, Prepared, Tally, run_step
 from grpo.weight_sync import buckets_of
 
 MAX_DUMPS = 3
-"""Most updates that were not finite and are dumped; each dump holds the weights."""
+"""Maximum number of dumps of updates that were not finite; each dump holds the weights."""
 
 OTHER_FILES = (".json", ".jinja", ".model", ".txt")
 
@@ -221,7 +221,7 @@ class Learner:
 
     @torch.no_grad()
     def _move_reference(self) -> None:
-        """Copy the policy to the reference if that is due after this step, or move the reference by its average share.
+        """Copy the policy to the reference if that is due, or move the reference towards it by `reference_average`.
 
         At ZeRO 3 each rank moves its own shards: policy and reference are sharded in the same way.
         """
@@ -269,7 +269,7 @@ class Learner:
         if self._config.learner.zero_stage < 3:
             yield from ((name, p.detach()) for name, p in parameters)
             return
-        # ds_tensor is this rank's share only: buckets are made by the full shape
+        # ds_tensor is this rank's shard only: buckets are made by the full shape
         logical = ((name, torch.empty(p.ds_shape, dtype=p.dtype, device="meta")) for name, p in parameters)
         by_name = dict(parameters)
         for bucket in buckets_of(logical):

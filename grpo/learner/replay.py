@@ -121,7 +121,7 @@ def examine(
 def examine_critic(
     critic: torch.nn.Module, config: Config, batch: Batch, prepared: Prepared, device: torch.device
 ) -> dict[str, str]:
-    """Return the same for the value loss; empty if everything is finite."""
+    """Return the non-finite quantities of the value loss, as `examine` does; empty if everything is finite."""
     assert prepared.old_values is not None
     assert prepared.returns is not None
     critic.zero_grad()

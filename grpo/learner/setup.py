@@ -18,7 +18,7 @@ from grpo.weight_sync import torch_dtype
 
 
 def init_process_group(config: Config, rank: int, store: Store) -> torch.device:
-    """Join the learner's process group (gloo on CPU, NCCL on GPU), also in DeepSpeed. Returns this rank's device."""
+    """Join the learner's process group (gloo on CPU, NCCL on GPU), initialize DeepSpeed, return this rank's device."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else DeepSpeed compiles it here, for half a minute
     on_gpu = config.on_gpu
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
@@ -144,12 +144,11 @@ def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) ->
 
 
 def prove_gradient_scale(config: Config) -> None:
-    """Check on a temporary parameter w that `backward` on shares of a loss accumulates the gradient of their sum, in
-    float32.
+    """Check that `backward` on shares of a loss accumulates the gradient of their sum, and does so in float32.
 
-    Each rank contributes a microbatch of w/ranks and four of w/(512 ranks). One SGD step at lr 1 must then move w by
-    exactly -(1 + 1/128) under the run's config. A sum in bfloat16, whose numbers above 1 differ by 1/128, would stay
-    at 1.
+    The check trains a temporary parameter w under the run's DeepSpeed config. Each rank contributes a microbatch of
+    w/ranks and four of w/(512 ranks). One SGD step at lr 1 must then move w by exactly -(1 + 1/128). A sum in bfloat16,
+    whose numbers above 1 differ by 1/128, would stay at 1.
 
     Raises RuntimeError, with the actual movement of w, if it does not.
     """

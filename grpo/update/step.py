@@ -27,7 +27,7 @@ def run_step(
 
     An update whose loss or gradient is not finite on any rank is skipped on all ranks and passed to `engine.set_aside`.
     A skipped update of the policy counts in `optim/skipped_updates`, and its tokens in `gradient/zero_advantage` or
-    `gradient/stopped`. No other sum includes it.
+    `gradient/stopped`. No other sum over the updates includes it.
     """
     tally = Tally()
     prepared = prepare(step, engine, algorithm, critic, device, tally)
