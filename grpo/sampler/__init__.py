@@ -1,1 +1,1 @@
-"""The vLLM side; the only package that imports vllm."""
+"""The sampler, which runs vLLM. No other package imports vllm."""

@@ -1,7 +1,7 @@
 """The sampler: vLLM in this process, driven step by step.
 
-Token ids in, token ids and logprobs out; the engine never sees or makes text unless a stop string asks for it.
-Receives weights as one transaction (`begin_sync`, `load_bucket`, `finish_sync`) and reports what verifies it.
+Takes token ids and returns token ids and logprobs. The engine handles text only if stop strings are configured.
+Receives weights in one transaction (`begin_sync`, `load_bucket`, `finish_sync`) and reports the data that verifies it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
 from grpo.weight_sync import Bucket, SyncReport
 
 RESIDUAL = 0.25
-"""Share of a GPU that may be taken while sampler and learner are both away: by their contexts, and by others."""
+"""Share of a GPU's memory that may be in use while sampler and learner are both offloaded: by their CUDA contexts and
+by other processes."""
 
 
 class Sampler:
     """One vLLM engine. `transport`: see `grpo.transport`."""
 
     def __init__(self, config: Config, transport: str, index: int) -> None:
-        """`index`: which of the run's samplers this is. Raises UserError for an unknown `sampler.engine` option."""
-        os.environ.setdefault("VLLM_RPC_BASE_PATH", sockets.socket_folder(sockets.VLLM))  # its workers' sockets
+        """`index`: this sampler's number within the run. Raises UserError for an unknown `sampler.engine` option."""
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", sockets.socket_folder(sockets.VLLM))  # for its workers' sockets
         self._engine = LLMEngine.from_engine_args(engine_arguments(config, transport, index))
         self._engine.collective_rpc("recorder_install")
         self._policy_version = -1
@@ -54,7 +55,7 @@ class Sampler:
     def sample(
         self, requests: Sequence[SampleRequest], settings: SamplingSettings, flush_s: float
     ) -> Iterator[SampledBlock]:
-        """Sample all `requests`; yields finished completions, at most every `flush_s` seconds."""
+        """Sample all `requests`. Yield finished completions, at most every `flush_s` seconds."""
         assert not self._engine.has_unfinished_requests()
         for request in requests:
             prompt = {"prompt_token_ids": list(request.token_ids)}
@@ -70,7 +71,7 @@ class Sampler:
         yield sampled_block(done, self._policy_version)
 
     def init_transfer(self, init_info: Mapping[str, Any]) -> None:
-        """Open the receiving end of the weight transfer, once."""
+        """Open the receiving end of the weight transfer. Called once."""
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": dict(init_info)})
 
     def begin_sync(self, policy_version: int) -> None:
@@ -81,11 +82,11 @@ class Sampler:
         self._engine.collective_rpc("recorder_start")
 
     def load_bucket(self, bucket: Bucket) -> None:
-        """Load one bucket through vLLM's transfer engine; returns when its memory may be reused."""
+        """Load one bucket through vLLM's transfer engine. Return when the bucket's memory may be reused."""
         self._engine.collective_rpc("update_weights", kwargs={"update_info": dict(bucket.transport)})
 
     def finish_sync(self, probe: Probe) -> SyncReport:
-        """Close the transaction: end the reload, drop every cache, adopt the version, measure the probe."""
+        """Close the transaction: end the reload, drop all caches, adopt the policy version and measure the probe."""
         self._engine.collective_rpc("finish_weight_update")
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM refused to drop its prefix cache after a weight update")
@@ -102,10 +103,10 @@ class Sampler:
         )
 
     def sleep(self, *, keep_weights: bool) -> float:
-        """Leave the memory to the learner; the weights go to host memory, or are dropped where others will be sent.
+        """Free the GPU memory for the learner. The weights are offloaded to host memory, or dropped if new ones follow.
 
-        Returns the GiB of the GPU that are still taken, by whomever; 0 on CPU, and when it is asleep already.
-        Raises RuntimeError when that is too much.
+        Returns the GiB of GPU memory still in use by any process; 0 on CPU, and if the sampler is already asleep.
+        Raises RuntimeError if that is more than RESIDUAL allows.
         """
         assert not self._engine.has_unfinished_requests()
         if self._asleep:
@@ -122,12 +123,12 @@ class Sampler:
         return float(max(taken for taken, _ in used) / 2**30)
 
     def wake(self, *tags: str) -> None:
-        """Take memory again, for "weights" or the "kv_cache"; both are needed to sample."""
+        """Allocate the memory of the "weights" or the "kv_cache" again. Sampling needs both."""
         if self._asleep:
             self._asleep = not self._engine.wake_up(list(tags))
 
     def probe_logprobs(self, probe: Probe) -> tuple[NDArray[np.float32], ...]:
-        """[N][L_n - 1] logprobs of the probe tokens after the first, at temperature 1."""
+        """Return the logprobs [N][L_n - 1] of the probe tokens after the first, at temperature 1."""
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
         for i, ids in enumerate(probe.token_ids):
             self._engine.add_request(f"probe-{i}", {"prompt_token_ids": list(ids)}, params)
@@ -141,7 +142,7 @@ class Sampler:
         return tuple(found[f"probe-{i}"] for i in range(len(probe.token_ids)))
 
     def gpus(self) -> tuple[str, ...]:
-        """UUIDs of the GPUs that the workers compute on; empty on CPU."""
+        """Return the UUIDs of the GPUs that the workers compute on; empty on CPU."""
         return tuple(uuid for uuid in self._engine.collective_rpc("gpu_uuid") if uuid)
 
     def perturb_for_test(self, substring: str, factor: float) -> None:
@@ -150,7 +151,7 @@ class Sampler:
 
 
 def engine_arguments(config: Config, transport: str, index: int) -> EngineArgs:
-    """What vLLM is made with. `transport`: see `grpo.transport`; `index`: which of the run's samplers it is for.
+    """Return vLLM's engine arguments. `transport`: see `grpo.transport`; `index`: the sampler's number within the run.
 
     Raises UserError for an unknown `sampler.engine` option.
     """
@@ -179,16 +180,16 @@ def engine_arguments(config: Config, transport: str, index: int) -> EngineArgs:
         max_num_seqs=config.sampler.max_num_seqs,
         max_num_batched_tokens=max(8192, config.max_row_tokens),
         enforce_eager=config.enforce_eager,
-        async_scheduling=config.on_gpu,  # the next step is prepared while the GPU computes; none on CPU
+        async_scheduling=config.on_gpu,  # prepares the next step while the GPU computes
         enable_prefix_caching=config.sampler.prefix_caching,
-        # where a prompt is cut vLLM 0.32 takes its seed's draw back, which a generator on CPU cannot do
+        # when vLLM 0.32 splits a prompt it rewinds the request's random generator, which CPU generators do not support
         enable_chunked_prefill=config.on_gpu,
         distributed_executor_backend="uni" if config.sampler_workers == 1 else "mp",
         tensor_parallel_size=config.cluster.tensor_parallel,
         pipeline_parallel_size=config.cluster.pipeline_parallel,
         disable_log_stats=True,
         generation_config="vllm",  # never the model's own sampling settings
-        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from
+        logprobs_mode="processed_logprobs",  # of the distribution that the tokens are sampled from
         weight_transfer_config=WeightTransferConfig(backend=transfer.BACKENDS[transport]),
         worker_extension_cls="grpo.sampler.worker.WorkerExtension",
         enable_sleep_mode=config.on_gpu and config.takes_turns,
@@ -198,13 +199,16 @@ def engine_arguments(config: Config, transport: str, index: int) -> EngineArgs:
 
 
 def engine_seed(run_seed: int, index: int) -> int:
-    """Seed of a sampler's own generator, which unseeded requests draw from: two samplers must not draw the same."""
+    """Return the seed of a sampler's own generator, which unseeded requests use. It differs between samplers."""
     return int.from_bytes(hashlib.blake2b(f"{run_seed}/{index}".encode(), digest_size=4).digest(), "big") >> 1
 
 
 def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:
-    """Finished requests of the engine as columns. What ended otherwise than by an end token or its length has NaN for
-    its last logprob, by which the driver knows it for a failed generation."""
+    """Return finished requests of the engine as columns.
+
+    A request that ended for another reason than an end token or its length gets NaN as its last logprob. The driver
+    recognizes a failed generation by it.
+    """
     names = [output.request_id.partition("/") for output in outputs]
     samples = [taken(output.outputs[0]) for output in outputs]
     lengths = [len(token_ids) for token_ids, _, _ in samples]
@@ -221,7 +225,7 @@ def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:
 
 
 def taken(sample: Any) -> tuple[Sequence[int], Sequence[float], str]:
-    """(token ids, logprobs, finish reason) of a completion."""
+    """Return (token ids, logprobs, finish reason) of a completion."""
     ids, logprobs, reason = sample.token_ids, sample.logprobs.logprobs, sample.finish_reason
     if reason in ("stop", "length") and len(ids) == len(logprobs) > 0:
         return ids, logprobs, reason
@@ -232,7 +236,7 @@ def taken(sample: Any) -> tuple[Sequence[int], Sequence[float], str]:
 
 
 def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:
-    """vLLM's SamplingParams for one completion, every field that matters given explicitly."""
+    """Return vLLM's SamplingParams for one completion. Every field that matters is set explicitly."""
     return SamplingParams(
         n=1,
         temperature=settings.temperature,
@@ -242,7 +246,7 @@ def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:
         max_tokens=settings.max_tokens,
         stop=list(settings.stop) or None,
         stop_token_ids=list(settings.end_token_ids),
-        ignore_eos=True,  # the end tokens above are the whole list
+        ignore_eos=True,  # the end tokens above are complete
         seed=seed,
         logprobs=0,
         flat_logprobs=True,

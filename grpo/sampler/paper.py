@@ -1,7 +1,7 @@
-"""`python -m grpo.sampler.paper CONFIG`: would vLLM make the sampler's engine? Without the engine, and its memory.
+"""`python -m grpo.sampler.paper CONFIG`: check that vLLM can create the sampler's engine, without creating it.
 
-Prints why not as the last line of its output, as JSON: null where nothing speaks against it. A process of its own,
-since vLLM takes seconds to import and changes what transformers does.
+The last line of its output is vLLM's objection as JSON, or null. It runs in a separate process because vLLM takes
+seconds to import and changes the behaviour of transformers.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from grpo.types import UserError
 
 
 def objection_to(config: Config) -> str | None:
-    """Why vLLM would not make an engine, in one line."""
+    """Return the reason why vLLM would not create an engine, in one line; None if it would."""
     if config.on_gpu and not current_platform.is_cuda():
-        return None  # vLLM of another kind of machine than the run's
+        return None  # this machine's vLLM is not built for CUDA, but the run's is
     try:
         settings = engine_arguments(config, "gloo", 0).create_engine_config()
         if config.sampler_workers == 1:
             build_without_weights(settings)
     except UserError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 - whatever vLLM comes upon
+    except Exception as error:  # noqa: BLE001 - any error of vLLM
         text = " ".join(str(error).split())
         if not isinstance(error, ValueError):  # of KeyError and the like the text alone says little
             text = f"{type(error).__name__}: {text}"
@@ -54,7 +54,7 @@ def objection_to(config: Config) -> str | None:
 
 
 def build_without_weights(settings: VllmConfig) -> None:
-    """Build the model's modules with the shapes of their weights alone. Raises whatever vLLM comes upon."""
+    """Build the model's modules on the meta device: weights have shapes, but no memory. Raises any error of vLLM."""
     with tempfile.TemporaryDirectory(prefix="grpo-check-") as folder, set_current_vllm_config(settings):
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)
@@ -62,7 +62,7 @@ def build_without_weights(settings: VllmConfig) -> None:
             with torch.device("meta"), set_default_torch_dtype(settings.model_config.dtype):
                 initialize_model(settings)
         except NotImplementedError as error:
-            if "meta tensor" not in str(error):  # some modules compute constants, which this device cannot
+            if "meta tensor" not in str(error):  # some modules compute constants, which the meta device cannot
                 raise
         finally:
             destroy_model_parallel()

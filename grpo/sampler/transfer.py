@@ -1,12 +1,14 @@
-"""The receiving ends of a weight sync, as engines of vLLM's weight transfer; the sending ends are in `grpo.transport`.
+"""The receiving ends of a weight sync, as engines of vLLM's weight transfer. The sending ends are in `grpo.transport`.
 
-They are our own on GPUs, too. vLLM 0.32's `ipc` engine rebuilds one mapping for each tensor and keeps views of the
-sender's memory in layers that it has not received whole, and its `nccl` engine cannot be interrupted.
+GPUs use our own engines, too. vLLM 0.32's `ipc` engine rebuilds one mapping for each tensor and keeps views of the
+sender's memory in layers that it has not fully received. Its `nccl` engine cannot be interrupted.
 
-vLLM's layerwise reload, which each engine runs, misses two things on CPU, where weights are packed at load. With tied
-embeddings the packed copy that `lm_head` computes with is made from the embedding's weight once and stays as it was;
-`repack_lm_head` makes it anew. The weights of experts are packed only when their kernel is set up;
-`forget_expert_kernels` has each reload set it up anew.
+Each engine runs vLLM's layerwise reload. On CPU, where weights are packed at load, that reload misses two things:
+
+- With tied embeddings, `lm_head` computes with a packed copy that is made once from the embedding's weight and not
+  updated. `repack_lm_head` makes it again.
+- The weights of experts are packed only when their kernel is set up. `forget_expert_kernels` makes each reload set the
+  kernel up again.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from grpo.weight_sync import TensorSpec
 BACKENDS = {
     "shared_memory": "grpo_shared_memory", "ipc": "grpo_ipc", "gloo": "grpo_broadcast", "nccl": "grpo_broadcast",
 }  # fmt: skip
-"""Transport -> what vLLM knows its receiving end by."""
+"""Transport -> name of its receiving engine in vLLM."""
 
 
 class Reloading(WeightTransferEngine[Any, Any]):
-    """What the engines have in common: a sync is one layerwise reload, and all that they hold ends with the process."""
+    """Base of the engines: a sync is one layerwise reload, and resources are freed when the process ends."""
 
     def start_weight_update(self) -> None:
         self._kernels = forget_expert_kernels(self.model) if self.device.type == "cpu" else []
@@ -43,24 +45,24 @@ class Reloading(WeightTransferEngine[Any, Any]):
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         for method, kernel in self._kernels:
-            if method.moe_kernel is None:  # nothing was loaded there, which the sync's verification says better
+            if method.moe_kernel is None:  # no weights were loaded; the sync's verification reports that better
                 method.moe_kernel = kernel
         repack_lm_head(self.model)
 
     def shutdown(self) -> None:
-        """Nothing is to be closed."""
+        """Do nothing."""
 
 
 @dataclass
 class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """Which of the files of a bucket is on this node."""
+    """The node, by which a worker selects its file of a bucket."""
 
     node: str
 
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: where it is and what is in it."""
+    """Location and contents of one bucket."""
 
     files: Mapping[str, str]
     nbytes: int
@@ -68,7 +70,7 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
 
 
 class SharedMemoryEngine(Reloading):
-    """Receiving side; vLLM's worker makes it and calls it."""
+    """Receiver over shared memory. vLLM's worker creates and calls it."""
 
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
@@ -83,12 +85,12 @@ class SharedMemoryEngine(Reloading):
 
 @dataclass
 class IpcInitInfo(WeightTransferInitInfo):
-    """Nothing: handles come with the buckets."""
+    """Empty: handles come with the buckets."""
 
 
 @dataclass
 class IpcUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: how to map the buffers that it is in, and what is in it."""
+    """Handles of the buffers that hold one bucket, and its contents."""
 
     handles: Mapping[str, tuple[Any, ...]]
     """UUID of a GPU -> arguments of torch's `rebuild_cuda_tensor`."""
@@ -96,7 +98,7 @@ class IpcUpdateInfo(WeightTransferUpdateInfo):
 
 
 class IpcEngine(Reloading):
-    """Receiving side; vLLM's worker makes it and calls it."""
+    """Receiver over CUDA IPC. vLLM's worker creates and calls it."""
 
     init_info_cls = IpcInitInfo
     update_info_cls = IpcUpdateInfo
@@ -111,26 +113,26 @@ class IpcEngine(Reloading):
 
 @dataclass
 class BroadcastInitInfo(WeightTransferInitInfo):
-    """The group of learner rank 0 and every worker of every sampler."""
+    """The process group of learner rank 0 and all workers of all samplers."""
 
     host: str
     port: int
     rank_offset: int
-    """The rank of this sampler's first worker."""
+    """Rank of this sampler's first worker."""
     world_size: int
     timeout_s: float
 
 
 @dataclass
 class BroadcastUpdateInfo(WeightTransferUpdateInfo):
-    """What the next broadcast holds."""
+    """Contents of the next broadcast."""
 
     nbytes: int
     tensors: Sequence[TensorSpec]
 
 
 class BroadcastEngine(Reloading):
-    """Receiving side, over gloo or NCCL by the device; vLLM's worker makes it and calls it."""
+    """Receiver over gloo or NCCL, by device. vLLM's worker creates and calls it."""
 
     init_info_cls = BroadcastInitInfo
     update_info_cls = BroadcastUpdateInfo
@@ -148,7 +150,7 @@ class BroadcastEngine(Reloading):
 
 
 def repack_lm_head(model: Any) -> None:
-    """Re-derive what `lm_head` computes with from the weight it holds now."""
+    """Pack the current weight of `lm_head` again."""
     lm_head = getattr(model, "lm_head", None)
     quant_method = getattr(lm_head, "quant_method", None)
     if isinstance(lm_head, torch.nn.Module) and quant_method is not None:
@@ -156,8 +158,10 @@ def repack_lm_head(model: Any) -> None:
 
 
 def forget_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
-    """Make the next load of each layer of experts set up its kernel, which is what packs its weights. Return what had
-    one, and the kernel."""
+    """Drop the kernels of expert layers, so that the next load sets them up again and thereby packs the weights.
+
+    Returns (quantization method, its kernel) of each.
+    """
     methods: set[Any] = {getattr(layer, "quant_method", None) for layer in model.modules()}
     found = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None]
     for method, _ in found:
@@ -166,7 +170,7 @@ def forget_expert_kernels(model: torch.nn.Module) -> list[tuple[Any, Any]]:
 
 
 def register() -> None:
-    """Make the backends known to vLLM; once per process."""
+    """Register the backends in vLLM, once per process."""
     engines = {"shared_memory": SharedMemoryEngine, "ipc": IpcEngine, "gloo": BroadcastEngine}
     for backend, engine in ((BACKENDS[transport], engine) for transport, engine in engines.items()):
         if backend not in WeightTransferEngineFactory._registry:

@@ -1,8 +1,8 @@
-"""What runs beside the model in each of vLLM's workers: a recorder of what weight syncs loaded where.
+"""Extension of vLLM's workers: a recorder of the tensors that a weight sync loads, and of the slots they fill.
 
-vLLM mixes `WorkerExtension` into its worker class and imports this module in every worker's process, which makes our
-own transfer engines known there. A sampler has tensor_parallel x pipeline_parallel workers; with one, it lives in the
-sampler's own process.
+vLLM mixes `WorkerExtension` into its worker class and imports this module in every worker's process. The import
+registers our transfer engines there. A sampler has tensor_parallel x pipeline_parallel workers; a single worker runs
+in the sampler's own process.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ transfer.register()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What one worker says of a sync."""
+    """One worker's report of a sync."""
 
     consumed: dict[str, int]
-    """Tensor name -> checksum of the data that the worker was given."""
+    """Tensor name -> checksum of the data that the worker received."""
     unfilled: tuple[str, ...]
     unmapped: tuple[str, ...]
-    """Tensors that this worker loaded nowhere; with pipeline parallelism another one has their layer."""
+    """Tensors for which this worker has no slot. With pipeline parallelism another worker may hold their layer."""
 
 
 class WorkerExtension:
@@ -39,7 +39,7 @@ class WorkerExtension:
 
     def recorder_install(self) -> None:
         if not torch.cuda.is_available() and self.model_runner.parallel_config.pipeline_parallel_size > 1:
-            self.model_runner.profile_run()  # makes room for what a stage receives; vLLM 0.32 leaves it out on CPU
+            self.model_runner.profile_run()  # allocates a stage's receive buffers, which vLLM 0.32 omits on CPU
         self._recorder = LoadRecorder(self.model_runner.get_model())
 
     def recorder_start(self) -> None:
@@ -50,29 +50,29 @@ class WorkerExtension:
         return Loaded(consumed=recorder.consumed, unfilled=recorder.unfilled(), unmapped=tuple(recorder.unmapped))
 
     def recorder_perturb(self, substring: str, factor: float) -> None:
-        """Scale parameters in place behind the protocol's back; tests use it to see the checks trip."""
+        """Scale parameters in place, bypassing the protocol. Tests use this to make the checks fail."""
         for name, parameter in self.model_runner.get_model().named_parameters():
             if substring in name:
                 parameter.data.mul_(factor)
 
     def memory_used(self) -> tuple[int, int]:
-        """(taken, all) bytes of this worker's GPU; (0, 1) on CPU."""
+        """Return (used, total) bytes of this worker's GPU; (0, 1) on CPU."""
         if not torch.cuda.is_available():
             return 0, 1
         free, total = torch.cuda.mem_get_info()
         return total - free, total
 
     def gpu_uuid(self) -> str:
-        """Of the GPU that this worker computes on; "" on CPU."""
+        """Return the UUID of the GPU that this worker computes on; "" on CPU."""
         if not torch.cuda.is_available():
             return ""
         return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def together(reports: Sequence[Loaded]) -> Loaded:
-    """The workers of one sampler as one.
+    """Merge the reports of one sampler's workers.
 
-    Raises WeightSyncError when they were given different data.
+    Raises WeightSyncError if the workers received different data.
     """
     first = reports[0]
     for i, other in enumerate(reports):
@@ -89,11 +89,11 @@ def together(reports: Sequence[Loaded]) -> Loaded:
 
 
 class LoadRecorder:
-    """Stands in front of the model's `load_weights` and notes what went where.
+    """Wraps the model's `load_weights` and records which tensor fills which slots.
 
-    The engines of vLLM discard what `load_weights` returns; this keeps it, so that a tensor without a slot or a slot
-    without a tensor is seen whatever the transport. In the first sync tensors are loaded one by one, which shows the
-    slot of each; later ones must fill the same slots.
+    vLLM's engines discard the result of `load_weights`. The recorder keeps it, so that a tensor without a slot or a
+    slot without a tensor is detected with every transport. The first sync loads tensors one by one, which shows the
+    slots of each. Later syncs must fill the same slots.
     """
 
     def __init__(self, model: Any) -> None:
@@ -108,8 +108,11 @@ class LoadRecorder:
         model.load_weights = self.load
 
     def start(self) -> None:
-        """Forget the previous sync. Called when the reload has begun: only then do the parameters have the shapes of
-        the checkpoint, instead of those of packed kernels."""
+        """Clear the records of the previous sync.
+
+        Must be called after the reload has begun: only then do the parameters have the checkpoint's shapes instead of
+        packed ones.
+        """
         parameters = dict(self._model.named_parameters())
         self._slots = {name: slot_size(self._model, name, parameters[name]) for name in self._names}
         self._loaded = dict.fromkeys(self._slots, 0)
@@ -117,7 +120,7 @@ class LoadRecorder:
         self.unmapped = []
 
     def load(self, weights: Any) -> set[str]:
-        """What vLLM's transfer engine calls instead of the model's own `load_weights`."""
+        """Load `weights` and record them. Called by vLLM's transfer engine instead of the model's `load_weights`."""
         pairs: list[tuple[str, torch.Tensor]] = list(weights)
         unknown = [pair for pair in pairs if pair[0] not in self._slots_of]
         known = [pair for pair in pairs if pair[0] in self._slots_of]
@@ -125,7 +128,7 @@ class LoadRecorder:
         for name, tensor in unknown:
             try:
                 slots = set(self._load([(name, tensor)]))
-            except ValueError:  # some loaders of vLLM raise for a name they do not know, others skip it
+            except ValueError:  # some of vLLM's loaders raise for an unknown name, others skip it
                 slots = set()
             self._slots_of[name] = tuple(slots)
             loaded |= slots
@@ -146,13 +149,15 @@ class LoadRecorder:
         return loaded
 
     def unfilled(self) -> tuple[str, ...]:
-        """Slots that received fewer or more elements than they hold."""
+        """Return the slots that received fewer or more elements than they hold."""
         return tuple(name for name, size in self._slots.items() if self._loaded[name] != size)
 
 
 def slot_size(model: Any, name: str, parameter: torch.Tensor) -> int:
-    """Elements that a checkpoint must supply for a worker's parameter: whole tensors, of which the worker keeps its
-    share; vocabulary padding is vLLM's own."""
+    """Return how many elements a checkpoint must supply for a worker's parameter.
+
+    Checkpoint tensors are whole, and the worker keeps its share. Vocabulary padding is added by vLLM and not counted.
+    """
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     rows = getattr(owner, "org_vocab_size", None)
@@ -160,7 +165,7 @@ def slot_size(model: Any, name: str, parameter: torch.Tensor) -> int:
         return int(rows) * math.prod(parameter.shape[1:])
     if isinstance(owner, LinearBase) and leaf in ("weight", "bias"):
         out = owner.output_size
-        if isinstance(owner, QKVParallelLinear):  # its own count repeats key-value heads that several workers share
+        if isinstance(owner, QKVParallelLinear):  # `output_size` counts key-value heads that workers share repeatedly
             out = owner.total_num_heads * owner.head_size
             out += owner.total_num_kv_heads * (owner.head_size + owner.v_head_size)
         return int(out * owner.input_size) if leaf == "weight" else int(out)
