@@ -1,13 +1,13 @@
-"""`python -m grpo` is the `grpo` command."""
+"""Run the `grpo` command for `python -m grpo`."""
 
 import os
 import sys
 
-# Python puts the working directory first for -m, where a file of the user called string.py would hide Python's own
+# With -m, Python puts the working directory first in sys.path. A user's file string.py there would shadow Python's own
 try:
     if not sys.flags.safe_path and sys.path[0] == os.getcwd():
         del sys.path[0]
-except FileNotFoundError:  # it has been removed, which the command itself says
+except FileNotFoundError:  # the working directory has been removed; the command itself reports that
     pass
 
 from grpo.cli import main

@@ -1,7 +1,8 @@
-"""Model families by transformers' model type: those that tests train, and those that are refused, and why.
+"""Model families by transformers' model type: those that tests train, and those that are refused, with the reason.
 
-Others are not refused here: vLLM is asked whether it can serve them, the learner's models are loaded on paper, and the
-first weight sync proves that both compute the same. docs/families.md is this table for readers.
+Other families are accepted here. For them vLLM is queried whether it can serve the model, the learner's models are
+loaded without weights, and the first weight sync proves that sampler and learner compute the same. docs/families.md
+documents this table.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ TRAINED = frozenset(
         "qwen3_moe",
     }
 )  # fmt: skip
-"""Two steps of a tiny model of each are trained by tests/integration/test_family_runs.py, with logprobs of sampler and
-learner apart by rounding alone."""
+"""Families of which tests/integration/test_family_runs.py trains a tiny model for two steps. The logprobs of sampler
+and learner differ only by rounding."""
 
 BFLOAT16_ON_CPU = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
-"""Families whose linear attention vLLM computes on CPU in bfloat16 alone."""
+"""Families whose linear attention vLLM computes on CPU only in bfloat16."""
 
 WINDOW_PLUS_ONE = frozenset({"cohere2", "cohere2_moe"})
-"""Families whose window vLLM makes one token longer than transformers does."""
+"""Families whose sliding window is one token longer in vLLM than in transformers."""
 
 REFUSED_ON_CPU: dict[str, str] = {
     "bloom": "vLLM computes other logprobs than transformers does",
@@ -42,12 +43,12 @@ REFUSED_ON_CPU: dict[str, str] = {
     "mellum": "vLLM does not report which of its router's weights a sync has filled",
     "olmo_hybrid": "vLLM's linear attention of this family needs Triton",
 }
-"""Why, as the end of a sentence: each was tried with a tiny random model. On GPUs none was, and the first weight sync
-decides."""
+"""Family -> reason, as the end of a sentence. Each was tried with a tiny random model on CPU. None was tried on GPUs;
+there the first weight sync decides."""
 
 
 def refuse(config: Config, settings: Any) -> None:
-    """`settings`: the model's config.json. Raises UserError when training its family is known to fail."""
+    """Raise UserError if training the model's family is known to fail. `settings`: the model's config.json."""
     own = settings.get_text_config()
     where = f"model.path: models whose config.json has model_type={own.model_type} cannot be trained"
     if own.model_type in REFUSED_ON_CPU and not config.on_gpu:

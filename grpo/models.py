@@ -1,4 +1,4 @@
-"""Can the run's model be trained? By its family, by the learner's loading on paper, and by vLLM's own word."""
+"""Checks that the run's model can be trained: by its family, by vLLM, and by loading the learner without weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from grpo.types import UserError
 
 
 def check_trained(config: Config, settings: Any, say: Callable[[str], None]) -> None:
-    """`settings`: the model's config.json; `say` is told what takes long.
+    """Check that the model can be trained. `settings`: the model's config.json; `say` is called before slow checks.
 
-    Raises UserError with what the run would fail at once its engines start.
+    Raises UserError with the error that the run would fail with when its engines start.
     """
     families.refuse(config, settings)
     check_served(config, settings, say)
@@ -29,7 +29,7 @@ def check_trained(config: Config, settings: Any, say: Callable[[str], None]) -> 
 
 
 def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> None:
-    """Ask vLLM whether it would serve the model, where no test has seen it: of another family, with other options.
+    """Query vLLM whether it can serve the model, unless tests train its family and no `sampler.engine` options are set.
 
     Raises UserError with vLLM's objection.
     """
@@ -42,8 +42,8 @@ def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> N
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
         if not config.on_gpu:
             quiet["CUDA_VISIBLE_DEVICES"] = ""
-        # a process of its own: vLLM takes seconds to import, and changes what transformers does. It imports this
-        # package from where it is, and nothing from the working directory, whose files may have any names
+        # a separate process, since vLLM takes seconds to import and changes the behaviour of transformers. It imports
+        # this package from its location, and nothing from the working directory, whose files may have any names
         places = [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         quiet["PYTHONPATH"] = os.pathsep.join(places)
         command = [sys.executable, "-P", "-m", "grpo.sampler.paper", str(file)]
@@ -57,6 +57,6 @@ def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> N
 
 
 def with_cause(objection: str, log: str) -> str:
-    """What vLLM objects, and where it only points to its log, the last error there."""
+    """Return vLLM's objection. If it only points to vLLM's log, append the last error of the log."""
     errors = re.findall(r"\b(\w+Error: .+)", log)
     return f"{objection}: {errors[-1].strip()}" if "check the logs" in objection and errors else objection

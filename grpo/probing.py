@@ -1,10 +1,10 @@
 """The probe of a weight sync: fixed tokens whose logprobs show whether a sampler computes with the learner's weights.
 
-Two engines never agree to the last bit: they add in another order and round in other places. How far that alone can
-move the probe depends on the model, its weights and its dtype, so it is measured on the very model at every
-sync: the learner computes the probe a second time with the output of each layer rounded at random
-(`grpo.learner.probe`). A sampler may differ from the learner by a few times that noise. Differences are judged by a
-quantile and the root mean square over tokens; the maximum of a healthy bfloat16 model is a matter of luck.
+Two engines never agree bit for bit: they add in a different order and round in different places. The resulting
+difference depends on the model, its weights and its dtype, so it is measured on the current model at every sync: the
+learner computes the probe a second time with the output of each layer rounded at random (`grpo.learner.probe`). A
+sampler may differ from the learner by a few times that noise. Differences are judged by a quantile and the root mean
+square over tokens. The maximum is not used: for a healthy bfloat16 model it varies by chance.
 """
 
 from __future__ import annotations
@@ -20,31 +20,33 @@ from numpy.typing import NDArray
 from grpo.types import Prompt
 
 LIMIT_Q90, LIMIT_RMS = 2.0, 5.0
-"""How far a sampler may be from the learner, in units of the learner's own rounding noise. The quantile tells a small
-change of all tokens from noise, the root mean square finds a large one of few tokens; a single token can multiply the
-latter in a healthy model. docs/weight-check.md has what was measured."""
+"""Allowed difference between sampler and learner, in units of the learner's own rounding noise. The quantile detects a
+small change of all tokens, the root mean square a large change of a few tokens. In a healthy model a single token can
+multiply the root mean square. Measurements: docs/weight-check.md."""
 
 RESOLUTION = 1e-5
-"""Differences of this size are always allowed: logprobs are float32 numbers of two digits before the point."""
+"""The noise is assumed to be at least this large: logprobs are float32 numbers with up to two digits before the
+decimal point."""
 
 PERTURBED_GROUPS = {"float32": 1, "bfloat16": 16}
-"""The full check perturbs the parameters in at most so many turns, by dtype. In 16 bits the effect of one stale tensor
-would drown in the noise if all the others moved the logprobs, too. A group has neighbouring parameters: where one of
-each depth is perturbed, all layers amplify the noise, and four of ten single tensors go unseen that are seen so
-(docs/weight-check.md)."""
+"""Maximum number of groups that the full check perturbs in turn, by dtype. In 16 bits the effect of one stale tensor
+would be lost in the noise if all other tensors moved the logprobs, too. A group consists of neighbouring parameters.
+With groups of one parameter per depth, all layers would amplify the noise, and four of ten single stale tensors that
+are now detected would be missed (docs/weight-check.md)."""
 
 GROUP_SIZE = 16
-"""Parameters that a group has at least: fewer may not move the logprobs at all."""
+"""Minimum number of parameters in a group: fewer may not move the logprobs at all."""
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8)
-"""Perturbations that are tried, relative to each parameter's root mean square; the one that moves the learner by most
-times the noise is taken."""
+"""Perturbations that are tried, relative to each parameter's root mean square. The one with the largest ratio of the
+learner's movement to the noise is used."""
 
 POWER = 5.0
-"""The full check proves nothing unless its perturbation moves the learner by this many times the noise."""
+"""The full check requires its perturbation to move the learner by this many times the noise."""
 
 PROMPTS, TOKENS = 8, 32
-"""The probe has the ends of PROMPTS prompts and half as many rows of mixed tokens, of up to TOKENS tokens."""
+"""The probe consists of the ends of PROMPTS prompts and half as many rows of mixed tokens, each of up to TOKENS
+tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,41 +59,44 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """How far two vectors of logprobs are apart, in nats. Infinite where either is not finite."""
+    """Difference between two vectors of logprobs, in nats. Infinite if either is not finite."""
 
     q90: float
     """90 % quantile of the absolute difference."""
     rms: float
-    """Root mean square."""
+    """Root mean square of the difference."""
 
     def allowed(self) -> Spread:
-        """Return how far a sampler may be from a learner whose rounding noise this is."""
+        """Return the allowed difference between a sampler and a learner with this rounding noise."""
         return Spread(q90=LIMIT_Q90 * max(self.q90, RESOLUTION), rms=LIMIT_RMS * max(self.rms, RESOLUTION))
 
     def within(self, limit: Spread) -> bool:
-        """Return whether neither figure exceeds that of `limit`; nothing is within a limit that is not finite."""
+        """Return whether neither figure exceeds its `limit`. Nothing is within a limit that is not finite."""
         return math.isfinite(limit.rms) and self.q90 <= limit.q90 and self.rms <= limit.rms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """The learner's own probe under some weights."""
+    """The learner's own measurement of the probe under given weights."""
 
     logprobs: tuple[NDArray[np.float32], ...]
-    """[N][L_n - 1] logprob of each probe token given those before it, temperature 1."""
+    """[N][L_n - 1] logprob of each probe token given the preceding ones, at temperature 1."""
     noise: Spread
-    """Of the same tokens and weights with every layer's output rounded at random."""
+    """Difference to the logprobs of the same tokens and weights with every layer's output rounded at random."""
 
 
 def group_members(group: int, groups: int, count: int) -> range:
-    """Return which of `count` parameters, in the model's order, are in the `group`-th of `groups` groups."""
+    """Return the indices of the parameters in the `group`-th of `groups` groups. `count`: number of all parameters,
+    in the model's order."""
     return range(count * group // groups, count * (group + 1) // groups)
 
 
 def make_probe(prompts: Sequence[Prompt], *, longest: int) -> Probe:
-    """Return the probe of a run: the last tokens of some prompts before what all of them end with, and the ids that the
-    prompts use in another order, so that positions and tokens are mixed. No row has more than `longest` tokens, or
-    TOKENS."""
+    """Return the probe of a run.
+
+    It consists of the last tokens of some prompts, without the suffix that all of them share, and of rows with the
+    prompts' token ids in another order, which mix positions and tokens. A row has at most `longest` tokens, or TOKENS.
+    """
     tokens = min(TOKENS, longest)
     vocabulary = sorted({i for prompt in prompts[:64] for i in prompt.token_ids})
     mixed = [
@@ -106,7 +111,7 @@ def make_probe(prompts: Sequence[Prompt], *, longest: int) -> Probe:
 
 
 def spread(a: Sequence[NDArray[np.float32]], b: Sequence[NDArray[np.float32]]) -> Spread:
-    """Return how far the logprobs `a` and `b` [N][L_n - 1] of the same tokens are apart."""
+    """Return the difference between the logprobs `a` and `b` [N][L_n - 1] of the same tokens."""
     x, y = np.concatenate(a).astype(np.float64), np.concatenate(b).astype(np.float64)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return Spread(q90=math.inf, rms=math.inf)

@@ -1,7 +1,7 @@
-"""How the bytes of a weight sync travel, and who sends them. Four ways, by layout and device:
+"""Transports: how the bytes of a weight sync travel, and which ranks send them. The layout and device select one:
 
 - colocated, CPU: a memory file per node, which the samplers there map; the first learner rank of each node sends
-- colocated, GPU: a buffer per GPU, which a sampler's worker there maps through CUDA IPC; every learner rank sends
+- colocated, GPU: a buffer per GPU, which a sampler's worker there maps through CUDA IPC; all learner ranks send
 - disaggregated, CPU: gloo broadcast; learner rank 0 sends
 - disaggregated, GPU: NCCL broadcast; learner rank 0 sends
 
@@ -37,11 +37,11 @@ from grpo.types import UserError
 from grpo.weight_sync import BUCKET_BYTES, Bucket, TensorSpec, WeightSyncError, describe, specs_of, torch_dtype
 
 POLL_S = 0.001
-"""How often the end of a broadcast is looked for."""
+"""Polling interval for the end of a broadcast."""
 
 
 def transport_of(config: Config) -> str:
-    """The name of the run's way."""
+    """Return the name of the run's transport."""
     if config.cluster.layout == "colocated":
         return "ipc" if config.on_gpu else "shared_memory"
     return "nccl" if config.on_gpu else "gloo"
@@ -49,24 +49,24 @@ def transport_of(config: Config) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a process is."""
+    """Location of a process."""
 
     node: str
     """Ray's id of the node."""
     host: str
-    """Its address."""
+    """Address of the node."""
     gpus: tuple[str, ...]
     """UUIDs of the GPUs that the process uses."""
 
     def ends(self, transport: str) -> tuple[str, ...]:
-        """What the transport's reach is counted in: the node, or each GPU."""
+        """Return the ids of the places that the transport must reach: each GPU for "ipc", else the node."""
         return self.gpus if transport == "ipc" else (self.node,)
 
 
 def senders(transport: str, ranks: Sequence[Place], samplers: Sequence[Place]) -> list[int]:
-    """The learner ranks that send, rank 0 always first.
+    """Return the learner ranks that send. Rank 0 always comes first.
 
-    Raises UserError naming a sampler that no rank reaches: shared memory ends at the node, CUDA IPC at the GPU.
+    Raises UserError naming a sampler that no rank reaches: shared memory stays within a node, CUDA IPC within a GPU.
     """
     if transport not in ("shared_memory", "ipc"):
         return [0]
@@ -88,9 +88,9 @@ def senders(transport: str, ranks: Sequence[Place], samplers: Sequence[Place]) -
 
 
 def interface_of(host: str) -> str:
-    """The network interface that holds the address `host`: gloo and NCCL choose another one where they are not told.
+    """Return the network interface with the address `host`. By default gloo and NCCL may choose another one.
 
-    Raises RuntimeError where there is none.
+    Raises RuntimeError if no interface has it.
     """
     for name, addresses in psutil.net_if_addrs().items():
         if host in (address.address.partition("%")[0] for address in addresses):
@@ -99,8 +99,10 @@ def interface_of(host: str) -> str:
 
 
 def open_store(host: str, world_size: int, timeout_s: float) -> TCPStore:
-    """A rendezvous on a port that the system chose; its number is `.port`. It listens on `host` alone, where torch by
-    itself would listen everywhere."""
+    """Open a rendezvous on a port that the system chooses; `.port` is its number.
+
+    It listens on `host` only. By default torch would listen on all addresses.
+    """
     listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     port = listening.getsockname()[1]
     return TCPStore(
@@ -110,7 +112,7 @@ def open_store(host: str, world_size: int, timeout_s: float) -> TCPStore:
 
 
 def join_store(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
-    """The others' end of it."""
+    """Join the rendezvous that `open_store` opened."""
     return TCPStore(host, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s))
 
 
@@ -118,7 +120,7 @@ class Sender(Protocol):
     """A learner rank's end of a transport."""
 
     def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
-        """Return what sampler number `sampler` must be told before the first sync."""
+        """Return the arguments that sampler number `sampler` needs to open its end before the first sync."""
         ...
 
     def connect(self) -> None:
@@ -126,26 +128,26 @@ class Sender(Protocol):
         ...
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
-        """Make `tensors` available and describe them. The ones before must have been consumed."""
+        """Make `tensors` available and describe them. The previous bucket must have been consumed."""
         ...
 
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Begin to send the bytes while the samplers receive, where the transport is a collective."""
+        """Begin to send the bytes while the samplers receive, if the transport is a collective."""
         ...
 
     def transmitted(self) -> None:
-        """Wait for the end of `transmit`. Raises RuntimeError where it failed."""
+        """Wait for the end of `transmit`. Raises RuntimeError if it failed."""
         ...
 
     def abort(self) -> None:
-        """End a `transmit` that not all samplers take part in. Nothing can be sent afterwards."""
+        """Abort a `transmit` that some samplers do not take part in. Nothing can be sent afterwards."""
         ...
 
 
 def joined(buckets: Sequence[Bucket]) -> Bucket:
-    """What several ranks have packed, as one: each sampler finds its own node's or GPU's part in it.
+    """Merge the buckets that several ranks packed. Each sampler finds the part of its own node or GPU in the result.
 
-    Raises WeightSyncError when the ranks do not hold the same weights.
+    Raises WeightSyncError if the ranks do not hold the same weights.
     """
     first = buckets[0]
     for rank, other in enumerate(buckets):
@@ -161,11 +163,11 @@ def joined(buckets: Sequence[Bucket]) -> Bucket:
 
 
 class IpcSender:
-    """A buffer on this rank's GPU that the sampler's worker there maps through CUDA IPC, and copies each bucket from.
+    """A buffer on this rank's GPU. The sampler's worker there maps it through CUDA IPC and copies each bucket from it.
 
-    There is one for the whole run, and it is exported once: torch counts one mapping for each export, and memory that
-    was exported more often than mapped is never freed. Nothing of the learner's own memory is shared, so all of that
-    can leave the GPU when the last bucket has been consumed.
+    The buffer is exported once for the whole run: torch counts one mapping for each export, and memory that was
+    exported more often than mapped is never freed. None of the learner's other memory is shared, so all of it can be
+    offloaded when the last bucket has been consumed.
     """
 
     def __init__(self, gpu: str, device: torch.device) -> None:
@@ -181,11 +183,11 @@ class IpcSender:
         """CUDA IPC needs no rendezvous."""
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
-        """Copy `tensors` in and describe them. The receiver must have copied the ones before."""
+        """Copy `tensors` into the buffer and describe them. The receiver must have copied the previous bucket."""
         specs = specs_of(tensors)
         nbytes = size_of(specs)
         if self._flat is None or self._flat.numel() < nbytes:
-            self._flat = None  # freed when the receiver maps the next one; the largest tensor comes early as a rule
+            self._flat = None  # freed when the receiver maps the next one; the largest tensor usually comes early
             self._flat = torch.empty(max(nbytes, BUCKET_BYTES), dtype=torch.uint8, device=self._device)
             self._handle = reduce_tensor(self._flat)[1]  # type: ignore[no-untyped-call]
         lay_out(self._flat, specs, tensors)
@@ -211,11 +213,14 @@ class IpcReceiver:
         self._flat: torch.Tensor | None = None
 
     def read(self, handle: tuple[Any, ...], tensors: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
-        """Return the tensors of a bucket as copies: the sender reuses the buffer, and vLLM keeps tensors of layers that
-        it has not received whole (of those with a padded vocabulary until the end of the sync)."""
+        """Return copies of the tensors of a bucket.
+
+        They must be copies because the sender reuses the buffer, and vLLM keeps tensors of layers that it has not fully
+        received (with a padded vocabulary, until the end of the sync).
+        """
         if self._flat is None or handle != self._handle:
-            self._flat = None  # the mapping of the buffer before goes, once
-            # the number of the device is the sender's; argument 6 is where `rebuild_cuda_tensor` takes the receiver's
+            self._flat = None  # unmaps the previous buffer
+            # argument 6 of `rebuild_cuda_tensor` is the device index: the sender's is replaced by the receiver's
             self._flat = rebuild_cuda_tensor(*handle[:6], self._index, *handle[7:])  # type: ignore[call-arg, no-untyped-call]
             self._handle = handle
         assert self._flat is not None
@@ -225,17 +230,17 @@ class IpcReceiver:
 
 
 class SharedMemorySender:
-    """Puts buckets into an anonymous memory file that other processes of this user map through /proc.
+    """Writes buckets into an anonymous memory file that other processes of this user map through /proc.
 
-    The file has no name in any file system: the kernel frees it with the last process that maps it, however that
-    process dies.
+    The file has no name in any file system. The kernel frees it when the last process that maps it has ended, even if
+    that process crashes.
     """
 
     def __init__(self, node: str) -> None:
-        """`node`: this process's, by which the samplers beside it know their file."""
+        """`node`: this process's node, by which the samplers on it find their file."""
         self._node = node
         self._fd = os.memfd_create("grpo-weights")
-        weakref.finalize(self, os.close, self._fd)  # a replaced sampler brings another sender
+        weakref.finalize(self, os.close, self._fd)  # replacing a sampler creates a new sender
         self._size = 0
         self._map: mmap.mmap | None = None
 
@@ -246,7 +251,7 @@ class SharedMemorySender:
         """Shared memory needs no rendezvous."""
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
-        """Copy `tensors` in and describe them. The receiver must be done with the ones before."""
+        """Copy `tensors` into the file and describe them. The receiver must have consumed the previous bucket."""
         specs = specs_of(tensors)
         nbytes = size_of(specs)
         if nbytes > self._size:
@@ -269,10 +274,10 @@ class SharedMemorySender:
 
 
 class BroadcastSender:
-    """Broadcasts buckets over the network to every worker of every sampler: gloo from CPU to CPU, NCCL between GPUs."""
+    """Broadcasts buckets over the network to all workers of all samplers: gloo between CPUs, NCCL between GPUs."""
 
     def __init__(self, host: str, workers: int, samplers: int, timeout_s: float, device: torch.device) -> None:
-        """`workers`: processes of one sampler. `device`: where the tensors are, here and there."""
+        """`workers`: number of worker processes of one sampler. `device`: device of the tensors on both ends."""
         self._workers, self._size, self._timeout = workers, 1 + workers * samplers, timeout_s
         self._host, self._store = host, open_store(host, self._size, timeout_s)
         self._device = device
@@ -289,7 +294,7 @@ class BroadcastSender:
         }
 
     def connect(self) -> None:
-        """Returns when every worker has joined."""
+        """Create the group. Return when all workers have joined."""
         self._group = broadcast_group(self._device, self._store, 0, self._size, self._timeout)
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
@@ -312,12 +317,14 @@ class BroadcastSender:
 
 
 def broadcast_group(device: torch.device, store: Store, rank: int, size: int, timeout_s: float) -> Any:
-    """Return a process group of its own, beside whatever group the process is already in, when all have joined. NCCL
-    lets them join at the first collective, which would wait where nothing looks after it: so there is one here."""
+    """Return a new process group, separate from any group that the process is already in, once all ranks have joined.
+
+    NCCL joins ranks at the first collective. A first one is run here, where it is awaited with a timeout.
+    """
     prefix, timeout = PrefixStore("weights", store), timedelta(seconds=timeout_s)
     if device.type == "cpu":
         return ProcessGroupGloo(prefix, rank, size, timeout)
-    from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415 - torch's CPU build has none
+    from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415 - torch's CPU build lacks it
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
@@ -327,17 +334,17 @@ def broadcast_group(device: torch.device, store: Store, rank: int, size: int, ti
 
 
 def broadcast(group: Any, flat: torch.Tensor) -> Any:
-    """Begin to send `flat` from rank 0 to all of `group`; returns torch's Work, which keeps the memory."""
+    """Begin to send `flat` from rank 0 to all ranks of `group`. Return torch's Work, which keeps the memory alive."""
     options = BroadcastOptions()
     options.rootRank = 0
     return group.broadcast([flat], options)
 
 
 def finish(work: Any, timeout_s: float) -> None:
-    """Wait for a collective. With NCCL its end is polled for: to wait would block the stream, and with it whoever asks
-    for a result, for as long as another end does not come.
+    """Wait for a collective by polling. With NCCL, `wait` would block the stream, and all later work on it, for as long
+    as another rank is missing.
 
-    Raises RuntimeError when it failed, or has not ended in time.
+    Raises RuntimeError if the collective failed or has not ended in time.
     """
     deadline = time.monotonic() + timeout_s
     while not work.is_completed():
@@ -348,29 +355,29 @@ def finish(work: Any, timeout_s: float) -> None:
 
 
 def settle(tensor: torch.Tensor) -> None:
-    """Wait until what was written to or read from `tensor` on its device has been."""
+    """Wait until pending reads and writes of `tensor` on its device have completed."""
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def size_of(specs: Sequence[TensorSpec]) -> int:
-    """Bytes of a bucket."""
+    """Return the size of a bucket in bytes."""
     return max(1, specs[-1].offset + specs[-1].nbytes)
 
 
 def lay_out(flat: torch.Tensor, specs: Sequence[TensorSpec], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Copy `tensors` to their places in `flat` [bytes]."""
+    """Copy `tensors` to their offsets in `flat` [bytes]."""
     for spec, (_, tensor) in zip(specs, tensors, strict=True):
         cut(flat, spec).copy_(tensor.detach())
 
 
 def cut(flat: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    """The part of `flat` [bytes] that is the tensor of `spec`, in its shape; no copy."""
+    """Return the tensor of `spec` as a view of `flat` [bytes], in its shape and dtype."""
     return flat[spec.offset : spec.offset + spec.nbytes].view(torch_dtype(spec.dtype)).view(spec.shape)
 
 
 def read_shared_memory(file: str, nbytes: int, tensors: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of a bucket as copies, since the sender reuses the memory for the next one."""
+    """Return copies of the tensors of a bucket. The sender reuses the memory for the next bucket."""
     with open(file, "rb") as handle, mmap.mmap(handle.fileno(), nbytes, access=mmap.ACCESS_READ) as view:
         data = np.frombuffer(view, dtype=np.uint8)
         out = []
@@ -382,7 +389,8 @@ def read_shared_memory(file: str, nbytes: int, tensors: Sequence[TensorSpec]) ->
 
 
 def network_environment(host: str) -> Mapping[str, str]:
-    """What keeps gloo, NCCL and vLLM on the interface of Ray's address `host`; what the user has set stays."""
+    """Return the variables that keep gloo, NCCL and vLLM on the interface of Ray's address `host`, except those that
+    the user has set."""
     interface = interface_of(host)
     found = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface, "VLLM_HOST_IP": host}
     return {name: value for name, value in found.items() if name not in os.environ}

@@ -1,16 +1,19 @@
-"""How weights travel from the learner to the samplers: buckets, checksums and the probe that proves they arrived.
+"""The weight sync protocol from the learner to the samplers: buckets, checksums, and the probe that verifies them.
 
-Owns the protocol; how the bytes travel is in `grpo.transport`, engine code in `grpo.sampler` and `grpo.learner`.
+The transfer of bytes is in `grpo.transport`; engine code is in `grpo.sampler` and `grpo.learner`.
 
 One sync is one transaction on every sampler, commanded by learner rank 0:
 
     begin(manifest)        names, shapes and dtypes to come, and the new policy version
-    load(bucket) ...       size-capped; a checksum per tensor is taken on the data where the engine consumes it
-    finish() -> report     reload ended, every cache dropped, logprobs of the probe under the weights now in use
+    load(bucket) ...       size-capped; the checksum of each tensor is computed where the engine consumes the data
+    finish() -> report     ends the reload, drops all caches, and measures the probe's logprobs under the new weights
 
-The sync holds only if every tensor of the manifest was consumed once with the checksum it was sent with, every engine
-slot was filled, the version came back, and the probe agrees with the learner's own logprobs within rounding
-(`grpo.probing`; design invariant 3).
+A sync is valid only if all of the following hold (design invariant 3):
+
+- Every tensor of the manifest was consumed once, with the checksum that it was sent with.
+- Every engine slot was filled.
+- The sampler reports the new policy version.
+- The probe agrees with the learner's own logprobs within rounding (`grpo.probing`).
 """
 
 from __future__ import annotations
@@ -29,16 +32,16 @@ from numpy.typing import NDArray
 from grpo.probing import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, group_members, spread
 
 BUCKET_BYTES = 256 << 20
-"""Logical size of one bucket. Peak extra memory of a sync is two of them on either side."""
+"""Maximum size of one bucket. A sync needs at most two buckets of extra memory on each side."""
 
 
 CHECKSUM_WORDS = 1 << 23
 CHECKSUM_BYTES = 4 * 8 * CHECKSUM_WORDS
-"""A checksum on a GPU widens so many integers at a time, and has four 64-bit vectors of them."""
+"""A checksum on a GPU widens CHECKSUM_WORDS integers at a time, and holds four 64-bit vectors of that length."""
 
 
 class WeightSyncError(RuntimeError):
-    """The samplers do not verifiably hold the learner's weights."""
+    """The samplers could not be verified to hold the learner's weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ class TensorSpec:
     """torch's name without the prefix, e.g. "float32"."""
     shape: tuple[int, ...]
     offset: int
-    """Bytes from the start of its bucket; a multiple of 64."""
+    """Bytes from the start of the bucket; a multiple of 64."""
 
     @property
     def nbytes(self) -> int:
@@ -59,27 +62,27 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """What one `load` call carries besides the bytes themselves."""
+    """Description of one bucket, which a `load` call carries. The bytes travel separately."""
 
     tensors: tuple[TensorSpec, ...]
     checksums: tuple[int, ...]
     transport: Mapping[str, Any]
-    """Where the bytes are, as the transport's receiving end takes it."""
+    """Location of the bytes, in the form that the transport's receiving end expects."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """What a sampler says when a sync has ended."""
+    """A sampler's report at the end of a sync."""
 
     policy_version: int
     consumed: Mapping[str, int]
-    """Tensor name -> checksum of the data that the engine was given."""
+    """Tensor name -> checksum of the data that the engine received."""
     unfilled_slots: tuple[str, ...]
-    """Engine parameters that nothing was loaded into, or only partly."""
+    """Engine parameters that were not filled, or only partly."""
     unmapped_tensors: tuple[str, ...]
-    """Tensors that the engine loaded nowhere."""
+    """Tensors for which the engine has no slot."""
     probe_logprobs: tuple[NDArray[np.float32], ...]
-    """[N][L_n - 1] logprob of each probe token given those before it, temperature 1."""
+    """[N][L_n - 1] logprob of each probe token given the preceding ones, at temperature 1."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -89,9 +92,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """64-bit checksum of the tensor's bytes: xxh3 on CPU, on CUDA a position-weighted sum computed in place.
+    """Return a 64-bit checksum of the tensor's bytes: xxh3 on CPU, a position-weighted sum on CUDA.
 
-    Both sides of one transport hold the data on the same kind of device, so they take the same one.
+    Both ends of a transport hold the data on the same kind of device, so they use the same checksum.
     """
     data = tensor.detach().contiguous().view(-1)
     if data.device.type == "cpu":
@@ -100,8 +103,10 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 def weighted_sum(words: torch.Tensor, chunk: int = CHECKSUM_WORDS) -> int:
-    """Return the sum of integers [N], each times a number that depends on its place, modulo 2^64. No more than `chunk`
-    of them are widened at a time."""
+    """Return the sum of integers [N] modulo 2^64, each multiplied by a number that depends on its position.
+
+    At most `chunk` of them are widened at a time.
+    """
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     for start in range(0, words.numel(), chunk):
         part = words[start : start + chunk].to(torch.int64)
@@ -113,7 +118,7 @@ def weighted_sum(words: torch.Tensor, chunk: int = CHECKSUM_WORDS) -> int:
 def buckets_of(
     tensors: Iterable[tuple[str, torch.Tensor]], limit: int = BUCKET_BYTES
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Cut a stream of (name, tensor) into lists of at most `limit` bytes; a larger tensor goes alone."""
+    """Split a stream of (name, tensor) into lists of at most `limit` bytes. A larger tensor gets its own list."""
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in tensors:
@@ -128,7 +133,7 @@ def buckets_of(
 
 
 def refuse_not_finite(bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Raises WeightSyncError naming the tensors of `bucket` that hold NaN or infinities: nothing such is published."""
+    """Raise WeightSyncError naming the tensors of `bucket` that hold NaN or infinities. They are not published."""
     finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in bucket]).tolist()
     wrong = [name for (name, _), fine in zip(bucket, finite, strict=True) if not fine]
     if wrong:
@@ -136,7 +141,7 @@ def refuse_not_finite(bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
 
 
 def specs_of(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[TensorSpec, ...]:
-    """Lay the tensors of a bucket out behind each other, each on a 64-byte boundary."""
+    """Return specs that lay out the tensors of a bucket one after another, each on a 64-byte boundary."""
     specs, offset = [], 0
     for name, tensor in bucket:
         spec = TensorSpec(
@@ -148,7 +153,7 @@ def specs_of(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[TensorSpec, ..
 
 
 def describe(bucket: Sequence[tuple[str, torch.Tensor]], transport: Mapping[str, Any]) -> Bucket:
-    """The message that goes with `bucket`."""
+    """Return the description of `bucket`."""
     checksums = tuple(checksum(tensor) for _, tensor in bucket)
     return Bucket(tensors=specs_of(bucket), checksums=checksums, transport=transport)
 
@@ -161,8 +166,8 @@ def verify(
     learner: Reading,
     sampler: str,
 ) -> Spread:
-    """Compare a sampler's report with what was sent and with the learner's probe under the weights that were sent.
-    Return how far sampler and learner are apart on the probe.
+    """Compare a sampler's report with the tensors that were sent and with the learner's probe under the same weights.
+    Return the difference between sampler and learner on the probe.
 
     Raises WeightSyncError naming the sampler, the first tensors at fault and the numbers.
     """
@@ -190,39 +195,41 @@ def verify(
 
 
 class ProbedLearner(Protocol):
-    """What the full check needs of a learner: `grpo.learner.engine.Learner`. Every verb is a collective."""
+    """Interface of a learner that the full check needs (`grpo.learner.engine.Learner`). All methods are collectives."""
 
     def parameter_count(self) -> int:
-        """Return how many parameter tensors there are."""
+        """Return the number of parameter tensors."""
         ...
 
     def read_probe(self, probe: Probe) -> Reading:
-        """Return the probe under the weights of now."""
+        """Return the probe's reading under the current weights."""
         ...
 
     def perturbation(self, group: int, groups: int) -> AbstractContextManager[Callable[[float], None]]:
-        """Give a function that perturbs a group of the parameters by a strength, until the block ends."""
+        """Return a context that yields a function. The function perturbs a group of the parameters by a given strength,
+        until the context ends."""
         ...
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        """Return means over the ranks, the same on each."""
+        """Return the means over the ranks, identical on each rank."""
         ...
 
 
 def prove(
     *, learner: ProbedLearner, before: Reading, probe: Probe, groups: int, transfer: Callable[[Reading], Spread]
 ) -> tuple[float, ...]:
-    """Prove that what is sent is what is used: perturb one group of parameters after the other and send all weights.
+    """Prove that samplers compute with the weights they receive: perturb each group of parameters in turn and send all
+    weights each time.
 
     Args:
-        before: the probe under the weights as they are.
-        groups: into how many groups the parameters are dealt, at most; each has GROUP_SIZE of them or more.
-        transfer: sends the weights that gave a reading, verifies the samplers against it, and returns how far they are
-            apart. The learner has its memory again when it returns.
+        before: the probe's reading under the unperturbed weights.
+        groups: maximum number of groups that the parameters are split into; each has GROUP_SIZE or more.
+        transfer: sends the current weights, verifies the samplers against the reading under these weights, and returns
+            the difference between sampler and learner. The learner has its memory again when it returns.
 
     Returns:
-        Of each group, how far a sampler ended from where the learner's logprobs moved to, as a share of that movement
-        (90 % quantiles).
+        For each group, the difference between sampler and learner after the perturbation, as a share of the learner's
+        movement (90 % quantiles).
 
     Raises:
         WeightSyncError: a sampler does not follow (from `transfer`), or the learner itself hardly moves.
@@ -252,7 +259,7 @@ def prove(
 
 
 def strongest(learner: ProbedLearner, before: Reading, probe: Probe, perturb: Callable[[float], None]) -> float:
-    """Return the one of STRENGTHS that moves the learner by most times its noise."""
+    """Return the strength of STRENGTHS with the largest ratio of the learner's movement to its noise."""
     ratios: dict[float, float] = {}
     for strength in STRENGTHS:
         perturb(strength)
@@ -261,8 +268,10 @@ def strongest(learner: ProbedLearner, before: Reading, probe: Probe, perturb: Ca
 
 
 def _movement(learner: ProbedLearner, before: Reading, after: Reading) -> tuple[float, float]:
-    """Return how far the learner's probe has moved, and that in units of its noise; 0 where it is not finite. Both are
-    means over the ranks, so that all come to one verdict."""
+    """Return the movement of the learner's probe, and its ratio to the noise; 0 for values that are not finite.
+
+    Both are means over the ranks, so that all ranks decide alike.
+    """
     moved, noise = spread(after.logprobs, before.logprobs).q90, max(after.noise.q90, RESOLUTION)
     finite = math.isfinite(moved) and math.isfinite(noise)
     mean, ratio = learner.mean([moved, moved / noise] if finite else [0.0, 0.0])

@@ -1,4 +1,4 @@
-"""Exact match with the row's answer."""
+"""Reward for an exact match with the row's answer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 GOLD = True
-"""It compares with the row's gold answer, which is tried before a run."""
+"""The reward compares with the row's gold answer, which is checked before a run."""
 
 
 def arithmetic(completion: str, row: Mapping[str, Any]) -> float:
-    """1.0 if the completion, without surrounding white space, is `row["answer"]`; else 0.0.
+    """Return 1.0 if the completion, without surrounding white space, equals `row["answer"]`, else 0.0.
 
-    Raises KeyError without `answer`, ValueError when it is null.
+    Raises KeyError without `answer`, ValueError if it is null.
     """
     if row["answer"] is None:
         raise ValueError("the gold answer is null")

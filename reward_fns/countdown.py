@@ -1,9 +1,10 @@
-"""Countdown: does the completion make the target from the row's numbers?
+"""Reward for Countdown: the completion must combine the row's numbers to the target.
 
-What is read: the last `<answer>...</answer>` behind the last `</think>`; behind a `<think>` that is not closed there is
-no answer. In it an expression of whole numbers, `+ - * /` (or `× ÷`) and parentheses, with or without ` = target`
-behind it. How it is judged: each of the row's numbers is used exactly once, and the exact value is the target. Nothing
-is evaluated by Python.
+Answer: the last `<answer>...</answer>` after the last `</think>`. After an unclosed `<think>` there is no answer. The
+answer is an expression of whole numbers, `+ - * /` (or `× ÷`) and parentheses, optionally followed by ` = target`.
+
+Grading: the expression must use each of the row's numbers exactly once, and its exact value must be the target. Python
+never evaluates the expression.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from typing import Any
 MAX_LENGTH = 1000
 """Characters of an expression; a longer one is a wrong answer."""
 MAX_DEPTH = 50
-"""Parentheses and signs in one another."""
+"""Nesting depth of parentheses and signs."""
 
 SIGNS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("\u00d7\u00b7\u00f7\u2212", "**/-")
 TOKEN = re.compile(r"\s*(?:(\d{1,20})(?![\d.])|([-+*/()=]))", re.ASCII)
 
 
 def countdown(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
-    """1.0 if the answer is an expression of each of `row["nums"]` (or `numbers`) that gives `row["target"]`, else 0.0.
+    """Return 1.0 if the answer uses each of `row["nums"]` (or `numbers`) and gives `row["target"]`, else 0.0.
 
-    Raises KeyError without these columns, ValueError when they are not whole numbers.
+    Raises KeyError without these columns, ValueError if they are not whole numbers.
     """
     numbers, target = given(row)
     _, tag, after = behind_reasoning(completion, info).rpartition("<answer>")
@@ -47,14 +48,14 @@ def countdown(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] |
 
 
 def countdown_unclosed(completion: str, row: Mapping[str, Any]) -> float:
-    """The same for models that never close their thinking: where there is no `</think>`, all of it is read."""
+    """Grade like `countdown`, for models that never close `<think>`: without `</think>`, read the whole completion."""
     return countdown(completion.replace("<think>", ""), row)
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
-    """The part of `completion` behind its reasoning; empty where that is not finished.
+    """Return the part of `completion` after its reasoning; empty if the reasoning is unfinished.
 
-    `info`: the trainer's; a prompt that ends with `<think>` has begun the reasoning.
+    `info`: given by the trainer. If its prompt ends with `<think>`, the completion begins inside the reasoning.
     """
     begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
     text = completion.rpartition("</think>")[2]
@@ -62,6 +63,7 @@ def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
 
 
 def given(row: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Return the row's numbers and target. Raises KeyError and ValueError."""
     name = "nums" if "nums" in row else "numbers"
     for needed in (name, "target"):
         if needed not in row:
@@ -75,7 +77,7 @@ def given(row: Mapping[str, Any]) -> tuple[list[int], int]:
 
 
 def split(text: str) -> list[str]:
-    """The tokens of `text`. Raises SyntaxError when there is anything else in it."""
+    """Return the tokens of `text`. Raises SyntaxError if it contains anything else."""
     tokens, position = [], 0
     text = text.rstrip()
     while position < len(text):
@@ -88,18 +90,18 @@ def split(text: str) -> list[str]:
 
 
 def partition(tokens: list[str]) -> tuple[list[str], bool, list[str]]:
-    """What stands before and behind the first `=`, and whether there is one."""
+    """Return the tokens before the first `=`, whether there is one, and the tokens after it."""
     if "=" not in tokens:
         return tokens, False, []
     at = tokens.index("=")
     return tokens[:at], True, tokens[at + 1 :]
 
 
-# The three below take their tokens from the end of `rest`, a reversed list, and raise SyntaxError.
+# The three functions below pop tokens from the end of `rest`, a reversed list, and raise SyntaxError.
 
 
 def total(rest: list[str], depth: int) -> Fraction:
-    """Terms joined by + and -."""
+    """Evaluate terms joined by + and -."""
     result = product(rest, depth)
     while rest and rest[-1] in "+-":
         sign = 1 if rest.pop() == "+" else -1
@@ -108,7 +110,7 @@ def total(rest: list[str], depth: int) -> Fraction:
 
 
 def product(rest: list[str], depth: int) -> Fraction:
-    """Factors joined by * and /."""
+    """Evaluate factors joined by * and /."""
     result = factor(rest, depth)
     while rest and rest[-1] in "*/":
         multiplies = rest.pop() == "*"
@@ -118,7 +120,7 @@ def product(rest: list[str], depth: int) -> Fraction:
 
 
 def factor(rest: list[str], depth: int) -> Fraction:
-    """A number, a total in parentheses, or one of them with a minus before it."""
+    """Evaluate a number or an expression in parentheses, optionally preceded by a minus."""
     token = rest.pop() if rest else ""
     if depth > MAX_DEPTH:
         raise SyntaxError("too deep")

@@ -1,14 +1,19 @@
-"""The number that a completion ends with, compared exactly with the row's.
+"""Reward for GSM8K: the final number of a completion must equal the row's exactly.
 
-What is read: the part behind the last `</think>`; behind a `<think>` that is not closed there is no answer. There the
-last line part `#### x`, as the data set writes its answers; else the last `\\boxed{...}`; else the last number. Public
-graders of GSM8K read either the first of these ("strict") or the last ("flexible"); a completion that follows the
-format is judged by it alone. `####` before anything but a number is a heading, and a choice of numbers behind it,
+Answer: the part after the last `</think>` is read. After an unclosed `<think>` there is no answer. The first of these
+that is present gives the answer:
+
+- the last `#### x` at the end of a line, the data set's own format
+- the last `\\boxed{...}`
+- the last number
+
+Public graders of GSM8K read either the first ("strict") or the last ("flexible"). A completion that follows the format
+is graded only by it. `####` before anything other than a number is a heading. A choice of numbers after it,
 `#### 5 or 6`, is no answer.
 
-How it is compared: as rational numbers, `1,234.50` = `1234.5`, `3/4` = `0.75`, `2e3` = `2000`. Currency and per
-cent signs, commas between thousands, and full stops at the end do not count: `$5`, `5%` and `5.` are 5. Digits of other
-scripts and full-width signs are read as those of ASCII, and `3,5` as 3.5.
+Comparison: as rational numbers, so `1,234.50` = `1234.5`, `3/4` = `0.75`, `2e3` = `2000`. Currency and per cent signs,
+commas between thousands and trailing full stops are ignored: `$5`, `5%` and `5.` are 5. Digits of other scripts and
+full-width signs are read as ASCII, and `3,5` as 3.5.
 """
 
 from __future__ import annotations
@@ -20,13 +25,13 @@ from fractions import Fraction
 from typing import Any
 
 GOLD = True
-"""It compares with the row's gold answer, which is tried before a run."""
+"""The reward compares with the row's gold answer, which is checked before a run."""
 
 MAX_DIGITS = 100
-"""Characters of a number; a longer one is a wrong answer, as is an exponent of more than two digits."""
+"""Maximum characters of a number. A longer number is a wrong answer, and so is an exponent of more than two digits."""
 
 SIGNS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("\u2212٫٬٪", "-.,%")
-"""Signs as Chinese, Japanese and Arabic write them."""
+"""Chinese, Japanese and Arabic signs -> ASCII."""
 DECIMAL_COMMA = re.compile(r"(?<![\d.,])(0|\d{1,20}(?=,\d{1,2}(?!\d))),(\d{1,20})(?![\d,])", re.A)
 EXPONENT = r"[eE][+-]?\d+"
 NUMBER = (
@@ -40,10 +45,10 @@ FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 
 
 def gsm8k(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
-    """1.0 if the completion's last number is `row["answer"]`, else 0.0 (see the top of this file).
+    """Return 1.0 if the completion's final number is `row["answer"]`, else 0.0 (see the module's docstring).
 
     The gold answer is a number, or a solution that ends with `#### x`. Raises KeyError without `answer`, ValueError
-    when it is neither.
+    if it is neither.
     """
     if "answer" not in row:
         raise KeyError(f"the row has no column 'answer', only {sorted(row)}")
@@ -58,14 +63,14 @@ def gsm8k(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | Non
 
 
 def gsm8k_unclosed(completion: str, row: Mapping[str, Any]) -> float:
-    """The same for models that never close their thinking: where there is no `</think>`, all of it is read."""
+    """Grade like `gsm8k`, for models that never close `<think>`: without `</think>`, read the whole completion."""
     return gsm8k(completion.replace("<think>", ""), row)
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
-    """The part of `completion` behind its reasoning; empty where that is not finished.
+    """Return the part of `completion` after its reasoning; empty if the reasoning is unfinished.
 
-    `info`: the trainer's; a prompt that ends with `<think>` has begun the reasoning.
+    `info`: given by the trainer. If its prompt ends with `<think>`, the completion begins inside the reasoning.
     """
     begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
     text = completion.rpartition("</think>")[2]
@@ -73,14 +78,14 @@ def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
 
 
 def in_ascii(text: str) -> str:
-    """`text` with the digits of all scripts, and full-width signs, as those of ASCII."""
+    """Return `text` with the digits of all scripts, and full-width signs, replaced by ASCII."""
     if text.isascii():
         return text
     return re.sub(r"(?![0-9])\d", lambda digit: str(unicodedata.decimal(digit[0])), text.translate(SIGNS))
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that `text` gives as its answer, if any."""
+    """Return the number that `text` gives as its answer, if any."""
     for number, behind in reversed(MARKED.findall(text)):
         if not behind.strip(" \t\r%.*"):
             return value(number)
@@ -98,7 +103,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def value(number: str) -> Fraction | None:
-    """`number`, as NUMBER matches it, exactly; None for anything else, what is absurdly long and n/0."""
+    """Return the exact value of `number`; None if NUMBER does not match it, if it is too long, and for n/0."""
     if len(number) > MAX_DIGITS or not re.fullmatch(NUMBER, number) or re.search(r"[eE][+-]?\d{3}", number):
         return None
     try:

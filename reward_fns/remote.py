@@ -1,21 +1,23 @@
 """Rewards from a service over HTTP.
 
-Each completion is a POST of {"completion": text, "row": {column: value, ...}} to REWARD_URL; the answer is
-{"reward": number}, or null to abstain. In the recipe, with as many requests at once per reward worker as
-REWARD_CONCURRENCY says:
+Each completion is a POST of {"completion": text, "row": {column: value, ...}} to REWARD_URL. The response is
+{"reward": number}, or null instead of the number to abstain. REWARD_CONCURRENCY limits the concurrent requests of each
+reward worker. In the recipe:
 
     rewards:
       - file: reward_fns/remote.py
         style: trl            # a whole group at a time
-        timeout_s: 120        # deadline of a group, tries and waits included; the worker is killed when it passes
-        env: [REWARD_TOKEN]   # only if the service asks for one: sent as a bearer token
+        timeout_s: 120        # deadline of a group, including retries and waits; the worker is killed when it passes
+        env: [REWARD_TOKEN]   # only if the service requires one: sent as a bearer token
 
-A request that fails to connect, takes longer than REWARD_TIMEOUT_S (10) or is answered by 429, 502, 503 or 504 is
-tried again up to REWARD_RETRIES (3) times: at once, after 0.5 s, after 1 s, or when the answer's Retry-After says, but
-no later than after REWARD_TIMEOUT_S. What fails for good fails that completion alone, as does any other answer, one of
-more than 1 MiB, and one that has begun and is not there whole after REWARD_TIMEOUT_S. Headers that come in drips are
-waited for as long as each drip is in time, until `timeout_s`. Neither the token nor what follows `?` in REWARD_URL is
-shown in what is said of failures.
+A request is retried up to REWARD_RETRIES (3) times if it fails to connect, takes longer than REWARD_TIMEOUT_S (10), or
+gets the status 429, 502, 503 or 504. It is retried at once, after 0.5 s, after 1 s, or as the response's Retry-After
+requests, but no later than after REWARD_TIMEOUT_S.
+
+Only the completion of a failed request fails. A request fails when its retries are used up, and for any other
+response, a response of more than 1 MiB, and a response whose body is incomplete after REWARD_TIMEOUT_S. Headers that
+arrive in small parts are awaited until `timeout_s`, as long as no part takes longer than REWARD_TIMEOUT_S. Error
+messages show neither the token nor the part of REWARD_URL after `?`.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ import urllib3
 
 TRIED_AGAIN = (429, 502, 503, 504)
 LONGEST = 1 << 20
-"""Bytes of an answer."""
+"""Maximum bytes of a response."""
 NOT_COLUMNS = ("prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""What style trl gives besides completions and the columns of the rows."""
+"""Arguments of style trl other than completions and the columns of the rows."""
 
 
 def remote(completions: Sequence[Any], **columns: Any) -> list[float | Exception | None]:
-    """What the service says of each completion; an exception in the place of what it could not judge.
+    """Return the service's reward of each completion, or an exception for a completion whose request failed.
 
-    Raises ValueError where one of the variables is not what it must be.
+    Raises ValueError if an environment variable is invalid.
     """
     url, headers, concurrency = _url(), _headers(), _count("REWARD_CONCURRENCY", 16, least=1)
     client = _client(concurrency, _count("REWARD_RETRIES", 3, least=0), _timeout_s())
@@ -62,7 +64,7 @@ def _url() -> str:
         whole = False
     if not whole:
         raise ValueError("REWARD_URL must be set to the service's address, of the form http://HOST:PORT/PATH")
-    if "@" in place.netloc:  # urllib3 would not send them
+    if "@" in place.netloc:  # urllib3 would not send user and password
         raise ValueError("REWARD_URL takes no user and no password; REWARD_TOKEN is sent as a bearer token")
     return url
 
@@ -94,7 +96,7 @@ def _timeout_s() -> float:
 
 @functools.cache
 def _client(concurrency: int, retries: int, timeout_s: float) -> urllib3.PoolManager:
-    """One for all calls of this process, which keeps its connections open."""
+    """Return the client for all calls of this process. It keeps its connections open."""
     tries = _Retry(
         total=retries, backoff_factor=0.25, status_forcelist=TRIED_AGAIN, allowed_methods=None, redirect=False
     )
@@ -103,17 +105,18 @@ def _client(concurrency: int, retries: int, timeout_s: float) -> urllib3.PoolMan
 
 class _Retry(urllib3.Retry):
     def increment(self, *what: Any, **more: Any) -> Any:
-        """Before an answer is passed over: urllib3 would read it to its end, however long that takes."""
+        """Close a response before the retry. Otherwise urllib3 would read it to its end, however long that takes."""
         if (response := more.get("response")) is not None:
             response.close()
             response.release_conn()
         return super().increment(*what, **more)
 
     def get_retry_after(self, response: Any) -> float | None:
-        """Seconds, but not so many that the group's deadline passes for the sake of one completion."""
+        """Return the response's Retry-After in seconds, at most REWARD_TIMEOUT_S, so that a single completion does not
+        use up the group's deadline."""
         try:
             after = super().get_retry_after(response)
-        except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):  # no number, no date, none that there is
+        except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):  # neither a number nor a valid date
             return None
         return None if after is None else min(after, _timeout_s())
 
@@ -121,7 +124,7 @@ class _Retry(urllib3.Retry):
 def _ask(
     client: urllib3.PoolManager, url: str, headers: Mapping[str, str], completion: str, row: Mapping[str, Any]
 ) -> float | Exception | None:
-    """The verdict on one completion, or why there is none."""
+    """Return the service's reward of one completion, None if it abstains, or the error."""
     shown = url.partition("?")[0]
     try:
         answer = client.request(
@@ -133,7 +136,7 @@ def _ask(
         reward = json.loads(body)["reward"]
         if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float)):
             raise ValueError(f"{shown} answered a reward that is no number: {reward!r:.80}")
-    except urllib3.exceptions.MaxRetryError as error:  # whose own words have the whole address
+    except urllib3.exceptions.MaxRetryError as error:  # its message contains the whole URL
         return ConnectionError(f"{shown}: {error.reason}")
     except (urllib3.exceptions.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
         return error
@@ -141,9 +144,9 @@ def _ask(
 
 
 def _body(answer: Any, url: str) -> bytes:
-    """What has been answered: urllib3's timeout is that of each packet, which an answer in drips never passes.
+    """Return the body of a response. urllib3's timeout applies to each packet, so a slow stream would never reach it.
 
-    Raises ValueError for an answer that is too slow or too long.
+    Raises ValueError for a response that is too slow or too long.
     """
     body, deadline = b"", time.monotonic() + _timeout_s()
     try:
@@ -151,7 +154,7 @@ def _body(answer: Any, url: str) -> bytes:
             body += part
             if len(body) > LONGEST or time.monotonic() > deadline:
                 raise ValueError(f"{url} answered {len(body)} bytes in {_timeout_s():g} s and was not at its end")
-    finally:  # a connection that is not at its end is of no more use, but its place is
+    finally:  # a connection with unread data cannot be reused, but its slot in the pool can
         answer.close()
         answer.release_conn()
     return body

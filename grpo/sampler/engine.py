@@ -146,7 +146,7 @@ class Sampler:
         return tuple(uuid for uuid in self._engine.collective_rpc("gpu_uuid") if uuid)
 
     def perturb_for_test(self, substring: str, factor: float) -> None:
-        """Scale engine tensors in place behind the protocol's back; tests use it to see the checks trip."""
+        """Scale engine tensors in place, bypassing the protocol. Tests use this to make the checks fail."""
         self._engine.collective_rpc("recorder_perturb", args=(substring, factor))
 
 
