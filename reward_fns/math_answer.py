@@ -1,16 +1,21 @@
-"""Mathematical equality of a completion's final answer and the row's, by the library math-verify.
+"""Reward for mathematics: a completion's final answer must equal the row's, as judged by the library math-verify.
 
-What is read: the part behind the last `</think>`, and in it the last `<answer>...</answer>`, where there are such.
-Behind a `<think>` that is not closed there is no answer.
-There the last `\\boxed{...}` (boxes side by side, with "and" or `y =` between, are one list; one that is not closed
-is no answer); without a box the last line if it is bare mathematics, in other scripts the last mathematics of the last
-sentence with any, a number in words, "no solution", else what math-verify finds near its end.
-How it is compared: math-verify parses both sides, and they must be equal as exact numbers, expressions, sets, tuples,
-intervals, matrices, relations or words. Decimals agree with what they round to six places; repeating ones are
-exact, `0.\\overline{3}` is 1/3. `50\\%` is 50 and 1/2. An equation of numbers that is false is no answer.
-Inequalities are the numbers that solve them, columns the tuples of their entries. Colours and backslashes too many do
-not count, digits and signs of other scripts do.
-Nothing here keeps time, the caller does by killing the process: math-verify's own limits need SIGALRM.
+Answer: the part after the last `</think>` is read, and in it the last `<answer>...</answer>` if there is one. After an
+unclosed `<think>` there is no answer. The answer is one of these:
+
+- the last `\\boxed{...}`; adjacent boxes, with "and" or `y =` between them, form one list; an unclosed box is no answer
+- without a box, the last line if it is bare mathematics
+- in other scripts, the last mathematics of the last sentence that contains any
+- a number in words, or "no solution"
+- else the mathematics that math-verify finds near the end
+
+Comparison: math-verify parses both sides. They must be equal as exact numbers, expressions, sets, tuples, intervals,
+matrices, relations or words. Decimals are equal to values that agree after rounding to six places. Repeating decimals
+are exact: `0.\\overline{3}` is 1/3. `50\\%` is 50 and 1/2. A false equation of numbers is no answer. An inequality is
+the set of its solutions, a column vector the tuple of its entries. Colours and surplus backslashes are ignored. Digits
+and signs of other scripts are recognized.
+
+Nothing here has a time limit, because math-verify's own limits need SIGALRM. The caller must kill the process.
 """
 
 from __future__ import annotations
@@ -27,20 +32,20 @@ from typing import Any
 import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
-# Beyond the first three an answer is wrong without being looked at.
+# An answer beyond one of the first three limits is wrong and not evaluated.
 MAX_LENGTH = 1000  # characters
-MAX_DEPTH = 10  # brackets of any kind in one another
-MAX_DIGITS = 10_000  # decimal digits when it is evaluated, its variables at 2
+MAX_DEPTH = 10  # nesting depth of brackets of any kind
+MAX_DIGITS = 10_000  # estimated decimal digits of its value, with variables counted as 2
 MAX_TAIL = 2000  # characters at the end of a completion without a box that are searched for an answer
-MAX_GAP = 60  # characters between boxes that are one answer
+MAX_GAP = 60  # characters between boxes that form one answer
 
 GOLD = True
-"""It compares with the row's gold answer, which is tried before a run."""
+"""The reward compares with the row's gold answer, which is checked before a run."""
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
-BARE_BOX = re.compile(r"(\\boxed|\\fbox)\s*(-?\.?\d[^\s$\\]*)")  # \boxed 7, which some of MATH's solutions have
+BARE_BOX = re.compile(r"(\\boxed|\\fbox)\s*(-?\.?\d[^\s$\\]*)")  # \boxed 7, as in some solutions of MATH
 AND = "and|y|e|et|und|и|और|و|和|与|及|と|와|과"
 EITHER = "or|o|ou|oder|или|या|أو|或者|或|または|또는"
 JOINED = re.compile(
@@ -51,7 +56,7 @@ JOINED = re.compile(
     r"|[a-zA-Z](?:_\{?\w\}?)?\s*=(?=[\s$]*$)|\n\s*\d[.)](?=\s*$)|[^\w.:=?!])*"
 )
 ASSIGNED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z](?:_\{?\w\}?)?\s*=)[\s$]*$")
-"""What stands before a box that is the value of a variable."""
+"""The text before a box that holds the value of a variable."""
 COMMAND = re.compile(r"\\(?:begin|end|text\w*|mbox|math\w+|operatorname)\s*\{[^{}]*\}|\\[a-zA-Z]+")
 WORD = re.compile(r"[^\W\d_]{3}|\b(?:is|it|so|we)\b", re.I)
 GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!|\\[,;: ]|[ ~])\d{3})+(?![\d.]*\d)")
@@ -59,7 +64,7 @@ GROUPED_IN_BRACES = re.compile(r"(?<=\{)\d{1,3}(?:,\d{3})+(?=\})")
 GROUPED_BY_DOTS = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d+)(?![\d.,]*\d)")
 DECIMAL_COMMA = re.compile(r"-?(?:\d+,(?!\d{3}$)\d+|0,\d+)")
 VARIABLE = re.compile(r"(?<=[\d}\s])(?!(?:[cdkm]m|[km]g|ml|ft|lb|hr)\b)([a-zA-Z]{1,2})(?=\s*(?:$|\$|\\[\])]))")
-BINOMIAL = re.compile(r"binom\D*\d{5}|binom\{\d*\}\{\d{5}")  # of large numbers; the library's parser evaluates it
+BINOMIAL = re.compile(r"binom\D*\d{5}|binom\{\d*\}\{\d{5}")  # of large numbers, which the library's parser evaluates
 COLOR = re.compile(r"\\textcolor\s*\{[^{}]*\}\s*\{([^{}]*)\}|\\(?:text)?color\s*\{[^{}]*\}")
 DOUBLED = re.compile(
     r"\\\\(?:[dtc]?frac|sqrt|text|boxed|left|right|times|cdot|pi|begin|infty|[lg]eq?|neq?|circ|pm|cup|cap|in|math\w+"
@@ -70,14 +75,14 @@ DOTTED = re.compile(r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?")
 REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))")
 WRAPPED = re.compile(r"\\(?:text\w*|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 SPELT = re.compile(r"(?<![^\W\d_])(?=[^\W\d_]*[aeiouAEIOU])[^\W\d_]{4,}")
-NAMED = re.compile(  # of mathematics, not of a language
+NAMED = re.compile(  # names of mathematics, not words of a language
     r"(?:arc|a)(?:sin|cos|tan)|(?:sin|cos)h|infty|infinity|circ|times|alpha|beta|gamma|delta|epsilon|zeta|theta|iota|kappa"
     r"|lambda|omega|upsilon|sigma"
 )
 MISSING = frozenset(("none", "nan", "null", "n/a", "na", "nil"))
-"""What is written for an answer that is not there."""
+"""Placeholders for a missing answer."""
 FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("\u3000、٫٬٪،؛【】「」『』", " ,.,%,;      ")
-"""Signs as Chinese, Japanese and Arabic write them."""
+"""Chinese, Japanese and Arabic signs -> ASCII."""
 SIGNS = str.maketrans({
     "\u2212": "-", "\u2013": "-", "\u221e": "\\infty ", "\u00b2": "^{2}", "\u00b3": "^{3}", "\u00bd": "\\frac{1}{2}",
     "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}", "\u2153": "\\frac{1}{3}", "\u2154": "\\frac{2}{3}",
@@ -106,14 +111,14 @@ WRITTEN = (
     # intervals as written in France and Germany
     (re.compile(r"(?:(?<=\\in)|(?<=\\c[au]p)|(?<![\w)\]}^]))\](?=[^()\[\]]*,)"), "("),
     (re.compile(r"(,[^()\[\],]*)\[(?=\s*(?:$|\\c[au]p))"), r"\1)"),
-    # the set of what solves it
+    # the set of the numbers that satisfy a condition
     (re.compile(
         r"^\\(?:left)?\\?\{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\(?:mid|vert)|\||:|;)"
         r"(.*[<>=].*|.*\\[lgn]e.*)(?:\\right)?\\\}$"), r"\1"),
     (re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=-?\d)"), r"\\text{ or }"),  # 5 to 6 is not 5
     (re.compile(r"(\d)(?:\s|\\[ ,;])*\\Omega$"), r"\1"),
 )  # fmt: skip
-"""(pattern, what the library reads in its place)"""
+"""(pattern, replacement that the library can read)"""
 DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\\left)?\(?\s*\{?)(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\s*\}?")
 OR = re.compile(r"\bor\b")
 POINTS = tuple(
@@ -126,7 +131,7 @@ UNCOMPARED = (
     sympy.Mod, sympy.sign, sympy.Piecewise, sympy.Heaviside,
 )  # fmt: skip
 CAPITALS = re.compile(r"[A-Z]{2,}")
-"""Labels in an order: CABD. As variables their product would be that of any other order."""
+"""Labels in an order: CABD. Read as variables, their product would be the same in any order."""
 BASED = re.compile(r"([0-9A-Z]+)_\{?(\d+)\}?")
 NUMBER = re.compile(r"(-?\d+)|\\[dt]?frac\{(-?\d+)\}\{(\d*[1-9]\d*)\}|(-?\d{0,9}\.\d{1,6})", re.A)
 PERCENT = re.compile(
@@ -144,12 +149,12 @@ TUPLE = re.compile(
     rf"\s*{TRANSPOSED}\s*"
 )
 
-# What languages say.
+# Patterns of natural languages.
 FOREIGN = (
     r"\u0400-\u052f\u0590-\u06ff\u0750-\u077f\u0900-\u0dff\u0e00-\u0e7f\u1100-\u11ff\u3040-\u30ff\u3130-\u318f"
     r"\u3400-\u9fff\uac00-\ud7af"
 )
-"""Letters of which no variable is made: Cyrillic, Hebrew, Arabic, Indian, Thai, Korean, Japanese, Chinese."""
+"""Letters that are not used for variables: Cyrillic, Hebrew, Arabic, Indian, Thai, Korean, Japanese, Chinese."""
 SEGMENTS = re.compile(rf"[{FOREIGN}]+(?:[\s:,.\-]*[{FOREIGN}]+)*")
 SENTENCE_END = re.compile(r"[。！？!?।؟\n]+|\.(?=\s|$)")
 STATED = re.compile(r"(?:答案|答え|正解|정답|답)\s*(?:是|为|:|は|은)\s*(?!不)([^\s,]{1,20}?)(?:です|입니다)?$")
@@ -164,7 +169,7 @@ DENIED = re.compile(
     r"|n'est\s+pas|ist\s+nicht|não\s+é|non\s+è)\s+(?:.*\b(?:but|sino|mais|sondern|mas|ma|rather|instead|it\s+is|it's)\s+(.+))?",
     re.I,
 )
-"""What an answer is not, and what it is instead."""
+"""A statement of what the answer is not, optionally followed by the answer."""
 NO = (
     r"(?:^|\b(?:there (?:is|are|exists?)|has|have|admits) )(?:no|not any)(?: (?:such|real|integer|integral|positive"
     r"|negative|rational|complex|valid|possible|natural|whole|common|and|or))* (?:solutions?|roots?|zeros"
@@ -206,9 +211,9 @@ HAN_SAID = re.compile(rf"(负?)(?:(百|{HAN_NUMBER})分之)?({HAN_NUMBER})(?:点
 
 
 def math_answer(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
-    """1.0 if the completion's final answer is mathematically `row["answer"]`, else 0.0 (see the top of this file).
+    """Return 1.0 if the final answer is mathematically equal to `row["answer"]`, else 0.0 (see the module's docstring).
 
-    Raises KeyError without `answer`, ValueError when it is no text or number or cannot be parsed.
+    Raises KeyError without `answer`, ValueError if it is neither text nor number or cannot be parsed.
     """
     gold = gold_answer(row)
     scope = behind_reasoning(completion, info)
@@ -216,12 +221,12 @@ def math_answer(completion: str, row: Mapping[str, Any], info: Mapping[str, Any]
 
 
 def math_answer_unclosed(completion: str, row: Mapping[str, Any]) -> float:
-    """The same for models that never close their thinking: where there is no `</think>`, all of it is read."""
+    """Grade like `math_answer`, for models that never close `<think>`: without `</think>`, read everything."""
     return math_answer(completion.replace("<think>", ""), row)
 
 
 def gold_answer(row: Mapping[str, Any]) -> str:
-    """The gold answer as `content` writes it. Raises KeyError and ValueError."""
+    """Return the gold answer in the form of `content`. Raises KeyError and ValueError."""
     if "answer" not in row:
         raise KeyError(f"the row has no column 'answer', only {sorted(row)}")
     answer = row["answer"]
@@ -239,7 +244,7 @@ def gold_answer(row: Mapping[str, Any]) -> str:
 
 
 def equal(gold: str, text: str) -> bool:
-    """Return whether two answers, as `content` writes them, are the same."""
+    """Return whether two answers in the form of `content` are equal."""
     if squeezed(text) == squeezed(gold):
         return True
     if listed(gold) or listed(text):
@@ -264,12 +269,15 @@ def equal(gold: str, text: str) -> bool:
         return answer_words == gold_words
     based, gold_based = BASED.fullmatch(text), BASED.fullmatch(gold)
     if based and gold_based and based[2] != gold_based[2]:
-        return False  # the library drops the base; without one it is taken from the question
+        return False  # the library drops the base; an answer without one has the base of the question
     return any(same(one, other) for one, other in itertools.product(*compared(gold, text)))
 
 
 def compared(gold: str, answer: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The readings of both sides. A per cent sign on both does not count; on one it may, or not: 25% is 25 and 1/4."""
+    """Return the readings of both sides.
+
+    A per cent sign on both sides is ignored. On one side both readings are kept: 25% is 25 and 1/4.
+    """
     without = [PERCENT.sub("", text) for text in (gold, answer)]
     signed = [
         len(bare) < len(text) and "=" not in bare and "\0" not in bare
@@ -286,9 +294,9 @@ def compared(gold: str, answer: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
-    """The part of `completion` behind its reasoning; empty where that is not finished.
+    """Return the part of `completion` after its reasoning; empty if the reasoning is unfinished.
 
-    `info`: the trainer's; a prompt that ends with `<think>` has begun the reasoning.
+    `info`: given by the trainer. If its prompt ends with `<think>`, the completion begins inside the reasoning.
     """
     begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
     text = completion.rpartition("</think>")[2]
@@ -296,19 +304,19 @@ def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` without white space and without what marks it as text."""
+    """Return `text` without white space and without commands like \\text around words."""
     return re.sub(r"\s|\\[,;:! ]", "", WRAPPED.sub(r"\1", text))
 
 
 def is_text(gold: str) -> bool:
-    """Return whether all of it is marked as text, and it holds no digit and is no run of capitals."""
+    """Return whether `gold` is entirely marked as text, has no digit and is not a run of capitals."""
     inside = WRAPPED.fullmatch(gold.strip())
     marked = inside is not None and gold.lstrip().startswith(("\\text", "\\mbox"))
     return marked and not re.search(r"\d", plain(gold)) and not CAPITALS.fullmatch(plain(gold))
 
 
 def bracketed(text: str) -> str:
-    """ "set" for {a, b}, "tuple" for (a, b), else "": brackets around all of it, and a comma."""
+    """Return "set" for {a, b}, "tuple" for (a, b), else "". The brackets must enclose all of `text`, with a comma."""
     inside = re.sub(r"\\(?:left|right)(?![a-z])|\s", "", text)
     if "," in inside and re.fullmatch(r"\\\{[^{}]*\\\}", inside):
         return "set"
@@ -316,14 +324,14 @@ def bracketed(text: str) -> str:
 
 
 def content(text: str, *, whole: bool) -> str:
-    """The answer in `text` as LaTeX without delimiters; behind a NUL, prose that the library must search.
+    """Return the answer in `text` as LaTeX without delimiters, or a NUL followed by prose that the library must search.
 
-    `whole`: the text is known to be an answer, prose only where it has mathematics between delimiters, or words and
-    digits outside of any.
+    `whole`: `text` is known to be an answer. It is prose only if it has mathematics between delimiters, or words and
+    digits outside of delimiters.
     """
     text = in_ascii(text)
     if DOUBLED.search(text) and not SINGLE.search(text):
-        text = text.replace("\\\\", "\\")  # of a data set that was escaped twice
+        text = text.replace("\\\\", "\\")  # the data set was escaped twice
     text = BARE_BOX.sub(r"\1{\2}", COLOR.sub(r"\1", text).replace("\\$", ""))
     boxed = last_boxes(text)
     if boxed is not None:
@@ -346,20 +354,23 @@ def content(text: str, *, whole: bool) -> str:
     if not whole:
         text = last_line(text)
     if len(text) > MAX_LENGTH:
-        return text  # which can only be the very text of the row
+        return text  # it can only match a row with the identical text
     return unified(re.sub(r"\$|\\[\[\]()]", "", text))
 
 
 def in_ascii(text: str) -> str:
-    """`text` with the digits of all scripts, and full-width signs, as those of ASCII."""
+    """Return `text` with the digits of all scripts, and full-width signs, replaced by ASCII."""
     if text.isascii():
         return text
     return re.sub(r"(?![0-9])\d", lambda digit: str(unicodedata.decimal(digit[0])), text.translate(FULL_WIDTH))
 
 
 def said(text: str) -> str:
-    """`text` for the library to search; of alternatives, "answer: 3 or 4", which it would take one of, all; empty if
-    its last sentence only says what the answer is not."""
+    """Return the part of `text` that the library must search, in the form of `content`.
+
+    Of alternatives ("answer: 3 or 4") all are returned, because the library would choose one. The result is empty if
+    the last sentence only says what the answer is not.
+    """
     hedged = list(HEDGED.finditer(text))
     if hedged and not re.search(ANSWER, text[hedged[-1].end() :], re.I):
         return content(re.sub(r"\b(?:o|ou|oder)\b", "or", hedged[-1][1]), whole=True)
@@ -378,16 +389,16 @@ def said(text: str) -> str:
 
 
 def last_sentence(text: str) -> str:
-    """The last sentence of `text` that has a letter or a digit, without emphasis."""
+    """Return the last sentence of `text` that has a letter or a digit, without emphasis."""
     sentences = (re.sub(r"[*`]", "", part).strip() for part in SENTENCE_END.split(text[-MAX_TAIL:]))
     return next((part for part in reversed([*sentences]) if re.search(r"\w", part)), "")
 
 
 def in_other_script(text: str, *, whole: bool) -> str | None:
-    """The mathematics that `text`, in letters of `FOREIGN`, states last; empty if it says what the answer is not; None
-    if there is none.
+    """Return the last mathematics that `text`, in letters of `FOREIGN`, states.
 
-    The last sentence with a digit or a command is read, and in it what stands between words.
+    Reads the last sentence with a digit or a command, and in it the parts between words. The result is empty if the
+    sentence says what the answer is not, and None if there is no mathematics.
     """
     text = re.sub(rf"\\text\w*\s*\{{([{FOREIGN}\s]*)\}}", r"\1", text[-MAX_TAIL:])
     sentences = [text] if whole else [re.sub(r"[*`]", "", part) for part in SENTENCE_END.split(text)]
@@ -420,7 +431,7 @@ def in_other_script(text: str, *, whole: bool) -> str | None:
 
 
 def said_in_words(text: str) -> str:
-    """A number, the empty set or all real numbers said in words, as LaTeX; empty if `text` is nothing of it."""
+    """Return a number, the empty set or all real numbers, spelled in words, as LaTeX; empty for any other `text`."""
     if len(text) > MAX_LENGTH or not re.search(r"[^\W\d_]{3}|[^\x00-\x7f]", text):
         return ""
     bare = re.sub(r"\s+", " ", WRAPPED.sub(r"\1", text)).strip("\"'()$ .,:;*。").lower()
@@ -436,8 +447,10 @@ def said_in_words(text: str) -> str:
 
 
 def number_in_words(text: str) -> str:
-    """The English number that `text` begins with, as LaTeX: 105, -7, \\frac{2}{3}. Behind it at most two words, what is
-    counted, may stand; empty if it is none."""
+    """Return the English number that `text` begins with, as LaTeX: 105, -7, \\frac{2}{3}; empty if there is none.
+
+    At most two words, for the things that are counted, may follow the number.
+    """
     found = re.sub(r"[-\s]+", " ", text.lower()).strip(" .,!$*")
     if not re.fullmatch(r"[^\W\d_]+(?: [a-z]+)*", found):
         return ""
@@ -465,7 +478,7 @@ def number_in_words(text: str) -> str:
 
 
 def whole_number(said: list[str]) -> tuple[int, int]:
-    """The number that the words begin with, and how many of them it takes; (0, 0) for none."""
+    """Return the number that the words begin with, and how many of the words belong to it; (0, 0) for none."""
     total = part = count = 0
     while count < len(said):
         word, value = said[count], ONES.get(said[count], TENS.get(said[count]))
@@ -487,7 +500,7 @@ def whole_number(said: list[str]) -> tuple[int, int]:
 
 
 def said_in_han(text: str) -> str:
-    """The number that `text` is in Chinese numerals, as LaTeX; empty if it is none."""
+    """Return the number that `text` spells in Chinese numerals, as LaTeX; empty if it is none."""
     said = HAN_SAID.fullmatch(text.strip(" 。."))
     if said is None or (said[3].isascii() and not said[2]):
         return ""
@@ -499,7 +512,7 @@ def said_in_han(text: str) -> str:
 
 
 def han_number(text: str) -> int | str:
-    """The value of Chinese numerals, 两千三百; digits of ASCII as they are."""
+    """Return the value of Chinese numerals, 两千三百. ASCII digits are returned unchanged."""
     if text.isascii():
         return text
     if len(text) > 1 and not any(han in HAN_SCALES for han in text):
@@ -516,7 +529,7 @@ def han_number(text: str) -> int | str:
 
 
 def last_line(text: str) -> str:
-    """The last line of bare mathematics that has any, without what stands before an answer there."""
+    """Return the last line of bare mathematics that is not empty, without a marker before the answer."""
     lines = [line for line in text.splitlines() if re.sub(r"[\s$`*]|\\[\[\]()]", "", line)]
     if not lines or "\\begin" in text:
         return text
@@ -524,18 +537,18 @@ def last_line(text: str) -> str:
 
 
 def spelt(text: str) -> bool:
-    """Whether there is a word of a language in it, and not only names of variables and functions."""
+    """Return whether `text` contains a word of a language, other than names of variables and functions."""
     found = (word.lower() for word in SPELT.findall(COMMAND.sub(" ", WRAPPED.sub(r" \1 ", text[:MAX_LENGTH]))))
     return any(not NAMED.fullmatch(word) and not neighbours(word) for word in found)
 
 
 def neighbours(letters: str) -> bool:
-    """Whether they are neighbours in the alphabet, each once, as a product of variables has them: dcba."""
+    """Return whether the letters are distinct neighbours in the alphabet, as in a product of variables: dcba."""
     return len({*letters}) == len(letters) == ord(max(letters)) - ord(min(letters)) + 1
 
 
 def words(text: str) -> list[str] | None:
-    """The words that an answer is, a list of them in the order of the alphabet; None if it is not made of letters."""
+    """Return the words of an answer, in alphabetical order; None if it does not consist of letters."""
     if WRAPPED.search(text) and re.search(r"[^\W\d_]", WRAPPED.sub(" ", text)):
         return None  # an expression with its unit
     inside = re.sub(r"\\[ ,;:!]|[\s~.!?*()'\"]+", " ", WRAPPED.sub(r" \1 ", text)).strip(" ,;")
@@ -544,9 +557,9 @@ def words(text: str) -> list[str] | None:
 
 
 def last_boxes(text: str) -> str | None:
-    """What the last box holds, with the boxes that are joined to it; empty if it is not closed; None without a box.
+    """Return the contents of the last box and of the boxes joined to it; empty if it is not closed; None without a box.
 
-    Of several the variables whose values they are stay: x=\\boxed{2}, y=\\boxed{3}.
+    Of several boxes, variables before them are kept: x=\\boxed{2}, y=\\boxed{3}.
     """
     boxes = list(BOX.finditer(text))
     found: list[tuple[str, str]] = []
@@ -569,8 +582,10 @@ def last_boxes(text: str) -> str | None:
 
 
 def closing(text: str, start: int, limit: int) -> int | None:
-    """Where the brace that opens at `start` closes, before `limit`; escaped braces do not count, but for a stray
-    backslash before the last: \\boxed{185\\}."""
+    """Return the position before `limit` where the brace that opens at `start` closes.
+
+    Escaped braces are ignored. If no brace closes it otherwise, they count, for a stray backslash: \\boxed{185\\}.
+    """
     for pattern in (r"\\.|[{}]|$", r"\\?[{}]|$"):
         depth = 0
         for mark in re.compile(pattern, re.S).finditer(text, start, limit):
@@ -583,13 +598,13 @@ def closing(text: str, start: int, limit: int) -> int | None:
 
 
 def unified(text: str) -> str:
-    """`text` in the forms that the library reads rightly."""
+    """Return `text` with notations that the library misreads rewritten."""
     text = re.sub(r"(?:\\+(?![a-zA-Z{}|()\[\]])[,;:!]?\s*)+$", "", text).translate(SIGNS)
     for pattern, written in WRITTEN:
         text = pattern.sub(written, text)
     text = DEGREES.sub(r"\1\\left(\\frac{\2\\pi}{180}\\right)", text)
     text = re.sub(r"\u221a\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}", text)
-    text = re.sub(r"(?<=[\u3000-\u9fff])(?=\d)", " ", text)  # it wants white space before a number
+    text = re.sub(r"(?<=[\u3000-\u9fff])(?=\d)", " ", text)  # the library needs white space before a number
     text = re.sub(r"(\\q?quad)(?=[a-zA-Z])", r"\1 ", text)
     text = re.sub(r"\\(?:mathrm|text)\s*\{([ei]|[a-zA-Z](?=\}[^{]*\}))\}", r"\1", text)  # it cuts \frac{1}{\mathrm{e}}
     text = GROUPED.sub(lambda number: re.sub(r"\D", "", number[0]), text)  # it reads 1\,000 as 1 times 0
@@ -600,25 +615,26 @@ def unified(text: str) -> str:
     text = REPEATING.sub(repeating, DOTTED.sub(r"\\overline{\1\2\3}", text))
     text = re.sub(r"^(?:[\s*]|\\approx)+|[\s.,;:*。]+$", "", text)
     if not re.fullmatch(r"-?[\d.,]+ [a-zA-Z]{1,2}", text):
-        text = VARIABLE.sub(r"\1\\,", text)  # it takes the t of 4t for a unit; white space behind stops it
+        text = VARIABLE.sub(r"\1\\,", text)  # it reads the t of 4t as a unit unless white space follows
     text = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)  # a mixed number, which it reads as 21/2
     return re.sub(r"^(-?\d*\.?\d+)[eE]([+-]?\d+)$", r"\1 \\times 10^{\2}", text)  # it reads e as Euler's number
 
 
 def repeating(decimal: re.Match[str]) -> str:
-    """0.1\\overline{6} as the fraction (16 - 1) / 90."""
+    """Return a repeating decimal as a fraction: 0.1\\overline{6} as (16 - 1) / 90."""
     head, digits = decimal[1] + decimal[2], decimal[3] or decimal[4]
     return f"\\frac{{{int(head + digits) - int(head or 0)}}}{{{'9' * len(digits)}{'0' * len(decimal[2])}}}"
 
 
 def squeezed(text: str) -> str:
-    """`text` in one way of writing, without white space."""
+    """Return `text` in a normalized notation, without white space."""
     squeezed = re.sub(r"[\s\0]|\\left(?![a-z])|\\right(?![a-z])|\\[,;:! ]", "", text).replace("\\dfrac", "\\frac")
     return DOTS.sub("...", squeezed)
 
 
 def readings(text: str) -> list[Any]:
-    """What `text`, from `content`, can mean, as sympy objects; none if it is absurd or not mathematics."""
+    """Return the possible meanings of `text` (from `content`) as sympy objects; none if it exceeds the limits or is not
+    mathematics."""
     depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in text)
     if max(depths, default=0) > MAX_DEPTH or BINOMIAL.search(text):
         return []
@@ -627,7 +643,7 @@ def readings(text: str) -> list[Any]:
         return [reading for reading in found if digits(reading) <= MAX_DIGITS]
     if not text or len(text) > MAX_LENGTH:
         return []
-    if number := NUMBER.fullmatch(text):  # which the library would take a millisecond for
+    if number := NUMBER.fullmatch(text):  # the library would take a millisecond
         if number[4]:
             return [sympy.Float(number[4])]
         return [sympy.Rational(int(number[1] or number[2]), int(number[3] or 1))]
@@ -643,8 +659,8 @@ def readings(text: str) -> list[Any]:
 
 @functools.lru_cache(maxsize=256)
 def meanings(text: str) -> tuple[Any, ...]:
-    """The readings of `text`, and for inequalities joined by "or", "and" or a comma, and for sets, the numbers they
-    describe. Kept, as the completions of a group share their gold answer."""
+    """Return the readings of `text`, and for sets and for inequalities joined by "or", "and" or a comma also the real
+    numbers that they describe. Cached, because the completions of a group share their gold answer."""
     found = readings(text)
     solved = (region(reading, text) for reading in found)
     return (*found, *(each for each in solved if each is not None))
@@ -654,8 +670,8 @@ RELATIONS = (sympy.StrictLessThan, sympy.LessThan, sympy.StrictGreaterThan, symp
 
 
 def region(term: Any, text: str) -> sympy.Set | None:
-    """The real numbers that `term` describes, where it is of several conditions on one variable, or an operation of
-    sets; None for anything else. A comma means "and" where that leaves a number, else "or"."""
+    """Return the real numbers that `term` describes, if it is a combination of conditions on one variable or an
+    operation on sets; None for anything else. A comma means "and" if that leaves any number, else "or"."""
     parts = term.args if isinstance(term, sympy.FiniteSet) else (term,)
     several = isinstance(term, sympy.FiniteSet) and any(
         isinstance(part, (*RELATIONS, sympy.And, sympy.Interval)) for part in parts
@@ -678,7 +694,7 @@ def region(term: Any, text: str) -> sympy.Set | None:
 
 
 def solution(term: Any) -> sympy.Set | None:
-    """The real numbers that solve a condition, or are in a set; None if sympy cannot tell."""
+    """Return the real numbers that solve a condition, or are in a set; None if sympy cannot determine them."""
     try:
         if isinstance(term, sympy.Set):
             return term.doit()
@@ -701,12 +717,12 @@ def solution(term: Any) -> sympy.Set | None:
             }  # fmt: skip
             return ends.get(type(term))
         return term.as_set() if isinstance(term, RELATIONS) else None
-    except (NotImplementedError, TypeError, ValueError, AttributeError):  # what sympy raises for what it cannot solve
+    except (NotImplementedError, TypeError, ValueError, AttributeError):  # raised by sympy if it cannot solve it
         return None
 
 
 def is_vast(text: str) -> bool:
-    """Return whether `text` is a number of more digits than are evaluated, but of so few that it could be written."""
+    """Return whether `text` is a number with more than MAX_DIGITS digits, whose count of digits is still finite."""
     if text.startswith("\0") or not text or len(text) > MAX_LENGTH or BINOMIAL.search(text):
         return False
     found = parse(
@@ -719,7 +735,7 @@ def is_vast(text: str) -> bool:
 
 
 def listed(text: str) -> list[str]:
-    """The entries of a list with dots in it, 1, 2, \\ldots, n; empty for anything else."""
+    """Return the entries of a list with dots: 1, 2, \\ldots, n; empty for anything else."""
     if len(text) > MAX_LENGTH or text.startswith("\0") or not DOTS.search(text):
         return []
     inside = re.sub(r"\\(?:left|right)(?![a-z])|\\[{}()\[\]]|[()\[\]]|\s|\\[,;:! ]", "", DOTS.sub("...", text))
@@ -740,7 +756,7 @@ def same_lists(gold: str, answer: str) -> bool:
 
 
 def same_tuples(gold: str, answer: str) -> bool | None:
-    """Return whether two tuples, or open intervals, have the same entries; None where one cannot be read alone."""
+    """Return whether two tuples, or open intervals, have the same entries; None if an entry cannot be read alone."""
     sides = [re.sub(r"\\(?:left|right)(?![a-z])", "", side).strip()[1:-1].split(",") for side in (gold, answer)]
     if len(sides[0]) != len(sides[1]):
         return None
@@ -751,7 +767,7 @@ def same_tuples(gold: str, answer: str) -> bool | None:
 
 
 def vector(text: str) -> tuple[str, str] | None:
-    """A column, a row or a tuple, also transposed, as a tuple, with what it is; None for anything else."""
+    """Return a column, a row or a tuple, possibly transposed, as (tuple, its kind); None for anything else."""
     found = VECTOR.fullmatch(text.strip()) if len(text) <= MAX_LENGTH else None
     if found is None:
         inside = TUPLE.fullmatch(text)
@@ -765,7 +781,7 @@ def vector(text: str) -> tuple[str, str] | None:
 
 
 def digits(term: Any) -> float:
-    """A rough upper bound of the decimal digits of `term`, which is not evaluated; symbols count as 2."""
+    """Return a rough upper bound of the decimal digits of `term`, without evaluating it. Symbols count as 2."""
     try:
         parts = [digits(part) for part in term.args] if isinstance(term, sympy.Basic) else []
     except RecursionError:
@@ -787,7 +803,7 @@ def digits(term: Any) -> float:
 
 
 def exact(term: Any) -> Any:
-    """The rational number that `term` is, if it is made of such by + * and whole powers, else None."""
+    """Return the value of `term` if it consists of rational numbers, +, * and whole powers, else None."""
     if isinstance(term, sympy.Rational):
         return term
     parts: list[Any] = (
@@ -802,7 +818,7 @@ def exact(term: Any) -> Any:
 
 
 def is_false(answer: Any) -> bool:
-    """Whether it is an equation of two numbers that are not the same, nor one the other rounded: 3 = 4."""
+    """Return whether `answer` is an equation of two numbers that differ by more than rounding: 3 = 4."""
     if isinstance(answer, sympy.And) and not answer.free_symbols:  # a chain
         return any(is_false(part) for part in answer.args)
     if not isinstance(answer, sympy.Eq) or answer.free_symbols:
@@ -814,12 +830,12 @@ def is_false(answer: Any) -> bool:
 
 
 def is_nothing(gold: Any) -> bool:
-    """Whether it is no value that an answer could be: 1/0, or 3 = 4."""
+    """Return whether `gold` cannot be the value of an answer: 1/0, or 3 = 4."""
     return is_false(gold) or bool(getattr(gold, "has", lambda *_: False)(sympy.zoo, sympy.nan))
 
 
 def same(gold: Any, answer: Any) -> bool:
-    """Whether the two are equal: exactly if both are rational numbers, else as the library finds."""
+    """Return whether the two are equal: exactly if both are rational numbers, else as judged by the library."""
     while isinstance(gold, sympy.Eq) and not gold.free_symbols:  # 0.56 = 56\\%
         gold = gold.rhs
     if is_false(answer):
@@ -830,16 +846,19 @@ def same(gold: Any, answer: Any) -> bool:
     if isinstance(gold, sympy.Float):
         number = sympy.Rational(gold)
     places = 6
-    if isinstance(number, sympy.Rational):  # the library rounds to places: a small number would be 0
+    if isinstance(number, sympy.Rational):  # the library rounds to `places`, which would make a small number 0
         places = max(6, 4 + int(math.log10(number.q) - math.log10(abs(number.p)))) if number else 30
     equal = verify(gold, answer, float_rounding=places, allow_set_relation_comp=True, timeout_seconds=None)
     return bool(equal) or same_where_real(gold, answer)
 
 
 def same_where_real(gold: Any, answer: Any) -> bool:
-    """Return whether expressions with roots are real for the same numbers and have the same values there: sqrt(1/n)
-    and 1/sqrt(n), which as complex functions differ. Compared at POINTS, of which three must give real values. Sums,
-    integrals and steps are not compared: the former take seconds, and points do not tell the latter apart."""
+    """Return whether expressions with roots are real for the same numbers and have the same values there.
+
+    For example sqrt(1/n) and 1/sqrt(n), which differ as complex functions. They are compared at POINTS, of which three
+    must give real values. Sums and integrals are not compared because they take seconds, step functions because points
+    do not distinguish them.
+    """
     both = [term for term in (gold, answer) if isinstance(term, sympy.Expr) and not term.has(*UNCOMPARED)]
     symbols = sorted(gold.free_symbols, key=str) if len(both) == 2 else []
     if not 1 <= len(symbols) <= 3 or answer.free_symbols != gold.free_symbols or not any(map(has_root, both)):
@@ -859,12 +878,12 @@ def same_where_real(gold: Any, answer: Any) -> bool:
 
 
 def real_value(term: Any, point: Mapping[Any, Any]) -> Any:
-    """The value of `term` at a point, a sympy number; None if it is none or not real."""
+    """Return the value of `term` at a point as a sympy number; None if it has no value there or is not real."""
     try:
         real, imaginary = sympy.N(term.subs(point), 20).as_real_imag()
         is_real = bool(abs(imaginary) <= TINY * abs(real)) if imaginary else True
         return real if real.is_finite and real.is_number and is_real else None
-    except (ArithmeticError, TypeError, ValueError, AttributeError):  # what sympy raises for what has no value
+    except (ArithmeticError, TypeError, ValueError, AttributeError):  # raised by sympy if there is no value
         return None
 
 

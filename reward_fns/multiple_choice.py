@@ -1,7 +1,7 @@
-"""The letter that a completion chooses, compared with the row's.
+"""Reward for multiple choice: the letter that a completion chooses must equal the row's.
 
-What is read: the part behind the last `</think>`, and in it the last `<answer>...</answer>`, where there are such.
-Behind a `<think>` that is not closed there is no answer. There, the first of these that is found:
+Answer: the part after the last `</think>` is read, and in it the last `<answer>...</answer>` if there is one. After an
+unclosed `<think>` there is no answer. The first of these that is present gives the answer:
 
 - the last `\\boxed{B}`, else the last `[[B]]`
 - the last sentence that chooses: "Answer: B", "the answer is (B)", "I choose B", "B is correct", "Therefore, B.", and
@@ -9,10 +9,13 @@ Behind a `<think>` that is not closed there is no answer. There, the first of th
 - a text that is or begins with a lone letter, "B", "(B)", "**B**", "B. because ..."
 - a last line that is a lone letter or "Option B"
 
-A sentence that asks, begins with "if" or says what is not the answer chooses nothing. A choice between letters ("A or
-B", also of boxes) is no answer, nor are letters in a row ("A. B. C. D.", options line by line). How it is compared:
-the letters A to Z must be the same. In a box and in the row they may be small; elsewhere a small letter is a word ("a")
-and no choice, as is a capital A or I before a word ("A cat", "I think") that cannot go on from one ("A because").
+A sentence that asks a question, begins with "if" or says which letter is not the answer chooses nothing. A choice
+between letters ("A or B", also in boxes) is no answer, and neither is a list of letters ("A. B. C. D.", or options line
+by line).
+
+Comparison: the letters A to Z must be equal. Lower case is allowed in a box and in the row. Elsewhere a lower-case
+letter is a word ("a") and no choice. So is a capital A or I before a word ("A cat", "I think"), unless the word can
+follow a choice ("A because").
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from collections.abc import Mapping
 from typing import Any
 
 GOLD = True
-"""It compares with the row's gold answer, which is tried before a run."""
+"""The reward compares with the row's gold answer, which is checked before a run."""
 
 MAX_TAIL = 20_000
-"""Characters at the end whose sentences are read."""
+"""Characters at the end of a completion whose sentences are read."""
 MAX_SENTENCE = 500
-"""Characters at the end of a sentence, or behind it, that are read."""
+"""Characters at the end of a sentence, or after it, that are read."""
 MARKUP = re.compile(r"\\(?:text|math)[a-z]*|[*${}\\]")
 LETTER = r"\(?([A-Z])(?:\)|\b)"
 HEDGE = r"(?!\s*(?:or|and|[/,;&+])\s*(?:(?:maybe|perhaps|possibly)\s+)?\(?[A-Z]\b)"
@@ -39,7 +42,7 @@ BRACKETED = re.compile(r"\[\[\s*\(?([A-Z])\)?\s*\]\]")
 ALONE = re.compile(r"\(?([A-Za-z])(?:\)?[.:]?|\)?[.:]\s.*|\)\s.*)", re.S)
 """A letter, or a letter with punctuation and the text of its option."""
 
-# What sentences that choose are made of. A part matches at a place in one way, so that no pattern takes long.
+# Parts of sentences that choose. At each position a part matches in only one way, so that no pattern backtracks long.
 LATIN = r"A-Za-zÀ-ɏḀ-ỿ"
 NOUN = (
     r"(?:\b(?:answer|ans|respuesta|réponse|reponse|antwort|lösung|resposta|risposta|cevap|yanıt|jawaban|đáp án"
@@ -69,7 +72,7 @@ NAMED = (
     rf"(?<![{LATIN}\d.])(?-i:([A-Z]))(?![{LATIN}\d+*/^_]|['’](?!d[iıuü]r)[{LATIN}]|-[{LATIN}\d]|\.[{LATIN}]"
     r"|\s*[+*/^=<>]|\s-\s*[A-Z]\b)[)\"'”’\]】]*"
 )
-"""A capital that is no part of a word, a name or a formula."""
+"""A capital letter that is not part of a word, a name or a formula."""
 VERB = (
     r"(?:\b(?:choos(?:e|ing)|chose|select(?:ing)?|pick(?:ing)?|vote\s+for|go(?:ing)?\s+with|opt\s+for|elijo|escojo|selecciono|choisis|sélectionne|wähle"
     r"|escolho|scelgo|chọn|seçiyorum|memilih)\b|(?:would|'d)\s+say\b|选择|選擇|选|選|выбираю|أختار|선택)"
@@ -111,7 +114,7 @@ CHOICES = tuple(re.compile(pattern, re.I) for pattern in (
     rf"{IT_IS}\s+{FILL}{{0,12}}(?!I){NAMED}{END}",
     rf"{NOT_BUT}{FILL}{{0,12}}{NAMED}",
 ))  # fmt: skip
-"""Sentences that choose: the last group is the letter. The first needs a copula in `gap`."""
+"""Patterns of sentences that choose. The last group is the letter. The first pattern needs a copula in `gap`."""
 NOT_BEFORE = re.compile(
     r"(?:\b(?:not|never|no|nicht|ne|não|non|cannot|incorrect|wrong|false|incorrecta|falsche|might|may|could)|n't|不(?:应该?|能|会|可以|要)?|\bне"
     r"|(?:\bnot|n't)\s+(?:think|believe|say|agree)(?:\s+that)?(?:\s+the)?)\s*$",
@@ -126,7 +129,7 @@ IDLE = re.compile(
     r"^\W*(?:if|suppose|assume|imagine|assuming|when|unless|si|wenn|если|如果|假如|若)\b|[?？؟]\s*$|吗\s*$|^(?:如果|假如|若)",
     re.I,
 )
-"""Of a sentence that asks or supposes."""
+"""Matches a sentence that asks a question or makes an assumption."""
 OTHERS = re.compile(
     r"\s*(?:or|and|o|y|e|ou|et|oder|und|или|и|veya|hoặc|또는|أو|या|[/,;&+、]|か|或者|或|和|与|及)"
     r"\s*(?:(?:maybe|perhaps|possibly)\s+)?\(?[A-Z](?![A-Za-z])|\s*[A-Z]\b(?!\s+[a-z])"
@@ -144,9 +147,9 @@ OPTIONS = re.compile(r"^ *(?:(?:Option|Choice) )?\(?([A-Z])[.:)](?!\S)", re.M)
 
 
 def multiple_choice(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
-    """1.0 if the completion chooses the letter `row["answer"]`, else 0.0 (see the top of this file).
+    """Return 1.0 if the completion chooses the letter `row["answer"]`, else 0.0 (see the module's docstring).
 
-    Raises KeyError without `answer`, ValueError when it is not a letter ("C", "(C)" or "C. its text").
+    Raises KeyError without `answer`, ValueError if it is not a letter ("C", "(C)" or "C. its text").
     """
     if "answer" not in row:
         raise KeyError(f"the row has no column 'answer', only {sorted(row)}")
@@ -155,14 +158,14 @@ def multiple_choice(completion: str, row: Mapping[str, Any], info: Mapping[str, 
 
 
 def multiple_choice_unclosed(completion: str, row: Mapping[str, Any]) -> float:
-    """The same for models that never close their thinking: where there is no `</think>`, all of it is read."""
+    """Grade like `multiple_choice`, for models that never close `<think>`: without `</think>`, read everything."""
     return multiple_choice(completion.replace("<think>", ""), row)
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
-    """The part of `completion` behind its reasoning; empty where that is not finished.
+    """Return the part of `completion` after its reasoning; empty if the reasoning is unfinished.
 
-    `info`: the trainer's; a prompt that ends with `<think>` has begun the reasoning.
+    `info`: given by the trainer. If its prompt ends with `<think>`, the completion begins inside the reasoning.
     """
     begun = info is not None and info["prompt"].rstrip().endswith("<think>") and "</think>" not in completion
     text = completion.rpartition("</think>")[2]
@@ -177,12 +180,12 @@ def gold_letter(answer: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` without emphasis and LaTeX around it."""
+    """Return `text` without emphasis and surrounding LaTeX."""
     return MARKUP.sub("", text.translate(FULL_WIDTH)).strip()
 
 
 def chosen(text: str) -> str | None:
-    """The letter that the text behind a completion's reasoning chooses, if any."""
+    """Return the letter chosen by `text`, the part of a completion after its reasoning, if any."""
     _, tag, after = text.rpartition("<answer>")
     text = after.partition("</answer>")[0] if tag else text
     start = text.rfind("\\boxed")
@@ -207,13 +210,13 @@ def chosen(text: str) -> str | None:
         return opening[1]
     alone = [re.fullmatch(rf"(?:(?i:{OPTION}) ?)?{LETTER}\.?", line.strip()) for line in (lines[:2] + lines[-1:])]
     if alone and alone[0] and not alone[1] and not alone[2] and not lines[1].strip()[0].islower() and not listed:
-        return alone[0][1]  # of which the lines behind it say why
+        return alone[0][1]  # the following lines explain it
     last = alone[-1] if lines else None
     return last[1] if last and not is_list(" ".join(lines[-2:])) else None
 
 
 def said(text: str, start: int, end: int) -> str | None:
-    """The letter that a sentence of `text` chooses; empty for several; None if it chooses nothing."""
+    """Return the letter that a sentence of `text` chooses; empty for several; None if it chooses nothing."""
     start = max(start, end - MAX_SENTENCE)
     start += len(text[start:end]) - len(text[start:end].lstrip())
     sentence = text[start:end].rstrip()
@@ -241,7 +244,7 @@ def said(text: str, start: int, end: int) -> str | None:
 
 
 def boxed(text: str, start: int) -> str | None:
-    """The letter in the box at `start`, the last one, if it is closed and not joined to one with another letter."""
+    """Return the letter in the last box, at `start`, if it is closed and not joined to a box with another letter."""
     last = BOXED.match(text, start)
     if last is None:
         return None
@@ -256,6 +259,6 @@ def boxed(text: str, start: int) -> str | None:
 
 
 def is_list(text: str) -> bool:
-    """Two or more letters in the alphabet's order, with no word but "or" and "and"."""
+    """Return whether `text` consists of two or more consecutive letters of the alphabet, besides "or" and "and"."""
     words = [word for word in re.findall(r"\w+", text.lower()) if word not in ("or", "and")]
     return len(words) > 1 and all(len(word) == 1 for word in words) and "".join(words) in string.ascii_lowercase
