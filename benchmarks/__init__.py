@@ -1,3 +1,3 @@
-"""Side-by-side measurements, run by hand: `python -m benchmarks.<name>`."""
+"""Comparative measurements, run by hand: `python -m benchmarks.<name>`."""
 
-import grpo as grpo  # sets what Ray reads when it is imported; the modules here import ray first
+import grpo as grpo  # sets the variables that Ray reads on import, since the modules here import ray first

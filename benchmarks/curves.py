@@ -1,4 +1,4 @@
-"""A small line chart as SVG text: the mean of several runs by step, and the range between them as a band."""
+"""Line charts as SVG text: the mean of several runs by step, with their range as a band."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from html import escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 60, 190, 20, 50
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Told apart by the colour-blind as well (Okabe and Ito)."""
+"""Colours that colour-blind readers can distinguish (Okabe and Ito)."""
 Curve = Sequence[tuple[float, float]]
 
 
 def svg(series: Mapping[str, Sequence[Curve]], *, x: str, y: str) -> str:
-    """`series`: name -> runs, each a list of (x, y) with y between 0 and 1, the x of a series' runs the same.
+    """Return a chart of `series`: name -> runs, each a list of (x, y) with y between 0 and 1.
 
-    Raises ValueError when there is nothing to draw, too many series or the runs of a series differ in x.
+    Raises ValueError if there is nothing to draw, if there are too many series, or if the runs of a series differ in x.
     """
     if not 0 < len(series) <= len(COLOURS):
         raise ValueError(f"1 to {len(COLOURS)} series can be drawn, not {len(series)}")
@@ -51,7 +51,7 @@ def svg(series: Mapping[str, Sequence[Curve]], *, x: str, y: str) -> str:
 
 
 def axes(most: float, width: int, height: int, x: str, y: str) -> list[str]:
-    """Grid, numbers and names: values in fifths, steps in fourths."""
+    """Return grid, numbers and axis names, with values in fifths and steps in fourths."""
     out = []
     for k in range(6):
         row = TOP + height * (1 - k / 5)

@@ -1,17 +1,18 @@
-"""Does this tree compute what another commit computes, to the last bit? For changes that must not change a number.
+"""Check that this tree computes bit for bit the same as another commit, for changes that must not affect results.
 
-    python -m benchmarks.equality 1a2b3c4              # every case, against that commit
+    python -m benchmarks.equality 1a2b3c4              # all cases, compared with that commit
     python -m benchmarks.equality 1a2b3c4 gspo gae     # these cases
     python -m benchmarks.equality --list
 
-Each case is a short run of recipes/arithmetic_cpu.yaml: every variant of recipes/arithmetic_objectives.yaml, each under
-other engine options (ZeRO 0 to 3, two ranks, two samplers, bfloat16, a mix of data sets, refills). The other commit
-runs in a worktree of its own, with this tree's environment, on this machine: floating-point results depend on the
-processor, so nothing is stored in the repository. Its runs are kept in --out and not repeated.
+Each case is a short run of recipes/arithmetic_cpu.yaml with one variant of recipes/arithmetic_objectives.yaml. The
+variants run with different engine options (ZeRO 0 to 3, two ranks, two samplers, bfloat16, a mix of data sets,
+refills). The other commit runs in a separate worktree with this tree's environment on this machine. Floating-point
+results depend on the processor, so no results are stored in the repository. Its runs are kept in --out and not
+repeated.
 
-Compared: the SHA-256 of the final weights, every column of every samples file (prompts, order, seeds, tokens, logprobs,
-rewards, advantages), every metric but times and rates, and the accuracies in summary.json. The last line is one JSON
-object. Exit code 0 if all are equal, else 1.
+Compared are the SHA-256 of the final weights, all columns of all samples files (prompts, order, seeds, tokens,
+logprobs, rewards, advantages), all metrics except times and rates, and the accuracies in summary.json. The last line is
+one JSON object. The exit code is 0 if all are equal, else 1.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ ENGINES: Mapping[str, Sequence[str]] = {
     ),
 }
 UNEQUAL_METRICS = ("time", "time/", "tokens/per_second", "perf/", "memory/", "sync/seconds")
-"""Metrics whose names begin with one of these depend on the clock or the machine."""
+"""Prefixes of metrics that depend on the clock or the machine."""
 UNEQUAL_COLUMNS = ("time", "reward_s")
 
 
 def cases() -> dict[str, list[str]]:
-    """Return name -> options: each objective once, the engines' options dealt over them in turn."""
+    """Return name -> options: each objective once, with the engine options assigned to them in turn."""
     listed: Mapping[str, list[str]] = yaml.safe_load(OBJECTIVES.read_text())["variants"]
     engines = list(ENGINES.items())
     found = {}
@@ -79,7 +80,7 @@ def git(*arguments: str) -> str:
 
 
 def worktree(commit: str, out: Path) -> Path:
-    """Return a folder with the files of `commit`, and this tree's cached base models and data beside them."""
+    """Return a folder with the files of `commit` and this tree's cached base models and data."""
     folder = out / commit[:12] / "tree"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,10 @@ def worktree(commit: str, out: Path) -> Path:
 
 
 def run(tree: Path, name: str, options: Sequence[str], out: Path) -> Path:
-    """Return the folder of the case's run by the code in `tree`. Raises SystemExit where it fails."""
+    """Run a case with the code in `tree`, unless its run is complete. Return the run folder.
+
+    Raises SystemExit if the run fails.
+    """
     folder = out / "runs" / name
     summary = folder / "summary.json"
     if not summary.exists() or json.loads(summary.read_text())["exit_reason"] != "done":
@@ -104,7 +108,7 @@ def run(tree: Path, name: str, options: Sequence[str], out: Path) -> Path:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """Return what differs between two runs, a line each."""
+    """Return the differences between two runs, one line each."""
     found = []
     first, second = (json.loads((run / "summary.json").read_text()) for run in (a, b))
     for key in ("weights_sha256", "accuracy_before", "accuracy_after", "accuracy_gain_interval", "steps"):
@@ -124,7 +128,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def metric_differences(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the metrics that differ, first step each."""
+    """Return the metrics that differ, each with the first step where it differs."""
     if len(a) != len(b):
         return [f"metrics.jsonl: {len(a)} and {len(b)} lines"]
     found: dict[str, str] = {}

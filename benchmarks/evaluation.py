@@ -1,10 +1,10 @@
-"""`grpo eval` against bare vLLM on the same requests.
+"""Compare the time of `grpo eval` with that of bare vLLM on the same requests.
 
     python -m benchmarks.evaluation MODEL --data ../shared/data/gsm8k_test.jsonl [--pairs 3] [section.option=value ...]
 
-Both with engines loaded and warm, in turns, in one process tree: the time from the first request to the written result
-for `grpo eval` (sampling, decoding, grading, files), and add_request/step alone for vLLM. Prints every pair and the
-median ratio, and last one JSON object with the figures. The bar is 1.15.
+Both run alternately in one process tree with warm engines. For `grpo eval` the time from the first request to the
+written result is measured (sampling, decoding, grading, files), for vLLM only add_request/step. Prints each pair and
+the median ratio. The last line is one JSON object with the figures. The bar for the ratio is 1.15.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def report(pairs: Sequence[tuple[float, float]], **about: Figure) -> None:
-    """Print the median ratio of `pairs` (seconds of grpo eval, of bare vLLM), then one JSON object with `about`."""
+    """Print the median ratio of `pairs` (seconds of grpo eval and of bare vLLM), then a JSON object with `about`."""
     ratios = sorted(ours / vllm for ours, vllm in pairs)
     print(f"median ratio {statistics.median(ratios):.3f} (bar {BAR})")
     print_result(

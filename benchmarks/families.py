@@ -1,21 +1,21 @@
-"""Try every causal language model that vLLM and transformers share, with a tiny random model of each.
+"""Try all causal language models that vLLM and transformers share, with a tiny random model of each.
 
     python -m benchmarks.families                 # all that have no result yet; five seconds each on two cores
-    python -m benchmarks.families glm4 olmo2      # these again
+    python -m benchmarks.families glm4 olmo2      # these families, even if they have a result
     python -m benchmarks.families --train glm4    # two steps of `grpo train` instead; 40 seconds each
-    python -m benchmarks.families --table-only    # write the table anew from the results
+    python -m benchmarks.families --table-only    # only write the table from the results
 
-Without `--train`, what `grpo check` asks of the files, then the learner's model and a real sampler in one process: the
-plain and the full check of a weight sync, one optimizer step apart. Each family has a process of its own, forked from
-one that has imported the engines. Results are kept in docs/results/families.json after each family, and
-docs/results/families.md is written from them, so the benchmark continues where it was interrupted. The last line is one
-JSON object that counts the outcomes:
+Without `--train`, the file checks of `grpo check` run first. Then the learner's model and a real sampler run in one
+process, with the plain and the full check of a weight sync, before and after one optimizer step. Each family has a
+separate process, forked from one that has imported the engines. Results are kept in docs/results/families.json after
+each family, and docs/results/families.md is written from them, so the benchmark resumes where it was interrupted. The
+last line is one JSON object that counts the outcomes:
 
-    trained   two steps, and no logprob of sampler and learner apart by more than TOLERANCE
+    trained   two steps, and no logprobs of sampler and learner differ by more than TOLERANCE
     agrees    sampler and learner agree before and after the optimizer step, and with perturbed weights
     refused   `grpo check` refuses it from its files
     stopped   an engine fails, or the weight check ends the run
-    unmade    no tiny model can be made of it
+    unmade    no tiny model of it can be created
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ figure is the largest difference in nats. *Refused*: by `grpo check`, from files
 weight check ends the run. *Unmade*: no tiny model can be made of it."""
 
 PATIENCE_S = 300.0
-"""For one family."""
+"""Timeout of one family."""
 
 REWARD = """
 def spread(completion, row):
     return completion.count("1") / 4 - completion.count("7") / 8 + len(completion) / 16
 """
-"""A reward that tells the completions of a random model apart."""
+"""A reward that differs between the completions of a random model."""
 
 RECIPE = """
 model: {{path: {folder}/model, dtype: float32}}
@@ -73,14 +73,15 @@ cluster: {{reward_workers: 1}}
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one family."""
+    """Result of one family."""
 
     outcome: Literal["trained", "agrees", "refused", "stopped", "unmade"]
     why: str = ""
-    """Why it did not pass."""
+    """Reason why it did not pass."""
     difference: float | None = None
-    """Trained: largest difference of a sampled token's logprobs between sampler and learner, in nats. Agrees: 90 %
-    quantile of the probe's differences, largest of the syncs, in units of the learner's rounding noise (limit 2)."""
+    """If trained: largest difference of a sampled token's logprob between sampler and learner, in nats. If it agrees:
+    90 % quantile of the probe's differences, maximum over the syncs, in units of the learner's rounding noise (limit
+    2)."""
 
 
 def write_recipe(family: str, folder: Path) -> Path:
@@ -149,7 +150,7 @@ def refusal_of(recipe: Path, options: Sequence[str]) -> str | None:
 
 
 def forked(call: Callable[..., T], *arguments: object) -> T:
-    """Return what `call` returns in a fork of this process. Raises what it raises, and RuntimeError where it does not
+    """Return the result of `call` in a fork of this process. Raises its error, and RuntimeError if the fork does not
     answer."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -173,17 +174,17 @@ def forked(call: Callable[..., T], *arguments: object) -> T:
 
 
 def answer(there: Connection, call: Callable[..., T], *arguments: object) -> None:
-    """Send what `call` returns or raises; an error that cannot travel, as text."""
+    """Send the result or the error of `call`. Errors other than Unmade are sent as a RuntimeError with their text."""
     try:
         there.send((call(*arguments), None))
     except Unmade as error:
         there.send((None, error))
-    except Exception as error:  # noqa: BLE001 - whatever an engine comes upon is the finding
+    except Exception as error:  # noqa: BLE001 - any error of an engine is a result
         there.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def outcome_of(family: str, folder: Path) -> Result:
-    """Return what `examine` finds, in a fork."""
+    """Return the result of `examine`, run in a fork."""
     try:
         return forked(examine, family, folder)
     except Unmade as error:
@@ -193,7 +194,7 @@ def outcome_of(family: str, folder: Path) -> Result:
 
 
 def attempt(family: str, folder: Path) -> Result:
-    """Return what becomes of a tiny random model of `family` in `grpo check` and `grpo train`."""
+    """Run `grpo check` and `grpo train` on a tiny random model of `family`. Return the result."""
     try:
         recipe = write_recipe(family, folder)
     except Unmade as error:
@@ -225,7 +226,7 @@ def grpo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def import_engines() -> None:
-    """Import what takes seconds, once for all forks."""
+    """Import the slow modules once for all forks."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     from vllm.model_executor.models.registry import ModelRegistry
@@ -234,7 +235,7 @@ def import_engines() -> None:
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """Return docs/results/families.md."""
+    """Return the text of docs/results/families.md."""
     lines = [
         "# Families tried",
         "",

@@ -1,22 +1,22 @@
-"""The first hours on a GPU: every figure of docs/gpu.md, piece by piece, resumable.
+"""Measure all figures of docs/gpu.md on a GPU, in pieces. Resumable.
 
     python -m benchmarks.gpu_day                   # all pieces that are not done yet; each takes at most 8 minutes
-    python -m benchmarks.gpu_day kernels tests     # these, again
-    python -m benchmarks.gpu_day --toy             # on CPU at toy sizes, in a few minutes: that it runs, no figures
+    python -m benchmarks.gpu_day kernels tests     # these, even if they are done
+    python -m benchmarks.gpu_day --toy             # on CPU at toy sizes, in a few minutes: tests the code, no figures
 
-Each piece is a process of its own with a time limit. What it measured is written to OUT/<piece>.json, with the machine,
-the versions and the commit, and the page OUT/README.md is made anew of all pieces that are there. A piece that fails is
-reported with its last lines, and the others go on.
+Each piece is a separate process with a time limit. Its figures are written to OUT/<piece>.json with the machine, the
+versions and the commit. The page OUT/README.md is then written from all existing pieces. A failed piece is reported
+with its exit code or time limit, and the remaining pieces run.
 
     kernels      bfloat16 products in TFLOP/s, a device copy in GB/s, attention against its plain form, checksums
     tests        pytest -m gpu
-    arithmetic   recipes/arithmetic_cpu.yaml on the GPU: accuracy, seconds of a step by part
-    smollm2      recipes/smollm2_word_problems.yaml on the GPU: the same, tokens/s, sync GB/s, peak memory, the plan
-    rows_16k     the learner alone: Qwen3-0.6B's shape, random weights, one row of 16,384 tokens a microbatch
-    rows_64k     and of 65,536: tokens/s, MFU, peak memory
+    arithmetic   recipes/arithmetic_cpu.yaml on the GPU: accuracy, seconds of each part of a step
+    smollm2      recipes/smollm2_word_problems.yaml on the GPU: the same, tokens/s, sync GB/s, peak and planned memory
+    rows_16k     the learner alone: Qwen3-0.6B's shape, random weights, one row of 16,384 tokens per microbatch
+    rows_64k     the same with 65,536 tokens; both: tokens/s, MFU, peak memory
 
-Published for the last two, by prime-rl on one H100 with FlashAttention 3 and recomputation: 11.9k and 10.2k tokens/s,
-12.5 and 19.6 GiB.
+For the last two, prime-rl published these figures for one H100 with FlashAttention 3 and recomputation: 11.9k and 10.2k
+tokens/s, 12.5 and 19.6 GiB.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Figures = dict[str, Figure]
 PUBLISHED: dict[str, Figures] = {
     "rows_16k": {"tokens_per_s": 11_900, "peak_gib": 12.5}, "rows_64k": {"tokens_per_s": 10_200, "peak_gib": 19.6},
 }  # fmt: skip
-"""prime-rl's figures, of its own documentation."""
+"""Figures from prime-rl's documentation."""
 
 QWEN3_06B = {
     "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -65,7 +65,7 @@ TOY_QWEN3 = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Day:
-    """How the pieces are run."""
+    """Settings of the pieces."""
 
     device: str
     toy: bool
@@ -100,7 +100,7 @@ def kernels(day: Day) -> Figures:
 
 
 def attention_error(device: torch.device, length: int) -> float:
-    """Return the largest difference of torch's causal attention in bfloat16 from its plain form in float32."""
+    """Return the largest difference between torch's causal attention in bfloat16 and its plain form in float32."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as attention
 
@@ -114,7 +114,7 @@ def attention_error(device: torch.device, length: int) -> float:
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the median seconds of five calls, after two."""
+    """Return the median seconds of five calls, after two for warm-up."""
     import torch
 
     seconds = []
@@ -128,7 +128,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def tests(day: Day) -> Figures:
-    """The tests that need a GPU; at toy sizes they are only collected."""
+    """Run the tests that need a GPU. At toy sizes they are only collected."""
     only = ["--collect-only"] if day.toy else []
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", *only], cwd=ROOT, stdout=subprocess.PIPE,
@@ -148,7 +148,7 @@ def arithmetic(day: Day) -> Figures:
 
 
 def smollm2(day: Day) -> Figures:
-    if day.toy:  # the same steps on the toy model: the real one takes minutes on CPU
+    if day.toy:  # the toy model runs the same code; the real one takes minutes on CPU
         return train(
             day, "arithmetic.py", "arithmetic_cpu.yaml",
             ["model.dtype=bfloat16", "learner.zero_stage=2", "run.steps=2", "algorithm.prompts_per_step=4",
@@ -158,7 +158,7 @@ def smollm2(day: Day) -> Figures:
 
 
 def train(day: Day, maker: str, recipe: str, overrides: Sequence[str]) -> Figures:
-    """Make the recipe's model and data, train, and return what the run's metrics say."""
+    """Create the recipe's model and data, train, and return figures from the run's metrics."""
     from grpo import config as config_module
     from grpo.plan import Lengths, make_plan
     from grpo.shapes import GPUS, shape_of
@@ -175,7 +175,7 @@ def train(day: Day, maker: str, recipe: str, overrides: Sequence[str]) -> Figure
     folder = day.work / "runs" / "run"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["step"]]
-    last = steps[len(steps) // 5 :]  # what is compiled and captured comes first
+    last = steps[len(steps) // 5 :]  # the first steps include compilation and capture
 
     def median(name: str) -> float:
         return statistics.median(line[name] for line in last)
@@ -199,7 +199,7 @@ def train(day: Day, maker: str, recipe: str, overrides: Sequence[str]) -> Figure
 
 
 class PeakMemory:
-    """The most memory of the first GPU that was taken between `with` and its end, by nvidia-smi; None on CPU."""
+    """Peak used memory of the first GPU inside the `with` block, as reported by nvidia-smi; None on CPU."""
 
     def __init__(self, device: str) -> None:
         self._on, self._end = device == "gpu", threading.Event()
@@ -230,7 +230,7 @@ def rows_64k(day: Day) -> Figures:
 
 
 def learner_alone(day: Day, length: int) -> Figures:
-    """Three driver steps of four rows of `length` tokens each; the median of the last two."""
+    """Run three driver steps of four rows with `length` tokens each. Return figures from the median of the last two."""
     from grpo.engines import learner_environment
 
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
@@ -287,7 +287,7 @@ def learner_alone(day: Day, length: int) -> Figures:
         seconds.append(time.perf_counter() - started)
     tokens_per_s = len(rows) * length / statistics.median(seconds[1:])
     shape = shape_of(str(model))
-    flops = 3 * (2 * shape.multiplied + 2 * shape.layers * shape.queries * length)  # attention's other half is masked
+    flops = 3 * (2 * shape.multiplied + 2 * shape.layers * shape.queries * length)  # half of the attention is masked
     on_gpu, gpu = device.type == "cuda", this_gpu(day.device)
     attention = learner._engine.module.config._attn_implementation
     destroy_process_group()
@@ -299,7 +299,7 @@ def learner_alone(day: Day, length: int) -> Figures:
 
 
 def this_gpu(device: str) -> Gpu | None:
-    """Return the data sheet of this machine's first GPU; None on CPU and of a GPU that `grpo plan` does not know."""
+    """Return the data sheet of this machine's first GPU; None on CPU and for a GPU that `grpo plan` does not know."""
     import torch
 
     from grpo.shapes import GPUS, known_as
@@ -321,7 +321,7 @@ PIECES: dict[str, Callable[[Day], Figures]] = {
 
 
 def machine(device: str) -> dict[str, str]:
-    """Return what the figures were measured on."""
+    """Return the machine, date, commit and versions of the figures."""
     import torch
 
     from grpo import run_folder
@@ -333,7 +333,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 def run_piece(name: str, day_arguments: Sequence[str], out: Path) -> str:
-    """Run one piece in a process of its own; returns "" or why it failed. Its figures are in OUT/<piece>.json."""
+    """Run one piece in a separate process. Return "" or the reason of its failure. Figures are in OUT/<piece>.json."""
     print(f"--- {name}", flush=True)
     command = [sys.executable, "-m", "benchmarks.gpu_day", "--piece", name, "--out", str(out), *day_arguments]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
@@ -347,8 +347,10 @@ def run_piece(name: str, day_arguments: Sequence[str], out: Path) -> str:
 
 
 def end_group(group: int, patience_s: float = 150.0) -> None:
-    """Ask all processes of a group to end, wait until they have, and kill what is left: a run finishes its step first,
-    and the next piece needs the GPU."""
+    """Terminate all processes of a group, wait until they have ended, and kill the remaining ones.
+
+    The wait is needed because a run finishes its step first, and the next piece needs the GPU.
+    """
     deadline = time.monotonic() + patience_s
     os.killpg(group, signal.SIGTERM)
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.graders DATA`: the answer graders on the public cases and data sets of a folder, as Markdown.
+"""`python -m benchmarks.graders DATA`: test the graders on the public cases and data sets of a folder, as Markdown.
 
 DATA holds grader_cases.jsonl and the data sets that tests/unit/test_graders.py names. The last line of output is one
 JSON object with the figures.
@@ -47,10 +47,10 @@ def rows_of(data: Path, name: str) -> list[dict[str, Any]]:
 
 
 def on_answers(name: str, rows: list[dict[str, Any]]) -> dict[str, int | float]:
-    """Judge every row's solution (or boxed answer), and its boxed answer with other digits.
+    """Grade each row's solution (or boxed answer), and its boxed answer with changed digits.
 
-    Returns `rows`, how many solutions get 1 (`right`), how many changed answers get 0 (`changed_wrong`), and the
-    milliseconds of a call on a solution (`median_ms`, `p99_ms`).
+    Returns the number of `rows`, of solutions that get 1 (`right`) and of changed answers that get 0 (`changed_wrong`),
+    and the milliseconds of a call on a solution (`median_ms`, `p99_ms`).
     """
     grader = getattr(importlib.import_module(name), name)
     seconds, right, wrong = [], 0, 0
@@ -79,7 +79,7 @@ def verdict(case: dict[str, Any]) -> str:
 
 
 def shown(text: str) -> str:
-    """The end of `text`, as a cell of a table."""
+    """Return the end of `text` as a table cell."""
     end = " ".join(text.split())[-60:].replace("|", "\\|")
     return f"`{end}`"
 

@@ -1,11 +1,12 @@
-"""Logprobs without the logits against the plain way: peak memory and time, forward and backward.
+"""Compare fused logprobs, which never hold all logits, with the plain way: peak memory and time, forward and backward.
 
     python -m benchmarks.logprobs [--tokens 1024 2048 8192] [--vocabulary 151936] [--hidden 896] [--pairs 3]
 
-The plain way is `log_softmax(hidden @ weight.T)` with autograd. Memory is measured in a process of its own for every
-case: the highest resident size minus that before the first forward, less the gradients that both ways must leave
-behind (of the hidden states and of the weight). Above --plain-limit tokens the plain way is extrapolated from the two
-cases below. Times are of both ways in turn in one process. The last line is one JSON object with the figures.
+The plain way is `log_softmax(hidden @ weight.T)` with autograd. Memory is measured in a separate process for each case:
+the peak resident size minus the size before the first forward, minus the gradients that both ways must produce (of the
+hidden states and of the weight). Above --plain-limit tokens, the plain way is extrapolated from the two largest
+measured cases. Times are measured in one process, alternating between both ways. The last line is one JSON object with
+the figures.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def inputs(tokens: int, hidden: int, vocabulary: int) -> tuple[torch.Tensor, tor
 
 
 def peak(way: str, tokens: int, hidden: int, vocabulary: int) -> float:
-    """MiB that a forward and backward needed beyond its inputs and their gradients."""
+    """Return the MiB that forward and backward need in addition to the inputs and their gradients."""
     states, weight, targets = inputs(tokens, hidden, vocabulary)
     before = psutil.Process().memory_info().rss
     WAYS[way](states, weight, targets).sum().backward()
@@ -56,7 +57,7 @@ def peak(way: str, tokens: int, hidden: int, vocabulary: int) -> float:
 
 
 def pairs(tokens: int, hidden: int, vocabulary: int, count: int) -> tuple[list[float], list[float]]:
-    """Seconds of the fused and of the plain way, in turn."""
+    """Return the seconds of the fused and of the plain way, measured alternately."""
     states, weight, targets = inputs(tokens, hidden, vocabulary)
     times: dict[str, list[float]] = {"fused": [], "plain": []}
     for number in range(count + 1):

@@ -1,10 +1,10 @@
-"""Train the arithmetic recipe with every objective of recipes/arithmetic_objectives.yaml, and make the table.
+"""Train the arithmetic recipe with each objective of recipes/arithmetic_objectives.yaml, and write a table.
 
     python -m benchmarks.objectives [--only NAME ...] [--seed 1] [--out DIR] [section.option=value ...]
 
-Resumable: a variant whose result, with these options, is in OUT/results.json is not run again. Writes OUT/results.json
-(accuracies, curve, overrides, seed and weights hash of every run) and OUT/README.md (the table). Runs stay in
-runs/objectives/. The last line of output is one JSON object with the figures of every variant in OUT/results.json.
+Resumable: a variant is skipped if OUT/results.json has its result with the same options. Writes OUT/results.json
+(accuracies, curve, overrides, seed and weights hash of each run) and OUT/README.md (the table). Runs stay in
+runs/objectives/. The last line of output is one JSON object with the figures of all variants in OUT/results.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BAR = 0.85
 
 
 def run(name: str, overrides: list[str], base: str, seed: int) -> dict[str, Any]:
-    """One training run; raises CalledProcessError when it fails."""
+    """Run one training and return its figures. Raises SystemExit if it fails."""
     command = [sys.executable, "-m", "grpo", "train", base, "run.dir=runs/objectives", f"run.seed={seed}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -36,7 +36,7 @@ def run(name: str, overrides: list[str], base: str, seed: int) -> dict[str, Any]
     steps = [line for line in lines if "reward/mean" in line]
     trained = [
         line for line in steps if "policy/clip_fraction" in line
-    ]  # a step of groups without spread trains nothing
+    ]  # a step whose groups all lack spread trains nothing
     return {
         "overrides": overrides,
         "seed": seed,
@@ -55,7 +55,7 @@ def run(name: str, overrides: list[str], base: str, seed: int) -> dict[str, Any]
 
 
 def table(results: dict[str, dict[str, Any]], common: list[str]) -> str:
-    """The results as a page."""
+    """Return the results as a Markdown page."""
     columns = (
         "variant", "options", "before", "reward while training, every 9 steps", "after", "gain (95 %)", "clipped",
         "contributing", "optimizer steps",
@@ -90,7 +90,7 @@ def table(results: dict[str, dict[str, Any]], common: list[str]) -> str:
 
 
 def report(results: dict[str, dict[str, Any]], base: str) -> None:
-    """Print one JSON object: recipe, bar, and of each variant its seed, accuracies (shares of 1) and wall time."""
+    """Print one JSON object with recipe, bar, and the seed, accuracies (shares of 1) and wall time of each variant."""
     kept = ("seed", "before", "after", "clip_fraction", "contributing", "optimizer_steps", "wall_s")
     variants = {
         name: {

@@ -1,19 +1,19 @@
-"""A whole step against its floor: bare vLLM on the same requests plus bare torch on the same tokens.
+"""Compare the time of a whole step with its floor: bare vLLM on the same requests plus bare torch on the same tokens.
 
     python -m benchmarks.overhead [--steps 15] [--recipe recipes/arithmetic_cpu.yaml] [--microbatch-tokens N ...]
         [section.option=value ...]
 
-Runs the recipe's own loop at learning rate 0, so that every step samples from the same weights. After each step, with
-everything still loaded, the two floors are timed on what that very step did, in the same process tree:
+Runs the recipe's own loop at learning rate 0, so that all steps sample from the same weights. After each step, with all
+engines still loaded, the two floors are timed on the same requests and rows in the same process tree:
 
     bare vLLM    add_request/step on the step's prompts, settings and seeds, FINAL_ONLY, detokenize off, logprobs 0
     bare torch   forward, loss, backward, AdamW on the step's rows, sorted by length, at the best of three token budgets
                  per microbatch; the vocabulary projection only at completion tokens, at most 256 MiB of logits at once;
-                 with the reference's forward where kl_coef > 0, with gradient checkpointing where the recipe has it
+                 with the reference's forward if kl_coef > 0, with gradient checkpointing if the recipe has it
 
-Each floor runs in a process of its own with the threads of the recipe's engines. Prints the medians and the ratio, and
-last one JSON object with the figures. The budgets are a quarter, half and the whole of the recipe's
-learner.tokens_per_microbatch; `--microbatch-tokens` names others.
+Each floor runs in a separate process with the threads of the recipe's engines. Prints the medians and the ratio. The
+last line is one JSON object with the figures. The budgets are a quarter, half and all of the recipe's
+learner.tokens_per_microbatch; `--microbatch-tokens` sets others.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ if TYPE_CHECKING:
 
 
 PARTS = ("sample_s", "reward_s", "batch_s", "update_s", "sync_s")
-"""Of a step's time: what the run logs as time/<name>."""
+"""Parts of a step's time, which the run logs as time/<name>."""
 
 MEASURED = ("step_s", *PARTS, "bare_vllm_s", "bare_torch_s")
 
 
 class BareSampler:
-    """vLLM as its documentation shows it, and nothing else."""
+    """Plain vLLM, used as in its documentation."""
 
     def __init__(self, c: Config) -> None:
-        """Load an engine with the recipe's limits and as much memory for the KV cache as the recipe's sampler has."""
+        """Load an engine with the recipe's limits and the same memory for the KV cache as the recipe's sampler."""
         from vllm import EngineArgs, LLMEngine
 
         memory: dict[str, Any] = {}
@@ -87,7 +87,7 @@ class BareSampler:
         )
 
     def run(self, requests: Sequence[SampleRequest], s: SamplingSettings) -> tuple[float, dict[str, list[int]]]:
-        """Sample `requests`. Returns the seconds it took, and `<request>/<sample>` -> token ids of each completion."""
+        """Sample `requests`. Return the seconds, and `<request>/<sample>` -> token ids of each completion."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -118,7 +118,7 @@ class BareSampler:
 
 
 class BareLearner:
-    """transformers, torch's AdamW and a loop."""
+    """A plain training loop with transformers and torch's AdamW."""
 
     def __init__(self, c: Config, budgets: Sequence[int], chunk_bytes: int = 2**28) -> None:
         """`budgets`: tokens per microbatch to try. `chunk_bytes`: bound on the float32 logits computed at once."""
@@ -137,7 +137,7 @@ class BareLearner:
         self.chunk = max(1, chunk_bytes // (4 * self.model.get_output_embeddings().weight.shape[0]))
 
     def run(self, step: RankStep) -> dict[int, float]:
-        """Time the step's optimizer steps at every budget. Returns tokens per microbatch -> seconds."""
+        """Time the step's optimizer steps at each budget. Return tokens per microbatch -> seconds."""
         seconds = {}
         for tokens in self.budgets:
             started = time.perf_counter()
@@ -150,10 +150,10 @@ class BareLearner:
         return seconds
 
     def gradient(self, minibatch: Sequence[Batch], tokens: int) -> None:
-        """Add the gradient of a minibatch to the parameters' `.grad`, by microbatches of at most `tokens` tokens.
+        """Add the gradient of a minibatch to the parameters' `.grad`, in microbatches of at most `tokens` tokens.
 
-        The vocabulary projection is computed only where a token has a weight, a chunk of positions at a time: a chunk
-        is differentiated down to its hidden states before the next one, and the rest of the model once at the end.
+        The vocabulary projection is computed only for tokens with a weight, one chunk of positions at a time. Each
+        chunk is backpropagated to its hidden states before the next one, and the rest of the model once at the end.
         """
         for ids, targets, advantages, weights in microbatches(minibatch, tokens):
             at = weights.flatten().nonzero()[:, 0]
@@ -183,7 +183,7 @@ class BareLearner:
         advantages: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the weighted sum of the policy loss over N positions, with the k3 KL where there is a reference."""
+        """Return the weighted sum of the policy loss over N positions, with the k3 KL if there is a reference."""
         logprobs = self.logprobs(self.model, hidden, targets)
         loss = -torch.exp(logprobs - logprobs.detach()) * advantages
         if ref_hidden is not None:
@@ -194,10 +194,10 @@ class BareLearner:
 
 
 def microbatches(minibatch: Sequence[Batch], tokens: int) -> Iterator[list[torch.Tensor]]:
-    """Yield the rows of a minibatch, longest first, in parts of at most `tokens` tokens with their padding.
+    """Yield the rows of a minibatch, longest first, in parts of at most `tokens` tokens including padding.
 
-    A part is input_ids, target_ids, advantages and token_weights, [B,T] each; rows in which no token has a weight are
-    left out.
+    A part is input_ids, target_ids, advantages and token_weights, [B,T] each. Rows in which no token has a weight are
+    omitted.
     """
     width = max(batch.input_ids.shape[1] for batch in minibatch)
     ids, targets, advantages, weights = (
@@ -214,7 +214,7 @@ def microbatches(minibatch: Sequence[Batch], tokens: int) -> Iterator[list[torch
 
 
 class Recorded:
-    """The engines, remembering what the last step was made of."""
+    """The engines, with a record of the last step's requests, tokens and rows."""
 
     def __init__(self, engines: engine_group.Engines) -> None:
         self._engines = engines
@@ -319,7 +319,7 @@ def main() -> None:
 
 
 def report(rows: Sequence[Mapping[str, float]], **about: Figure) -> None:
-    """Print medians over the steps and the ratio pair by pair, then one JSON object with them and `about`."""
+    """Print medians over the steps and of the steps' ratios, then one JSON object with them and `about`."""
     medians = {name: statistics.median(row[name] for row in rows) for name in MEASURED}
     ratios = sorted(row["step_s"] / (row["bare_vllm_s"] + row["bare_torch_s"]) for row in rows)
     middle = statistics.median(ratios)

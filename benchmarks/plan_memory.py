@@ -1,13 +1,13 @@
-"""What `grpo plan` predicts of memory against what the engines take on CPU, for random models above 100M parameters.
+"""Compare the memory predicted by `grpo plan` with the engines' memory on CPU, for random models above 100M parameters.
 
     python -m benchmarks.plan_memory [--tokens 2048]
 
 Each line is one process: a learner rank (two optimizer steps of two microbatches, at each ZeRO stage and in both
-dtypes) or a sampler (96 prompts of 96 tokens, 32 sampled for each). Measured is the most anonymous and shared memory
-while it works, above what the process took when everything was imported and nothing loaded; the models' files, which
-are mapped, do not count. glibc is told to give back what is freed (`GIVE_BACK`), so that what is measured is what
-tensors take; without, its heap keeps up to a third more. Nothing is synced: the plan's transfer is left out. Needs
-about 16 GB. The last line is one JSON object with the figures.
+dtypes) or a sampler (96 prompts of 96 tokens, with 32 tokens sampled for each). The measured figure is the peak
+anonymous and shared memory, minus the memory after all imports and before loading. The mapped files of the models do
+not count. glibc is configured to return freed memory (`GIVE_BACK`), so that the figure is the memory of tensors.
+Otherwise its heap keeps up to a third more. No weights are synced, so the plan's transfer is left out. Needs about
+16 GB. The last line is one JSON object with the figures.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIZES = {
     "134M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
     "334M": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16},
 }
-"""Qwen2 with a vocabulary of 32,000, embedding and projection apart."""
+"""Qwen2 with a vocabulary of 32,000 and untied embeddings."""
 
 LEARNERS = (
     ("float32", 0, False), ("float32", 1, False), ("float32", 2, True), ("float32", 3, False), ("bfloat16", 1, False),
@@ -57,7 +57,7 @@ run: {steps: 1}
 
 
 class Peak:
-    """The most anonymous and shared memory of this process between `with` and its end, looked at every 5 ms."""
+    """Peak anonymous and shared memory of this process inside the `with` block, sampled every 5 ms."""
 
     def __enter__(self) -> Peak:
         self.bytes, self._end = 0, threading.Event()
@@ -75,13 +75,13 @@ class Peak:
 
 
 def taken() -> int:
-    """Bytes of this process that are no mapped file."""
+    """Return the bytes of this process's memory, without mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def learner(config: Config, folder: Path) -> int:
-    """Bytes above the imports while one learner rank makes two steps."""
+    """Return the peak bytes, above the imports, while one learner rank runs two steps."""
     import numpy as np
     from torch.distributed import FileStore
 
@@ -114,7 +114,7 @@ def learner(config: Config, folder: Path) -> int:
 
 
 def sampler(config: Config) -> int:
-    """Bytes above the imports while a sampler samples."""
+    """Return the peak bytes, above the imports, while a sampler samples."""
     from grpo.sampler.engine import Sampler
     from grpo.types import SampleRequest, SamplingSettings
 
@@ -134,7 +134,7 @@ def sampler(config: Config) -> int:
 
 
 def make_models(folder: Path) -> None:
-    """Random weights of every size."""
+    """Write a model with random weights for each size."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -147,7 +147,7 @@ def make_models(folder: Path) -> None:
 
 
 def run(role: str, recipe: Path, config: Config) -> int:
-    """The role's bytes, from a process of its own with the environment that the engines' actors have."""
+    """Return the role's bytes, measured in a separate process with the environment of the engines' actors."""
     from grpo.engines import learner_environment, sampler_environment
 
     environment = learner_environment(config, 0) if role == "learner" else sampler_environment(config)
@@ -159,7 +159,7 @@ def run(role: str, recipe: Path, config: Config) -> int:
 
 
 def compare(folder: Path, tokens: int) -> None:
-    """Print a line for each process: predicted, measured, ratio; then `report`."""
+    """Print a line for each process (predicted, measured, ratio), then `report`."""
     make_models(folder)
     rows: list[dict[str, str | float]] = []
     for size in SIZES:
@@ -191,7 +191,7 @@ def compare(folder: Path, tokens: int) -> None:
 
 
 def report(rows: Sequence[Mapping[str, str | float]], tokens: int) -> None:
-    """Print how far off the furthest prediction is, then one JSON object with every row (GB, predicted / measured)."""
+    """Print the largest deviation of a prediction, then one JSON object with all rows (GB, predicted / measured)."""
     ratios = [float(row["ratio"]) for row in rows]
     worst = max(*ratios, *(1 / ratio for ratio in ratios))
     print(f"furthest off: {worst - 1:.1%}")

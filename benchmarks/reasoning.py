@@ -1,13 +1,13 @@
-"""GRPO and its variants on the reasoning recipe, several seeds each: runs, step logs, one table, one figure.
+"""Run GRPO and its variants on the reasoning recipe with several seeds each, and write tables and a figure.
 
     python -m benchmarks.reasoning [--variants NAME ...] [--seeds N ...] [--out docs/results] [--table-only]
 
-Makes the runs of benchmarks/reasoning_variants.yaml one after another. Resumable: a run whose summary is in
-OUT/reasoning/<variant>-<seed>/ is not made again, one that was interrupted goes on from its last checkpoint. After
-every run the tables (OUT/reasoning.md) and the figure (OUT/reasoning.svg) are made anew, from what is kept in
-OUT/reasoning/ alone: config.yaml, summary.json and metrics.jsonl with the metrics of KEPT. Of the page only what stands
-between the marks of a table is replaced. Whole runs stay in runs/reasoning/. The last line of output is one JSON object
-with the figures of every variant that has runs in OUT/reasoning/.
+The runs are those of benchmarks/reasoning_variants.yaml, one after another. Resumable: a run whose summary is in
+OUT/reasoning/<variant>-<seed>/ is skipped, and an interrupted run resumes from its last checkpoint. After each run the
+tables (OUT/reasoning.md) and the figure (OUT/reasoning.svg) are written again. They are made only from the files in
+OUT/reasoning/: config.yaml, summary.json and metrics.jsonl with the metrics of KEPT. On the page, only the text between
+a table's marks is replaced. Whole runs stay in runs/reasoning/. The last line of output is one JSON object with the
+figures of all variants that have runs in OUT/reasoning/.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ EMPTY_PAGE = """# Reasoning
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What is kept of a run that is done."""
+    """Records of a completed run."""
 
     variant: str
     seed: int
     config_hash: str
     summary: Mapping[str, Any]
     lines: Sequence[Mapping[str, float]]
-    """metrics.jsonl; the first line is the evaluation before the first step."""
+    """Lines of metrics.jsonl. The first is the evaluation before the first step."""
 
     @property
     def gain(self) -> float:
@@ -70,12 +70,12 @@ class Run:
         return float(self.summary["accuracy_after"])
 
     def total(self, name: str) -> float:
-        """Sum over the steps."""
+        """Return the sum of a metric over the steps."""
         return sum(line[name] for line in self.lines if name in line)
 
     @property
     def seconds(self) -> str:
-        """Wall time of the whole command; of a run that was interrupted only its steps' seconds are known."""
+        """Wall time of the whole command. For an interrupted run only the seconds of its steps are known."""
         steps, wall = self.total("time/step_s"), float(self.summary["wall_s"])
         return f"{wall:.0f}" if wall >= steps else f"above {steps:.0f} (resumed)"
 
@@ -86,8 +86,8 @@ class Run:
 
 
 def config_hash(dumped: str) -> str:
-    """Of a resolved config as text: equal for runs that differ only in their seeds, in how and where they are computed
-    and in what they write."""
+    """Return the hash of a resolved config. It is equal for runs that differ only in seeds, engine and cluster options,
+    and output options."""
     tree = yaml.safe_load(dumped)
     tree["run"] = {"steps": tree["run"]["steps"]}
     del tree["data"]["seed"], tree["cluster"], tree["sampler"], tree["learner"]
@@ -95,9 +95,9 @@ def config_hash(dumped: str) -> str:
 
 
 def kept(folder: Path, wanted: Mapping[str, Any]) -> list[Run]:
-    """The runs in `folder`, by the order of `wanted`'s variants and by seed.
+    """Return the runs in `folder`, ordered by `wanted`'s variants and by seed.
 
-    Raises SystemExit where a folder is of no variant or of another seed than its name says.
+    Raises SystemExit if a folder belongs to no variant, or if its seed differs from its name.
     """
     runs = []
     for path in folder.glob("*/summary.json"):
@@ -113,7 +113,7 @@ def kept(folder: Path, wanted: Mapping[str, Any]) -> list[Run]:
 
 
 def keep(source: Path, target: Path, dumped: str) -> None:
-    """Copy a run's summary, config and the KEPT metrics; the summary last, as it says that the rest is there."""
+    """Copy a run's config, KEPT metrics and summary. The summary is written last: it marks the copy as complete."""
     target.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in (source / "metrics.jsonl").read_text().splitlines()]
     short = [{name: float(f"{line[name]:.6g}") for name in KEPT if name in line} for line in lines]
@@ -123,9 +123,9 @@ def keep(source: Path, target: Path, dumped: str) -> None:
 
 
 def train(name: str, recipe: str, options: Sequence[str], target: Path) -> None:
-    """One run, or what is left of it.
+    """Make one run, or the rest of an interrupted one. Skip it if `target` has its summary.
 
-    Raises SystemExit when it fails, or when what is kept was made with another config.
+    Raises SystemExit if it fails, or if the records in `target` were made with another config.
     """
     options = [*options, f"run.dir={RUNS}", f"run.name={name}", "run.save_every=10", "run.keep_last=1"]
     config = config_module.load(recipe, options)
@@ -145,12 +145,12 @@ def train(name: str, recipe: str, options: Sequence[str], target: Path) -> None:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and range."""
+    """Return mean and range as text."""
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def by_variant(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """One row a variant: means over its seeds, and the difference to the first variant on the same seeds."""
+    """Yield one row per variant: means over its seeds, and the difference to the first variant on the same seeds."""
     first = {run.seed: run for run in runs if run.variant == next(iter(wanted))}
     columns = (
         "variant", "seeds", "after, mean (range)", "gain, mean (range)", "less GRPO's, same seeds, mean (range)",
@@ -180,7 +180,7 @@ def by_variant(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Iterator[str]:
 
 
 def by_run(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """One row a run."""
+    """Yield one row per run."""
     columns = ("variant", "seed", "before", "after", "gain", "95 % interval", "tokens sampled", "wall s", "config")
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---|" * len(columns)
@@ -201,7 +201,7 @@ def by_run(runs: Sequence[Run], wanted: Mapping[str, Any]) -> Iterator[str]:
 
 
 def page(text: str, runs: Sequence[Run], wanted: Mapping[str, Any]) -> str:
-    """The page `text` with both tables made anew. Raises SystemExit where the marks of one are not there."""
+    """Return the page `text` with both tables replaced. Raises SystemExit if the marks of a table are missing."""
     for name, rows in (("variants", by_variant(runs, wanted)), ("runs", by_run(runs, wanted))):
         before, start, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end of {name} -->\n")
@@ -212,7 +212,7 @@ def page(text: str, runs: Sequence[Run], wanted: Mapping[str, Any]) -> str:
 
 
 def figure(runs: Sequence[Run], wanted: Mapping[str, Any]) -> str:
-    """Held-out accuracy by step, mean and range over the seeds of a variant."""
+    """Return the figure of held-out accuracy by step, with mean and range over the seeds of each variant."""
     series = {}
     for name, variant in wanted.items():
         mine = [run.accuracy for run in runs if run.variant == name]
@@ -222,8 +222,8 @@ def figure(runs: Sequence[Run], wanted: Mapping[str, Any]) -> str:
 
 
 def report(runs: Sequence[Run], wanted: Mapping[str, Any], recipe: str) -> None:
-    """Print one JSON object: the recipe, and of each variant the seeds and held-out accuracies (shares of 1), with the
-    mean difference to the first variant on the same seeds."""
+    """Print one JSON object with the recipe and, for each variant, the seeds, the held-out accuracies (shares of 1) and
+    the mean difference to the first variant on the same seeds."""
     first = {run.seed: run for run in runs if run.variant == next(iter(wanted))}
     variants: dict[str, Figure] = {}
     for name in wanted:

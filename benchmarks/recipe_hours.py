@@ -1,7 +1,7 @@
-"""Hours that the recipes are reckoned to take by `grpo plan`, with a guess of lengths for each: nothing measured.
+"""Hours of the recipes as estimated by `grpo plan`, with assumed lengths for each recipe. Nothing is measured.
 
 python -m benchmarks.recipe_hours                # a line for each recipe
-python -m benchmarks.recipe_hours --write        # into the headers and docs/recipes.md, after a change of the plan
+python -m benchmarks.recipe_hours --write        # update the headers and docs/recipes.md after a change of the plan
 
 The last line is one JSON object with the figures.
 """
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 
 NAMES = {"A100": "a100-80", "H100": "h100", "H200": "h200"}
-"""A header's GPU -> the plan's."""
+"""GPU name in a header -> GPU name of `grpo plan`."""
 
 EVAL_ROWS = {
     "gsm8k": 1319, "gsm8k_test": 1319, "math500": 500, "aime24": 30, "amc23": 40, "minerva": 272, "olympiad": 674,
@@ -32,16 +32,16 @@ EVAL_ROWS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assumed:
-    """What a recipe does not say."""
+    """Assumptions about a recipe."""
 
     prompt: int
-    """Tokens of the mean prompt,"""
+    """Mean tokens of a prompt."""
     completion: int
-    """and of the mean completion over the whole run."""
+    """Mean tokens of a completion over the whole run."""
     rounds: float = 1.0
-    """How often a step samples, with the refills."""
+    """Sampling rounds per step, including refills."""
     model: str | None = None
-    """Where `model.path` is made before the run: a known one of the same size."""
+    """Known model of the same size, if `model.path` is created before the run."""
 
 
 R1 = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -62,14 +62,14 @@ ASSUMED = {
 
 
 def gpus_of(recipe: Path) -> tuple[int, str]:
-    """How many GPUs of which kind the recipe's header names: `# Hardware: 8 x H100 ...`."""
+    """Return the number and kind of GPUs in the recipe's header: `# Hardware: 8 x H100 ...`."""
     found = re.search(r"^# Hardware: (\d+) x (\w+) ", recipe.read_text(), re.M)
     assert found, recipe
     return int(found[1]), found[2]
 
 
 def evaluated(config: Config) -> tuple[int, int]:
-    """Evaluations of the run, and completions of each."""
+    """Return the number of evaluations in the run, and of completions in each."""
     held_out = config.data.eval
     times = 2 + (max(0, (config.run.steps - 1) // held_out.every) if held_out.every else 0)
     asked = sum(EVAL_ROWS[s.name or ""] * (s.samples_per_prompt or held_out.samples_per_prompt) for s in held_out.sets)
@@ -77,7 +77,7 @@ def evaluated(config: Config) -> tuple[int, int]:
 
 
 def hours(config: Config, gpu: str, gpus: int, assumed: Assumed) -> float:
-    """Hours of a run on so many GPUs of a header's kind, eight in a machine."""
+    """Return the hours of a run on `gpus` GPUs, eight per machine. `gpu`: name in a header."""
     shape = shape_of(assumed.model or config.model.path)
     lengths = Lengths(prompt=assumed.prompt, completion=assumed.completion, longest=config.sampling.max_tokens)
     evaluations, completions = evaluated(config)
@@ -88,7 +88,7 @@ def hours(config: Config, gpu: str, gpus: int, assumed: Assumed) -> float:
 
 
 def reckoned(recipe: Path) -> str:
-    """As it stands in the header: two digits."""
+    """Return the estimated hours of `recipe` with two digits, as in its header."""
     count, gpu = gpus_of(recipe)
     value = hours(load(recipe), gpu, count, ASSUMED[recipe.stem])
     return f"{float(f'{value:.2g}'):g}"

@@ -1,4 +1,4 @@
-"""The line that ends every benchmark's standard output: one JSON object with its figures."""
+"""Last line of each benchmark's standard output: one JSON object with its figures."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Figure: TypeAlias = "str | float | bool | Sequence[Figure] | Mapping[str, Figure
 
 
 def print_result(benchmark: str, **figures: Figure) -> None:
-    """Print `{"benchmark": benchmark, ...figures}` as one line. Returns nothing; call it last.
+    """Print `{"benchmark": benchmark, ...figures}` as one line. Must be called last.
 
     The name of a figure ends in its unit (`step_s`, `peak_mib`) unless it is a count, a share or a ratio.
-    Raises ValueError for a figure that is NaN or infinite, which JSON does not have.
+    Raises ValueError for a figure that is NaN or infinite, which JSON does not support.
     """
     print(json.dumps({"benchmark": benchmark, **figures}, allow_nan=False), flush=True)

@@ -1,5 +1,8 @@
-"""Tiny random models of every causal language model that vLLM and transformers share, each made so that its features
-count: a window is shorter than a row, a cap is as low as the logits are high, a scale is far from 1."""
+"""Tiny random models of all causal language models that vLLM and transformers share.
+
+Their sizes are chosen so that each feature has an effect: a window is shorter than a row, a cap is as low as the
+logits, and a scale differs clearly from 1.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ SHARED = """
     qwen3_moe qwen3_next qwen4_exp qwen4_exp_text seed_oss smollm3 stablelm starcoder2 vaultgemma
     zamba2
 """.split()  # noqa: SIM905
-"""Their model types; a test compares them with what is installed."""
+"""Their model types. A test compares them with the installed packages."""
 
 LARGEST = 5_000_000
-"""Parameters of a tiny model."""
+"""Maximum number of parameters of a tiny model."""
 
 WINDOW = 4
-"""Tokens; the rows of the tests have up to 11."""
+"""Sliding window in tokens. The rows of the tests have up to 11."""
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "n_embd": 64, "intermediate_size": 128, "n_inner": 128, "ffn_dim": 128,
@@ -55,10 +58,10 @@ SHAPE: dict[str, Any] = {
     # Gemma 3n and 4
     "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "laurel_rank": 8,
 }  # fmt: skip
-"""What a config class has of these, it gets."""
+"""Settings that are applied to each config class that has them."""
 
 TOLERANCE = 1e-4
-"""How far logprobs of sampler and learner may be apart, in float32; runs without a mistake are apart by 1e-5."""
+"""Allowed difference between logprobs of sampler and learner in float32. Correct runs differ by 1e-5."""
 
 OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
@@ -98,11 +101,11 @@ OFF: dict[str, Any] = {
     "final_logit_softcapping": None, "attn_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0,
     "sliding_window": 60,
 }  # fmt: skip
-"""Features and the values that switch them off, where a family has them."""
+"""Features of some families, with the values that disable them."""
 
 
 def settings_of(family: str, vocabulary: int, **changes: Any) -> Any:
-    """The config of a tiny model of `family`, a model type of transformers."""
+    """Return the config of a tiny model of `family`, a model type of transformers."""
     cls = CONFIG_MAPPING[family]
     fields = {field.name for field in dataclasses.fields(cls)}
     shape = {name: value for name, value in SHAPE.items() if name in fields}
@@ -111,23 +114,23 @@ def settings_of(family: str, vocabulary: int, **changes: Any) -> Any:
 
 
 class Unmade(Exception):
-    """A family that no tiny model is made of, and why."""
+    """No tiny model of a family can be created. The message is the reason."""
 
 
 def build(settings: Any, attention: str = "sdpa") -> Any:
-    """A model with random weights, the same for the same shape."""
+    """Return a model with random weights, identical for the same settings."""
     torch.manual_seed(len(settings.model_type))
     transformers.logging.set_verbosity_error()
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
     with torch.no_grad():
         for p in model.parameters():
-            if p.dim() == 1:  # biases start at 0 and norms at 1; trained models' do not
+            if p.dim() == 1:  # biases are initialized to 0 and norms to 1, from which those of trained models differ
                 p.add_(0.1 * torch.randn_like(p))
     return model.eval()
 
 
 def save(family: str, folder: Path, tokenizer: Any, **changes: Any) -> Path:
-    """Write a tiny model of `family` as a folder."""
+    """Write a tiny model of `family` to `folder`. Raises Unmade."""
     try:
         settings = settings_of(family, len(tokenizer), **changes)
         with torch.device("meta"):

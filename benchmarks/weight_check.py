@@ -1,22 +1,22 @@
-"""Which wrong weights does the check of a weight sync catch? A real vLLM sampler, a model, and syncs broken on purpose.
+"""Measure which wrong weights the check of a weight sync detects, with a real vLLM sampler and injected faults.
 
     python -m benchmarks.weight_check recipes/tiny/smollm2/base --dtype bfloat16
     python -m benchmarks.weight_check MODEL --fault stale:layers.7. --fault swap:A.weight,B.weight
-    python -m benchmarks.weight_check MODEL --power       # how much each tensor does alone, if it is stale
+    python -m benchmarks.weight_check MODEL --power       # the effect of each tensor alone, if it is stale
 
-The learner is the model in transformers, the sampler vLLM in the same process; what is sent passes through the sync's
-own buckets, checksums and verdicts. A fault sits between the checksum and the engine, where nothing but the probe can
-see it. Between the two syncs that the plain check compares lies one AdamW step at a learning rate of 1e-6.
+The learner is the model in transformers, the sampler vLLM in the same process. Weights pass through the sync's own
+buckets, checksums and verification. A fault is injected between the checksum and the engine, where only the probe can
+detect it. The two syncs that the plain check compares differ by one AdamW step at a learning rate of 1e-6.
 
-    stale:TEXT     tensors with TEXT in their names keep their first values for ever
-    late:TEXT      they always hold the values of the sync before
-    swap:A,B       two tensors of one shape are exchanged
-    roll:NAME      the rows of a tensor are shifted by one, as where padding is counted wrongly
-    packed-head    the copy that a tied vocabulary projection computes with is not made again after a reload
+    stale:TEXT     tensors with TEXT in their names always keep their first values
+    late:TEXT      tensors with TEXT in their names always hold the values of the previous sync
+    swap:A,B       two tensors of the same shape are exchanged
+    roll:NAME      the rows of a tensor are shifted by one, as with wrongly counted padding
+    packed-head    the packed copy that a tied vocabulary projection computes with is not updated after a reload
 
-For each fault: the plain check that every sync has, and the full check of the start and every `run.verify_every` steps
-(`grpo.weight_sync.prove`). Figures are differences between sampler and learner, in units of the learner's rounding
-noise.
+Each fault is tested with the plain check of every sync, and with the full check that runs at the start and every
+`run.verify_every` steps (`grpo.weight_sync.prove`). Figures are differences between sampler and learner, in units of
+the learner's rounding noise.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What the checks say of one fault."""
+    """Results of the checks for one fault."""
 
     fault: str
     plain_q90: float
-    """Of the plain check: difference over noise, limit 2."""
+    """90 % quantile of the difference in the plain check, divided by the noise; limit 2."""
     plain_rms: float
-    """Limit 5."""
+    """Root mean square of the difference in the plain check, divided by the noise; limit 5."""
     plain: bool
-    """Whether the plain check refuses the sync."""
+    """True if the plain check rejects the sync."""
     full: str
-    """The group of parameters at which the full check refuses it, or "" where it does not."""
+    """Group of parameters at which the full check rejects the sync, or "" if it does not."""
     full_q90: float
-    """Largest difference over noise in the full check, up to the group that refuses."""
+    """Largest 90 % quantile, divided by the noise, in the full check up to the group that is rejected."""
 
     @property
     def caught(self) -> bool:
@@ -65,7 +65,7 @@ class Row:
 
 
 class PlainLearner:
-    """A model of transformers as the full check sees a learner: `grpo.weight_sync.ProbedLearner`."""
+    """A transformers model with the learner interface of the full check, `grpo.weight_sync.ProbedLearner`."""
 
     def __init__(self, config: Config) -> None:
         from grpo.learner import heads
@@ -78,7 +78,7 @@ class PlainLearner:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return what is sent: the parameters by their names in the model's folder."""
+        """Return the tensors to send: the parameters by their names in the model's folder."""
         from grpo.learner.heads import as_in_folder
 
         pairs = (as_in_folder(self.model, name, tensor).items() for name, tensor in self.parameters().items())
@@ -109,7 +109,7 @@ class PlainLearner:
         return list(values)
 
     def optimizer_step(self, probe: Probe) -> None:
-        """One AdamW step at a learning rate of 1e-6 on the probe's own tokens, with float32 master weights."""
+        """Run one AdamW step at a learning rate of 1e-6 on the probe's own tokens, with float32 master weights."""
         import torch
 
         from grpo.learner.heads import unpack
@@ -131,7 +131,7 @@ class PlainLearner:
 
 
 class Bench:
-    """A sampler that can be given wrong weights, and the learner whose weights it should have."""
+    """A sampler that can be given wrong weights, and the learner whose weights it should hold."""
 
     def __init__(self, path: str, dtype: str, rows: Sequence[Sequence[int]], *, prefix_caching: bool = True) -> None:
         from grpo.config import (
@@ -178,7 +178,7 @@ class Bench:
         """(q90, rms) of each transfer's difference, in units of the noise."""
 
     def _given(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What the engine gets in the place of a tensor that has passed its checksum."""
+        """Return the tensor that the engine gets instead of one that has passed its checksum."""
         kind, what = self._fault
         if kind in ("stale", "late") and what in name:
             return (self.first if kind == "stale" else self._before)[name]
@@ -190,7 +190,7 @@ class Bench:
         return tensor
 
     def transfer(self, reading: Reading) -> Spread:
-        """One sync of the learner's weights. Raises WeightSyncError where the plain check refuses it."""
+        """Sync the learner's weights once. Raises WeightSyncError if the plain check rejects the sync."""
         from grpo.probing import LIMIT_Q90, LIMIT_RMS, spread
         from grpo.weight_sync import buckets_of, verify
 
@@ -209,8 +209,8 @@ class Bench:
         return verify(report=report, policy_version=self._version, sent=sent, learner=reading, sampler="sampler 0")
 
     def power(self) -> dict[str, float]:
-        """Return what each tensor would do in the full check if it alone kept its values: the difference of the
-        learner's own logprobs (90 % quantile), in units of the noise."""
+        """Return, for each tensor, the effect in the full check if only that tensor kept its values: the difference of
+        the learner's own logprobs (90 % quantile), in units of the noise."""
         import torch
 
         from grpo.probing import GROUP_SIZE, group_members, spread
@@ -237,7 +237,7 @@ class Bench:
         return found
 
     def examine(self, fault: str) -> Row:
-        """Let a healthy sync of the first weights go before, then the plain and the full check with `fault`."""
+        """Run a correct sync of the first weights, then the plain and the full check with `fault`."""
         import torch
 
         from grpo.sampler import transfer
@@ -275,7 +275,7 @@ class Bench:
 
 
 def usual_faults(names: Sequence[str]) -> list[str]:
-    """Return a fault of each kind for a model of the Llama family with these parameters."""
+    """Return faults of each kind for a model of the Llama family with these parameters."""
     layers = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("model.layers."))
     low, middle, high = (f"model.layers.{i}" for i in (1, layers // 2, layers - 1))
     tied = "lm_head.weight" not in names
@@ -292,7 +292,7 @@ def usual_faults(names: Sequence[str]) -> list[str]:
 
 
 def token_rows(path: str) -> list[list[int]]:
-    """Return rows of tokens for the probe: the training prompts beside the model, or ids drawn at random."""
+    """Return token rows for the probe: the training prompts in the model's parent folder, or random ids."""
     import json
 
     from transformers import AutoConfig, AutoTokenizer
