@@ -1,4 +1,4 @@
-"""Compare the time of `grpo eval` with that of bare vLLM on the same requests.
+"""Compare the time of `grpo eval` and of bare vLLM on the same requests.
 
     python -m benchmarks.evaluation MODEL --data ../shared/data/gsm8k_test.jsonl [--pairs 3] [section.option=value ...]
 

@@ -1,8 +1,7 @@
 """Model families by transformers' model type: those that tests train, and those that are refused, with the reason.
 
-Other families are accepted here. For them vLLM is queried whether it can serve the model, the learner's models are
-loaded without weights, and the first weight sync proves that sampler and learner compute the same. docs/families.md
-documents this table.
+Other families are accepted here: vLLM is queried for support, the learner's models are loaded without weights, and the
+first weight sync proves that sampler and learner compute the same. docs/families.md documents this table.
 """
 
 from __future__ import annotations

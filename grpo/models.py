@@ -29,7 +29,7 @@ def check_trained(config: Config, settings: Any, say: Callable[[str], None]) -> 
 
 
 def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> None:
-    """Query vLLM whether it can serve the model, unless tests train its family and no `sampler.engine` options are set.
+    """Check that vLLM can serve the model. Skipped if tests train its family and no `sampler.engine` options are set.
 
     Raises UserError with vLLM's objection.
     """

@@ -59,7 +59,7 @@ class Place:
     """UUIDs of the GPUs that the process uses."""
 
     def ends(self, transport: str) -> tuple[str, ...]:
-        """Return the ids of the places that the transport must reach: each GPU for "ipc", else the node."""
+        """Return the ids that bound the transport's reach: those of the GPUs for "ipc", else the node's."""
         return self.gpus if transport == "ipc" else (self.node,)
 
 
@@ -180,7 +180,7 @@ class IpcSender:
         return {}
 
     def connect(self) -> None:
-        """CUDA IPC needs no rendezvous."""
+        """Do nothing: CUDA IPC needs no rendezvous."""
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Copy `tensors` into the buffer and describe them. The receiver must have copied the previous bucket."""
@@ -195,13 +195,13 @@ class IpcSender:
         return describe(tensors, {"handles": {self._gpu: self._handle}, "tensors": specs})
 
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """The receiver reads; nothing is sent."""
+        """Do nothing: the receiver reads the bytes."""
 
     def transmitted(self) -> None:
-        """Nothing was sent."""
+        """Do nothing: `transmit` sends nothing."""
 
     def abort(self) -> None:
-        """Nobody waits."""
+        """Do nothing: no end waits for another."""
 
 
 class IpcReceiver:
@@ -248,7 +248,7 @@ class SharedMemorySender:
         return {"node": place.node}
 
     def connect(self) -> None:
-        """Shared memory needs no rendezvous."""
+        """Do nothing: shared memory needs no rendezvous."""
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Copy `tensors` into the file and describe them. The receiver must have consumed the previous bucket."""
@@ -264,13 +264,13 @@ class SharedMemorySender:
         return describe(tensors, {"files": files, "nbytes": nbytes, "tensors": specs})
 
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """The receiver reads; nothing is sent."""
+        """Do nothing: the receiver reads the bytes."""
 
     def transmitted(self) -> None:
-        """Nothing was sent."""
+        """Do nothing: `transmit` sends nothing."""
 
     def abort(self) -> None:
-        """Nobody waits."""
+        """Do nothing: no end waits for another."""
 
 
 class BroadcastSender:
@@ -319,7 +319,7 @@ class BroadcastSender:
 def broadcast_group(device: torch.device, store: Store, rank: int, size: int, timeout_s: float) -> Any:
     """Return a new process group, separate from any group that the process is already in, once all ranks have joined.
 
-    NCCL joins ranks at the first collective. A first one is run here, where it is awaited with a timeout.
+    NCCL joins ranks only at the first collective. One is run here, so that this wait has a timeout.
     """
     prefix, timeout = PrefixStore("weights", store), timedelta(seconds=timeout_s)
     if device.type == "cpu":

@@ -584,7 +584,7 @@ def last_boxes(text: str) -> str | None:
 def closing(text: str, start: int, limit: int) -> int | None:
     """Return the position before `limit` where the brace that opens at `start` closes.
 
-    Escaped braces are ignored. If no brace closes it otherwise, they count, for a stray backslash: \\boxed{185\\}.
+    Escaped braces are ignored, unless no other brace closes it, as with a stray backslash: \\boxed{185\\}.
     """
     for pattern in (r"\\.|[{}]|$", r"\\?[{}]|$"):
         depth = 0

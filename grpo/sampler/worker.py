@@ -165,7 +165,7 @@ def slot_size(model: Any, name: str, parameter: torch.Tensor) -> int:
         return int(rows) * math.prod(parameter.shape[1:])
     if isinstance(owner, LinearBase) and leaf in ("weight", "bias"):
         out = owner.output_size
-        if isinstance(owner, QKVParallelLinear):  # `output_size` counts key-value heads that workers share repeatedly
+        if isinstance(owner, QKVParallelLinear):  # `output_size` repeats key-value heads that several workers share
             out = owner.total_num_heads * owner.head_size
             out += owner.total_num_kv_heads * (owner.head_size + owner.v_head_size)
         return int(out * owner.input_size) if leaf == "weight" else int(out)
