@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from grpo.probing import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, group_members, spread
 
 BUCKET_BYTES = 256 << 20
-"""Maximum size of one bucket. A sync needs at most two buckets of extra memory on each side."""
+"""Maximum size of one bucket, except for a single larger tensor. The peak extra memory of a sync is two buckets on each
+side."""
 
 
 CHECKSUM_WORDS = 1 << 23
