@@ -27,23 +27,26 @@ def run_step(
 
     An update whose loss or gradient is not finite on any rank is skipped on all ranks and passed to `engine.set_aside`.
     A skipped update of the policy counts in `optim/skipped_updates`, and its tokens in `gradient/zero_advantage` or
-    `gradient/stopped`. No other sum over the updates includes it.
+    `gradient/stopped`. A skipped update of the critic counts in `value/skipped_updates`. No other sum over the updates
+    includes a skipped one.
     """
     tally = Tally()
     prepared = prepare(step, engine, algorithm, critic, device, tally)
-    updates = left_out = skipped = 0
+    updates = left_out = skipped = values_skipped = 0
     for minibatch in step.minibatches:
         limit = algorithm.max_kl_old
         if updates and limit is not None and measured_kl_old(minibatch, prepared, engine, device) > limit:
             left_out = len(step.minibatches) - updates - skipped
             break
-        trained = _update(minibatch, prepared, step, engine, algorithm, critic, device, tally)
-        updates, skipped = updates + trained, skipped + (not trained)
+        trained, valued = _update(minibatch, prepared, step, engine, algorithm, critic, device, tally)
+        updates, skipped, values_skipped = updates + trained, skipped + (not trained), values_skipped + (not valued)
     for batch in (batch for minibatch in step.minibatches[updates + skipped :] for batch in minibatch):
         _tally_unused(tally, batch, prepared[id(batch)].advantages)
     tally.extremes["policy/updates"] = float(updates)
     tally.extremes["policy/stopped_minibatches"] = float(left_out)
     tally.extremes["optim/skipped_updates"] = float(skipped)
+    if algorithm.advantage == "gae":
+        tally.extremes["value/skipped_updates"] = float(values_skipped)
     return tally
 
 
@@ -56,8 +59,9 @@ def _update(
     critic: CriticConfig,
     device: torch.device,
     tally: Tally,
-) -> bool:
-    """Run one optimizer step of the policy and, if there is one, the critic. Return whether the policy was updated."""
+) -> tuple[bool, bool]:
+    """Run one optimizer step of the policy and, if there is one, the critic. Return whether the policy was updated, and
+    whether no update of the critic was skipped."""
     policy, value = Tally(measured=tally.learner_logprob_sums), Tally()
     for position, batch in enumerate(minibatch):
         last = position == len(minibatch) - 1
@@ -80,7 +84,7 @@ def _update(
         tally.absorb(value)
     if not (trained and valued):
         engine.set_aside(minibatch, [prepared[id(batch)] for batch in minibatch], step.kl_coef)
-    return trained
+    return trained, valued
 
 
 def _checked(loss: torch.Tensor, last: bool, engine: StepEngine, tally: Tally) -> torch.Tensor:

@@ -1075,6 +1075,20 @@ def test_a_step_that_is_not_finite_is_skipped_said_and_counted(tmp_path: Path) -
         assert used == line["gradient/sampled"]
 
 
+def test_a_critic_that_is_never_updated_stops_the_run(tmp_path: Path) -> None:
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=9"))
+    plain = policy.step
+
+    def step(rank_steps: Sequence[Any]) -> StepResult:
+        result = plain(rank_steps)
+        return dataclasses.replace(result, extremes={**result.extremes, "value/skipped_updates": 1.0})
+
+    policy.step = step  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match="step 3: loss or gradient of 1 updates were not finite"):
+        train(loop)
+    loop.folder.close()
+
+
 def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path: Path) -> None:
     loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=9"))
     poisoned(loop, policy, {2, 4, 5, 6})

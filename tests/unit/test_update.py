@@ -245,6 +245,7 @@ def test_a_critic_that_is_not_finite_stops_itself_only() -> None:
     assert not torch.equal(engine.model.weight, before)
     assert torch.equal(engine.critic.weight, torch.zeros(VOCABULARY, 1, dtype=torch.float64))
     assert tally.extremes["optim/skipped_updates"] == 0
+    assert tally.extremes["value/skipped_updates"] == 1
     assert len(engine.kept) == 1
     assert "value/loss" not in tally.sums
 
