@@ -178,48 +178,61 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
 
 
 KILLER = """
-import os, signal, sys
+import itertools, os, pathlib, signal, sys
 sys.path.insert(0, {tests!r})
-calls = 0
-def counted(function):
-    def call(*arguments, **options):
-        global calls
-        calls += 1
-        if calls == {number}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return call
-import pathlib, shutil
-for owner, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (os, "open"),
-                    (pathlib.Path, "write_text"), (pathlib.Path, "write_bytes"), (pathlib.Path, "open")):
-    setattr(owner, name, counted(getattr(owner, name)))
 from test_checkpoint import make
 from grpo.checkpoint import retire
-run = pathlib.Path({run!r})
-make(run, 3, data=b"third")
-retire(run, keep_last=1, keep_every=0, best_by=None)
-print(calls)
+
+def strike(run, number):
+    calls = 0
+    def counted(function):
+        def call(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+    for owner, name in ((os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (os, "open"),
+                        (pathlib.Path, "write_text"), (pathlib.Path, "write_bytes"), (pathlib.Path, "open")):
+        setattr(owner, name, counted(getattr(owner, name)))
+    make(run, 3, data=b"third")
+    retire(run, keep_last=1, keep_every=0, best_by=None)
+    os._exit(0)
+
+for number in itertools.count(1):
+    run = pathlib.Path({folder!r}) / str(number)
+    make(run, 2, data=b"second")
+    child = os.fork()
+    if child == 0:
+        try:
+            strike(run, number)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, flush=True)
+    if code != -signal.SIGKILL:
+        break
 """
 
 
 def test_killed_at_any_write_the_checkpoint_before_it_loads(tmp_path: Path) -> None:
     """SIGKILL before the n-th call that writes, for every n: what is found reads, and one of them is always found."""
-    number, ended, outcomes = 0, False, set()
-    while not ended:
-        number += 1
+    script = KILLER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    codes = [int(line) for line in done.stdout.splitlines()]
+    assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0], done.stderr
+    outcomes = set()
+    for number in range(1, len(codes) + 1):
         run = tmp_path / str(number)
-        make(run, 2, data=b"second")
-        script = KILLER.format(tests=str(Path(__file__).parent), number=number, run=str(run))
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        ended = done.returncode == 0
-        assert ended or done.returncode == -signal.SIGKILL, done.stderr
         steps = [read(path).step for path in found(run)]
         assert steps in ([2], [2, 3], [3])
         outcomes.add(tuple(steps))
         make(run, 4)  # and what was left behind is in nobody's way
         assert [path.name for path in (run / "checkpoints").glob("*.partial")] == []
     assert outcomes == {(2,), (2, 3), (3,)}
-    assert number > 12
+    assert len(codes) > 12
 
 
 def test_on_a_disk_that_fills_at_any_point_the_checkpoint_before_loads(make_disk: Callable[[str], Path]) -> None:
