@@ -22,7 +22,7 @@ from grpo import config as config_module
 from grpo.machine import usable_cpus
 from grpo.stopping import interrupt_early
 from grpo.training import tell, train_command
-from grpo.types import DONE, NOT_FOLLOWED, OURS, RESUMABLE, USERS, RewardOutage, UserError
+from grpo.types import ExitCode, RewardOutage, UserError
 
 NAMED_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
@@ -46,22 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"grpo: {error}", file=sys.stderr)
-        return USERS
+        return ExitCode.USAGE
     except OSError as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
-            return NOT_FOLLOWED
+            return ExitCode.DETACHED
         if error.errno not in NAMED_ERRORS:
             raise
         print(f"grpo: {error.filename}: {error.strerror}", file=sys.stderr)
-        return OURS if error.errno in (errno.ENOSPC, errno.EDQUOT) else USERS
+        return ExitCode.INTERNAL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ExitCode.USAGE
     except RuntimeError as error:
         if "home directory" not in str(error):  # pathlib's message about an unknown user, as in ~nobody
             raise
         print(f"grpo: a path begins with ~ and a user that there is none of: {error}", file=sys.stderr)
-        return USERS
+        return ExitCode.USAGE
     except KeyboardInterrupt:
         print("grpo: interrupted before anything was started", file=sys.stderr)
-        return OURS
+        return ExitCode.INTERNAL
 
 
 def open_closed_streams() -> None:
@@ -246,17 +246,17 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run the requested command and return its exit code."""
     if parsed.command == "options":
         print(config_module.options_text(parsed.name))
-        return DONE
+        return ExitCode.DONE
     if parsed.command == "replay":
         from grpo.learner.replay import replay  # noqa: PLC0415 - torch and transformers take seconds to import
 
         print("\n".join(replay(parsed.dump)))
-        return DONE
+        return ExitCode.DONE
     if parsed.command == "compare":
         from grpo.compare import compare  # noqa: PLC0415 - pyarrow takes half a second to import
 
         print("\n".join(compare(parsed.a, parsed.b, parsed.step)))
-        return DONE
+        return ExitCode.DONE
     if parsed.command == "eval":
         return eval_command(parsed, overrides)
     if parsed.command == "plan":
@@ -319,11 +319,11 @@ def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> i
     with cluster.session(config, None):
         pass
     print(wrapped("\n".join([*plan.lines, "ok         nothing has been started"])))
-    return DONE
+    return ExitCode.DONE
 
 
 def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run `grpo plan`: print the predicted memory and time. Return DONE if the recipe fits, else USERS."""
+    """Run `grpo plan`: print the predicted memory and time. Return DONE if the recipe fits, else USAGE."""
     from grpo.planning import plan_lines  # noqa: PLC0415 - torch takes seconds to import
     from grpo.shapes import gpu_of  # noqa: PLC0415
 
@@ -333,7 +333,7 @@ def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         gpus_per_node=parsed.gpus_per_node, prompt=parsed.prompt_tokens, completion=parsed.completion_tokens,
     )  # fmt: skip
     print(text)
-    return DONE if fits else USERS
+    return ExitCode.DONE if fits else ExitCode.USAGE
 
 
 def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -364,17 +364,17 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
                 result = evaluate(plan, folder, left, console)
             except KeyboardInterrupt:
                 console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
-                return RESUMABLE
+                return ExitCode.RESUMABLE
             except RewardOutage as error:
                 still = evaluating.unfinished(plan, folder, lambda line: None)
                 kept = sum(map(len, left.values())) - sum(map(len, still.values()))
                 console.say(f"grpo: {error}")
                 console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on")
-                return RESUMABLE if kept else USERS
+                return ExitCode.RESUMABLE if kept else ExitCode.USAGE
         for line in evaluating.report(result):
             console.say(line)
         console.say(f"evaluation {folder}")
-    return DONE
+    return ExitCode.DONE
 
 
 def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from grpo import __version__
 from grpo.config import Config
 from grpo.stopping import held
-from grpo.types import DONE, NOT_FOLLOWED, OURS, UserError
+from grpo.types import ExitCode, UserError
 
 CONNECT_S = 5.0
 ANSWER_S = 60.0
@@ -85,11 +85,11 @@ def submit(
             stopping = signals_are_its
             if not stopping:
                 print(f"\ngrpo: interrupted as {job} was handed over. If it has begun it goes on. {hint(job, address)}")
-                return NOT_FOLLOWED
+                return ExitCode.DETACHED
     names = ", ".join(text.partition("=")[0] for text in env)
     print(f"submitted  {job}: {size / packing.MIB:.2f} MiB" + (f", with {names}" if names else ""), flush=True)
     if then == "end":
-        return DONE
+        return ExitCode.DONE
     return follow(job, address, known=True, stop_on_signal=signals_are_its and not stopping, stopping=stopping)
 
 
@@ -210,7 +210,7 @@ def hint(job: str, address: str) -> str:
 
 
 def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool = False, stopping: bool = False) -> int:
-    """Print the output of a job until it ends. Return its exit code, or NOT_FOLLOWED after Ctrl-C, or OURS if the
+    """Print the output of a job until it ends. Return its exit code, or DETACHED after Ctrl-C, or INTERNAL if the
     server stays unreachable.
 
     `known`: the job is known to exist, so reconnect if the server does not answer. `stop_on_signal`: the first signal
@@ -239,12 +239,12 @@ def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool 
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > RECONNECT_S:
                     print(f"grpo: {error}; the job may go on. {hint(job, address)}")
-                    return OURS
+                    return ExitCode.INTERNAL
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             if not stop_on_signal:
                 print(f"\ngrpo: not followed any more; the job goes on. {hint(job, address)}")
-                return NOT_FOLLOWED
+                return ExitCode.DETACHED
             stop_on_signal, stopping = False, True
 
 
@@ -269,13 +269,13 @@ def printed(client: Any, job: str) -> Iterator[str]:
 
 
 def wait(client: Any, job: str) -> int:
-    """Wait until a job has ended and return its exit code. If it has none, print the reason and return OURS."""
+    """Wait until a job has ended and return its exit code. If it has none, print the reason and return INTERNAL."""
     while not (details := client.get_job_info(job)).status.is_terminal():
         time.sleep(POLL_S)
     code = exit_code(client, job, details)
     if code is None:
         print(f"grpo: the job has no exit code: {details.status}: {details.message}")
-    return OURS if code is None else code
+    return ExitCode.INTERNAL if code is None else code
 
 
 def exit_code(client: Any, job: str, details: Any) -> int | None:
@@ -321,11 +321,11 @@ def jobs(address: str) -> int:
             rows.append([details.submission_id, str(details.status), *known, *times, ended])
     if len(rows) == 1:
         print(f"no run has been submitted to {address}")
-        return DONE
+        return ExitCode.DONE
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return DONE
+    return ExitCode.DONE
 
 
 def status(job: str, address: str) -> int:
@@ -344,7 +344,7 @@ def status(job: str, address: str) -> int:
         "message": (details.message or "").partition("\n")[0],
     }
     print("\n".join(f"{name:10} {value}" for name, value in lines.items() if value not in (None, "")))
-    return DONE
+    return ExitCode.DONE
 
 
 def stop(job: str, address: str) -> int:
@@ -364,9 +364,9 @@ def stop(job: str, address: str) -> int:
                         f"grpo: it has not begun: {pending} It ends as soon as it begins, or when Ray gives it up "
                         "(15 minutes after its submission, unless RAY_JOB_START_TIMEOUT_SECONDS of the head differs)"
                     )
-                    return OURS
+                    return ExitCode.INTERNAL
                 wait(client, job)
             except KeyboardInterrupt:
                 print(f"\ngrpo: not waited for any more; the job ends all the same. {hint(job, address)}")
-                return NOT_FOLLOWED
+                return ExitCode.DETACHED
     return status(job, address)

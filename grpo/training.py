@@ -20,7 +20,7 @@ from typing import Any
 from grpo import config as config_module
 from grpo.config import Config
 from grpo.stopping import Stopper, held, interrupt_early
-from grpo.types import DONE, OURS, RESUMABLE, USERS, EngineFailure, RewardOutage, UserError
+from grpo.types import EngineFailure, ExitCode, RewardOutage, UserError
 
 PATIENCE_S = 30.0
 """Time that a cluster may take to release the resources of a failed attempt, or to notice a lost node, in seconds."""
@@ -45,7 +45,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
         if origin.done and origin.run is not None:
             resuming.refuse_other_run(origin.run, config, allowed)
             print(f"{origin.run} is done: it has {config.run.steps} steps; more of them: run.steps=N")
-            return DONE
+            return ExitCode.DONE
         if origin.run is None:
             run_folder.choose(config, str(recipe))  # refuses a name that is in use before the checks, which take longer
         with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
@@ -56,7 +56,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
         if origin is None or origin.checkpoint is None:
             raise
         print(f"grpo: interrupted before anything was started; go on with resume={origin.run}", file=sys.stderr)
-        return RESUMABLE
+        return ExitCode.RESUMABLE
     if origin.run is None:
         folder = run_folder.create(config, str(recipe))
     else:
@@ -94,7 +94,7 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
     # a handler may run in the middle of a console line, so it writes to stderr directly
     stopper = Stopper(plan.config.run.grace_s, lambda text: os.write(sys.stderr.fileno(), f"{text}\n".encode()))
     stopper.install()
-    code, reason, stopped, passing, full = OURS, "failed", "", False, False
+    code, reason, stopped, passing, full = ExitCode.INTERNAL, "failed", "", False, False
     began = resumed.step  # copied: the loop advances it
     try:
         for line in (*plan.lines, *resumed.lines):
@@ -102,10 +102,10 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
         finished = attempts(plan, resumed, folder, console, stopper)
         folder.close()
         if finished:
-            return DONE, "done"
+            return ExitCode.DONE, "done"
         stopped = f"interrupted by {stopper.asked}"
     except UserError as error:
-        code, reason, passing = USERS, f"failed: {error}", isinstance(error, RewardOutage)
+        code, reason, passing = ExitCode.USAGE, f"failed: {error}", isinstance(error, RewardOutage)
         console.say(f"grpo: {error}")
     except KeyboardInterrupt:  # Stopped, or an exception that Ray raises for it
         stopped = f"interrupted by {stopper.asked}"
@@ -127,10 +127,10 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
     newest = (run_folder.step_of(every[-1]) or 0) if every else 0
     further = newest > began  # an attempt that fails without making progress does not end with 75
     if stopped:
-        code, reason = RESUMABLE if every and (further or not full) else OURS, stopped
+        code, reason = ExitCode.RESUMABLE if every and (further or not full) else ExitCode.INTERNAL, stopped
         console.say(f"grpo: {reason}; {hint}")
     elif every:
-        code = RESUMABLE if passing and further else code
+        code = ExitCode.RESUMABLE if passing and further else code
         console.say(f"grpo: the state after step {newest} is saved; {hint}")
     try:
         folder.close()
@@ -292,7 +292,7 @@ def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None
 
     for warning in summary["warnings"]:
         console.say(warning_line(warning, summary["steps"]))
-    if code == DONE and "accuracy_gain" in summary:
+    if code == ExitCode.DONE and "accuracy_gain" in summary:
         low, high = summary["accuracy_gain_interval"]
         console.say(
             f"accuracy {summary['accuracy_before']:.3f} -> {summary['accuracy_after']:.3f} "

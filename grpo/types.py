@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -30,11 +31,19 @@ FailureKind = Literal[
 was not scored. The other kinds are failures of rewards. `abstained`: all parts returned None."""
 
 
-DONE, OURS, USERS, RESUMABLE = 0, 1, 2, 75
-"""Exit codes: success; internal or unexpected error; user error; stopped and resumable."""
-NOT_FOLLOWED = 130
-"""Exit code when nobody reads the output any longer (after Ctrl-C, or when the reader of a pipe has gone), while the
-followed job continues. It is not 75, on which schedulers submit again."""
+class ExitCode(IntEnum):
+    """Exit codes of the commands."""
+
+    DONE = 0
+    INTERNAL = 1
+    """Any other error."""
+    USAGE = 2
+    """An error of the user."""
+    RESUMABLE = 75
+    """Stopped; the same command continues."""
+    DETACHED = 130
+    """Nobody reads the output any longer (Ctrl-C, or the reader of a pipe has gone), and the followed job continues. It
+    is not 75, on which schedulers submit again."""
 
 
 class UserError(Exception):

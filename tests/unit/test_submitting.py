@@ -25,7 +25,7 @@ from grpo import config as config_module
 from grpo import packing, submitting
 from grpo.cli import main
 from grpo.submitting import answers, entrypoint, exit_code, parse_env
-from grpo.types import OURS, UserError
+from grpo.types import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -317,7 +317,7 @@ def answering() -> Iterator[Callable[[bytes | None], str]]:
 SAYS = """
 import sys
 from grpo import submitting
-from grpo.types import UserError
+from grpo.types import ExitCode, UserError
 submitting.ANSWER_S = 0.2
 for address in sys.argv[1:]:
     for command in (submitting.status, submitting.stop, submitting.follow):
@@ -456,7 +456,7 @@ def test_ctrl_c_while_a_server_is_away_ends_the_following(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(submitting.time, "sleep", sleep)
-    assert followed(Server(["one\n", AWAY])) == submitting.NOT_FOLLOWED
+    assert followed(Server(["one\n", AWAY])) == ExitCode.DETACHED
     assert "the job goes on. Follow it: grpo logs job" in capsys.readouterr().out
 
 
@@ -472,7 +472,7 @@ def test_ctrl_c_while_a_job_ends_leaves_it_to_its_end(
     monkeypatch.setattr(server, "get_job_info", lambda job: running)
     monkeypatch.setattr(submitting, "answers", server.answers)
     monkeypatch.setattr(submitting.time, "sleep", sleep)
-    assert submitting.stop("job", "http://head") == submitting.NOT_FOLLOWED
+    assert submitting.stop("job", "http://head") == ExitCode.DETACHED
     assert server.stopped == 1
     assert "not waited for any more; the job ends all the same" in capsys.readouterr().out
 
@@ -487,7 +487,7 @@ def test_a_job_that_never_begins_is_not_waited_for_without_end(
     )
     monkeypatch.setattr(submitting, "answers", server.answers)
     monkeypatch.setattr(submitting, "PENDING_S", 0)
-    assert submitting.stop("job", "http://head") == OURS
+    assert submitting.stop("job", "http://head") == ExitCode.INTERNAL
     assert server.stopped == 1
     assert "it has not begun: It waits for CPUs. It ends as soon as it begins" in capsys.readouterr().out
 
@@ -552,7 +552,7 @@ def test_ctrl_c_as_a_job_is_handed_over_names_it(
     monkeypatch.setattr(server, "submit_job", submit_job, raising=False)
     recipe = written(here)
     code = submitting.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then="follow")
-    assert code == submitting.NOT_FOLLOWED
+    assert code == ExitCode.DETACHED
     assert server.submitted["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "180"}  # run.grace_s + 60
     job = server.submitted["submission_id"]
     assert f"grpo stop {job} --address http://head" in capsys.readouterr().out

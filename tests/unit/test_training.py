@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from grpo import cli, resuming, run_folder
-from grpo.types import OURS, RESUMABLE
+from grpo.types import ExitCode
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize(("resume", "code"), [(["resume=auto"], RESUMABLE), ([], OURS)])
+@pytest.mark.parametrize(("resume", "code"), [(["resume=auto"], ExitCode.RESUMABLE), ([], ExitCode.INTERNAL)])
 def test_a_signal_while_modules_are_imported_ends_a_run_with_a_checkpoint_with_75(
     make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, resume: list[str], code: int
 ) -> None:
