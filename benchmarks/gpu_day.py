@@ -160,7 +160,7 @@ def smollm2(day: Day) -> Figures:
 def train(day: Day, maker: str, recipe: str, overrides: Sequence[str]) -> Figures:
     """Create the recipe's model and data, train, and return figures from the run's metrics."""
     from grpo import config as config_module
-    from grpo.plan import Lengths, make_plan
+    from grpo.plan import Lengths, estimate
     from grpo.shapes import GPUS, shape_of
 
     subprocess.run([sys.executable, f"recipes/{maker}"], cwd=ROOT, check=True)
@@ -184,7 +184,7 @@ def train(day: Day, maker: str, recipe: str, overrides: Sequence[str]) -> Figure
     config = config_module.load(ROOT / "recipes" / recipe, options)
     lengths = Lengths(prompt=100, completion=20, longest=config.sampling.max_tokens)
     gpu = this_gpu(day.device) or GPUS["h100"]
-    plan = make_plan(config, shape_of(config.model.path), gpu, lengths, nodes=1, gpus_per_node=1)
+    plan = estimate(config, shape_of(config.model.path), gpu, lengths, nodes=1, gpus_per_node=1)
     planned = [sum(part.values()) for part in (plan.learner, plan.sampler, plan.sync)]
     names = ("step_s", "sample_s", "update_s", "sync_s", "reward_s", "idle_s")
     return {

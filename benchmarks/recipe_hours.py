@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.result import Figure, print_result
 from grpo.config import Config, load
-from grpo.plan import Lengths, make_plan
+from grpo.plan import Lengths, estimate
 from grpo.shapes import GPUS, shape_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def hours(config: Config, gpu: str, gpus: int, assumed: Assumed) -> float:
     shape = shape_of(assumed.model or config.model.path)
     lengths = Lengths(prompt=assumed.prompt, completion=assumed.completion, longest=config.sampling.max_tokens)
     evaluations, completions = evaluated(config)
-    return make_plan(
+    return estimate(
         config, shape, GPUS[NAMES[gpu]], lengths, nodes=-(-gpus // 8), gpus_per_node=8, evaluations=evaluations,
         evaluated=completions, rounds=assumed.rounds,
     ).hours  # fmt: skip

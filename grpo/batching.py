@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from grpo.objective.aggregation import aggregation_weights
-from grpo.objective.legal import Aggregation
+from grpo.objective.compatibility import Aggregation
 from grpo.types import Batch, RankStep
 
 

@@ -41,7 +41,7 @@ MIN_SECRET = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class CheckedRun:
     """A checked run, ready to start."""
 
     config: Config
@@ -60,7 +60,7 @@ class Plan:
 
 def check(
     config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None, *, ids: bool = False
-) -> Plan:
+) -> CheckedRun:
     """Check a loaded config against its files.
 
     `say` receives the progress of long work. `ids`: include the token ids of the first prompt in the plan.
@@ -86,7 +86,7 @@ def check(
     updates = config.optimizer_steps_per_step
     unsampled = unsampled_by(tokenizer, ends, Moment(max_steps=config.run.steps * updates))
     tried = try_rewards(config, files, [*train, *held_out], unsampled, log_dir, say)
-    return Plan(
+    return CheckedRun(
         config=config,
         tokenizer=tokenizer,
         prompts=prompts,
@@ -103,7 +103,9 @@ def check(
     )
 
 
-def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None) -> Plan:
+def check_evaluation(
+    config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None
+) -> CheckedRun:
     """Check a config for evaluation only, like `check`, but without training data and learner.
 
     Raises UserError at the first problem.
@@ -127,7 +129,7 @@ def check_evaluation(config: Config, recipe: Path, log_dir: Path, say: Callable[
     check_reward_sets(config, held_out)
     tried = try_rewards(config, files, held_out, unsampled_by(tokenizer, ends, Moment()), log_dir, say)
     sizes = ", ".join(f"{dataset.name} ({len(dataset.prompts)} prompts)" for dataset in held_out)
-    return Plan(
+    return CheckedRun(
         config=config,
         tokenizer=tokenizer,
         prompts=(),

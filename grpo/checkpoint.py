@@ -174,7 +174,7 @@ def check_file(path: Path, record: FileRecord) -> None:
             raise UserError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
 
 
-def found(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     named = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in (run / "checkpoints").glob("step-*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
@@ -183,7 +183,7 @@ def found(run: Path) -> list[Path]:
 def retire(run: Path, *, keep_last: int, keep_every: int, best_by: str | None) -> list[Path]:
     """Delete old checkpoints and return their paths. Kept are the last `keep_last`, those whose step is a multiple of
     `keep_every`, and the one with the highest `best_by` (the earliest of equals)."""
-    every = found(run)
+    every = list_checkpoints(run)
     steps = {path: int(path.name.removeprefix("step-")) for path in every}
     kept = set(every[-keep_last:])
     if keep_every:

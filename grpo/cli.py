@@ -21,7 +21,7 @@ from grpo import __version__
 from grpo import config as config_module
 from grpo.machine import usable_cpus
 from grpo.stopping import interrupt_early
-from grpo.training import tell, train_command
+from grpo.training import print_progress, train_command
 from grpo.types import ExitCode, RewardOutage, UserError
 
 NAMED_ERRORS = (
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"grpo: {error}", file=sys.stderr)
         return ExitCode.USAGE
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():
+        if isinstance(error, BrokenPipeError) and stdout_closed():
             return ExitCode.DETACHED
         if error.errno not in NAMED_ERRORS:
             raise
@@ -84,7 +84,7 @@ def refuse_lost_folder() -> None:
         raise UserError("the working directory has been removed; change to one that is there") from error
 
 
-def nobody_reads() -> bool:
+def stdout_closed() -> bool:
     """Return whether the reader of stdout has closed the pipe, as `| head` does. If so, redirect stdout to the null
     device."""
     stdout = sys.stdout.fileno()
@@ -271,7 +271,7 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         submitting.refuse_odd_name(parsed.job)
         command = {"status": submitting.status, "logs": submitting.follow, "stop": submitting.stop}[parsed.command]
         return command(parsed.job, parsed.address)
-    asked, overrides = apart(overrides)
+    asked, overrides = split_resume_options(overrides)
     if parsed.command == "submit" and parsed.queue:
         overrides.append("cluster.queue=true")
     config = config_module.load(parsed.recipe, overrides)
@@ -289,7 +289,7 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     return train_command(config, Path(parsed.recipe), asked)
 
 
-def apart(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Split `resume=` and `allow=`, which are not options of a recipe, from the overrides.
 
     Raises UserError for a misspelling of them, and for `allow=` without `resume=`.
@@ -315,7 +315,7 @@ def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> i
     run_folder.choose(config, str(recipe))  # refuses a name that is in use
     config = check.resolve_paths(config)
     with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-        plan = check.check(config, recipe, Path(log_dir), say=tell, ids=ids)
+        plan = check.check(config, recipe, Path(log_dir), say=print_progress, ids=ids)
     with cluster.session(config, None):
         pass
     print(wrapped("\n".join([*plan.lines, "ok         nothing has been started"])))

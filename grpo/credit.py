@@ -18,7 +18,7 @@ from grpo.batching import TrainingRow
 from grpo.config import AlgorithmConfig, Config
 from grpo.metrics import scored_rewards
 from grpo.objective import advantages as family
-from grpo.objective.legal import GROUP_RELATIVE, NEEDS_GROUPS
+from grpo.objective.compatibility import GROUP_RELATIVE, NEEDS_GROUPS
 from grpo.types import Group, Rollout, Scored
 
 LEARNER_COLUMNS = ("zero_advantage", "stopped", "mismatch_masked", "clipped", "contributing")

@@ -244,7 +244,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
         metrics |= {"policy/kl_coef": at.kl_coef}
         at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
     if config.algorithm.retire_reward is not None:
-        at.retired |= solved(loop, sampled.every)
+        at.retired |= solved(loop, sampled.sampled_groups)
         metrics["progress/retired_prompts"] = float(len(at.retired))
     sync = syncing()
     sync_ended()
@@ -253,7 +253,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     metrics |= throughput(config, learned.credit.minibatches, sync.nbytes, metrics)
     at.step = step
     at.tokens += int(metrics["tokens/sampled"])
-    at.rollouts += sum(len(group.rollouts) for group in sampled.every)
+    at.rollouts += sum(len(group.rollouts) for group in sampled.sampled_groups)
     return metrics | {"progress/tokens": float(at.tokens), "progress/rollouts": float(at.rollouts)}
 
 
@@ -297,7 +297,7 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
     result: StepResult | None = None
     credit: Credit | None = None
     try:
-        enforce_failure_budget(sampled.every, config.algorithm)
+        enforce_failure_budget(sampled.sampled_groups, config.algorithm)
         credit = training_rows(sampled.groups, sampled.unused, config, at.step)
         steps = rank_steps(
             credit.minibatches,
@@ -318,7 +318,7 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
             logprob_sums=result.learner_logprob_sums if result else {},
             advantages=advantages_of(credit, config) if credit else {},
         )
-        loop.folder.write_samples(f"step-{step:06d}", step, sampled.every, trained)
+        loop.folder.write_samples(f"step-{step:06d}", step, sampled.sampled_groups, trained)
     return Learned(credit=credit, result=result, batch_s=batched - started, update_s=time.monotonic() - batched)
 
 

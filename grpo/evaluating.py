@@ -24,7 +24,7 @@ from huggingface_hub import snapshot_download
 
 from grpo import checkpoint, data, engines, run_folder
 from grpo import config as config_module
-from grpo.check import Plan
+from grpo.check import CheckedRun
 from grpo.compare import Samples, read_rows, read_samples, table, with_bounds
 from grpo.config import Config
 from grpo.driver import eval_seed
@@ -46,7 +46,7 @@ TOKENIZER_FILES = (
 """Patterns of the files that define the tokenizer of a model folder, including its own code."""
 
 
-def key_of(plan: Plan, model: str) -> dict[str, Any]:
+def key_of(plan: CheckedRun, model: str) -> dict[str, Any]:
     """Return all inputs that determine the numbers of an evaluation. `model`: SHA-256 of the model folder."""
     config = plan.config
     return {
@@ -82,7 +82,7 @@ def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:
 
 
 @contextmanager
-def opened(folder: Path, key: Mapping[str, Any], plan: Plan) -> Iterator[None]:
+def opened(folder: Path, key: Mapping[str, Any], plan: CheckedRun) -> Iterator[None]:
     """Create or reopen an evaluation folder, and lock it so that only one process works in it.
 
     Raises UserError when another process works in it, or when it cannot be created.
@@ -103,17 +103,17 @@ def opened(folder: Path, key: Mapping[str, Any], plan: Plan) -> Iterator[None]:
         yield
 
 
-def set_names(plan: Plan) -> list[str]:
+def set_names(plan: CheckedRun) -> list[str]:
     """Return the names of the data sets, in the recipe's order."""
     return list(dict.fromkeys(prompt.dataset for prompt in plan.eval_prompts))
 
 
-def samples_of(plan: Plan, name: str) -> int:
+def samples_of(plan: CheckedRun, name: str) -> int:
     """Return the number of completions per prompt of a data set."""
     return plan.config.data.eval.samples_of(name)
 
 
-def unfinished(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, list[Prompt]]:
+def unfinished(plan: CheckedRun, folder: Path, say: Callable[[str], None]) -> dict[str, list[Prompt]]:
     """Return data set -> its prompts whose completions are not in the folder, for the sets that have any.
 
     Only the samples count: an existing result does not prove that they exist.
@@ -130,7 +130,7 @@ def unfinished(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str
 
 
 def evaluate(
-    plan: Plan,
+    plan: CheckedRun,
     folder: Path,
     left: Mapping[str, Sequence[Prompt]],
     sampler: engines.Engines,
@@ -151,7 +151,7 @@ def evaluate(
     return conclude(plan, folder)
 
 
-def conclude(plan: Plan, folder: Path) -> dict[str, Any]:
+def conclude(plan: CheckedRun, folder: Path) -> dict[str, Any]:
     """Write and return the result of the samples in the folder.
 
     Raises UserError when too many completions failed.
@@ -169,7 +169,7 @@ def conclude(plan: Plan, folder: Path) -> dict[str, Any]:
 
 
 def sample_set(
-    plan: Plan,
+    plan: CheckedRun,
     name: str,
     prompts: Sequence[Prompt],
     sampler: engines.Engines,
@@ -244,7 +244,7 @@ class Writer:
         self._whole, self._failed, self._written = [], [], time.monotonic()
 
 
-def finished_prompts(plan: Plan, folder: Path, say: Callable[[str], None]) -> set[str]:
+def finished_prompts(plan: CheckedRun, folder: Path, say: Callable[[str], None]) -> set[str]:
     """Return the prompts whose completions are all in the folder, each once.
 
     A file is removed when it is damaged or incomplete, or has prompts of another file. While there is no result, it is
@@ -282,7 +282,7 @@ def count_passing(file: Path) -> int:
     return sum(kind in PASSING for kind in read_columns(file, ["failed"])["failed"].to_pylist())
 
 
-def result_of(plan: Plan, samples: Samples) -> dict[str, Any]:
+def result_of(plan: CheckedRun, samples: Samples) -> dict[str, Any]:
     """Return the result of the evaluation, as plain JSON."""
     rows = {prompt.prompt_id: prompt.row for prompt in plan.eval_prompts}
     sets = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import Config
-from grpo.objective.legal import GROUP_RELATIVE
+from grpo.objective.compatibility import GROUP_RELATIVE
 
 CONSTANT_REWARD_STEPS = 3
 NO_SPREAD_STEPS = 5

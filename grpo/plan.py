@@ -245,7 +245,7 @@ def exchange_bytes(shape: Shape, *, stage: int, ranks: int, width: int, microbat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Estimate:
     """Results of `grpo plan`."""
 
     learner: Parts
@@ -264,10 +264,10 @@ class Plan:
     """Reasons why the recipe does not fit, with the options to change. Empty: it fits."""
 
 
-def make_plan(
+def estimate(
     config: Config, shape: Shape, gpu: Gpu, lengths: Lengths, *, nodes: int, gpus_per_node: int,
     evaluations: int = 0, evaluated: float = 0, rounds: float = 1,
-) -> Plan:  # fmt: skip
+) -> Estimate:  # fmt: skip
     """Return the plan of a recipe.
 
     `evaluations`: number of evaluations in the run, of `evaluated` completions each. `rounds`: mean number of times
@@ -321,7 +321,7 @@ def make_plan(
     seconds["rest"] = (REST - 1) * sum(seconds.values())
     evaluation = REST * evaluations * sample(evaluated, evaluated) if evaluated else 0.0
     at_once = cache / ((lengths.prompt + lengths.completion) * shared.kv_bytes(width))
-    return Plan(
+    return Estimate(
         learner=learner, host=host, sampler=sampler, sync=sync, seconds=seconds, gpus=gpus, at_once=at_once,
         hours=(config.run.steps * sum(seconds.values()) + evaluation) / 3600,
         problems=tuple(find_problems(config, shape, gpu, learner, sampler, sync, nodes, gpus_per_node)),

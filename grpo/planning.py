@@ -10,7 +10,7 @@ from typing import Literal
 from grpo.config import Config
 from grpo.config.aliases import written
 from grpo.config.validate import validate
-from grpo.plan import Lengths, Parts, Plan, make_plan
+from grpo.plan import Estimate, Lengths, Parts, estimate
 from grpo.shapes import Gpu, Shape, shape_of
 from grpo.types import UserError
 
@@ -24,15 +24,15 @@ WORTH = 0.9
 
 def quicker(
     config: Config, shape: Shape, gpu: Gpu, lengths: Lengths, *, nodes: int, gpus_per_node: int
-) -> tuple[list[str], Plan] | None:
+) -> tuple[list[str], Estimate] | None:
     """Return the options of the fastest layout on the same number of GPUs, with its plan; None if the recipe's own
     layout is about as good.
 
     The candidates are colocated layouts and disaggregated ones in every proportion, with 1, 2, 4 or 8 GPUs per sampler.
     """
 
-    def planned(other: Config) -> Plan:
-        return make_plan(other, shape, gpu, lengths, nodes=nodes, gpus_per_node=gpus_per_node)
+    def planned(other: Config) -> Estimate:
+        return estimate(other, shape, gpu, lengths, nodes=nodes, gpus_per_node=gpus_per_node)
 
     own = planned(config)
     plans = [(other, plan) for other in layouts(config, gpus_per_node) if not (plan := planned(other)).problems]
@@ -111,7 +111,7 @@ def assumed_lengths(config: Config, prompt: float | None, completion: float | No
 
 
 def report(
-    plan: Plan, config: Config, shape: Shape, lengths: Lengths, *, gpu: tuple[str, Gpu], nodes: int, per_node: int
+    plan: Estimate, config: Config, shape: Shape, lengths: Lengths, *, gpu: tuple[str, Gpu], nodes: int, per_node: int
 ) -> list[str]:
     """Return the lines of the table that `grpo plan` prints."""
 
@@ -144,7 +144,7 @@ def report(
     return lines
 
 
-def who_works(plan: Plan, config: Config) -> str:
+def who_works(plan: Estimate, config: Config) -> str:
     """Describe the fractions of a step in which samplers and learner work."""
     step = sum(plan.seconds.values())
     learning = sum(plan.seconds[part] for part in LEARNING) / step
@@ -166,7 +166,7 @@ def plan_lines(
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
     shape, lengths = shape_of(config.model.path), assumed_lengths(config, prompt, completion)
-    plan = make_plan(config, shape, gpu[1], lengths, nodes=nodes, gpus_per_node=gpus_per_node)
+    plan = estimate(config, shape, gpu[1], lengths, nodes=nodes, gpus_per_node=gpus_per_node)
     lines = report(plan, config, shape, lengths, gpu=gpu, nodes=nodes, per_node=gpus_per_node)
     found = quicker(config, shape, gpu[1], lengths, nodes=nodes, gpus_per_node=gpus_per_node)
     if found is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from grpo import checkpoint, run_folder
-from grpo.check import Plan, model_fingerprint
+from grpo.check import CheckedRun, model_fingerprint
 from grpo.checkpoint import Manifest
 from grpo.config import Config
 from grpo.data import start_cursor
@@ -66,17 +66,17 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
             return Origin()
         if not (run / "config.yaml").is_file():
             raise UserError(f"resume=auto: {run} is no run folder (it has no config.yaml); choose another run.name")
-        every = checkpoint.found(run)
+        every = checkpoint.list_checkpoints(run)
         done = run_folder.is_done(run, config.run.steps)
         return Origin(run=run, checkpoint=every[-1] if every else None, done=done, state=state_of(run))
     path = Path(resume).expanduser().resolve()
-    if path.parent.name == "checkpoints" and path in checkpoint.found(path.parent.parent):
+    if path.parent.name == "checkpoints" and path in checkpoint.list_checkpoints(path.parent.parent):
         return Origin(run=path.parent.parent, checkpoint=path, state=state_of(path.parent.parent))
     if not (path / "checkpoints").is_dir():
         raise UserError(
             f"resume={resume} is neither a run folder nor a checkpoint (runs/NAME or .../checkpoints/step-N)"
         )
-    every = checkpoint.found(path)
+    every = checkpoint.list_checkpoints(path)
     if not every:
         raise UserError(
             f"resume={resume}: the run has no checkpoint (run.save_every writes them); resume=auto starts over"
@@ -89,7 +89,7 @@ def state_of(run: Path) -> tuple[str, ...]:
     """Return the parts of a run folder that another process working there would change: its checkpoints and its end."""
     summary = run / "summary.json"
     ended = f"ended {summary.stat().st_mtime_ns}" if summary.exists() else "not ended"
-    return (*(path.name for path in checkpoint.found(run)), ended)
+    return (*(path.name for path in checkpoint.list_checkpoints(run)), ended)
 
 
 def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
@@ -130,7 +130,7 @@ def _is_of(folder: Path, stem: str) -> bool:
         return False
 
 
-def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
+def prepare(origin: Origin, plan: CheckedRun, allowed: Sequence[str]) -> Resumed:
     """Read the checkpoint and compare it with the current run.
 
     Raises UserError if one of its files is damaged, if it belongs to another run, or if it is beyond the last step.
@@ -151,7 +151,9 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
     try:
         manifest = checkpoint.read(origin.checkpoint)
     except UserError as error:
-        others = [path for path in checkpoint.found(origin.checkpoint.parent.parent) if path < origin.checkpoint]
+        others = [
+            path for path in checkpoint.list_checkpoints(origin.checkpoint.parent.parent) if path < origin.checkpoint
+        ]
         hint = f"; the checkpoint before it: resume={others[-1]}" if others else ""
         raise UserError(f"{error}{hint}") from error
     notes = checkpoint.compare(manifest, plain(config), fingerprints(plan), allowed)
@@ -165,7 +167,7 @@ def prepare(origin: Origin, plan: Plan, allowed: Sequence[str]) -> Resumed:
     )
 
 
-def progress_of(manifest: Manifest, plan: Plan) -> Progress:
+def progress_of(manifest: Manifest, plan: CheckedRun) -> Progress:
     """Restore the progress of a checkpoint, adapted to the differences that were allowed.
 
     With other data or another order of the data (another seed, other weights), prompts are drawn from the beginning.
@@ -197,14 +199,14 @@ def weights_of(config: Mapping[str, Any]) -> list[float | None]:
     return [dataset["weight"] for dataset in config["data"]["train"]]
 
 
-def again(plan: Plan, run: Path) -> Resumed:
+def restore_last(plan: CheckedRun, run: Path) -> Resumed:
     """Restore from the last checkpoint of the current run, after its engines were lost."""
-    folder = checkpoint.found(run)[-1]
+    folder = checkpoint.list_checkpoints(run)[-1]
     manifest = checkpoint.read(folder)
     return Resumed(progress=progress_of(manifest, plan), folder=folder, manifest=manifest, lines=())
 
 
-def fingerprints(plan: Plan) -> dict[str, str]:
+def fingerprints(plan: CheckedRun) -> dict[str, str]:
     """Return the fingerprints of everything that the run reads: data sets, reward files and models."""
     paths = {"model.path": plan.config.model.path}
     if plan.config.critic.path is not None:

@@ -128,7 +128,7 @@ def is_done(path: Path, steps: int) -> bool:
         return False
 
 
-def cut(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Remove the data that a run wrote after `step`. A final model is kept as `model.before`.
 
     Raises UserError when metrics.jsonl is damaged before its last line.
@@ -188,7 +188,7 @@ class RunFolder:
             raise UserError(f"another process has worked in {path} since this one looked at it; start again")
         for sub in ("logs", "samples", "checkpoints"):
             (path / sub).mkdir(exist_ok=True)
-        cut(path, step or -1)  # -1: a new start repeats the evaluation at step 0
+        truncate_after(path, step or -1)  # -1: a new start repeats the evaluation at step 0
         write_text(path / "config.yaml", config_module.dump(config))
         self._open(config, step)
 
@@ -204,7 +204,7 @@ class RunFolder:
         """Go back to `step`, which has a checkpoint, and remove the data written after it."""
         self._writer.shutdown()
         self._metrics.close()
-        cut(self.path, step)
+        truncate_after(self.path, step)
         self._open(config, step)
         self.facts = {"steps": step, "warnings": []} | {
             name: fact for name, fact in self.facts.items() if name not in ("steps", "warnings", *ACCURACIES)

@@ -15,7 +15,7 @@ from grpo.batching import TrainingRow
 from grpo.config import Config
 from grpo.credit import Credit, account, members_needed
 from grpo.evaluation import Evaluation
-from grpo.objective.legal import GROUP_RELATIVE
+from grpo.objective.compatibility import GROUP_RELATIVE
 from grpo.progress import Progress
 from grpo.types import Group, StepResult, UserError
 
@@ -36,7 +36,7 @@ class Sampled:
     reward_s: float
 
     @property
-    def every(self) -> tuple[Group, ...]:
+    def sampled_groups(self) -> tuple[Group, ...]:
         return self.groups + self.unused
 
 
@@ -53,10 +53,10 @@ class Learned:
 def step_metrics(config: Config, at: Progress, sampled: Sampled, learned: Learned) -> dict[str, float]:
     """Return the metrics of a step, except for `timings` and `throughput`."""
     a, credit, result = config.algorithm, learned.credit, learned.result
-    rollouts = [rollout for group in sampled.every for rollout in group.rollouts]
+    rollouts = [rollout for group in sampled.sampled_groups for rollout in group.rollouts]
     learner = m.learner_metrics(result)
     out = {
-        **m.rollout_metrics(sampled.every, members_needed(a)),
+        **m.rollout_metrics(sampled.sampled_groups, members_needed(a)),
         **m.staleness_metrics(rollouts, at.step),
         **learner,
         **account(credit.uses, learner),
@@ -65,7 +65,7 @@ def step_metrics(config: Config, at: Progress, sampled: Sampled, learned: Learne
         **{f"progress/epoch/{name}": epochs for name, epochs in at.cursor.epochs_by_set.items()},
     }
     if len(config.data.train) > 1:
-        out |= m.metrics_by_set(sampled.every, members_needed(a))
+        out |= m.metrics_by_set(sampled.sampled_groups, members_needed(a))
     if a.advantage in GROUP_RELATIVE:
         out |= m.spread_of("advantage/", credit.advantages, ("mean", "std", "min", "max"))
     if a.max_refills:

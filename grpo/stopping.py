@@ -25,7 +25,7 @@ def interrupt_early() -> None:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def signals_delayed() -> Iterator[None]:
     """Delay signals that arrive during the block until its end, so that it is not interrupted halfway.
 
     An exception of the block takes precedence over them.

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from grpo import __version__
 from grpo.config import Config
-from grpo.stopping import held
+from grpo.stopping import signals_delayed
 from grpo.types import ExitCode, UserError
 
 CONNECT_S = 5.0
@@ -68,7 +68,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
         size = packing.pack(config, recipe, Path(name), asked.get("resume"))
         try:
-            with held() if signals_are_its else nullcontext(), answers(address) as client:
+            with signals_delayed() if signals_are_its else nullcontext(), answers(address) as client:
                 refuse_unplaceable(client, driver_cpus)
                 client.submit_job(
                     submission_id=job,

@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo import config as config_module
 from grpo.config import Config
-from grpo.stopping import Stopper, held, interrupt_early
+from grpo.stopping import Stopper, interrupt_early, signals_delayed
 from grpo.types import EngineFailure, ExitCode, RewardOutage, UserError
 
 PATIENCE_S = 30.0
@@ -37,7 +37,8 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     for name in allowed:
         config_module.refuse_unknown(name, f"allow={name}")
     try:
-        with held():  # the imports take seconds, and only after them is it known whether the run can be resumed
+        # the imports take seconds, and only after them is it known whether the run can be resumed
+        with signals_delayed():
             from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
 
             origin = resuming.find(asked.get("resume"), config, str(recipe))
@@ -50,7 +51,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
             run_folder.choose(config, str(recipe))  # refuses a name that is in use before the checks, which take longer
         with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
             interrupt_early()  # joining a cluster has replaced our signal handlers with Ray's
-            plan = check.check(config, recipe, Path(log_dir), say=tell)
+            plan = check.check(config, recipe, Path(log_dir), say=print_progress)
         resumed = resuming.prepare(origin, plan, allowed)
     except KeyboardInterrupt:
         if origin is None or origin.checkpoint is None:
@@ -69,7 +70,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     from grpo.console import Console  # noqa: PLC0415
 
     with Console(steps=config.run.steps, log=path / "log.txt") as console:
-        code, reason = to_its_end(plan, resumed, folder, console)
+        code, reason = run_and_report(plan, resumed, folder, console)
         summary = {
             "recipe": str(recipe),
             "seed": config.run.seed,
@@ -87,7 +88,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     return code
 
 
-def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
+def run_and_report(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
     """Run to any outcome and report it. Return the exit code and the reason for the summary."""
     from grpo import checkpoint, run_folder  # noqa: PLC0415
 
@@ -99,7 +100,7 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
     try:
         for line in (*plan.lines, *resumed.lines):
             console.say(line)
-        finished = attempts(plan, resumed, folder, console, stopper)
+        finished = run_with_restarts(plan, resumed, folder, console, stopper)
         folder.close()
         if finished:
             return ExitCode.DONE, "done"
@@ -122,7 +123,7 @@ def to_its_end(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int,
             console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(folder.path)}")
     finally:
         stopper.uninstall()
-    every = checkpoint.found(folder.path)
+    every = checkpoint.list_checkpoints(folder.path)
     hint = f"go on with resume={folder.path}" if every else "there is no checkpoint to go on from"
     newest = (run_folder.step_of(every[-1]) or 0) if every else 0
     further = newest > began  # an attempt that fails without making progress does not end with 75
@@ -150,7 +151,7 @@ def keep_traceback(path: Path) -> str:
     return f"(traceback in {target})"
 
 
-def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
+def run_with_restarts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper) -> bool:
     """Call `run`, and restart it from the last checkpoint when engines are lost, up to `cluster.max_restarts` times.
 
     Returns whether the run has finished. Raises EngineFailure when the engines cannot be restarted.
@@ -168,9 +169,9 @@ def attempts(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stoppe
             raise EngineFailure(f"{lost}; the engines cannot be started again: {error}") from error
         except EngineFailure as error:
             lost = error
-            if stopper.asked or not left or not checkpoint.found(folder.path):
+            if stopper.asked or not left or not checkpoint.list_checkpoints(folder.path):
                 raise
-            resumed = resuming.again(plan, folder.path)
+            resumed = resuming.restore_last(plan, folder.path)
             began = resumed.step
             console.say(f"{error}\n{keep_traceback(folder.path)}; starting the engines again after step {resumed.step}")
             folder.rewind(plan.config, resumed.step)
@@ -301,6 +302,6 @@ def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None
     console.say(f"run folder {path}")
 
 
-def tell(text: str) -> None:
+def print_progress(text: str) -> None:
     """Print progress to stderr, before there is a console."""
     print(text, file=sys.stderr, flush=True)

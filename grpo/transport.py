@@ -224,7 +224,7 @@ class IpcReceiver:
             self._flat = rebuild_cuda_tensor(*handle[:6], self._index, *handle[7:])  # type: ignore[call-arg, no-untyped-call]
             self._handle = handle
         assert self._flat is not None
-        copies = [(spec.name, cut(self._flat, spec).clone()) for spec in tensors]
+        copies = [(spec.name, tensor_view(self._flat, spec).clone()) for spec in tensors]
         settle(self._flat)
         return copies
 
@@ -368,10 +368,10 @@ def size_of(specs: Sequence[TensorSpec]) -> int:
 def lay_out(flat: torch.Tensor, specs: Sequence[TensorSpec], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """Copy `tensors` to their offsets in `flat` [bytes]."""
     for spec, (_, tensor) in zip(specs, tensors, strict=True):
-        cut(flat, spec).copy_(tensor.detach())
+        tensor_view(flat, spec).copy_(tensor.detach())
 
 
-def cut(flat: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+def tensor_view(flat: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """Return the tensor of `spec` as a view of `flat` [bytes], in its shape and dtype."""
     return flat[spec.offset : spec.offset + spec.nbytes].view(torch_dtype(spec.dtype)).view(spec.shape)
 

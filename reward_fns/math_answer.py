@@ -346,7 +346,7 @@ def content(text: str, *, whole: bool) -> str:
             return unified(re.sub(r"\$|\\[\[\]()]", "", stated)) if stated else ""
     has_words = WORD.search(COMMAND.sub(" ", text[:MAX_LENGTH])) or len(text) > MAX_LENGTH
     if has_words and not whole:
-        return said(text[-MAX_TAIL:])
+        return searched_part(text[-MAX_TAIL:])
     if has_words and (
         re.search(r"\$|\\[(\[]", text) or (len(text) <= MAX_LENGTH and re.search(r"\d", text) and spelt(text))
     ):
@@ -365,7 +365,7 @@ def in_ascii(text: str) -> str:
     return re.sub(r"(?![0-9])\d", lambda digit: str(unicodedata.decimal(digit[0])), text.translate(FULL_WIDTH))
 
 
-def said(text: str) -> str:
+def searched_part(text: str) -> str:
     """Return the part of `text` that the library must search, in the form of `content`.
 
     Of alternatives ("answer: 3 or 4") all are returned, because the library would choose one. The result is empty if

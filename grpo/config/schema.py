@@ -263,8 +263,8 @@ class FailureBudget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlgorithmConfig:
-    """The objective. docs/objectives.md has the formula, paper and use of every choice; `grpo.objective.legal` lists
-    the valid combinations.
+    """The objective. docs/objectives.md has the formula, paper and use of every choice; `grpo.objective.compatibility`
+    lists the valid combinations.
 
     algorithm.prompts_per_step=32 algorithm.group_size=8
     algorithm.eps_high=0.28 algorithm.max_refills=4 algorithm.mask_truncated=true

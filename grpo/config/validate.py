@@ -20,7 +20,7 @@ from grpo.config.schema import (
     part_names,
 )
 from grpo.config.validate_data import validate_data
-from grpo.objective import legal
+from grpo.objective import compatibility
 
 ENGINE_ARGUMENTS_TAKEN = frozenset(
     (
@@ -137,7 +137,7 @@ def _validate_objective(c: Config) -> None:
         f"sampling.temperature must be above 0 in training, not {c.sampling.temperature}: greedy completions have no "
         "distribution to learn from (data.eval.temperature may be 0)",
     )
-    least = a.pass_k if a.advantage == "pass_at_k" else 2 if a.advantage in legal.NEEDS_GROUPS else 1
+    least = a.pass_k if a.advantage == "pass_at_k" else 2 if a.advantage in compatibility.NEEDS_GROUPS else 1
     need(
         a.group_size >= least,
         f"algorithm.group_size must be at least {least} with algorithm.advantage={a.advantage}, not {a.group_size}",
@@ -150,15 +150,15 @@ def _validate_objective(c: Config) -> None:
     need(a.dual_clip is None or a.dual_clip > 1, f"algorithm.dual_clip must be above 1, not {a.dual_clip}")
     for name in ("sapo_tau_positive", "sapo_tau_negative"):
         need(getattr(a, name) > 0, f"algorithm.{name} must be above 0, not {getattr(a, name)}")
-    allowed = legal.LEGAL_AGGREGATIONS[a.loss]
+    allowed = compatibility.LEGAL_AGGREGATIONS[a.loss]
     need(
         a.aggregation in allowed,
         f"algorithm.aggregation={a.aggregation} does not go with algorithm.loss={a.loss}, whose terms are the same at "
         f"every token of a row; it takes {' or '.join(allowed)}",
     )
     for table, choice, chooser in (
-        (legal.LOSSES_THAT_REACH, a.loss, "loss"),
-        (legal.ADVANTAGES_THAT_REACH, a.advantage, "advantage"),
+        (compatibility.LOSSES_USING_OPTION, a.loss, "loss"),
+        (compatibility.ADVANTAGES_USING_OPTION, a.advantage, "advantage"),
     ):
         for name, users in table.items():
             if choice not in users:
@@ -173,11 +173,15 @@ def _validate_objective(c: Config) -> None:
         not (a.mask_truncated and c.critic.truncated == "bootstrap"),
         "critic.truncated=bootstrap has no effect with algorithm.mask_truncated=true, which leaves no truncated row",
     )
-    per_token = a.advantage in legal.WHITENED or (a.kl_coef > 0 and a.kl_place == "reward")
+    per_token = a.advantage in compatibility.WHITENED or (a.kl_coef > 0 and a.kl_place == "reward")
     need(
         a.loss != "gmpo" or not per_token,
         "algorithm.loss=gmpo has one advantage for a row, and "
-        + (f"algorithm.advantage={a.advantage}" if a.advantage in legal.WHITENED else "algorithm.kl_place=reward")
+        + (
+            f"algorithm.advantage={a.advantage}"
+            if a.advantage in compatibility.WHITENED
+            else "algorithm.kl_place=reward"
+        )
         + " gives each token its own; nearest: algorithm.loss=gspo",
     )
     need(
@@ -207,12 +211,12 @@ def _validate_kl(c: Config) -> None:
     if a.kl_place == "reward":
         inert(a, plain, ("kl_gradient", "kl_clamp"), "algorithm.", "with algorithm.kl_place=reward")
         need(
-            a.kl_estimator in legal.REWARD_KL,
+            a.kl_estimator in compatibility.REWARD_KL,
             f"algorithm.kl_estimator={a.kl_estimator} in the reward has next to nothing of the KL's gradient; take "
             "algorithm.kl_estimator=k1",
         )
     elif a.kl_coef > 0:
-        why = legal.ILLEGAL_KL.get((a.kl_estimator, a.kl_gradient))
+        why = compatibility.ILLEGAL_KL.get((a.kl_estimator, a.kl_gradient))
         need(
             why is None,
             f"algorithm.kl_estimator={a.kl_estimator} with algorithm.kl_gradient={a.kl_gradient} in the loss: {why}",
@@ -263,7 +267,7 @@ def _validate_corrections(c: Config) -> None:
     )
     need(a.max_refills >= 0, f"algorithm.max_refills must not be negative, not {a.max_refills}")
     need(
-        a.max_refills == 0 or a.advantage in legal.NEEDS_GROUPS,
+        a.max_refills == 0 or a.advantage in compatibility.NEEDS_GROUPS,
         f"algorithm.max_refills replaces groups without spread, which algorithm.advantage={a.advantage} can learn from",
     )
     fraction = a.max_failed_fraction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo.objective.legal import Aggregation
+from grpo.objective.compatibility import Aggregation
 
 
 def aggregation_weights(

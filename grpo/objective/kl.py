@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import torch
 
-from grpo.objective.legal import Estimator, Gradient
+from grpo.objective.compatibility import Estimator, Gradient
 
 
 def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo.objective.legal import PolicyLoss
+from grpo.objective.compatibility import PolicyLoss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 pool       parent side: takes groups, returns Scored | Failed, enforces deadlines, restarts workers
 process    one worker as the parent sees it: start, send, receive, kill
-keeper     process between parent and worker: kills everything that the worker started
+reaper     process between parent and worker: kills everything that the worker started
 worker     child side: loads the files, makes the calls
 counts     counts of finished and running calls, for progress reports
 preflight  checks before a run: the files load, the functions run, the gold answers score

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from grpo.config import RewardConfig
-from grpo.rewards import keeper, worker
+from grpo.rewards import reaper, worker
 from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Logged, UserError
 
 START_S = 120.0
 """Seconds that a worker may take to load the reward files."""
-KEEPER_S = 10.0
-"""Seconds that a keeper may take to kill its worker and everything below it."""
+REAPER_S = 10.0
+"""Seconds that a reaper may take to kill its worker and everything below it."""
 SECRET_NAME = re.compile(
     r"TOKENS?(_|$)|SECRET|PASSW|PASSPHRASE|(^|_|SSH|DB)PASS(_|$)|_PWD$"
     r"|(^|_|API|PRIVATE|ACCESS|ENCRYPTION|SIGNING)KEYS?(_|$)|CREDENTIAL|AUTH(_|$)|AUTHORIZATION|COOKIE"
@@ -97,7 +97,7 @@ def spec_of(
 class WorkerProcess:
     """A started worker that loads `specs`. Its output is appended to `log`, or dropped if `log` is None.
 
-    Its parent is a keeper (`grpo.rewards.keeper`), which ends only when neither the worker nor anything that it started
+    Its parent is a reaper (`grpo.rewards.reaper`), which ends only when neither the worker nor anything that it started
     is left.
     """
 
@@ -118,7 +118,7 @@ class WorkerProcess:
             log.parent.mkdir(parents=True, exist_ok=True)  # a reward function may have removed it
         with theirs, (log or Path(os.devnull)).open("ab") as prints:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", keeper.__file__, str(theirs.fileno()), str(int(memory_gib * 2**30))],
+                [sys.executable, "-P", reaper.__file__, str(theirs.fileno()), str(int(memory_gib * 2**30))],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=prints,
@@ -166,7 +166,7 @@ class WorkerProcess:
         return lines, more and len(rest) <= MAX_LINE_BYTES
 
     def exited(self) -> bool:
-        """Return whether the keeper has ended. Its exit status is left for `kill` to read."""
+        """Return whether the reaper has ended. Its exit status is left for `kill` to read."""
         if self._process.returncode is not None:
             return True
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -183,16 +183,16 @@ class WorkerProcess:
             time.sleep(0.002)
         alone = self.exited()
         assert self._process.stdin is not None
-        self._process.stdin.close()  # tells the keeper to kill everything
+        self._process.stdin.close()  # tells the reaper to kill everything
         try:
-            code = self._process.wait(timeout=KEEPER_S)
-        except subprocess.TimeoutExpired:  # the user's code has stopped the keeper
+            code = self._process.wait(timeout=REAPER_S)
+        except subprocess.TimeoutExpired:  # the user's code has stopped the reaper
             self._process.kill()
             code = self._process.wait()
         self.socket.close()
-        if code == keeper.TOO_MANY:
-            return f"had more than {keeper.MAX_PROCESSES} processes"
-        if code == keeper.TOO_LARGE:
+        if code == reaper.TOO_MANY:
+            return f"had more than {reaper.MAX_PROCESSES} processes"
+        if code == reaper.TOO_LARGE:
             return f"and what it started used more than memory_gib={self._memory_gib:g}"
         if not alone:
             return "closed or broke its connection"

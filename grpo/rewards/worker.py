@@ -1,4 +1,4 @@
-"""Reward worker: `python -P worker.py FD PARENT MEMORY_BYTES`, started by its keeper. It makes one call at a time.
+"""Reward worker: `python -P worker.py FD PARENT MEMORY_BYTES`, started by its reaper. It makes one call at a time.
 
 The parent sends pickles, each preceded by its length, which it made from the rows of the data set. The worker answers
 each call, in order, with one line of JSON. So the parent never unpickles data that a reward function touched. Each line

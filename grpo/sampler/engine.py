@@ -27,7 +27,7 @@ from grpo import sockets
 from grpo.config import Config
 from grpo.probing import Probe
 from grpo.sampler import transfer
-from grpo.sampler.worker import together
+from grpo.sampler.worker import merge_reports
 from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
 from grpo.weight_sync import Bucket, SyncReport
 
@@ -93,7 +93,7 @@ class Sampler:
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
         self._policy_version = self._pending_version
-        loaded = together(self._engine.collective_rpc("recorder_report"))
+        loaded = merge_reports(self._engine.collective_rpc("recorder_report"))
         return SyncReport(
             policy_version=self._policy_version,
             consumed=loaded.consumed,
@@ -210,7 +210,7 @@ def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:
     recognizes a failed generation by it.
     """
     names = [output.request_id.partition("/") for output in outputs]
-    samples = [taken(output.outputs[0]) for output in outputs]
+    samples = [completion_of(output.outputs[0]) for output in outputs]
     lengths = [len(token_ids) for token_ids, _, _ in samples]
     total = sum(lengths)
     return SampledBlock(
@@ -224,7 +224,7 @@ def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:
     )
 
 
-def taken(sample: Any) -> tuple[Sequence[int], Sequence[float], str]:
+def completion_of(sample: Any) -> tuple[Sequence[int], Sequence[float], str]:
     """Return (token ids, logprobs, finish reason) of a completion."""
     ids, logprobs, reason = sample.token_ids, sample.logprobs.logprobs, sample.finish_reason
     if reason in ("stop", "length") and len(ids) == len(logprobs) > 0:

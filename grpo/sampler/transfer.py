@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from grpo.transport import IpcReceiver, broadcast, broadcast_group, cut, finish, join_store, read_shared_memory
+from grpo.transport import IpcReceiver, broadcast, broadcast_group, finish, join_store, read_shared_memory, tensor_view
 from grpo.weight_sync import TensorSpec
 
 BACKENDS = {
@@ -146,7 +146,7 @@ class BroadcastEngine(Reloading):
     def receive_weights(self, update_info: BroadcastUpdateInfo) -> None:
         flat = torch.empty(update_info.nbytes, dtype=torch.uint8, device=self.device)
         finish(broadcast(self._group, flat), self._timeout)
-        self.model.load_weights([(spec.name, cut(flat, spec)) for spec in update_info.tensors])
+        self.model.load_weights([(spec.name, tensor_view(flat, spec)) for spec in update_info.tensors])
 
 
 def repack_lm_head(model: Any) -> None:

@@ -69,7 +69,7 @@ class WorkerExtension:
         return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-def together(reports: Sequence[Loaded]) -> Loaded:
+def merge_reports(reports: Sequence[Loaded]) -> Loaded:
     """Merge the reports of one sampler's workers.
 
     Raises WeightSyncError if the workers received different data.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from grpo.config import AlgorithmConfig, CriticConfig
+from grpo.objective.compatibility import WHITENED
 from grpo.objective.kl import estimate
-from grpo.objective.legal import WHITENED
 from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
 from grpo.types import Batch, RankStep
 from grpo.update.engine import StepEngine

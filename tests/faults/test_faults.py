@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo.checkpoint import found, read
+from grpo.checkpoint import list_checkpoints, read
 
 ROOT = Path(__file__).resolve().parents[2]
 STRUCK = Path(__file__).with_name("struck.py")
@@ -227,7 +227,7 @@ def test_a_fault(
     if "Traceback" in said:
         raise AssertionError(said[-3000:])
     run = runs / name
-    every = found(run)
+    every = list_checkpoints(run)
     if phase != "start":
         assert [read(folder).step for folder in every] != []  # each is read whole
     if outcome.code == 0 and "reward worker" not in fault:

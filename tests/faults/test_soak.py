@@ -72,7 +72,7 @@ def test_nothing_grows(tmp_path: Path, make_model: Callable[..., Path], make_rec
     assert early
     assert late
     names = [name for name in early[0] if all(name in found for found in (*early, *late))]
-    assert len(names) > 8  # driver, sampler, learner, keeper, worker, and Ray's own
+    assert len(names) > 8  # driver, sampler, learner, reaper, worker, and Ray's own
     grown = []
     for name in names:
         before = max(found[name][0] for found in early), max(found[name][1] for found in early)

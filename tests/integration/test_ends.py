@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo.checkpoint import found, read
+from grpo.checkpoint import list_checkpoints, read
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def test_an_end_in_mid_run(
                 process.send_signal(getattr(signal, strike))
             ended = process.wait(timeout=60)
             if code is None:  # depends on whether the step under way was already saved
-                code = 75 if found(run) else 1
+                code = 75 if list_checkpoints(run) else 1
                 if strike == "Ctrl-C thrice":
                     words += "go on with resume=" if code == 75 else "there is no checkpoint to go on from"
             assert ended == code
@@ -93,7 +93,7 @@ def test_an_end_in_mid_run(
     assert alive(family) == []
     assert list(temporary.glob("grpo-ray-*")) == []
     if code == 75:  # the step was finished and saved
-        [checkpoint] = found(run)
+        [checkpoint] = list_checkpoints(run)
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert read(checkpoint).step == steps[-1] == json.loads((run / "summary.json").read_text())["steps"]
     if strike != "SIGKILL":
@@ -123,7 +123,7 @@ def test_an_outage_of_a_reward_saves_the_last_good_step(
         assert ended.returncode == code, ended.stdout[-2000:] + ended.stderr[-2000:]
         assert "judge server went away" in ended.stdout
         assert f"the state after step 2 is saved; go on with resume={run}" in ended.stdout
-        assert [read(folder).step for folder in found(run)] == [2]
+        assert [read(folder).step for folder in list_checkpoints(run)] == [2]
         summary = json.loads((run / "summary.json").read_text())
         assert summary["steps"] == 2
         assert "accuracy_after" not in summary

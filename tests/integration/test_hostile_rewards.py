@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from grpo.config import RewardConfig
-from grpo.rewards import keeper, worker
+from grpo.rewards import reaper, worker
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.rewards.process import scrubbed
 from grpo.types import Failed, Scored
@@ -85,7 +85,7 @@ KIT: dict[str, tuple[str, str, str]] = {
         "used more than memory_gib=0.75",
     ),
     "forks without end": (
-        "while os.fork(): pass\ntime.sleep(600)", "worker_died", f"more than {keeper.MAX_PROCESSES} processes",
+        "while os.fork(): pass\ntime.sleep(600)", "worker_died", f"more than {reaper.MAX_PROCESSES} processes",
     ),
     "answers twice": ("os.fork(); return 1.0", "1.0", ""),
     "prints gigabytes": ("while True: os.write(1, b'x' * 2**20)", "exception", "File too large"),

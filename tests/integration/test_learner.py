@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.batching import TrainingRow
 from grpo.learner.replay import replay
-from grpo.objective.legal import LEGAL_AGGREGATIONS
+from grpo.objective.compatibility import LEGAL_AGGREGATIONS
 
 LR = 0.5
 SMALL_LR = 0.05  # two steps: a large first one would magnify float32's rounding in the second

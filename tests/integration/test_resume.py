@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_spread
 
-from grpo.checkpoint import found
+from grpo.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
@@ -137,12 +137,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     seconds = sum(
         json.loads(line).get("time/step_s", 0) for line in (straight / "metrics.jsonl").read_text().splitlines()
     )
-    kill_at(recipe, "killed", random.uniform(0.0, 0.5) * seconds, after=found)  # the checkpoint of the second step
+    kill_at(
+        recipe, "killed", random.uniform(0.0, 0.5) * seconds, after=list_checkpoints
+    )  # the checkpoint of the second step
     same(finish(recipe, "killed", "resume=auto"), straight)
     assert "resumed    " in (recipe.parent / "killed.txt").read_text()
     for actor in actors:
         bereft = start(recipe, actor)
-        wait_until(found, recipe, actor, bereft)
+        wait_until(list_checkpoints, recipe, actor, bereft)
         time.sleep(random.uniform(0.0, 0.5) * seconds)
         family = psutil.Process(bereft.pid).children(recursive=True)
         [*_, lost] = [p for p in family if actor in " ".join(p.cmdline())]

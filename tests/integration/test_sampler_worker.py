@@ -11,7 +11,7 @@ SCRIPT = """
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from grpo.sampler.worker import Loaded, slot_size, together
+from grpo.sampler.worker import Loaded, merge_reports, slot_size
 from grpo.weight_sync import WeightSyncError
 
 def layer(kind, **sizes):
@@ -46,11 +46,11 @@ assert found == {
 
 one = Loaded(consumed={"a": 1, "b": 2}, unfilled=(), unmapped=("a", "c"))
 two = Loaded(consumed={"a": 1, "b": 2}, unfilled=("x",), unmapped=("c", "b"))
-assert together([one]) == one
-assert together([one, two]) == Loaded(consumed=one.consumed, unfilled=("x of worker 1",), unmapped=("c",))
+assert merge_reports([one]) == one
+assert merge_reports([one, two]) == Loaded(consumed=one.consumed, unfilled=("x of worker 1",), unmapped=("c",))
 for other in ({"a": 1, "b": 3}, {"a": 1}, {"a": 1, "b": 2, "c": 3}):
     try:
-        together([one, Loaded(consumed=other, unfilled=(), unmapped=())])
+        merge_reports([one, Loaded(consumed=other, unfilled=(), unmapped=())])
     except WeightSyncError as error:
         assert "worker 1 was given other weights than worker 0" in str(error)
     else:

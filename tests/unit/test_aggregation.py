@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.objective.aggregation import aggregation_weights
-from grpo.objective.legal import Aggregation
+from grpo.objective.compatibility import Aggregation
 
 ALL: tuple[Aggregation, ...] = get_args(Aggregation)
 MEANS: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "prompt_mean")

@@ -17,17 +17,19 @@ from transformers import AutoTokenizer
 
 from grpo import config as module
 from grpo import data
-from grpo.check import Plan, check, check_critic, check_model
+from grpo.check import CheckedRun, check, check_critic, check_model
 from grpo.cli import make_parser
 from grpo.types import Prompt, UserError
 
 
 @pytest.fixture
-def planned(make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Plan]:
+def planned(
+    make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
+) -> Callable[..., CheckedRun]:
     """planned(*overrides, a=[rows], ...) -> the plan of the small recipe with the data sets a.jsonl, ..."""
     model = make_model("qwen2")
 
-    def plan(*overrides: str, **sets: list[dict[str, Any]]) -> Plan:
+    def plan(*overrides: str, **sets: list[dict[str, Any]]) -> CheckedRun:
         recipe = make_recipe(model)
         for name, rows in sets.items():
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -41,7 +43,7 @@ def sums(low: int, high: int, **more: Any) -> list[dict[str, Any]]:
     return [{"question": f"{n}+11", "answer": str(n + 11)[::-1], **more} for n in range(low, high)]
 
 
-def line(plan: Plan, *words: str) -> str:
+def line(plan: CheckedRun, *words: str) -> str:
     [found] = [text for text in plan.lines if all(word in text for word in words)]
     return found
 
@@ -49,7 +51,7 @@ def line(plan: Plan, *words: str) -> str:
 MIX = ("data.train=[DIR/a.jsonl,DIR/b.jsonl]", "rewards.0.gold=false")
 
 
-def test_a_mix_is_planned(planned: Callable[..., Plan]) -> None:
+def test_a_mix_is_planned(planned: Callable[..., CheckedRun]) -> None:
     plan = planned(*MIX, "data.train.0.weight=3", "data.train.1.weight=1", a=sums(10, 40), b=sums(40, 50))
     assert [prompt.dataset for prompt in plan.prompts] == ["a"] * 30 + ["b"] * 10
     assert line(plan, "set        a") == "set        a: 30 prompts, 75.0% of those drawn: 0.40 epochs"  # 12 of 16 drawn
@@ -59,7 +61,7 @@ def test_a_mix_is_planned(planned: Callable[..., Plan]) -> None:
     assert pool.fingerprints["data.train"] == plan.fingerprints["data.train"]
 
 
-def test_one_data_set_is_planned_as_ever(planned: Callable[..., Plan]) -> None:
+def test_one_data_set_is_planned_as_ever(planned: Callable[..., CheckedRun]) -> None:
     plan = planned("data.train=DIR/a.jsonl", a=sums(10, 40))
     assert not [text for text in plan.lines if text.startswith("set ")]
     assert line(plan, "reward", "corrupted") == (
@@ -70,7 +72,7 @@ def test_one_data_set_is_planned_as_ever(planned: Callable[..., Plan]) -> None:
     )
 
 
-def test_a_step_that_could_need_more_of_a_set_than_it_has(planned: Callable[..., Plan]) -> None:
+def test_a_step_that_could_need_more_of_a_set_than_it_has(planned: Callable[..., CheckedRun]) -> None:
     weights = ("data.train.0.weight=1", "data.train.1.weight=1")
     with pytest.raises(UserError) as caught:
         planned(*MIX, *weights, "algorithm.minibatches_per_step=2", a=sums(10, 40), b=sums(40, 43))
@@ -86,7 +88,7 @@ def test_a_step_that_could_need_more_of_a_set_than_it_has(planned: Callable[...,
                 a=sums(10, 40), b=sums(40, 41))  # fmt: skip
 
 
-def test_names_of_data_sets(planned: Callable[..., Plan]) -> None:
+def test_names_of_data_sets(planned: Callable[..., CheckedRun]) -> None:
     twice = ("data.train=[DIR/a.jsonl,DIR/a.jsonl]", "rewards.0.gold=false")
     with pytest.raises(UserError, match=r"data\.train\[0\] and data\.train\[1\] are both called a; give one another"):
         planned(*twice, a=sums(10, 40))
@@ -95,7 +97,7 @@ def test_names_of_data_sets(planned: Callable[..., Plan]) -> None:
     assert len({prompt.prompt_id for prompt in plan.prompts}) == 60
 
 
-def test_rewards_name_data_sets_that_there_are(planned: Callable[..., Plan]) -> None:
+def test_rewards_name_data_sets_that_there_are(planned: Callable[..., CheckedRun]) -> None:
     with pytest.raises(UserError) as caught:
         planned(*MIX, "rewards.0.sets=[a,bb]", a=sums(10, 40), b=sums(40, 50))
     assert str(caught.value) == "rewards[0].sets: no data set is called bb; there are a, b; did you mean b?"
@@ -112,14 +114,14 @@ def test_rewards_name_data_sets_that_there_are(planned: Callable[..., Plan]) -> 
                 b=sums(40, 50))  # fmt: skip
 
 
-def test_columns_to_evaluate_by(planned: Callable[..., Plan]) -> None:
+def test_columns_to_evaluate_by(planned: Callable[..., CheckedRun]) -> None:
     rows = [*sums(10, 12, level=1), *sums(12, 14)]  # a column that some rows have will do
     planned("data.eval.sets=DIR/held.jsonl", "data.eval.by=[level]", held=rows)
     with pytest.raises(UserError, match=r"data.eval.by: no row of data.eval.sets has a column 'levl'.*mean level\?"):
         planned("data.eval.sets=DIR/held.jsonl", "data.eval.by=[level,levl]", held=rows)
 
 
-def test_gold_answers_of_all_rows(planned: Callable[..., Plan], tmp_path: Path) -> None:
+def test_gold_answers_of_all_rows(planned: Callable[..., CheckedRun], tmp_path: Path) -> None:
     """The reward fails on an answer that is no number, scores 0 where it is 7, and the first eight rows say nothing."""
     reward = tmp_path / "number.py"
     reward.write_text(
@@ -137,7 +139,7 @@ def test_gold_answers_of_all_rows(planned: Callable[..., Plan], tmp_path: Path) 
         planned(*one, "data.eval.sets=DIR/b.jsonl", a=rows, b=[*sums(40, 48), {"question": "1+1", "answer": "n"}])
 
 
-def test_rewards_are_tried_on_the_ids_of_their_texts(planned: Callable[..., Plan], tmp_path: Path) -> None:
+def test_rewards_are_tried_on_the_ids_of_their_texts(planned: Callable[..., CheckedRun], tmp_path: Path) -> None:
     """One token a character, digit d is token d + 1 and the end token 0; no token for letters."""
     reward = tmp_path / "ids.py"
     reward.write_text(
@@ -154,7 +156,9 @@ def test_rewards_are_tried_on_the_ids_of_their_texts(planned: Callable[..., Plan
     assert line(plan, "style trl")
 
 
-def test_verls_files_and_its_rewards_need_no_more_than_a_question(planned: Callable[..., Plan], tmp_path: Path) -> None:
+def test_verls_files_and_its_rewards_need_no_more_than_a_question(
+    planned: Callable[..., CheckedRun], tmp_path: Path
+) -> None:
     rows = [
         {
             "data_source": "owner/sums", "prompt": [{"role": "user", "content": f"{n}+11"}], "ability": "math",
@@ -181,7 +185,7 @@ def test_verls_files_and_its_rewards_need_no_more_than_a_question(planned: Calla
     ]
 
 
-def test_the_file_decides_whether_gold_answers_are_tried(planned: Callable[..., Plan], tmp_path: Path) -> None:
+def test_the_file_decides_whether_gold_answers_are_tried(planned: Callable[..., CheckedRun], tmp_path: Path) -> None:
     """Where the recipe says nothing; what came of it is in the plan's config."""
     reward = tmp_path / "number.py"
     one = ("data.train=DIR/a.jsonl", f"rewards.0.file={reward}")
@@ -200,7 +204,7 @@ def test_the_file_decides_whether_gold_answers_are_tried(planned: Callable[..., 
     assert planned(*one, "rewards.0.gold=false", a=rows).config.rewards[0].gold is False
 
 
-def test_a_gold_answer_of_the_first_rows_that_cannot_be_read_is_named(planned: Callable[..., Plan]) -> None:
+def test_a_gold_answer_of_the_first_rows_that_cannot_be_read_is_named(planned: Callable[..., CheckedRun]) -> None:
     graded = ("data.train=DIR/a.jsonl", "rewards.0.file=reward_fns/math_answer.py", "rewards.0.gold=null")
     rows = [{"question": "1+1", "answer": answer} for answer in ("2", "1/2", "x", ")(", "3", "4", "5", "6")]
     with pytest.raises(UserError) as caught:
@@ -216,7 +220,7 @@ def test_a_gold_answer_of_the_first_rows_that_cannot_be_read_is_named(planned: C
     )
 
 
-def test_filters_are_in_the_plan_and_listed(planned: Callable[..., Plan]) -> None:
+def test_filters_are_in_the_plan_and_listed(planned: Callable[..., CheckedRun]) -> None:
     train = [*sums(10, 30, level=1), *sums(30, 40, level=2), *sums(40, 44, level=3), {**sums(44, 45)[0], "level": 9}]
     options = (
         "data.train=DIR/a.jsonl", "data.eval.sets=DIR/b.jsonl", "data.train[0].between.level=[1,3]",
@@ -244,7 +248,7 @@ def test_filters_are_in_the_plan_and_listed(planned: Callable[..., Plan]) -> Non
     assert other.fingerprints["data.eval.sets"] != plan.fingerprints["data.eval.sets"]
 
 
-def test_rows_that_stand_there_twice_are_said_of_all_sets_together(planned: Callable[..., Plan]) -> None:
+def test_rows_that_stand_there_twice_are_said_of_all_sets_together(planned: Callable[..., CheckedRun]) -> None:
     plan = planned(*MIX, a=sums(10, 40), b=sums(35, 50))
     assert line(plan, "more than once") == "warning    5 of 45 prompts of data.train stand there more than once"
 
@@ -334,7 +338,7 @@ def test_tokens_beyond_the_embedding_are_refused(
     short = make_model("llama", vocab_size=12)
     recipe = make_recipe(short, data={"template": "{question}"})
 
-    def planned(*overrides: str) -> Plan:
+    def planned(*overrides: str) -> CheckedRun:
         return check(module.load(recipe, [*overrides]), recipe, tmp_path / "logs")
 
     assert len(tokens) == 13
@@ -440,7 +444,7 @@ def test_weights_of_another_form_are_named(make_model: Callable[..., Path], make
         check_model(module.load(make_recipe(folder)))
 
 
-def test_gold_answers_that_are_none(planned: Callable[..., Plan], tmp_path: Path) -> None:
+def test_gold_answers_that_are_none(planned: Callable[..., CheckedRun], tmp_path: Path) -> None:
     """An empty answer equals an empty completion, so the gold answer scored 1; the first eight rows say nothing."""
     reward = tmp_path / "same.py"
     reward.write_text("def same(completion, row): return float(completion == str(row['answer']))")

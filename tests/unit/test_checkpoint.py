@@ -23,7 +23,7 @@ from grpo.checkpoint import (
     begin,
     compare,
     differences,
-    found,
+    list_checkpoints,
     publish,
     read,
     retire,
@@ -57,7 +57,7 @@ def test_what_is_published_reads_back(tmp_path: Path) -> None:
     # sha256 of b"tensors", by sha256sum
     expected = subprocess.run(["sha256sum"], input=b"tensors", capture_output=True, check=True).stdout.split()[0]
     assert manifest.files["learner/rank-0.safetensors"].sha256 == expected.decode()
-    assert found(tmp_path) == [path]
+    assert list_checkpoints(tmp_path) == [path]
 
 
 def damaged(path: Path, how: str) -> str:
@@ -152,7 +152,7 @@ def test_a_metric_that_is_no_number_keeps_no_checkpoint(tmp_path: Path) -> None:
         make(tmp_path, step, metrics={"reward/mean": value})
     (tmp_path / "checkpoints" / "step-000003" / "manifest.json").write_text("{")
     retire(tmp_path, keep_last=1, keep_every=0, best_by="reward/mean")
-    assert [path.name for path in found(tmp_path)] == ["step-000002", "step-000004"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000004"]
 
 
 def test_a_folder_with_other_files_than_its_manifest_is_not_published(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_folder_with_other_files_than_its_manifest_is_not_published(tmp_path: 
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="stray"):
         publish(partial, manifest)
-    assert found(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_killed_at_any_write_the_checkpoint_before_it_loads(tmp_path: Path) -> N
     outcomes = set()
     for number in range(1, len(codes) + 1):
         run = tmp_path / str(number)
-        steps = [read(path).step for path in found(run)]
+        steps = [read(path).step for path in list_checkpoints(run)]
         assert steps in ([2], [2, 3], [3])
         outcomes.add(tuple(steps))
         make(run, 4)  # and what was left behind is in nobody's way
@@ -247,10 +247,10 @@ def test_on_a_disk_that_fills_at_any_point_the_checkpoint_before_loads(make_disk
             make(small_disk, 2, data=b"b" * 40_000)
         except OSError as error:
             errors.append(error)
-            assert found(small_disk) == [first]
+            assert list_checkpoints(small_disk) == [first]
         else:
-            assert read(found(small_disk)[-1]).step == 2
-            shutil.rmtree(found(small_disk)[-1])
+            assert read(list_checkpoints(small_disk)[-1]).step == 2
+            shutil.rmtree(list_checkpoints(small_disk)[-1])
         assert read(first) == before
         drop_unfinished(small_disk)
         assert sorted(path.name for path in (small_disk / "checkpoints").iterdir()) == ["step-000001"]
@@ -263,17 +263,22 @@ def test_what_is_kept(tmp_path: Path) -> None:
     for step, accuracy in ((5, 0.5), (10, 0.9), (15, 0.9), (20, 0.7), (25, None), (30, 0.6)):
         make(tmp_path, step, metrics={} if accuracy is None else {"eval/accuracy": accuracy})
     retire(tmp_path, keep_last=2, keep_every=20, best_by="eval/accuracy")
-    assert [path.name for path in found(tmp_path)] == ["step-000010", "step-000020", "step-000025", "step-000030"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step-000010",
+        "step-000020",
+        "step-000025",
+        "step-000030",
+    ]
     retire(tmp_path, keep_last=1, keep_every=0, best_by=None)
-    assert [path.name for path in found(tmp_path)] == ["step-000030"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000030"]
     retire(tmp_path, keep_last=1, keep_every=0, best_by="no/such")
-    assert [path.name for path in found(tmp_path)] == ["step-000030"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000030"]
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     for step in (999999, 1000000, 7):
         make(tmp_path, step)
-    assert [path.name for path in found(tmp_path)] == ["step-000007", "step-999999", "step-1000000"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000007", "step-999999", "step-1000000"]
 
 
 # --- going on with other settings ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from grpo import config as module
-from grpo.cli import apart, main, make_parser
+from grpo.cli import main, make_parser, split_resume_options
 from grpo.config.describe import kind_text, options_text, sections
 from grpo.config.schema import Config
 from grpo.types import UserError
@@ -46,7 +46,7 @@ def test_the_examples_of_a_section_load_and_set_it(name: str, tmp_path: Path) ->
     recipe.write_text(RECIPE)
     before = dataclasses.asdict(module.load(recipe))
     for example in SECTIONS[name].examples:
-        _, overrides = apart(shlex.split(example))
+        _, overrides = split_resume_options(shlex.split(example))
         assert dataclasses.asdict(module.load(recipe, overrides)) != before
         own = SECTIONS[name].name.partition("[")[0]
         assert any(override.startswith(own) for override in overrides), example

@@ -25,8 +25,8 @@ from grpo.config import Config
 from grpo.plan import (
     Lengths,
     Parts,
+    estimate,
     learner_memory,
-    make_plan,
     perturbed_bytes,
     sampler_memory,
     states,
@@ -314,7 +314,7 @@ def test_the_peak_is_within_the_plan(
     ledger, running = machine(config)
     a_run(ledger, running)
     shape, lengths = shape_of(config.model.path), Lengths(prompt=100, completion=200, longest=300)
-    plan = make_plan(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
+    plan = estimate(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
     planned = [sum(plan.learner.values()), sum(plan.sampler.values()), sum(plan.sync.values())]
     expected = max(planned) if config.takes_turns else sum(planned)
     assert 0.85 * expected <= ledger.peak <= 1.15 * expected

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from grpo import config as module
 from grpo import watching
 from grpo.batching import rank_steps
-from grpo.checkpoint import FileRecord, found, read, seal
+from grpo.checkpoint import FileRecord, list_checkpoints, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import training_rows
 from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
@@ -602,7 +602,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, datasets: dict[str, int])
     straight, policy = make_loop(tmp_path / "straight", config, datasets=datasets)
     train(straight)
     straight.folder.close()
-    assert [path.name for path in found(tmp_path / "straight" / "run")] == ["step-000006", "step-000008"]
+    assert [path.name for path in list_checkpoints(tmp_path / "straight" / "run")] == ["step-000006", "step-000008"]
 
     dying, dying_policy = make_loop(tmp_path / "cut", config, datasets=datasets)
     learn, died_at = dying_policy.step, []
@@ -620,13 +620,13 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, datasets: dict[str, int])
     run = tmp_path / "cut" / "run"
     (run / "checkpoints" / "step-000003.partial").rename(run / "checkpoints" / "step-000006.partial")  # half-written
     assert died_at == [5]
-    assert found(run) == []  # captured, and not yet a checkpoint
+    assert list_checkpoints(run) == []  # captured, and not yet a checkpoint
 
     again, _ = make_loop(tmp_path / "cut", config, reopened=0, datasets=datasets)
     dying_policy.step = learn  # type: ignore[method-assign]
     assert lines(tmp_path / "cut") == []
     stop_after(again, 7)
-    assert [path.name for path in found(run)] == ["step-000003"]
+    assert [path.name for path in list_checkpoints(run)] == ["step-000003"]
     assert [line["step"] for line in lines(tmp_path / "cut")] == list(range(8))
 
     manifest = read(run / "checkpoints" / "step-000003")
@@ -705,7 +705,7 @@ def test_a_run_that_is_asked_to_end_finishes_its_step_and_saves(tmp_path: Path) 
     outcome = train(dataclasses.replace(loop, stopping=lambda: next(asked)))
     loop.folder.close()
     assert (outcome.finished, outcome.steps) == (False, 3)
-    assert [read(path).step for path in found(tmp_path / "run")] == [3]
+    assert [read(path).step for path in list_checkpoints(tmp_path / "run")] == [3]
     assert "save" not in policy.calls  # no model of a run that is not at its end
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
     assert len([*(tmp_path / "run" / "trace").iterdir()]) == 3
@@ -775,7 +775,7 @@ def test_an_outage_loses_no_good_step(options: tuple[str, ...], since: int, good
         train(loop)
     loop.folder.close()
     run = tmp_path / "struck" / "run"
-    saved = read(found(run)[-1]).step
+    saved = read(list_checkpoints(run)[-1]).step
     assert good in (saved, None)
     assert 0 < saved == lines(tmp_path / "struck")[-1]["step"] == loop.folder.facts["steps"]
 
@@ -825,7 +825,7 @@ def test_what_is_not_a_good_state_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(kind):
             train(loop)
         loop.folder.close()
-        steps = [read(folder).step for folder in found(tmp_path / str(number) / "run")]
+        steps = [read(folder).step for folder in list_checkpoints(tmp_path / str(number) / "run")]
         assert steps == ([] if saved is None else [saved]), number
 
 
@@ -836,7 +836,7 @@ def test_a_checkpoint_that_was_begun_is_finished(tmp_path: Path) -> None:
     with pytest.raises(MismatchError):
         train(loop)
     loop.folder.close()
-    assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
+    assert [read(folder).step for folder in list_checkpoints(tmp_path / "run")] == [2]
 
 
 def test_after_a_failed_update_nothing_is_asked_of_the_learner(tmp_path: Path) -> None:
@@ -883,7 +883,7 @@ def test_samples_that_could_not_be_written_end_the_run_before_the_next_update(tm
     with pytest.raises(OSError, match="stale"):
         train(loop)
     loop.folder.close()
-    assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
+    assert [read(folder).step for folder in list_checkpoints(tmp_path / "run")] == [2]
 
 
 def test_a_finished_run_needs_no_room_for_its_last_checkpoint(tmp_path: Path) -> None:
@@ -915,7 +915,7 @@ def test_a_model_that_cannot_be_written_at_the_end_loses_no_step(tmp_path: Path)
     with pytest.raises(RuntimeError, match="no such user"):
         train(loop)
     loop.folder.close()
-    assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
+    assert [read(folder).step for folder in list_checkpoints(tmp_path / "run")] == [2]
 
 
 def test_wrong_values_are_no_outage(tmp_path: Path) -> None:
@@ -924,7 +924,7 @@ def test_wrong_values_are_no_outage(tmp_path: Path) -> None:
         train(loop)
     loop.folder.close()
     assert not isinstance(raised.value, RewardOutage)
-    assert [read(folder).step for folder in found(tmp_path / "run")] == [2]
+    assert [read(folder).step for folder in list_checkpoints(tmp_path / "run")] == [2]
 
 
 def test_a_finished_run_goes_on_to_more_steps(tmp_path: Path) -> None:
@@ -945,7 +945,7 @@ def test_a_finished_run_goes_on_to_more_steps(tmp_path: Path) -> None:
     without, _ = make_loop(tmp_path / "left out", make_config(tmp_path, "run.steps=2", "run.save_last=false"))
     train(without)
     without.folder.close()
-    assert found(tmp_path / "left out" / "run") == []
+    assert list_checkpoints(tmp_path / "left out" / "run") == []
 
 
 def test_an_accuracy_that_was_not_measured_is_absent(tmp_path: Path) -> None:

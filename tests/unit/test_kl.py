@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo.objective.compatibility import ILLEGAL_KL, Estimator, Gradient
 from grpo.objective.kl import adapted_coefficient, anchor_kl, estimate, k1, k2, k3
-from grpo.objective.legal import ILLEGAL_KL, Estimator, Gradient
 from grpo.objective.policy import reinforce
 from grpo.objective.token_advantages import rewards_to_go
 

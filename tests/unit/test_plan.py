@@ -20,15 +20,15 @@ from grpo.cli import main
 from grpo.config import Config, load
 from grpo.plan import (
     REST,
+    Estimate,
     Lengths,
     Parts,
-    Plan,
     activation_bytes,
+    estimate,
     exchange_bytes,
     head_bytes,
     layer_bytes,
     learner_memory,
-    make_plan,
     model_states,
     pass_seconds,
     sampler_memory,
@@ -282,7 +282,7 @@ def test_every_recipe_fits_its_gpus_on_paper(name: str) -> None:
     assumed = recipe_hours.ASSUMED[name]
     lengths = Lengths(prompt=assumed.prompt, completion=assumed.completion, longest=config.sampling.max_tokens)
     shape = shape_of(config.model.path)
-    found = make_plan(config, shape, GPUS[recipe_hours.NAMES[gpu]], lengths, nodes=-(-count // 8), gpus_per_node=8)
+    found = estimate(config, shape, GPUS[recipe_hours.NAMES[gpu]], lengths, nodes=-(-count // 8), gpus_per_node=8)
     assert found.problems == ()
     assert found.gpus == count
     assert 0.1 < found.hours < 500
@@ -404,7 +404,7 @@ def test_a_step_has_the_parts_that_the_options_ask_for() -> None:
 
     def seconds(*overrides: str, rounds: float = 1) -> Parts:
         config = config_of("math_drgrpo_7b", *APART, *overrides)
-        plan = make_plan(config, shape, GPUS["a100-80"], lengths, nodes=1, gpus_per_node=8, rounds=rounds)
+        plan = estimate(config, shape, GPUS["a100-80"], lengths, nodes=1, gpus_per_node=8, rounds=rounds)
         assert plan.hours == pytest.approx(config.run.steps * sum(plan.seconds.values()) / 3600)
         return plan.seconds
 
@@ -461,7 +461,7 @@ def test_each_option_that_a_plan_names_is_taken_by_the_command(name: str, overri
     """In the order in which they are named, each with those before."""
     config, small = config_of(name, *overrides), dataclasses.replace(GPUS["a100-40"], memory=2e9)
     lengths = Lengths(prompt=9, completion=9, longest=9)
-    plan = make_plan(config, shape_of(config.model.path), small, lengths, nodes=16, gpus_per_node=8)
+    plan = estimate(config, shape_of(config.model.path), small, lengths, nodes=16, gpus_per_node=8)
     [problem] = [each for each in plan.problems if "a learner rank takes" in each]
     options = [option for option in problem.partition("in this order, ")[2].split(", ") if "=" in option]
     assert options
@@ -492,7 +492,7 @@ def test_in_turns_host_memory_has_the_states_and_the_weights_that_are_set_aside(
 
     def host(*overrides: str) -> Parts:
         config = config_of("gsm8k_qwen2.5_0.5b", "learner.zero_stage=2", "algorithm.kl_coef=0", *overrides)
-        return make_plan(config, shape_of(config.model.path), GPUS["h100"], lengths, nodes=1, gpus_per_node=8).host
+        return estimate(config, shape_of(config.model.path), GPUS["h100"], lengths, nodes=1, gpus_per_node=8).host
 
     assert host("cluster.sleep=true") == {"set aside": 20 * 494_032_768}
     assert host("cluster.sleep=true", "algorithm.kl_coef=0.001") == {"set aside": 22 * 494_032_768}
@@ -507,7 +507,7 @@ def test_a_sampler_over_four_gpus() -> None:
     assert split["weights"] == whole["weights"] / 4 == 2 * shape.parameters / 4
     assert split["forward"] < whole["forward"]
     lengths = Lengths(prompt=150, completion=5000, longest=20480)
-    plan = make_plan(config_of("dapo_32b"), shape, GPUS["h100"], lengths, nodes=16, gpus_per_node=8)
+    plan = estimate(config_of("dapo_32b"), shape, GPUS["h100"], lengths, nodes=16, gpus_per_node=8)
     assert plan.at_once == pytest.approx(4 * split["KV cache"] / (5150 * shape.kv_bytes(2)))
     assert plan.seconds["taking turns"] == 0
 
@@ -519,10 +519,10 @@ def test_key_value_heads_that_are_fewer_than_gpus_are_there_more_than_once() -> 
     # a layer's key-value projections of 2 x 1536 x 256 weights and 2 x 256 biases are there twice
     assert shape.over(4).parameters - shape.parameters == 28 * (2 * 1536 * 256 + 2 * 256)
 
-    def plan(*overrides: str) -> Plan:
+    def plan(*overrides: str) -> Estimate:
         apart = ["cluster.layout=disaggregated", "cluster.samplers=1", "sampler.gpu_memory_utilization=0.9"]
         config = config_of("gsm8k_qwen2.5_1.5b", *apart, *overrides)
-        return make_plan(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
+        return estimate(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
 
     four = plan("cluster.tensor_parallel=4")
     assert four.at_once == pytest.approx(four.sampler["KV cache"] / (491 * 14_336))
@@ -543,7 +543,7 @@ def test_engines_that_take_turns_move_the_learner_s_states_twice() -> None:
     shape = shape_of("Qwen/Qwen2.5-0.5B-Instruct")
     lengths = Lengths(prompt=100, completion=300, longest=1024)
     config = config_of("gsm8k_qwen2.5_0.5b", "cluster.sleep=true", "algorithm.kl_coef=0", "learner.zero_stage=2")
-    plan = make_plan(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
+    plan = estimate(config, shape, GPUS["h100"], lengths, nodes=1, gpus_per_node=8)
     assert plan.seconds["taking turns"] == pytest.approx(2 * (2 + 4 + 12) * shape.parameters / 25e9)
     assert plan.seconds["sync"] == 0  # they are where they are read
 
@@ -560,7 +560,7 @@ def test_a_sampler_is_on_one_node(per_node: int, nodes: int, room: int) -> None:
     )  # fmt: skip
     shape = KNOWN["Qwen/Qwen2.5-7B"]
     lengths = Lengths(prompt=150, completion=300, longest=2048)
-    plan = make_plan(config, shape, GPUS["h100"], lengths, nodes=nodes, gpus_per_node=per_node)
+    plan = estimate(config, shape, GPUS["h100"], lengths, nodes=nodes, gpus_per_node=per_node)
     said = [problem for problem in plan.problems if problem.startswith("a sampler's 4 GPUs are on one node")]
     assert len(said) == (room < 2)
     assert all(f"have room for {room} of 2 samplers" in problem for problem in said)
@@ -589,7 +589,7 @@ def test_a_model_is_split_as_vllm_splits_it(split: tuple[int, int], said: str) -
         f"cluster.pipeline_parallel={pipeline}", "cluster.layout=disaggregated",
     )  # fmt: skip
     lengths = Lengths(prompt=150, completion=300, longest=2048)
-    plan = make_plan(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=1, gpus_per_node=256)
+    plan = estimate(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=1, gpus_per_node=256)
     found = [problem for problem in plan.problems if "_parallel=" in problem]
     assert found == ([f"cluster.{said}"] if said else [])
 
@@ -676,14 +676,14 @@ def test_the_gpu_that_torch_sees(name: str, gibibytes: float, known: str | None)
     assert known_as(name, gibibytes * 2**30) == known
 
 
-def hours_of(name: str, *overrides: str) -> tuple[Plan, Any]:
+def hours_of(name: str, *overrides: str) -> tuple[Estimate, Any]:
     """The plan of a recipe on its header's GPUs with its assumed lengths, and what would be quicker."""
     config, (count, gpu) = config_of(name, *overrides), recipe_hours.gpus_of(RECIPES[name])
     assumed = recipe_hours.ASSUMED[name]
     lengths = Lengths(prompt=assumed.prompt, completion=assumed.completion, longest=config.sampling.max_tokens)
     given = (config, shape_of(config.model.path), GPUS[recipe_hours.NAMES[gpu]], lengths)
     on = {"nodes": -(-count // 8), "gpus_per_node": 8}
-    return make_plan(*given, **on), quicker(*given, **on)
+    return estimate(*given, **on), quicker(*given, **on)
 
 
 def test_a_quicker_layout_is_proposed_as_options_that_keep_the_promise() -> None:

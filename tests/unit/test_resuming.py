@@ -15,7 +15,7 @@ from test_driver import make_config
 from grpo import checkpoint, resuming
 from grpo.config import Config, TrainSetConfig
 from grpo.data import Cursor, MixedCursor
-from grpo.run_folder import create, cut, reopen
+from grpo.run_folder import create, reopen, truncate_after
 from grpo.saving import plain
 from grpo.types import Prompt, UserError
 
@@ -144,11 +144,14 @@ def test_what_is_cut_is_cut_whole_whenever_that_ends(tmp_path: Path, monkeypatch
             "grpo.run_folder.shutil.rmtree", lambda path, **options: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            cut(tmp_path, 10)
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-000010", "step-000020"]  # none of them in parts
+            truncate_after(tmp_path, 10)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+        "step-000010",
+        "step-000020",
+    ]  # none of them in parts
     assert (tmp_path / "metrics.jsonl").read_text() == lines
-    cut(tmp_path, 10)
-    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-000010"]
+    truncate_after(tmp_path, 10)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000010"]
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000010.parquet"]
     assert [path.name for path in (tmp_path / "nonfinite").iterdir()] == ["step-000010-1"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10}\n'
@@ -159,7 +162,7 @@ def test_a_model_that_was_saved_stays_when_a_run_goes_on(tmp_path: Path) -> None
     (tmp_path / "samples").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("1")
-    cut(tmp_path, 3)
+    truncate_after(tmp_path, 3)
     assert (tmp_path / "model.before" / "weights").read_text() == "1"
     assert not (tmp_path / "model").exists()
 
@@ -168,11 +171,11 @@ def test_a_model_that_was_saved_stays_when_a_run_goes_on(tmp_path: Path) -> None
 def test_damaged_metrics_are_named_but_for_a_last_line_cut_short(damage: bytes, tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n' + damage)
-    cut(tmp_path, 2)
+    truncate_after(tmp_path, 2)
     assert metrics.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
     metrics.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2 is damaged"):
-        cut(tmp_path, 2)
+        truncate_after(tmp_path, 2)
 
 
 def test_a_permission_does_not_need_a_checkpoint(tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     def resumed(changed: Config, allowed: list[str]) -> Any:
         plan: Any = SimpleNamespace(config=changed, prompts=prompts, fingerprints={})
         prepared = resuming.prepare(origin, plan, allowed).progress
-        restarted = resuming.again(plan, folder.path).progress  # the engines are lost before the next checkpoint
+        restarted = resuming.restore_last(plan, folder.path).progress  # the engines are lost before the next checkpoint
         assert restarted.cursor.state() == prepared.cursor.state()
         assert restarted.kl_coef == prepared.kl_coef
         return prepared

@@ -690,7 +690,7 @@ def test_close_leaves_nobody_and_ends_every_wait(write: Write, tmp_path: Path) -
     futures = [pool.submit(items(["x"] * 20)) for _ in range(3)]
     until = time.monotonic() + 30
     children: list[psutil.Process] = []
-    while time.monotonic() < until and len(children) < 6:  # two keepers, two workers and what each has started
+    while time.monotonic() < until and len(children) < 6:  # two reapers, two workers and what each has started
         children = psutil.Process().children(recursive=True)
         time.sleep(0.05)
     assert len(children) == 6
@@ -706,8 +706,8 @@ def test_close_leaves_nobody_and_ends_every_wait(write: Write, tmp_path: Path) -
         pool.submit(items(["x"]))
 
 
-@pytest.mark.parametrize("struck", ["driver", "keeper"])
-def test_nothing_outlives_a_killed_driver_or_keeper(struck: str, write: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("struck", ["driver", "reaper"])
+def test_nothing_outlives_a_killed_driver_or_reaper(struck: str, write: Write, tmp_path: Path) -> None:
     """The function has started a process that has left its session, its parent and its environment."""
     hang = write(DAEMON + "import time\ndef f(completion, row):\n    daemon()\n    time.sleep(600)\n")
     code = f"""
@@ -727,14 +727,14 @@ time.sleep(600)
         while "daemon" not in below and time.monotonic() < until:
             time.sleep(0.2)
             every = [(p, " ".join(p.cmdline())) for p in psutil.Process(driver.pid).children(recursive=True)]
-            known = {"keeper.py": "keeper", "worker.py": "worker", "os.setsid()": "daemon"}
+            known = {"reaper.py": "reaper", "worker.py": "worker", "os.setsid()": "daemon"}
             below = {name: p for p, command in every for word, name in known.items() if word in command}
-            if "daemon" in below and below["daemon"].ppid() != below["keeper"].pid:  # it has not detached itself yet
+            if "daemon" in below and below["daemon"].ppid() != below["reaper"].pid:  # it has not detached itself yet
                 del below["daemon"]
-        assert below.keys() == {"keeper", "worker", "daemon"}
-        if struck == "keeper":  # that takes the worker with it; what it kept goes to the driver's side
+        assert below.keys() == {"reaper", "worker", "daemon"}
+        if struck == "reaper":  # that takes the worker with it; what it kept goes to the driver's side
             below.pop("daemon").kill()
-        below["keeper"].kill() if struck == "keeper" else driver.kill()
+        below["reaper"].kill() if struck == "reaper" else driver.kill()
         _, alive = psutil.wait_procs(below.values(), timeout=10)
         assert alive == []
     finally:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from grpo.stopping import SIGNALS, Stopped, Stopper, handlers_kept, held, interrupt_early
+from grpo.stopping import SIGNALS, Stopped, Stopper, handlers_kept, interrupt_early, signals_delayed
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_held_signals_interrupt_at_the_end() -> None:
     done = []
 
     def interrupted(error: Exception | None) -> None:
-        with held():
+        with signals_delayed():
             send(signal.SIGTERM)
             send(signal.SIGUSR1)
             done.append("all of it")
@@ -35,7 +35,7 @@ def test_held_signals_interrupt_at_the_end() -> None:
     with pytest.raises(ValueError, match="its own"):
         interrupted(ValueError("its own"))
     assert done == ["all of it"] * 2
-    with held():
+    with signals_delayed():
         done.clear()
     with pytest.raises(KeyboardInterrupt):
         send(signal.SIGTERM)

@@ -20,13 +20,13 @@ from grpo.transport import (
     SharedMemorySender,
     broadcast,
     broadcast_group,
-    cut,
     finish,
     interface_of,
     join_store,
     joined,
     read_shared_memory,
     senders,
+    tensor_view,
 )
 from grpo.types import UserError
 from grpo.weight_sync import WeightSyncError, checksum
@@ -81,7 +81,7 @@ def test_gloo_carries_every_bit_to_every_worker() -> None:
         for _ in range(2):
             flat = torch.empty(bucket.transport["nbytes"], dtype=torch.uint8)
             finish(broadcast(group, flat), 60.0)
-            out.append([(spec.name, cut(flat, spec)) for spec in bucket.transport["tensors"]])
+            out.append([(spec.name, tensor_view(flat, spec)) for spec in bucket.transport["tensors"]])
         return out
 
     bucket = sender.pack(tensors())

@@ -1,9 +1,9 @@
-"""Keeper of one reward worker: `python -P keeper.py FD MEMORY_BYTES`, started by `grpo.rewards.process`.
+"""Reaper of one reward worker: `python -P reaper.py FD MEMORY_BYTES`, started by `grpo.rewards.process`.
 
-The keeper starts the worker, stays its parent and is a child subreaper: Linux reparents orphans to the nearest
-ancestor that is one. So every process that a reward function starts stays below the keeper, however it detaches
-itself. The keeper kills all of them when the worker ends, when the driver dies or closes the pipe to the keeper's
-standard input, or when a limit is exceeded. Once the keeper has exited, none of them is left.
+The reaper starts the worker, stays its parent and is a child subreaper: Linux reparents orphans to the nearest
+ancestor that is one. So every process that a reward function starts stays below the reaper, however it detaches
+itself. The reaper kills all of them when the worker ends, when the driver dies or closes the pipe to the reaper's
+standard input, or when a limit is exceeded. Once the reaper has exited, none of them is left.
 
 It runs no user code. It exits as the worker did, or with one of the codes below.
 """
