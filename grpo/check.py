@@ -28,6 +28,7 @@ from grpo.config import Config, DatasetConfig
 from grpo.config.validate_data import validate_gold
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
+from grpo.rewards.imports import reward_sources
 from grpo.rewards.process import secrets
 from grpo.shapes import refuse_outer_folder, split_problems
 from grpo.types import Moment, Prompt, UserError
@@ -97,7 +98,7 @@ def check(
         fingerprints={
             "data.train": data.fingerprint(prompts),
             **({"data.eval.sets": data.fingerprint(eval_prompts)} if eval_prompts else {}),
-            **{f"rewards[{i}].file": checkpoint.fingerprint([file]) for i, file in enumerate(files)},
+            **reward_fingerprints(files),
         },
         dropped=tuple(line for dataset in (*train, *held_out) for line in dataset.dropped),
     )
@@ -144,7 +145,7 @@ def check_evaluation(
         ),
         fingerprints={
             "data.eval.sets": data.fingerprint(prompts),
-            **{f"rewards[{i}].file": checkpoint.fingerprint([file]) for i, file in enumerate(files)},
+            **reward_fingerprints(files),
         },
         dropped=tuple(line for dataset in held_out for line in dataset.dropped),
     )
@@ -234,8 +235,8 @@ def check_model(config: Config) -> Any:
     limit = getattr(model, "max_position_embeddings", None)
     if limit is not None and config.max_row_tokens > limit:
         raise UserError(
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + max_tokens="
-            f"{config.max_row_tokens - config.data.max_prompt_tokens} exceed the model's {limit} positions"
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + sampling.max_tokens (or data.eval.max_tokens)="
+            f"{config.max_row_tokens - config.data.max_prompt_tokens} exceed the model's {limit} positions; lower them"
         )
 
     def size(name: str) -> int:
@@ -264,7 +265,8 @@ def read_config(config: Config, option: str, path: str) -> Any:
         with data.hub_or_cache() if not Path(path).is_dir() else nullcontext("") as remark:
             return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{option}={path}{remark}: {' '.join(str(error).split())[:300]}") from error
+        near = "" if Path(path).exists() else data.nearest_path(Path(path))
+        raise UserError(f"{option}={path}{remark}: {' '.join(str(error).split())[:300]}{near}") from error
     except Exception as error:  # whatever the config classes raise
         why = " ".join(str(error).split())[:300]
         raise UserError(f"{option}={path}: its config.json is not that of a model: {why}") from error
@@ -362,6 +364,12 @@ def is_finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():
         return True
     return all(math.isfinite(float(end)) for end in tensor.aminmax())
+
+
+def reward_fingerprints(files: Sequence[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each reward file together with the modules that it imports, by the option that names it."""
+    sources = {f"rewards[{i}].file": reward_sources(file) for i, file in enumerate(files)}
+    return {option: checkpoint.fingerprint(some) for option, some in sources.items()}
 
 
 def model_fingerprint(path: str) -> str:
@@ -557,9 +565,16 @@ def describe(config: Config, train: Sequence[data.PromptSet], held_out: Sequence
         f"{a.minibatches_per_step} minibatches x {a.epochs_per_step} epochs = {updates} optimizer steps",
         f"objective  {a.advantage}, {a.loss}, {a.aggregation}; {ratio}; {anchor(config)}; temperature "
         f"{config.sampling.temperature:g}",
+        f"optimizer  {config.optimizer.name}, learning rate {config.optimizer.lr:g}, {config.optimizer.schedule} after "
+        f"{config.optimizer.warmup_steps} steps of warmup",
         f"engines    {config.cluster.samplers} samplers, {config.cluster.learner_ranks} learner ranks at ZeRO "
         f"{config.learner.zero_stage}, microbatches of up to {config.learner.tokens_per_microbatch} tokens",
     ]
+    if (warmup := config.optimizer.warmup_steps) >= config.run.steps * updates:
+        lines.append(
+            f"warning    optimizer.warmup_steps={warmup} of {config.run.steps * updates} optimizer steps: the learning "
+            f"rate never reaches {config.optimizer.lr:g}"
+        )
     if eval_prompts:
         k = config.data.eval.samples_per_prompt
         lines.append(f"eval       {len(eval_prompts)} held-out prompts, avg@{k}")

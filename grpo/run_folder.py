@@ -128,6 +128,11 @@ def is_done(path: Path, steps: int) -> bool:
         return False
 
 
+def steps_done(path: Path) -> int:
+    """Return how many steps the run in the folder `path`, which is done, has."""
+    return int(json.loads((path / "summary.json").read_text(encoding="utf-8"))["steps"])
+
+
 def truncate_after(path: Path, step: int) -> None:
     """Remove the data that a run wrote after `step`. A final model is kept as `model.before`.
 

@@ -45,7 +45,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
         config = check.resolve_paths(config)
         if origin.done and origin.run is not None:
             resuming.refuse_other_run(origin.run, config, allowed)
-            print(f"{origin.run} is done: it has {config.run.steps} steps; more of them: run.steps=N")
+            print(f"{origin.run} is done: it has {run_folder.steps_done(origin.run)} steps; more of them: run.steps=N")
             return ExitCode.DONE
         if origin.run is None:
             run_folder.choose(config, str(recipe))  # refuses a name that is in use before the checks, which take longer

@@ -3,7 +3,8 @@
 #   launch/ray_cluster.sh head [options of ray start]
 #   launch/ray_cluster.sh worker HEAD:6379 [options of ray start]
 # Every node, and whoever submits, needs the same token: `ray get-auth-token --generate` writes ~/.ray/auth_token, or
-# RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN give it. RAY_PORT (6379) and DASHBOARD_PORT (8265) are the head's.
+# RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN give it. RAY_PORT (6379) and DASHBOARD_PORT (8265) are the head's;
+# not one from 10002 to 19999, which Ray gives to workers.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 usage() { echo "usage: launch/ray_cluster.sh head|worker HEAD:PORT [options of ray start]" >&2; exit 2; }

@@ -17,4 +17,7 @@ def inert(section: Any, defaults: Any, names: tuple[str, ...], prefix: str, why:
     """Raise UserError for the first of `names` that is not at its default, because it would have no effect."""
     for name in names:
         value, default = getattr(section, name), getattr(defaults, name)
-        need(value == default, f"{prefix}{name}={value} has no effect {why}; leave it out (default {default})")
+        need(
+            value == default,
+            f"{prefix}{name}={value} has no effect {why}; leave it out (default: {prefix}{name}={default})",
+        )

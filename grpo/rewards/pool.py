@@ -414,7 +414,11 @@ class RewardPool:
         if worker.job is not None:
             reward, items = worker.job.calls[0]
             kind: FailureKind = "timeout" if timed_out else "worker_died"
-            detail = f"ran longer than {self._rewards[reward].timeout_s:g} s" if timed_out else f"the worker {ending}"
+            detail = (
+                f"ran longer than {self._rewards[reward].timeout_s:g} s (timeout_s)"
+                if timed_out
+                else f"the worker {ending}"
+            )
             self._answer(worker, worker.job, [Part(value=failed(self._names[reward], kind, detail))] * len(items))
         self._requeue(worker)
         self._start(number)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from grpo.columns import hint, line, nested, render
+from grpo.columns import line, nested, render
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
@@ -31,6 +31,9 @@ from grpo.types import Failed, Moment, Prompt, Scored, UserError
 T = TypeVar("T")
 
 ANY_COMPLETION = "no answer"
+GOLD = "answer"
+"""The name of the gold answer in data.gold_template, whatever column holds it."""
+ABSTAINED = "warning: it returned None (abstained)"
 MAX_GOLDS = 20_000
 """Maximum number of rows per data set whose gold answers are scored."""
 GOLDS_UNDER_WAY = 512
@@ -163,6 +166,9 @@ def try_out(
                     said = run_on_any(pool, f"{where} on {dataset}", some, unsampled)
                 except UserError as error:  # the cause may be a variable that it does not see
                     raise error if not asked or asked in str(error) else UserError(f"{error} ({asked})") from error
+                if said.startswith(ABSTAINED):
+                    refuse_valueless(where, reward, file)
+                    said += "; a completion that no reward scores counts as failed"
                 if reward.gold:
                     said = run_on_gold(pool, f"{where} on {dataset}", i, some, gold_template, answer_column, unsampled)
                 lines.append(f"{name} on {dataset}: {said}")
@@ -190,9 +196,12 @@ def style_words(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]], u
 
 
 def asked_secrets(i: int, reward: RewardConfig, file: Path) -> str:
-    """Return a note on withheld environment variables that the file of reward number `i` mentions; "" if none."""
+    """Return a note on environment variables that reward number `i` cannot see: those of its `env` that are not set,
+    and withheld ones that its file mentions. "" if none."""
+    unset = [name for name in reward.env if name not in os.environ]
+    notes = [f"rewards[{i}].env names {', '.join(unset)}, which is not set"] if unset else []
     named = withheld(os.environ, reward.env) & set(re.findall(r"\w+", file.read_text(errors="replace")))
-    return withheld_words(sorted(named), i) if named else ""
+    return "; ".join([*notes, *([withheld_words(sorted(named), i)] if named else [])])
 
 
 def _of_reward(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, Sequence[Prompt]]:
@@ -263,7 +272,8 @@ def refuse_unfit_answers(prompts: Sequence[Prompt], where: str, i: int, gold_tem
     if empty:
         raise UserError(unreadable(where, i, empty[:SHOWN_BROKEN]))
     for place, answer in answers.items():
-        if isinstance(answer, list | Mapping) and f"{{{answer_column}}}" in gold_template:
+        whole = {f"{{{answer_column}}}", f"{{{GOLD}}}"}
+        if isinstance(answer, list | Mapping) and any(field in gold_template for field in whole):
             raise UserError(
                 f"{where}: the answer of {place} is {answer!r:.80}, which data.gold_template={gold_template!r} would "
                 f"write as Python; name a part of it: data.gold_template='{{{answer_column}[0]}}', or go on without: "
@@ -332,8 +342,24 @@ def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsample
     if failed:
         return f"warning: ran on {tried - len(failed)} of {tried} rows tried; failed on {failed[0]}"
     if not scored:
-        return f"warning: it returned None (abstained) on each of the {tried} rows tried"
+        return f"{ABSTAINED} on each of the {tried} rows tried"
     return f"ran on {tried} rows"
+
+
+def refuse_valueless(where: str, reward: RewardConfig, file: Path) -> None:
+    """Raise UserError if the reward function has no statement that returns a value."""
+    tree = ast.parse(file.read_bytes())
+    functions = [
+        node for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == reward.function
+    ]  # fmt: skip
+    for function in functions:
+        valued = any(isinstance(node, ast.Return) and node.value is not None for node in ast.walk(function))
+        if not valued and not function.decorator_list:
+            raise UserError(
+                f"{where}: {reward.file}:{function.lineno}: {function.name} has no return statement with a value, so "
+                "it gives no reward"
+            )
 
 
 def nested_hint(detail: str, row: Mapping[str, object]) -> str:
@@ -392,10 +418,12 @@ def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: st
     wrong = corrupt(str(answer))
     try:
         # a number stays a number, for templates like {answer:d}
-        other = {**prompt.row, answer_column: type(answer)(wrong) if isinstance(answer, int | float) else wrong}
-        return gold, closing(prompt, gold_template) + render(gold_template, other)
+        other = type(answer)(wrong) if isinstance(answer, int | float) else wrong
+        return gold, closing(prompt, gold_template) + render(
+            gold_template, {**prompt.row, answer_column: other, GOLD: other}
+        )
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}") from error
+        raise _unfit_template(gold_template, prompt, error) from error
 
 
 def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> str:
@@ -403,13 +431,21 @@ def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str
     if answer_column not in prompt.row:
         raise UserError(
             f"{where} has gold: true, by the recipe or by GOLD in its file, and needs the gold answer, but "
-            f"data.answer_column={answer_column} is no column of {prompt.where}: {dict(prompt.row)!r:.300}"
-            f"{hint(answer_column, prompt.row)}"
+            f"data.answer_column={answer_column} is no column of {prompt.where}: {dict(prompt.row)!r:.300}; name the "
+            f"column that holds it: data.answer_column=COLUMN"
         )
     try:
-        return closing(prompt, gold_template) + render(gold_template, prompt.row)
+        return closing(prompt, gold_template) + render(gold_template, {**prompt.row, GOLD: prompt.row[answer_column]})
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}") from error
+        raise _unfit_template(gold_template, prompt, error) from error
+
+
+def _unfit_template(gold_template: str, prompt: Prompt, error: Exception) -> UserError:
+    """Return the error for a template that a row does not fit."""
+    return UserError(
+        f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}; it may name answer, which is "
+        f"the gold answer, and the columns {', '.join(prompt.row)}"
+    )
 
 
 def closing(prompt: Prompt, gold_template: str) -> str:

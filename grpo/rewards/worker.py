@@ -255,6 +255,12 @@ def behind_standard_library() -> int:
     return max((i + 1 for i, place in enumerate(sys.path) if place in (own, f"{own}/lib-dynload")), default=0)
 
 
+CALLED_AS_GOLD = (
+    "answer", "expected", "gold", "gold_answer", "ground_truth", "label", "reference", "solution", "target", "truth",
+)  # fmt: skip
+"""Names of a second parameter that expects the gold answer."""
+
+
 def checked_names(
     function: Callable[..., Any], spec: Mapping[str, Any], where: str
 ) -> tuple[frozenset[str] | None, tuple[str, ...]]:
@@ -279,6 +285,12 @@ def checked_names(
         for style, name in (("trl", "completions"), ("verl", "solution_str")):
             if name in required:  # it might bind, but its arguments would mean something else
                 raise LoadError(f"{where}: {spec['name']}{signature} is written for {style}; set its style: {style}")
+        second = next((p.name for p in list(parameters)[1:2] if p.kind == p.POSITIONAL_OR_KEYWORD), "")
+        if second in CALLED_AS_GOLD:
+            raise LoadError(
+                f"{where}: {spec['name']}{signature}: the second argument is the whole row, not the gold answer: call "
+                "it row, and take row[COLUMN]"
+            )
     elif spec["style"] == "verl":
         given = list(GIVEN_BY_VERL)
     else:

@@ -476,3 +476,46 @@ def test_weights_that_are_not_finite_are_refused(
     save_file(weights, file)
     with pytest.raises(UserError, match=r"model\.safetensors: model\.norm\.weight has numbers that are not finite"):
         check_model(module.load(make_recipe(file.parent)))
+
+
+def test_a_helper_of_a_reward_is_part_of_it(planned: Callable[..., CheckedRun], tmp_path: Path) -> None:
+    """Changed between two starts of a run, it would change the reward in the middle of the run."""
+    reward, helper = tmp_path / "reversal.py", tmp_path / "digit_helper.py"
+    reward.write_text(
+        "from digit_helper import digits\n\n\n"
+        "def reversal(completion, row):\n    return float(len(digits(completion)))\n"
+    )
+    (tmp_path / "unused.py").write_text("")
+    options = ("rewards=[{file: DIR/reversal.py}]",)
+
+    def fingerprint() -> str:
+        return planned(*options).fingerprints["rewards[0].file"]
+
+    helper.write_text("def digits(text):\n    return [c for c in text if c.isdigit()]\n")
+    before = fingerprint()
+    (tmp_path / "unused.py").write_text("x = 1\n")
+    assert fingerprint() == before
+    helper.write_text("def digits(text):\n    return [c for c in text if c.isdigit() and c != '9']\n")
+    changed = fingerprint()
+    assert changed != before
+    reward.write_text("\n" + reward.read_text())
+    assert fingerprint() not in (before, changed)
+
+
+def test_a_warmup_as_long_as_the_run_is_warned_of(planned: Callable[..., CheckedRun]) -> None:
+    short = planned("optimizer.warmup_steps=2", "optimizer.lr=3e-4")
+    assert line(short, "warmup_steps") == (
+        "warning    optimizer.warmup_steps=2 of 2 optimizer steps: the learning rate never reaches 0.0003"
+    )
+    assert line(short, "optimizer  ") == "optimizer  adamw, learning rate 0.0003, constant after 2 steps of warmup"
+    assert not any("warning    optimizer" in text for text in planned("optimizer.warmup_steps=1").lines)
+
+
+def test_a_model_folder_with_a_typo_names_the_nearest(
+    planned: Callable[..., CheckedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"model\.path=basee.*; did you mean base\?"):
+        planned("model.path=basee")

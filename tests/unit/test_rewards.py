@@ -525,7 +525,7 @@ def test_a_timeout_in_the_middle_fails_alone(write: Write, tmp_path: Path) -> No
     started = time.monotonic()
     outcomes = scored(write(EVALUATE, timeout_s=0.7), tmp_path, texts)
     assert values(outcomes) == [1.0, 2.0, "timeout", 4.0, "timeout", 6.0, 7.0, 8.0, 9.0, 10.0]
-    assert outcomes[2] == Failed(kind="timeout", detail="f: ran longer than 0.7 s")
+    assert outcomes[2] == Failed(kind="timeout", detail="f: ran longer than 0.7 s (timeout_s)")
     assert 1.4 <= time.monotonic() - started < 10.0
 
 
@@ -829,6 +829,12 @@ def test_the_working_directory_hides_nothing_but_can_be_imported(
         ),
         (
             "grpo",
+            "def f(completion, answer): return float(completion == answer)",
+            "rewards[0]: {file}:1: f(completion, answer): the second argument is the whole row, not the gold answer: "
+            "call it row, and take row[COLUMN]",
+        ),
+        (
+            "grpo",
             "def f(completion, row, truth): pass",
             "rewards[0]: {file}:1: f(completion, row, truth) does not fit style grpo, which gives "
             "(completion, row, info, log_extra, log_metric): missing a required argument: 'truth'",
@@ -934,6 +940,12 @@ def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
     exact = RewardConfig(file=str(ROOT / "reward_fns" / "arithmetic.py"), gold=True, weight=-1.0)
     rows = [{"answer": "14"}, {"answer": 5}]
     assert tried(exact, tmp_path, rows) == ["arithmetic on data.train: gold 1, corrupted 0 on 2 rows"]
+    own = write("def f(completion, row): return completion == row['backwards']", gold=True)
+    assert tried(own, tmp_path, [{"backwards": "04", "answer": "40"}], answer_column="backwards") == [
+        "f on data.train: gold 1, corrupted 0 on 1 rows"  # {answer} is the gold answer, whatever its column is called
+    ]
+    with pytest.raises(UserError, match=r"KeyError\('x'\); it may name answer, .* and the columns backwards"):
+        tried(own, tmp_path, [{"backwards": "04"}], answer_column="backwards", gold_template="{x}")
     boxed = write("def f(completion, row): return completion == f'[{row[\"sum\"]:03d}]'", gold=True)
     assert tried(boxed, tmp_path, [{"sum": 7}], gold_template="[{sum:03d}]", answer_column="sum") == [
         "f on data.train: gold 1, corrupted 0 on 1 rows"
@@ -944,9 +956,13 @@ def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(UserError, match="AssertionError"):  # fails on the empty completion, so on the whole group
         tried(grouped, tmp_path)
-    assert tried(write("def f(completion, row): return None"), tmp_path, [ROW, ROW]) == [
-        "f on data.train: warning: it returned None (abstained) on each of the 2 rows tried"
+    assert tried(write("def f(completion, row): return None or None"), tmp_path, [ROW, ROW]) == [
+        "f on data.train: warning: it returned None (abstained) on each of the 2 rows tried; a completion that no "
+        "reward scores counts as failed"
     ]
+    for body in ("pass", "\n    number = 1.0\n    return"):
+        with pytest.raises(UserError, match=r"\.py:2: f has no return statement with a value, so it gives no reward"):
+            tried(write(f"\ndef f(completion, row): {body}"), tmp_path, [ROW])
     some = write("def f(completion, row): return 1.0 if completion else None")
     assert tried(some, tmp_path) == ["f on data.train: ran on 1 rows"]
 
@@ -1253,8 +1269,10 @@ def test_rewards_are_tried_on_the_sets_that_they_are_for(write: Write, tmp_path:
     assert try_out([one, two], [Path(one.file), Path(two.file)], samples, **options) == [
         "one on a: ran on 1 rows",
         "two: style trl: no environments; trainer_state has global_step, max_steps, epoch",
-        "two on a: warning: it returned None (abstained) on each of the 1 rows tried",
-        "two on b: warning: it returned None (abstained) on each of the 1 rows tried",
+        "two on a: warning: it returned None (abstained) on each of the 1 rows tried; a completion that no reward "
+        "scores counts as failed",
+        "two on b: warning: it returned None (abstained) on each of the 1 rows tried; a completion that no reward "
+        "scores counts as failed",
     ]
     asks = write("def asks(completions, b): return [1.0 for _ in b]", file="asks.py", name=None, style="trl")
     with pytest.raises(UserError, match="asks asks for b, which is no column of the rows"):

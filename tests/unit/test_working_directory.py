@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo import packing
 from grpo.config import RewardConfig, load
 from grpo.engines import learner_environment, sampler_environment
+from grpo.rewards.imports import imported
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.types import Scored
 
@@ -68,7 +68,7 @@ def test_a_reward_beside_namesakes_of_pythons_modules(hiding: Path, tmp_path: Pa
     with RewardPool([RewardConfig(file=str(file))], files=[file], workers=1, log_dir=tmp_path / "logs") as pool:
         [outcome] = pool.submit([item]).result(timeout=60)
     assert outcome == Scored(value=1.5, parts={"f": 1.5})
-    assert packing.imported(file, Path()) == {Path("yaml.py"): hiding / "yaml.py"}
+    assert imported(file, Path()) == {Path("yaml.py"): hiding / "yaml.py"}
 
 
 def test_what_an_engine_starts_does_not_look_there(make_recipe: Callable[..., Path]) -> None:

@@ -1,0 +1,72 @@
+"""The source files that a reward file imports. They travel with a submitted run, and a change in one is a change of the
+reward."""
+
+from __future__ import annotations
+
+import ast
+import importlib.machinery
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from grpo.types import UserError
+
+PACKAGE = Path(__file__).parents[1]
+"""This package. It is always there, and no part of a reward."""
+
+
+def reward_sources(file: Path) -> list[Path]:
+    """Return a reward file and the files that it imports, itself first."""
+    return [file, *(source for _, source in sorted(imported(file, Path()).items()) if source != file)]
+
+
+def imported(file: Path, place: Path) -> dict[Path, Path]:
+    """Return a mapping from path in the job to source file, for the modules and packages that `file` imports, directly
+    or indirectly.
+
+    The search follows a reward worker: skip modules of the standard library, then search the folder of `file` with
+    links resolved (these modules are placed in `place`), then, unless a module of this name is installed, the working
+    directory.
+    """
+    own, here = file.resolve().parent, Path.cwd()
+    found: dict[Path, Path] = {}
+    todo = [file]
+    while todo:
+        for name in set(top_names(todo.pop())) - sys.stdlib_module_names - {PACKAGE.name}:  # always included
+            folder, target = own, place
+            sources = modules_of(own, name)
+            if not sources and not installed(name):
+                folder, target, sources = here, Path(), modules_of(here, name)
+            new = {target / source.relative_to(folder): source for source in sources}
+            todo += [source for at, source in new.items() if at not in found]
+            found |= new
+    return found
+
+
+def top_names(file: Path) -> Iterator[str]:
+    """Yield the top-level name of every module that a source file imports."""
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{file} is no Python that can be read: {error}") from error
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            names = [node.module]
+        yield from (name.partition(".")[0] for name in names)
+
+
+def modules_of(folder: Path, name: str) -> Sequence[Path]:
+    """Return the source files of the package or module `name` in `folder`; empty if there is none."""
+    return modules(folder / name) or [path for path in [folder / f"{name}.py"] if path.is_file()]
+
+
+def modules(folder: Path) -> Sequence[Path]:
+    """Return all source files of a package, sorted."""
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def installed(name: str) -> bool:
+    """Return whether a module of this name can be found outside the working directory."""
+    places = [place for place in sys.path if Path(place or ".").resolve() != Path.cwd()]
+    return importlib.machinery.PathFinder.find_spec(name, places) is not None
