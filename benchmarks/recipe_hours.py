@@ -100,7 +100,11 @@ def main() -> None:
     for name in ASSUMED:
         recipe = RECIPES / f"{name}.yaml"
         (count, gpu), found = gpus_of(recipe), reckoned(recipe)
-        print(f"{name:24} {count:4} x {gpu:6} {found:>5} h")
+        lengths = ASSUMED[name]
+        print(
+            f"{name:24} {count:4} x {gpu:6} {found:>5} h, prompts of {lengths.prompt} and completions of "
+            f"{lengths.completion} tokens"
+        )
         recipes[name] = {"gpus": count, "gpu": gpu, "hours": float(found)}
         if "--write" in sys.argv:
             recipe.write_text(re.sub(r"^# Hours: [\d.]+,", f"# Hours: {found},", recipe.read_text(), flags=re.M))
