@@ -30,7 +30,7 @@ def test_ten_thousand_gradings_with_one_in_a_hundred_hanging(tmp_path: Path) -> 
             row = {"answer": "64"}  # a gold answer of another kind is told apart from the integral at once
         text = HANGS if n % 100 == 50 else rf"The answer is \boxed{{{row['answer'] if right else 'no such thing'}}}."
         items.append(RewardItem(completion=text, row=row, messages=None, info={}, dataset="math"))
-    reward = RewardConfig(file=str(ROOT / "reward_fns" / "math_answer.py"), timeout_s=2.0)
+    reward = RewardConfig(file=str(ROOT / "reward_fns" / "math_answer.py"), timeout_s=4.0)
     with RewardPool([reward], files=[Path(reward.file)], workers=2, log_dir=tmp_path) as pool:
         futures = [pool.submit([item]) for item in items]
         outcomes = [future.result(timeout=1500)[0] for future in futures]
