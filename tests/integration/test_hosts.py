@@ -118,8 +118,8 @@ def test_two_jobs_at_once(cluster: list[Host], recipe: Path) -> None:
 
 
 def test_a_lost_node_is_left_behind(cluster: list[Host], recipe: Path, on_one_node: str) -> None:
-    """Another takes its place, from the last checkpoint, and the weights are the same; where there is no other, the run
-    ends with the name of the node that was lost. Last: it takes the cluster apart."""
+    """Another takes its place, from the last checkpoint, and the weights are the same. Without another, the run ends
+    resumable and names the node that was lost. Last: it takes the cluster apart."""
     with ThreadPoolExecutor(1) as pool:
         for attempt in range(2):
             name = f"lost{attempt}"
@@ -137,7 +137,7 @@ def test_a_lost_node_is_left_behind(cluster: list[Host], recipe: Path, on_one_no
                 assert code == 0, said
                 assert summary(run)["weights_sha256"] == on_one_node
             else:
-                assert code == 1, said
+                assert code == 75, said  # a node that comes back lets the same command continue
                 assert time.monotonic() - at < 90
                 assert struck.address in summary(run)["exit_reason"]
                 assert "the engines cannot be started again" in said
