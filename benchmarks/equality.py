@@ -52,6 +52,7 @@ ENGINES: Mapping[str, Sequence[str]] = {
         "data.train=[{path: recipes/tiny/arithmetic/train.jsonl, weight: 2},"
         " {path: recipes/tiny/arithmetic/eval.jsonl, name: other, weight: 1}]",
         "data.eval.sets=[]",
+        "data.eval.every=0",
     ),
 }
 UNEQUAL_METRICS = ("time", "time/", "tokens/per_second", "perf/", "memory/", "sync/seconds")
