@@ -39,7 +39,7 @@ OBJECTIVES = ROOT / "recipes" / "arithmetic_objectives.yaml"
 COMMON = (
     "run.steps=3", "run.save_every=2", "run.tensorboard=false", "algorithm.prompts_per_step=16",
     "algorithm.minibatches_per_step=2", "learner.tokens_per_microbatch=256", "data.eval.sets[0].limit=32",
-    "data.eval.every=2", "optimizer.warmup_steps=1", "run.seed=3",
+    "data.eval.every=2", "optimizer.warmup_steps=1", "run.seed=3", "cluster.cpus=4",
 )  # fmt: skip
 ENGINES: Mapping[str, Sequence[str]] = {
     "plain": (),
@@ -53,8 +53,11 @@ ENGINES: Mapping[str, Sequence[str]] = {
         " {path: recipes/tiny/arithmetic/eval.jsonl, name: other, weight: 1}]",
         "data.eval.sets=[]",
         "data.eval.every=0",
+        "data.eval.samples_per_prompt=1",
     ),
 }
+REFRESH = "algorithm.reference_refresh_every="
+"""Its value in the list is beyond the end of these runs."""
 UNEQUAL_METRICS = ("time", "time/", "tokens/per_second", "perf/", "memory/", "sync/seconds")
 """Prefixes of metrics that depend on the clock or the machine."""
 UNEQUAL_COLUMNS = ("time", "reward_s")
@@ -67,7 +70,8 @@ def cases() -> dict[str, list[str]]:
     found = {}
     for number, (name, options) in enumerate(listed.items()):
         engine, engine_options = engines[number % len(engines)]
-        kept = [option for option in options if not option.startswith("run.steps=")]
+        kept = [option for option in options if not option.startswith(("run.steps=", REFRESH))]
+        kept += [f"{REFRESH}2" for option in options if option.startswith(REFRESH)]
         found[f"{name}.{engine}"] = [*COMMON, *engine_options, *kept]
     return found
 

@@ -73,6 +73,13 @@ def test_a_figure_that_json_does_not_have_is_refused(value: float, capsys: pytes
     assert not capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", equality.cases())
+def test_the_options_of_an_equality_case_are_valid(name: str) -> None:
+    config = load(ROOT / equality.RECIPE, equality.cases()[name])
+    assert config.run.steps == 3
+    assert config.cluster.samplers + config.cluster.learner_ranks <= 4
+
+
 def test_equality_sees_one_bit(tmp_path: Path) -> None:
     """Two runs that are the same but for their times are equal; one bit that differs is named."""
 
