@@ -265,7 +265,8 @@ def read_config(config: Config, option: str, path: str) -> Any:
         with data.hub_or_cache() if not Path(path).is_dir() else nullcontext("") as remark:
             return AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
-        near = "" if Path(path).exists() else data.nearest_path(Path(path))
+        local = Path(path)  # a hub id may be a typo of a folder's name, if there is such a folder
+        near = data.nearest_path(local) if not local.exists() and local.parent.is_dir() else ""
         raise UserError(f"{option}={path}{remark}: {' '.join(str(error).split())[:300]}{near}") from error
     except Exception as error:  # whatever the config classes raise
         why = " ".join(str(error).split())[:300]
@@ -565,8 +566,8 @@ def describe(config: Config, train: Sequence[data.PromptSet], held_out: Sequence
         f"{a.minibatches_per_step} minibatches x {a.epochs_per_step} epochs = {updates} optimizer steps",
         f"objective  {a.advantage}, {a.loss}, {a.aggregation}; {ratio}; {anchor(config)}; temperature "
         f"{config.sampling.temperature:g}",
-        f"optimizer  {config.optimizer.name}, learning rate {config.optimizer.lr:g}, {config.optimizer.schedule} after "
-        f"{config.optimizer.warmup_steps} steps of warmup",
+        f"optimizer  {config.optimizer.name}, learning rate {config.optimizer.lr:g}, {config.optimizer.schedule}"
+        + (f" after {config.optimizer.warmup_steps} steps of warmup" if config.optimizer.warmup_steps else ""),
         f"engines    {config.cluster.samplers} samplers, {config.cluster.learner_ranks} learner ranks at ZeRO "
         f"{config.learner.zero_stage}, microbatches of up to {config.learner.tokens_per_microbatch} tokens",
     ]

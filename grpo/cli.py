@@ -366,8 +366,8 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
                 console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
                 return ExitCode.RESUMABLE
             except RewardOutage as error:
-                still = evaluating.unfinished(plan, folder, lambda line: None)
-                kept = sum(map(len, left.values())) - sum(map(len, still.values()))
+                done, _ = evaluating.survey(plan, folder)  # removes nothing: the failed completions can be read
+                kept = len(done) + sum(map(len, left.values())) - len(plan.eval_prompts)
                 console.say(f"grpo: {error}")
                 console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on")
                 return ExitCode.RESUMABLE if kept else ExitCode.USAGE

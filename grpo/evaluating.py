@@ -245,36 +245,43 @@ class Writer:
 
 
 def finished_prompts(plan: CheckedRun, folder: Path, say: Callable[[str], None]) -> set[str]:
-    """Return the prompts whose completions are all in the folder, each once.
+    """Return the prompts whose completions are all in the folder, and remove the files that `survey` finds unusable.
+    Their prompts are sampled again, with the same seeds."""
+    done, unusable = survey(plan, folder)
+    for path, why in unusable.items():
+        say(f"{why}; it is removed, and its prompts are sampled again")
+        path.unlink()
+    return done
 
-    A file is removed when it is damaged or incomplete, or has prompts of another file. While there is no result, it is
-    also removed when it has failures that a retry may fix. Its prompts are sampled again, with the same seeds.
+
+def survey(plan: CheckedRun, folder: Path) -> tuple[set[str], dict[Path, str]]:
+    """Return the prompts whose completions are all in the folder, each once, and file -> why it does not count.
+
+    A file does not count when it is damaged or incomplete, or has prompts of another file. While there is no result, a
+    file with failures that a retry may fix does not count either.
     """
     concluded = (folder / RESULT).exists()
     asked = {prompt.prompt_id: samples_of(plan, prompt.dataset) for prompt in plan.eval_prompts}
     done: set[str] = set()
+    unusable: dict[Path, str] = {}
     for path in sorted((folder / "samples").glob("*.parquet")):
         found: dict[str, list[int]] = defaultdict(list)
         try:
             for row in read_rows(path):
                 found[row["prompt_id"]].append(row["sample_index"])
         except UserError as error:
-            why = str(error)
+            unusable[path] = str(error)
+            continue
+        parts = [name for name, some in found.items() if sorted(some) != list(range(asked.get(name, 0)))]
+        if done & found.keys():
+            unusable[path] = f"{path} has prompts of another file"
+        elif parts:
+            unusable[path] = f"{path} does not hold all of {parts[0]}"
+        elif not concluded and (failed := count_passing(path)):
+            unusable[path] = f"{path} holds {failed} completions without a reward"
         else:
-            twice = done & found.keys()
-            parts = [name for name, some in found.items() if sorted(some) != list(range(asked.get(name, 0)))]
-            failed = 0 if concluded else count_passing(path)
-            if not twice and not parts and not failed:
-                done |= found.keys()
-                continue
-            why = (
-                f"{path} has prompts of another file" if twice
-                else f"{path} does not hold all of {parts[0]}" if parts
-                else f"{path} holds {failed} completions without a reward"
-            )  # fmt: skip
-        say(f"{why}; it is removed, and its prompts are sampled again")
-        path.unlink()
-    return done
+            done |= found.keys()
+    return done, unusable
 
 
 def count_passing(file: Path) -> int:

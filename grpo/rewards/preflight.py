@@ -33,7 +33,6 @@ T = TypeVar("T")
 ANY_COMPLETION = "no answer"
 GOLD = "answer"
 """The name of the gold answer in data.gold_template, whatever column holds it."""
-ABSTAINED = "warning: it returned None (abstained)"
 MAX_GOLDS = 20_000
 """Maximum number of rows per data set whose gold answers are scored."""
 GOLDS_UNDER_WAY = 512
@@ -163,12 +162,9 @@ def try_out(
         with RewardPool([alone], files=[file], workers=1, log_dir=log_dir, first=i) as pool:
             for dataset, some in tried[i].items():
                 try:
-                    said = run_on_any(pool, f"{where} on {dataset}", some, unsampled)
+                    said = run_on_any(pool, f"{where} on {dataset}", some, unsampled, reward, file)
                 except UserError as error:  # the cause may be a variable that it does not see
                     raise error if not asked or asked in str(error) else UserError(f"{error} ({asked})") from error
-                if said.startswith(ABSTAINED):
-                    refuse_valueless(where, reward, file)
-                    said += "; a completion that no reward scores counts as failed"
                 if reward.gold:
                     said = run_on_gold(pool, f"{where} on {dataset}", i, some, gold_template, answer_column, unsampled)
                 lines.append(f"{name} on {dataset}: {said}")
@@ -318,12 +314,14 @@ def evenly_spread(items: Sequence[T], count: int) -> Sequence[T]:
     return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
-def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsampled: Unsampled) -> str:
+def run_on_any(
+    pool: RewardPool, where: str, prompts: Sequence[Prompt], unsampled: Unsampled, reward: RewardConfig, file: Path
+) -> str:
     """Run the function on an empty and an arbitrary completion of each row. Return on how many rows it ran, in words.
 
     After a row on which every failure is a timeout, no further rows are tried.
 
-    Raises UserError when it fails on every row that was tried.
+    Raises UserError when it fails on every row that was tried, or has no statement that returns a value.
     """
     failed, tried, scored, abstained = list[str](), 0, False, False
     for prompt in prompts:
@@ -342,7 +340,11 @@ def run_on_any(pool: RewardPool, where: str, prompts: Sequence[Prompt], unsample
     if failed:
         return f"warning: ran on {tried - len(failed)} of {tried} rows tried; failed on {failed[0]}"
     if not scored:
-        return f"{ABSTAINED} on each of the {tried} rows tried"
+        refuse_valueless(where, reward, file)
+        return (
+            f"warning: it returned None (abstained) on each of the {tried} rows tried; a completion that no reward "
+            "scores counts as failed"
+        )
     return f"ran on {tried} rows"
 
 

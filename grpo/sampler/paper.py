@@ -35,7 +35,7 @@ def objection_to(config: Config) -> str | None:
         return None  # this machine's vLLM is not built for CUDA, but the run's is
     try:
         settings = engine_arguments(config, "gloo", 0).create_engine_config()
-        if config.sampler_workers == 1:
+        if config.sampler_workers == 1 and not config.on_gpu:  # has not been tried on GPUs
             build_without_weights(settings)
     except UserError as error:
         return str(error)

@@ -150,6 +150,9 @@ def test_after_an_outage_the_same_command_goes_on(run: Path, tmp_path: Path) -> 
     said = grpo(*command, str(tmp_path / "evals"), code=75)
     assert "no route to the judge" in said
     assert f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on" in said
+    files = tmp_path.glob("evals/*/samples/*.parquet")
+    failed = [kind for file in files for kind in pq.read_table(file)["failed"].to_pylist()]
+    assert failed.count("exception") == 4 * (16 - kept)  # they can still be read
     away.unlink()
     said = grpo(*command, str(tmp_path / "evals"))
     assert f"eval: {kept} of 16 prompts have been evaluated before" in said

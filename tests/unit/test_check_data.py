@@ -519,3 +519,6 @@ def test_a_model_folder_with_a_typo_names_the_nearest(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"model\.path=basee.*; did you mean base\?"):
         planned("model.path=basee")
+    with pytest.raises(UserError, match=r"model\.path=nobody/base") as error:  # a hub id, of which no folder is known
+        planned("model.path=nobody/base")
+    assert "its folder" not in str(error.value)
