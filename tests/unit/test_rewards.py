@@ -944,6 +944,9 @@ def test_a_gold_answer_that_scores_passes(write: Write, tmp_path: Path) -> None:
     assert tried(own, tmp_path, [{"backwards": "04", "answer": "40"}], answer_column="backwards") == [
         "f on data.train: gold 1, corrupted 0 on 1 rows"  # {answer} is the gold answer, whatever its column is called
     ]
+    assert tried(own, tmp_path, [{"backwards": "04"}], answer_column="backwards") == [
+        "f on data.train: gold 1, corrupted 0 on 1 rows"
+    ]
     with pytest.raises(UserError, match=r"KeyError\('x'\); it may name answer, .* and the columns backwards"):
         tried(own, tmp_path, [{"backwards": "04"}], answer_column="backwards", gold_template="{x}")
     boxed = write("def f(completion, row): return completion == f'[{row[\"sum\"]:03d}]'", gold=True)
