@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from grpo.columns import line, nested, render
+from grpo.columns import hint, line, nested, render
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
@@ -433,8 +433,8 @@ def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str
     if answer_column not in prompt.row:
         raise UserError(
             f"{where} has gold: true, by the recipe or by GOLD in its file, and needs the gold answer, but "
-            f"data.answer_column={answer_column} is no column of {prompt.where}: {dict(prompt.row)!r:.300}; name the "
-            f"column that holds it: data.answer_column=COLUMN"
+            f"data.answer_column={answer_column} is no column of {prompt.where}: {dict(prompt.row)!r:.300}"
+            + (hint(answer_column, prompt.row) or "; name the column that holds it: data.answer_column=COLUMN")
         )
     try:
         return closing(prompt, gold_template) + render(gold_template, {**prompt.row, GOLD: prompt.row[answer_column]})
