@@ -21,7 +21,9 @@ import ray
 
 from benchmarks.overhead import BareSampler
 from benchmarks.result import Figure, print_result
-from grpo import check, cluster, config, engines, evaluating
+from grpo import check, config, evaluating
+from grpo.cluster import engines
+from grpo.cluster import session as cluster
 from grpo.driver import eval_seed
 from grpo.rewards.pool import RewardPool
 from grpo.timeline import Timeline

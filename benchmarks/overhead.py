@@ -34,8 +34,10 @@ import torch
 from torch.nn.functional import pad
 
 from benchmarks.result import Figure, print_result
-from grpo import actors, check, cluster, config, driver
-from grpo import engines as engine_group
+from grpo import check, config, driver
+from grpo.cluster import actors
+from grpo.cluster import engines as engine_group
+from grpo.cluster import session as cluster
 from grpo.config import Config
 from grpo.health import Health
 from grpo.progress import Progress

@@ -262,14 +262,14 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     if parsed.command == "plan":
         return plan_command(parsed, overrides)
     if parsed.command == "jobs":
-        from grpo import submitting  # noqa: PLC0415
+        from grpo.cluster import jobs  # noqa: PLC0415
 
-        return submitting.jobs(parsed.address)
+        return jobs.jobs(parsed.address)
     if parsed.command in ("status", "logs", "stop"):
-        from grpo import submitting  # noqa: PLC0415
+        from grpo.cluster import jobs  # noqa: PLC0415
 
-        submitting.refuse_odd_name(parsed.job)
-        command = {"status": submitting.status, "logs": submitting.follow, "stop": submitting.stop}[parsed.command]
+        jobs.refuse_odd_name(parsed.job)
+        command = {"status": jobs.status, "logs": jobs.follow, "stop": jobs.stop}[parsed.command]
         return command(parsed.job, parsed.address)
     asked, overrides = split_resume_options(overrides)
     if parsed.command == "submit" and parsed.queue:
@@ -280,9 +280,9 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
             raise UserError(f"{next(iter(asked))}= is for grpo train")
         return check_command(config, Path(parsed.recipe), ids=parsed.ids)
     if parsed.command == "submit":
-        from grpo import submitting  # noqa: PLC0415
+        from grpo.cluster import jobs  # noqa: PLC0415
 
-        return submitting.submit(
+        return jobs.submit(
             config, Path(parsed.recipe), asked, address=parsed.address, env=parsed.env, then=parsed.then,
             driver_cpus=parsed.driver_cpus,
         )  # fmt: skip
@@ -309,7 +309,8 @@ def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list
 
 def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> int:
     """Run `grpo check`: check the recipe and the cluster, and print the plan."""
-    from grpo import check, cluster, run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
+    from grpo import check, run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
+    from grpo.cluster import session as cluster  # noqa: PLC0415 - transformers and ray take seconds to import
     from grpo.console import wrapped  # noqa: PLC0415
 
     run_folder.choose(config, str(recipe))  # refuses a name that is in use
@@ -338,7 +339,8 @@ def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `grpo eval`: check, look up cached results, start samplers and evaluate the missing prompts."""
-    from grpo import check, cluster, evaluating  # noqa: PLC0415
+    from grpo import check, evaluating  # noqa: PLC0415
+    from grpo.cluster import session as cluster  # noqa: PLC0415
     from grpo.console import Console  # noqa: PLC0415
 
     model, recipe = evaluating.model_of(parsed.model)
@@ -379,7 +381,9 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]:
     """Start samplers and reward workers, evaluate, and shut them down."""
-    from grpo import cluster, engines, evaluating  # noqa: PLC0415
+    from grpo import evaluating  # noqa: PLC0415
+    from grpo.cluster import engines  # noqa: PLC0415
+    from grpo.cluster import session as cluster  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
     from grpo.timeline import Timeline  # noqa: PLC0415
 

@@ -64,7 +64,7 @@ MAX_SKIPPED = 3
 
 
 class EngineGroup(SamplerGroup, Protocol):
-    """Samplers and learner; implemented by `grpo.engines.Engines`."""
+    """Samplers and learner; implemented by `grpo.cluster.engines.Engines`."""
 
     def step(self, steps: Sequence[RankStep]) -> StepResult: ...
 

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from huggingface_hub import snapshot_download
 
-from grpo import checkpoint, data, engines, run_folder
+from grpo import checkpoint, data, run_folder
 from grpo import config as config_module
 from grpo.check import CheckedRun
+from grpo.cluster import engines
 from grpo.compare import Samples, read_rows, read_samples, table, with_bounds
 from grpo.config import Config
 from grpo.driver import eval_seed

@@ -42,7 +42,7 @@ def may_pass(outcome: Scored | Failed) -> bool:
 
 
 class SamplerGroup(Protocol):
-    """Source of completions; implemented by `grpo.engines.Engines`."""
+    """Source of completions; implemented by `grpo.cluster.engines.Engines`."""
 
     def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]: ...
 

@@ -17,7 +17,7 @@ from grpo.run_folder import versions
 
 
 class Captured(Protocol):
-    """Interface of the learner for checkpoints; implemented by `grpo.engines.Engines`."""
+    """Interface of the learner for checkpoints; implemented by `grpo.cluster.engines.Engines`."""
 
     def capture(self, folder: Path) -> dict[str, Any]: ...
 

@@ -39,7 +39,8 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     try:
         # the imports take seconds, and only after them is it known whether the run can be resumed
         with signals_delayed():
-            from grpo import check, cluster, resuming, run_folder  # noqa: PLC0415
+            from grpo import check, resuming, run_folder  # noqa: PLC0415
+            from grpo.cluster import session as cluster  # noqa: PLC0415
 
             origin = resuming.find(asked.get("resume"), config, str(recipe))
         config = check.resolve_paths(config)
@@ -184,16 +185,12 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
 
     Returns whether the run has finished; otherwise it was stopped between two steps.
     """
-    from grpo import (  # noqa: PLC0415
-        actors,
-        cluster,
-        driver,
-        engines,
-        run_folder,
-    )
+    from grpo import driver, run_folder  # noqa: PLC0415
+    from grpo.cluster import actors, engines  # noqa: PLC0415
+    from grpo.cluster import session as cluster  # noqa: PLC0415
+    from grpo.cluster.reward_workers import SpreadPool  # noqa: PLC0415
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
-    from grpo.scoring import SpreadPool  # noqa: PLC0415
     from grpo.timeline import Timeline  # noqa: PLC0415
 
     config = plan.config
@@ -238,7 +235,8 @@ def loop_of(
     plan: Any, resumed: Any, group: Any, scorer: Any, timeline: Any, folder: Any, console: Any, stopper: Stopper
 ) -> Any:
     """Assemble the parts of the training loop."""
-    from grpo import data, driver, engines  # noqa: PLC0415
+    from grpo import data, driver  # noqa: PLC0415
+    from grpo.cluster import engines  # noqa: PLC0415
     from grpo.health import Health  # noqa: PLC0415
     from grpo.timeline import TimedScorer  # noqa: PLC0415
 

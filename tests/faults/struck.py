@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from grpo import cli, engines, rollouts, saving
+from grpo import cli, rollouts, saving
+from grpo.cluster import engines
 
 WAITS = {
     "start": ("the engines to load", 1),

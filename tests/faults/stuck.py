@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from grpo import actors, cluster, config, engines
+from grpo import config
+from grpo.cluster import actors, engines
+from grpo.cluster import session as cluster
 from grpo.types import EngineFailure
 
 import ray  # isort: skip - grpo sets what it reads when it is imported

@@ -11,8 +11,9 @@ from typing import Any
 
 
 def main(recipe: Path, folder: Path) -> dict[str, Any]:
-    from grpo import check, cluster, config, driver
-    from grpo import engines as engine_group
+    from grpo import check, config, driver
+    from grpo.cluster import engines as engine_group
+    from grpo.cluster import session as cluster
     from grpo.console import Console
     from grpo.health import Health
     from grpo.progress import Progress

@@ -18,8 +18,8 @@ import pytest
 import ray
 import torch
 
-from grpo import cluster
-from grpo.actors import LearnerActor
+from grpo.cluster import session as cluster
+from grpo.cluster.actors import LearnerActor
 from grpo.probing import Probe, Reading, Spread
 from grpo.transport import BroadcastSender, broadcast, broadcast_group, finish, join_store
 from grpo.weight_sync import Bucket, WeightSyncError

@@ -17,7 +17,7 @@ import json, sys
 import ray
 from ray.cluster_utils import Cluster
 from grpo.config import load
-from grpo.placement import ENGINES, Reservation, check_fit, nodes_of_cluster
+from grpo.cluster.placement import ENGINES, Reservation, check_fit, nodes_of_cluster
 from grpo.types import UserError
 
 head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False}

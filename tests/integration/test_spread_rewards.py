@@ -16,9 +16,9 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from grpo.config import load
-from grpo.placement import check_fit, nodes_of_cluster
+from grpo.cluster.placement import check_fit, nodes_of_cluster
 from grpo.rewards.pool import RewardItem
-from grpo.scoring import SpreadPool
+from grpo.cluster.reward_workers import SpreadPool
 
 recipe, reward, logs = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})

@@ -241,7 +241,8 @@ while not pathlib.Path(sys.argv[1]).exists():
 
 WAITING = """
 import pathlib, sys
-from grpo import cluster, config
+from grpo import config
+from grpo.cluster import session as cluster
 
 with cluster.session(config.load(sys.argv[1], ["cluster.queue=true"]), pathlib.Path(sys.argv[2])):
     print("inside", flush=True)

@@ -13,7 +13,9 @@ PROGRAM = """
 import os, subprocess, sys, tempfile
 from pathlib import Path
 import ray
-from grpo import cluster, config, engines
+from grpo import config
+from grpo.cluster import engines
+from grpo.cluster import session as cluster
 
 @ray.remote
 class Actor:

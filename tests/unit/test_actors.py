@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from grpo.actors import cpus_per_gpu
+from grpo.cluster.actors import cpus_per_gpu
 
 SCRIPT = """
 import os
 import torch
-from grpo.actors import set_threads
+from grpo.cluster.actors import set_threads
 
 set_threads(3)
 print(torch.get_num_threads(), os.environ["OMP_NUM_THREADS"])

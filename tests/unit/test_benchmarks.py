@@ -33,8 +33,8 @@ from benchmarks import (
 )
 from benchmarks.result import print_result
 from grpo.batching import TrainingRow, rank_steps
+from grpo.cluster.cuda import LOADED_DRIVER
 from grpo.config import Config, load
-from grpo.cuda import LOADED_DRIVER
 from grpo.types import Batch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.cuda import check_machine, driver_of
+from grpo.cluster.cuda import check_machine, driver_of
 from grpo.types import UserError
 
 OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (dvs@U22)\nGCC version: 12.3.0\n"

@@ -1,7 +1,7 @@
 """A ledger of one GPU's memory: the real orders that engines are given, carried out by engines that only book bytes.
 
-What is real: `grpo.engines.Engines`, the actors and the transaction of a weight sync. Each call of an actor is in
-flight from when it is made until somebody waits, as with Ray.
+What is real: `grpo.cluster.engines.Engines`, the actors and the transaction of a weight sync. Each call of an actor is
+in flight from when it is made until somebody waits, as with Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from test_plan import config_of
 
-from grpo import actors, engines, transport
+from grpo import transport
+from grpo.cluster import actors, engines
 from grpo.config import Config
 from grpo.plan import (
     Lengths,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo import engines
+from grpo.cluster import engines
 from grpo.timeline import Timeline
 from grpo.types import EngineFailure, SampledBlock, SampleRequest
 

@@ -19,8 +19,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from grpo.cluster.jobs import TAKING_DOWN_S
 from grpo.config.schema import RunConfig
-from grpo.submitting import TAKING_DOWN_S
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo import cluster
+from grpo.cluster import session as cluster
+from grpo.cluster.placement import Bundle, Node, bundles, check_fit
 from grpo.config import Config, load
 from grpo.config.schema import ClusterConfig
-from grpo.placement import Bundle, Node, bundles, check_fit
 from grpo.types import UserError
 
 

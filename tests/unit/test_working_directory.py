@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo.cluster.engines import learner_environment, sampler_environment
 from grpo.config import RewardConfig, load
-from grpo.engines import learner_environment, sampler_environment
 from grpo.rewards.imports import imported
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.types import Scored

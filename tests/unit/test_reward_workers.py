@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from grpo.scoring import SpreadPool
+from grpo.cluster.reward_workers import SpreadPool
 from grpo.types import RewardOutage
 
 

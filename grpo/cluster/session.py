@@ -26,11 +26,12 @@ from ray._private import ray_constants, services
 from ray.job_config import JobConfig
 from ray.util.metrics import Gauge
 
-from grpo import sockets, sweeper
+from grpo import sockets
+from grpo.cluster import sweeper
+from grpo.cluster.cuda import check_machine
+from grpo.cluster.placement import THIS_MACHINE, Node, check_fit, emptied, lacking_room, nodes_of_cluster
 from grpo.config import Config, refuse_own_ray
-from grpo.cuda import check_machine
 from grpo.machine import usable_cpus, usable_memory_gib
-from grpo.placement import THIS_MACHINE, Node, check_fit, emptied, lacking_room, nodes_of_cluster
 from grpo.stopping import handlers_kept
 from grpo.types import UserError
 

@@ -57,7 +57,7 @@ def submit(
     `asked`: the values of `resume` and `allow`, if given. `env`: NAME=VALUE, or NAME for the value in this environment.
     `driver_cpus`: CPUs to reserve on a node for the driver; 0: the driver runs on the head.
     """
-    from grpo import packing  # noqa: PLC0415 - transformers takes seconds to import
+    from grpo.cluster import upload  # noqa: PLC0415 - transformers takes seconds to import
 
     if not 0 <= driver_cpus < math.inf:
         raise UserError(f"--driver-cpus must be a number that is not negative, not {driver_cpus:g}")
@@ -66,7 +66,7 @@ def submit(
     signals_are_its, stopping = then == "follow, stop on signals", False
     job = f"grpo-{secrets.token_hex(8)}"  # named here, so that it is known even if the server does not answer
     with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
-        size = packing.pack(config, recipe, Path(name), asked.get("resume"))
+        size = upload.pack(config, recipe, Path(name), asked.get("resume"))
         try:
             with signals_delayed() if signals_are_its else nullcontext(), answers(address) as client:
                 refuse_unplaceable(client, driver_cpus)
@@ -87,7 +87,7 @@ def submit(
                 print(f"\ngrpo: interrupted as {job} was handed over. If it has begun it goes on. {hint(job, address)}")
                 return ExitCode.DETACHED
     names = ", ".join(text.partition("=")[0] for text in env)
-    print(f"submitted  {job}: {size / packing.MIB:.2f} MiB" + (f", with {names}" if names else ""), flush=True)
+    print(f"submitted  {job}: {size / upload.MIB:.2f} MiB" + (f", with {names}" if names else ""), flush=True)
     if then == "end":
         return ExitCode.DONE
     return follow(job, address, known=True, stop_on_signal=signals_are_its and not stopping, stopping=stopping)

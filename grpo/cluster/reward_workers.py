@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 
+from grpo.cluster.placement import Reservation
 from grpo.config import Config, RewardConfig
-from grpo.placement import Reservation
 from grpo.rewards.counts import Counted, total
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.types import Failed, RewardOutage, Scored

@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 from grpo import config as config_module
-from grpo import packing, submitting
 from grpo.cli import main
-from grpo.submitting import answers, entrypoint, exit_code, parse_env
+from grpo.cluster import jobs, upload
+from grpo.cluster.jobs import answers, entrypoint, exit_code, parse_env
 from grpo.types import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def written(folder: Path, **sections: dict[str, Any]) -> Path:
 def packed(recipe: Path, target: Path, *overrides: str, resume: str | None = None) -> set[str]:
     """The files that travel beside the package, by their place in the job."""
     target.mkdir()
-    packing.pack(config_module.load(recipe, overrides), recipe, target, resume)
+    upload.pack(config_module.load(recipe, overrides), recipe, target, resume)
     return {
         str(p.relative_to(target)) for p in target.rglob("*") if p.is_file() and p.parts[len(target.parts)] != "grpo"
     }
@@ -244,7 +244,7 @@ def test_a_driver_s_cpus_are_a_number(here: Path, cpus: float) -> None:
     recipe = written(here)
     config = config_module.load(recipe)
     with pytest.raises(UserError, match=r"^--driver-cpus must be a number that is not negative, not"):
-        submitting.submit(config, recipe, {}, address="http://head", env=[], then="end", driver_cpus=cpus)
+        jobs.submit(config, recipe, {}, address="http://head", env=[], then="end", driver_cpus=cpus)
 
 
 @pytest.mark.parametrize(
@@ -316,11 +316,11 @@ def answering() -> Iterator[Callable[[bytes | None], str]]:
 
 SAYS = """
 import sys
-from grpo import submitting
+from grpo.cluster import jobs
 from grpo.types import ExitCode, UserError
-submitting.ANSWER_S = 0.2
+jobs.ANSWER_S = 0.2
 for address in sys.argv[1:]:
-    for command in (submitting.status, submitting.stop, submitting.follow):
+    for command in (jobs.status, jobs.stop, jobs.follow):
         try:
             command("job", address)
         except UserError as error:
@@ -358,19 +358,19 @@ class Nodes:
 
 
 def test_cpus_that_no_node_has_are_refused_before_ray_waits_for_them() -> None:
-    submitting.refuse_unplaceable(Nodes(2, 8), 8)
-    submitting.refuse_unplaceable(Nodes(), 0)
+    jobs.refuse_unplaceable(Nodes(2, 8), 8)
+    jobs.refuse_unplaceable(Nodes(), 0)
     with pytest.raises(UserError) as raised:
-        submitting.refuse_unplaceable(Nodes(0, 2), 2.5)
+        jobs.refuse_unplaceable(Nodes(0, 2), 2.5)
     assert str(raised.value) == (
         "--driver-cpus 2.5: no node has as many CPUs; there is 10.0.0.0 with 0, 10.0.0.1 with 2; nearest: 2"
     )
     several = Nodes(1, 8, 1)
     for node in several.nodes:
         node["node_ip"] = "10.0.0.1"
-    submitting.refuse_unplaceable(several, 8)
+    jobs.refuse_unplaceable(several, 8)
     with pytest.raises(UserError, match="there is no node"):
-        submitting.refuse_unplaceable(Nodes(8, state="DEAD"), 1)
+        jobs.refuse_unplaceable(Nodes(8, state="DEAD"), 1)
 
 
 class Server:
@@ -399,10 +399,10 @@ class Server:
 @pytest.fixture
 def followed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run(server: Server, **options: bool) -> int:
-        monkeypatch.setattr(submitting, "answers", server.answers)
-        monkeypatch.setattr(submitting, "printed", server.printed)
-        monkeypatch.setattr(submitting, "POLL_S", 0)
-        return submitting.follow("job", "http://head", **options)
+        monkeypatch.setattr(jobs, "answers", server.answers)
+        monkeypatch.setattr(jobs, "printed", server.printed)
+        monkeypatch.setattr(jobs, "POLL_S", 0)
+        return jobs.follow("job", "http://head", **options)
 
     return run
 
@@ -429,7 +429,7 @@ def test_a_signal_reaches_the_job_once_its_server_answers(
         if pauses:
             raise pauses.pop()
 
-    monkeypatch.setattr(submitting.time, "sleep", sleep)
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
     assert followed(server, stop_on_signal=True) == 75
     assert server.stopped == 1
     assert capsys.readouterr().out.count("asked to finish its step") == 2
@@ -455,7 +455,7 @@ def test_ctrl_c_while_a_server_is_away_ends_the_following(
     def sleep(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(submitting.time, "sleep", sleep)
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
     assert followed(Server(["one\n", AWAY])) == ExitCode.DETACHED
     assert "the job goes on. Follow it: grpo logs job" in capsys.readouterr().out
 
@@ -470,9 +470,9 @@ def test_ctrl_c_while_a_job_ends_leaves_it_to_its_end(
 
     running = SimpleNamespace(status=SimpleNamespace(is_terminal=lambda: False))
     monkeypatch.setattr(server, "get_job_info", lambda job: running)
-    monkeypatch.setattr(submitting, "answers", server.answers)
-    monkeypatch.setattr(submitting.time, "sleep", sleep)
-    assert submitting.stop("job", "http://head") == ExitCode.DETACHED
+    monkeypatch.setattr(jobs, "answers", server.answers)
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
+    assert jobs.stop("job", "http://head") == ExitCode.DETACHED
     assert server.stopped == 1
     assert "not waited for any more; the job ends all the same" in capsys.readouterr().out
 
@@ -485,9 +485,9 @@ def test_a_job_that_never_begins_is_not_waited_for_without_end(
     monkeypatch.setattr(
         server, "get_job_info", lambda job: SimpleNamespace(status=status, message="It waits for CPUs.")
     )
-    monkeypatch.setattr(submitting, "answers", server.answers)
-    monkeypatch.setattr(submitting, "PENDING_S", 0)
-    assert submitting.stop("job", "http://head") == ExitCode.INTERNAL
+    monkeypatch.setattr(jobs, "answers", server.answers)
+    monkeypatch.setattr(jobs, "PENDING_S", 0)
+    assert jobs.stop("job", "http://head") == ExitCode.INTERNAL
     assert server.stopped == 1
     assert "it has not begun: It waits for CPUs. It ends as soon as it begins" in capsys.readouterr().out
 
@@ -513,8 +513,8 @@ def test_the_server_of_a_job_that_says_nothing_is_asked(
     status: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing of what it says at last is lost, and that it waits is said once."""
-    monkeypatch.setattr(submitting, "QUIET_S", 0.05)
-    assert list(submitting.printed(Silent(status), "job")) == ["begun\n"]
+    monkeypatch.setattr(jobs, "QUIET_S", 0.05)
+    assert list(jobs.printed(Silent(status), "job")) == ["begun\n"]
     assert capsys.readouterr().out == said
 
 
@@ -529,11 +529,11 @@ def test_a_signal_in_the_handing_over_is_the_jobs_where_signals_are(
         os.kill(os.getpid(), number)
         server.submitted = options
 
-    monkeypatch.setattr(submitting, "answers", server.answers)
-    monkeypatch.setattr(submitting, "printed", server.printed)
+    monkeypatch.setattr(jobs, "answers", server.answers)
+    monkeypatch.setattr(jobs, "printed", server.printed)
     monkeypatch.setattr(server, "submit_job", submit_job, raising=False)
     recipe, then = written(here), "follow, stop on signals"
-    assert submitting.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then=then) == 75
+    assert jobs.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then=then) == 75
     assert f"submitted  {server.submitted['submission_id']}: " in capsys.readouterr().out
     assert server.stopped == 1
 
@@ -548,10 +548,10 @@ def test_ctrl_c_as_a_job_is_handed_over_names_it(
         server.submitted = options
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(submitting, "answers", server.answers)
+    monkeypatch.setattr(jobs, "answers", server.answers)
     monkeypatch.setattr(server, "submit_job", submit_job, raising=False)
     recipe = written(here)
-    code = submitting.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then="follow")
+    code = jobs.submit(config_module.load(recipe), recipe, {}, address="http://head", env=[], then="follow")
     assert code == ExitCode.DETACHED
     assert server.submitted["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "180"}  # run.grace_s + 60
     job = server.submitted["submission_id"]
@@ -605,8 +605,8 @@ def test_jobs_are_listed_the_newest_first(monkeypatch: pytest.MonkeyPatch, capsy
 
     monkeypatch.setattr(server, "list_jobs", lambda: every, raising=False)
     monkeypatch.setattr(server, "get_job_logs", get_job_logs, raising=False)
-    monkeypatch.setattr(submitting, "answers", server.answers)
-    assert submitting.jobs("http://head") == 0
+    monkeypatch.setattr(jobs, "answers", server.answers)
+    assert jobs.jobs("http://head") == 0
     assert capsys.readouterr().out.splitlines() == [
         "job           status     run                 recipe  started              ended                exit",
         "grpo-going    RUNNING    a-rather-long-name  a.yaml  1970-01-01 00:04:00",
@@ -616,7 +616,7 @@ def test_jobs_are_listed_the_newest_first(monkeypatch: pytest.MonkeyPatch, capsy
         "grpo-waits    PENDING",
     ]
     every.clear()
-    assert submitting.jobs("http://head") == 0
+    assert jobs.jobs("http://head") == 0
     assert capsys.readouterr().out == "no run has been submitted to http://head\n"
 
 
@@ -634,7 +634,7 @@ def test_a_run_that_is_submitted_may_queue(here: Path, monkeypatch: pytest.Monke
         server.submitted = options
         recipes.append(config_module.load(Path(options["runtime_env"]["working_dir"]) / "mine.yaml"))
 
-    monkeypatch.setattr(submitting, "answers", server.answers)
+    monkeypatch.setattr(jobs, "answers", server.answers)
     monkeypatch.setattr(server, "submit_job", submit_job, raising=False)
     recipe = written(here)
     assert main(["submit", str(recipe), "--no-follow", "--address", "http://head", *flag]) == 0

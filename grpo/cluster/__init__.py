@@ -1,0 +1,1 @@
+"""Ray: the session, the placement of actors, the actors, their groups, jobs. Nothing else in grpo imports ray."""
