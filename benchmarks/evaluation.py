@@ -26,7 +26,7 @@ from grpo.cluster import engines
 from grpo.cluster import session as cluster
 from grpo.driver import eval_seed
 from grpo.rewards.pool import RewardPool
-from grpo.timeline import Timeline
+from grpo.run.timeline import Timeline
 from grpo.types import SampleRequest
 
 BAR = 1.15

@@ -324,7 +324,7 @@ def machine(device: str) -> dict[str, str]:
     """Return the machine, date, commit and versions of the figures."""
     import torch
 
-    from grpo import run_folder
+    from grpo.run import folder as run_folder
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     name = torch.cuda.get_device_name() if device == "gpu" else f"{os.cpu_count()} CPU cores"

@@ -40,11 +40,11 @@ from grpo.cluster import engines as engine_group
 from grpo.cluster import session as cluster
 from grpo.config import Config
 from grpo.health import Health
-from grpo.progress import Progress
 from grpo.rewards.pool import RewardPool
-from grpo.run_folder import RunFolder
-from grpo.saving import Saver
-from grpo.timeline import Timeline
+from grpo.run.folder import RunFolder
+from grpo.run.progress import Progress
+from grpo.run.saving import Saver
+from grpo.run.timeline import Timeline
 from grpo.types import Batch, RankStep, SampleRequest, SamplingSettings
 
 if TYPE_CHECKING:

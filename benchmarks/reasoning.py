@@ -28,7 +28,7 @@ import yaml
 from benchmarks import curves
 from benchmarks.result import Figure, print_result
 from grpo import config as config_module
-from grpo.run_folder import is_done
+from grpo.run.folder import is_done
 
 LIST = Path("benchmarks/reasoning_variants.yaml")
 RUNS = Path("runs/reasoning")

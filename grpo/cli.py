@@ -20,7 +20,7 @@ from typing import Any
 from grpo import __version__
 from grpo import config as config_module
 from grpo.machine import usable_cpus
-from grpo.stopping import interrupt_early
+from grpo.run.signals import interrupt_early
 from grpo.training import print_progress, train_command
 from grpo.types import ExitCode, RewardOutage, UserError
 
@@ -253,7 +253,7 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         print("\n".join(replay(parsed.dump)))
         return ExitCode.DONE
     if parsed.command == "compare":
-        from grpo.compare import compare  # noqa: PLC0415 - pyarrow takes half a second to import
+        from grpo.run.compare import compare  # noqa: PLC0415 - pyarrow takes half a second to import
 
         print("\n".join(compare(parsed.a, parsed.b, parsed.step)))
         return ExitCode.DONE
@@ -309,9 +309,10 @@ def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list
 
 def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> int:
     """Run `grpo check`: check the recipe and the cluster, and print the plan."""
-    from grpo import check, run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
+    from grpo import check  # noqa: PLC0415 - transformers and ray take seconds to import
     from grpo.cluster import session as cluster  # noqa: PLC0415 - transformers and ray take seconds to import
-    from grpo.console import wrapped  # noqa: PLC0415
+    from grpo.run import folder as run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
+    from grpo.run.console import wrapped  # noqa: PLC0415
 
     run_folder.choose(config, str(recipe))  # refuses a name that is in use
     config = check.resolve_paths(config)
@@ -341,7 +342,7 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `grpo eval`: check, look up cached results, start samplers and evaluate the missing prompts."""
     from grpo import check, evaluating  # noqa: PLC0415
     from grpo.cluster import session as cluster  # noqa: PLC0415
-    from grpo.console import Console  # noqa: PLC0415
+    from grpo.run.console import Console  # noqa: PLC0415
 
     model, recipe = evaluating.model_of(parsed.model)
     recipe = parsed.recipe or recipe
@@ -385,7 +386,7 @@ def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]
     from grpo.cluster import engines  # noqa: PLC0415
     from grpo.cluster import session as cluster  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
-    from grpo.timeline import Timeline  # noqa: PLC0415
+    from grpo.run.timeline import Timeline  # noqa: PLC0415
 
     config, logs = plan.config, folder / "logs"
     workers = config.cluster.reward_workers or min(8, usable_cpus())

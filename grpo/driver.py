@@ -33,11 +33,13 @@ from grpo.health import Health
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
 from grpo.probing import Probe, Spread, make_probe
-from grpo.progress import Progress
 from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
-from grpo.run_folder import RunFolder, is_disk_full
-from grpo.samples import Trained
-from grpo.saving import Saver
+from grpo.run.folder import RunFolder, is_disk_full
+from grpo.run.heartbeat import Watch
+from grpo.run.progress import Progress
+from grpo.run.samples import Trained
+from grpo.run.saving import Saver
+from grpo.run.timeline import Timeline
 from grpo.step_metrics import (
     Learned,
     Sampled,
@@ -47,9 +49,7 @@ from grpo.step_metrics import (
     throughput,
     timings,
 )
-from grpo.timeline import Timeline
 from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult, UserError
-from grpo.watching import Watch
 
 
 class MismatchError(RuntimeError):
@@ -76,7 +76,7 @@ class EngineGroup(SamplerGroup, Protocol):
 
 
 class Reporter(Protocol):
-    """Output for progress; implemented by `grpo.console.Console`."""
+    """Output for progress; implemented by `grpo.run.console.Console`."""
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

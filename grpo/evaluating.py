@@ -22,18 +22,20 @@ from typing import Any
 import numpy as np
 from huggingface_hub import snapshot_download
 
-from grpo import checkpoint, data, run_folder
 from grpo import config as config_module
+from grpo import data
 from grpo.check import CheckedRun
 from grpo.cluster import engines
-from grpo.compare import Samples, read_rows, read_samples, table, with_bounds
 from grpo.config import Config
 from grpo.driver import eval_seed
 from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
 from grpo.rollouts import PASSING, Scorer, collect, enforce_failure_budget, may_pass
-from grpo.samples import read_columns, write_groups
+from grpo.run import checkpoints
+from grpo.run import folder as run_folder
+from grpo.run.compare import Samples, read_rows, read_samples, table, with_bounds
+from grpo.run.heartbeat import Watch
+from grpo.run.samples import read_columns, write_groups
 from grpo.types import Group, Moment, Prompt, UserError
-from grpo.watching import Watch
 
 WRITE_S = 20.0
 """Seconds between two writes of completions; an interruption may lose that much."""
@@ -73,7 +75,7 @@ def tokenizer_fingerprint(path: str) -> str:
         with data.hub_or_cache():
             folder = Path(snapshot_download(path, allow_patterns=list(TOKENIZER_FILES)))
     files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
-    return checkpoint.fingerprint(sorted(files))
+    return checkpoints.fingerprint(sorted(files))
 
 
 def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:

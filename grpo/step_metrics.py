@@ -16,7 +16,7 @@ from grpo.config import Config
 from grpo.credit import Credit, account, members_needed
 from grpo.evaluation import Evaluation
 from grpo.objective.compatibility import GROUP_RELATIVE
-from grpo.progress import Progress
+from grpo.run.progress import Progress
 from grpo.types import Group, StepResult, UserError
 
 OF_EVALUATION = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")

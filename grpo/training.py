@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo import config as config_module
 from grpo.config import Config
-from grpo.stopping import Stopper, interrupt_early, signals_delayed
+from grpo.run.signals import Stopper, interrupt_early, signals_delayed
 from grpo.types import EngineFailure, ExitCode, RewardOutage, UserError
 
 PATIENCE_S = 30.0
@@ -39,8 +39,10 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     try:
         # the imports take seconds, and only after them is it known whether the run can be resumed
         with signals_delayed():
-            from grpo import check, resuming, run_folder  # noqa: PLC0415
+            from grpo import check  # noqa: PLC0415
             from grpo.cluster import session as cluster  # noqa: PLC0415
+            from grpo.run import folder as run_folder  # noqa: PLC0415
+            from grpo.run import resume as resuming  # noqa: PLC0415
 
             origin = resuming.find(asked.get("resume"), config, str(recipe))
         config = check.resolve_paths(config)
@@ -68,7 +70,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     path = folder.path
     if plan.dropped:
         run_folder.write_text(path / "dropped_prompts.txt", "\n".join(plan.dropped) + "\n")
-    from grpo.console import Console  # noqa: PLC0415
+    from grpo.run.console import Console  # noqa: PLC0415
 
     with Console(steps=config.run.steps, log=path / "log.txt") as console:
         code, reason = run_and_report(plan, resumed, folder, console)
@@ -91,7 +93,8 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
 
 def run_and_report(plan: Any, resumed: Any, folder: Any, console: Any) -> tuple[int, str]:
     """Run to any outcome and report it. Return the exit code and the reason for the summary."""
-    from grpo import checkpoint, run_folder  # noqa: PLC0415
+    from grpo.run import checkpoints as checkpoint  # noqa: PLC0415
+    from grpo.run import folder as run_folder  # noqa: PLC0415
 
     # a handler may run in the middle of a console line, so it writes to stderr directly
     stopper = Stopper(plan.config.run.grace_s, lambda text: os.write(sys.stderr.fileno(), f"{text}\n".encode()))
@@ -157,7 +160,8 @@ def run_with_restarts(plan: Any, resumed: Any, folder: Any, console: Any, stoppe
 
     Returns whether the run has finished. Raises EngineFailure when the engines cannot be restarted.
     """
-    from grpo import checkpoint, resuming  # noqa: PLC0415
+    from grpo.run import checkpoints as checkpoint  # noqa: PLC0415
+    from grpo.run import resume as resuming  # noqa: PLC0415
 
     lost: EngineFailure | None = None
     began = resumed.step
@@ -185,13 +189,14 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
 
     Returns whether the run has finished; otherwise it was stopped between two steps.
     """
-    from grpo import driver, run_folder  # noqa: PLC0415
+    from grpo import driver  # noqa: PLC0415
     from grpo.cluster import actors, engines  # noqa: PLC0415
     from grpo.cluster import session as cluster  # noqa: PLC0415
     from grpo.cluster.reward_workers import SpreadPool  # noqa: PLC0415
     from grpo.evaluation import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
-    from grpo.timeline import Timeline  # noqa: PLC0415
+    from grpo.run import folder as run_folder  # noqa: PLC0415
+    from grpo.run.timeline import Timeline  # noqa: PLC0415
 
     config = plan.config
     logs = folder.path / "logs"
@@ -238,7 +243,7 @@ def loop_of(
     from grpo import data, driver  # noqa: PLC0415
     from grpo.cluster import engines  # noqa: PLC0415
     from grpo.health import Health  # noqa: PLC0415
-    from grpo.timeline import TimedScorer  # noqa: PLC0415
+    from grpo.run.timeline import TimedScorer  # noqa: PLC0415
 
     health = Health(plan.config, folder.metrics())
     folder.facts["warnings"] = health.warnings()
@@ -272,8 +277,8 @@ def placed(hosts: Mapping[str, str], dashboard: str) -> str:
 
 def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
     """Return the saver that writes the checkpoints of the run."""
-    from grpo import resuming  # noqa: PLC0415
-    from grpo.saving import Saver  # noqa: PLC0415
+    from grpo.run import resume as resuming  # noqa: PLC0415
+    from grpo.run.saving import Saver  # noqa: PLC0415
 
     return Saver(
         plan.config,

@@ -21,9 +21,9 @@ from typing import Any
 import ray
 import torch
 
-from grpo.checkpoint import FileRecord
 from grpo.config import Config
 from grpo.probing import PERTURBED_GROUPS, Probe, Reading, Spread
+from grpo.run.checkpoints import FileRecord
 from grpo.transport import (
     BroadcastSender,
     IpcSender,

@@ -17,14 +17,14 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from grpo.checkpoint import FileRecord
 from grpo.cluster.actors import STACK_SIGNAL, LearnerActor, SamplerActor, SyncResult
 from grpo.cluster.placement import ENGINES, Reservation
 from grpo.config import Config
 from grpo.machine import usable_cpus
 from grpo.probing import Probe
-from grpo.run_folder import is_disk_full
-from grpo.timeline import Timeline
+from grpo.run.checkpoints import FileRecord
+from grpo.run.folder import is_disk_full
+from grpo.run.timeline import Timeline
 from grpo.transport import transport_of
 from grpo.types import (
     EngineFailure,

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from grpo import __version__
 from grpo.config import Config
-from grpo.stopping import signals_delayed
+from grpo.run.signals import signals_delayed
 from grpo.types import ExitCode, UserError
 
 CONNECT_S = 5.0

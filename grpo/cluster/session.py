@@ -32,7 +32,7 @@ from grpo.cluster.cuda import check_machine
 from grpo.cluster.placement import THIS_MACHINE, Node, check_fit, emptied, lacking_room, nodes_of_cluster
 from grpo.config import Config, refuse_own_ray
 from grpo.machine import usable_cpus, usable_memory_gib
-from grpo.stopping import handlers_kept
+from grpo.run.signals import handlers_kept
 from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from tokenizers.models import BPE
 
-from grpo.columns import hint
 from grpo.config import DataConfig
+from grpo.data.columns import hint
 from grpo.data.hub import one_line
 from grpo.data.rows import Row
 from grpo.data.template import render_template

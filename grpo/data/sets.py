@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo.columns import hint
 from grpo.config import DataConfig, DatasetConfig
+from grpo.data.columns import hint
 from grpo.data.overlap import find_overlaps
 from grpo.data.prompts import PromptSet, make_prompts, prompt_id
 from grpo.data.rows import Row, dataset_name, read_rows

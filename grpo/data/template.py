@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo.columns import hint, is_nested, line, longest_text, nested, render, value_at
+from grpo.data.columns import hint, is_nested, line, longest_text, nested, render, value_at
 from grpo.data.hub import one_line
 from grpo.data.rows import Row
 from grpo.types import UserError

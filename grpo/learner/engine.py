@@ -27,11 +27,11 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
-from grpo.checkpoint import FileRecord
 from grpo.config import Config, dump
 from grpo.learner import heads, setup, state
 from grpo.learner.probe import Perturbation, read_probe
 from grpo.probing import Probe, Reading, group_members
+from grpo.run.checkpoints import FileRecord
 from grpo.types import Batch, RankStep, StepResult
 from grpo.update import Model, Prepared, Tally, run_step
 from grpo.weight_sync import buckets_of

@@ -7,7 +7,7 @@ rank's partition covers; at ZeRO 3, it is the rank's shard. `capture` returns a 
 from the files of all ranks. So a checkpoint depends neither on the number of ranks nor on the stage, and it contains
 no pickle.
 
-`grpo.checkpoint` handles the location of the files, their checksums and the rest of a run's state.
+`grpo.run.checkpoints` handles the location of the files, their checksums and the rest of a run's state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from grpo.checkpoint import FileRecord, seal
+from grpo.run.checkpoints import FileRecord, seal
 from grpo.types import UserError
 
 PARAMETER = "parameter"

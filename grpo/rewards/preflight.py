@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from grpo.columns import hint, line, nested, render
 from grpo.config import RewardConfig, part_names
+from grpo.data.columns import hint, line, nested, render
 from grpo.rewards.pool import RewardItem, RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
 from grpo.rewards.worker import withheld_words

@@ -18,8 +18,9 @@ from typing import Any
 
 import psutil
 
-from grpo import cli, rollouts, saving
+from grpo import cli, rollouts
 from grpo.cluster import engines
+from grpo.run import saving
 
 WAITS = {
     "start": ("the engines to load", 1),

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo.checkpoint import list_checkpoints, read
+from grpo.run.checkpoints import list_checkpoints, read
 
 ROOT = Path(__file__).resolve().parents[2]
 STRUCK = Path(__file__).with_name("struck.py")

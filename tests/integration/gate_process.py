@@ -14,13 +14,13 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
     from grpo import check, config, driver
     from grpo.cluster import engines as engine_group
     from grpo.cluster import session as cluster
-    from grpo.console import Console
     from grpo.health import Health
-    from grpo.progress import Progress
     from grpo.rewards.pool import RewardPool
-    from grpo.run_folder import RunFolder
-    from grpo.saving import Saver
-    from grpo.timeline import Timeline
+    from grpo.run.console import Console
+    from grpo.run.folder import RunFolder
+    from grpo.run.progress import Progress
+    from grpo.run.saving import Saver
+    from grpo.run.timeline import Timeline
 
     import numpy as np  # isort: skip
     import ray  # isort: skip - after grpo, which sets its environment

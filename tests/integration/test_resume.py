@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_spread
 
-from grpo.checkpoint import list_checkpoints
+from grpo.run.checkpoints import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from test_data_sets import read, refused, write
 
-from grpo.columns import hint, nested
 from grpo.config import TrainSetConfig
 from grpo.data import Row, map_columns
+from grpo.data.columns import hint, nested
 from grpo.data.template import render_template
 from grpo.rewards.preflight import gold_text, nested_hint
 from grpo.types import Prompt, UserError

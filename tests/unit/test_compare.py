@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from grpo.compare import COLUMNS, compare, read_metrics, read_samples
-from grpo.samples import write_groups
+from grpo.run.compare import COLUMNS, compare, read_metrics, read_samples
+from grpo.run.samples import write_groups
 from grpo.types import Completion, Failed, Group, Prompt, Rollout, Scored, UserError
 
 REWARDS = ("right", "format")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo import console as console_module
-from grpo.console import Console, where_the_gradient_went, wrapped
 from grpo.metrics import HEADLINE
+from grpo.run import console as console_module
+from grpo.run.console import Console, where_the_gradient_went, wrapped
 
 METRICS = {
     "reward/mean": 0.5, "optim/grad_norm": 1.25, "time/step_s": 2.0, "gradient/sampled": 40.0, "gradient/failed": 0.0,
@@ -53,7 +53,7 @@ def test_on_a_terminal_there_is_a_live_table(
 def test_a_run_outlives_the_one_who_reads_it_from_a_pipe(tmp_path: Path) -> None:
     """`grpo train ... | head`: the log has everything, and nobody is told of a pipe."""
     program = (
-        "import sys; from pathlib import Path; from grpo.console import Console\n"
+        "import sys; from pathlib import Path; from grpo.run.console import Console\n"
         "with Console(steps=1, log=Path(sys.argv[1])) as console:\n"
         "    console.say('one')\n    console.say('two')\n"
         "print('three')\n"

@@ -20,22 +20,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo import config as module
-from grpo import watching
 from grpo.batching import rank_steps
-from grpo.checkpoint import FileRecord, list_checkpoints, read, seal
 from grpo.config import Config, RewardConfig
 from grpo.credit import training_rows
 from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
 from grpo.health import Health
 from grpo.metrics import mismatch_counts
 from grpo.probing import Spread
-from grpo.progress import Progress
 from grpo.rewards.counts import Counted
-from grpo.run_folder import RunFolder, reopen
-from grpo.samples import Trained
-from grpo.saving import Saver
+from grpo.run import heartbeat
+from grpo.run.checkpoints import FileRecord, list_checkpoints, read, seal
+from grpo.run.folder import RunFolder, reopen
+from grpo.run.progress import Progress
+from grpo.run.samples import Trained
+from grpo.run.saving import Saver
+from grpo.run.timeline import Timeline
 from grpo.step_metrics import Learned, Sampled, refuse_unknown_best, throughput, timings
-from grpo.timeline import Timeline
 from grpo.types import (
     Completion,
     EngineFailure,
@@ -280,7 +280,7 @@ class Patient(CountTwos):
 
 def test_a_long_wait_for_completions_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training and in evaluation."""
-    monkeypatch.setattr(watching, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.01)
     scorer = Patient([])
     loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.steps=1", "data.eval.sets=x"), scorer)
     scorer.said = loop.reporter.said  # type: ignore[attr-defined]

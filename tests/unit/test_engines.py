@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo.cluster import engines
-from grpo.timeline import Timeline
+from grpo.run.timeline import Timeline
 from grpo.types import EngineFailure, SampledBlock, SampleRequest
 
 import ray  # isort: skip - grpo sets what it reads when it is imported

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import write_recipe
 
-from grpo import check, config, evaluating, run_folder
+from grpo import check, config, evaluating
+from grpo.run import folder as run_folder
 from grpo.types import UserError
 
 CHANGES = (

@@ -15,7 +15,7 @@ from test_compare import REWARDS, group
 
 from grpo.config import RewardConfig
 from grpo.evaluating import Writer, finished_prompts
-from grpo.samples import write_groups
+from grpo.run.samples import write_groups
 
 GROUPS = [group(i, [1.0, 0.0, 1.0]) for i in range(6)]
 IDS = [one.prompt.prompt_id for one in GROUPS]

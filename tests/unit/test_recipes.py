@@ -15,9 +15,9 @@ from documented import RECIPES, ROOT, blocks, completed
 from transformers import AutoTokenizer
 
 from benchmarks import recipe_hours
-from grpo.checkpoint import differences
 from grpo.config import Config, load
 from grpo.config.schema import EvalConfig
+from grpo.run.checkpoints import differences
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 
 from grpo import config as module
 from grpo.config import Config
-from grpo.run_folder import choose, create, weights_sha256
+from grpo.run.folder import choose, create, weights_sha256
 from grpo.types import UserError
 
 

@@ -14,8 +14,8 @@ import pytest
 from test_compare import REWARDS, group
 
 from grpo.config import Config
-from grpo.samples import SAMPLE_SCHEMA, Trained, part_columns, read_columns, write_groups
-from grpo.trackers import COLUMNS, TABLE_CHARACTERS, TABLE_EVERY, make_trackers, markdown, table_is_due, table_rows
+from grpo.run.samples import SAMPLE_SCHEMA, Trained, part_columns, read_columns, write_groups
+from grpo.run.trackers import COLUMNS, TABLE_CHARACTERS, TABLE_EVERY, make_trackers, markdown, table_is_due, table_rows
 from grpo.types import Failed, Group, Logged
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from grpo import timeline as module
-from grpo.timeline import TimedScorer, Timeline
+from grpo.run import timeline as module
+from grpo.run.timeline import TimedScorer, Timeline
 
 
 @pytest.fixture

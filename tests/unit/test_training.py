@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from grpo import cli, resuming, run_folder
+from grpo import cli
+from grpo.run import folder as run_folder
 from grpo.types import ExitCode
 
 
@@ -24,16 +25,16 @@ def test_a_signal_while_modules_are_imported_ends_a_run_with_a_checkpoint_with_7
     run = recipe.parent / "runs" / "run"
     (run / "checkpoints" / "step-000001").mkdir(parents=True)
     (run / "config.yaml").write_text("")
-    find = resuming.find
+    find = resume.find
 
-    def slow_find(*arguments: Any) -> resuming.Origin:
+    def slow_find(*arguments: Any) -> resume.Origin:
         os.kill(os.getpid(), signal.SIGTERM)
         return find(*arguments)
 
     def never(*_: Any) -> None:
         raise AssertionError("the run goes on")
 
-    monkeypatch.setattr(resuming, "find", slow_find)
+    monkeypatch.setattr(resume, "find", slow_find)
     monkeypatch.setattr(run_folder, "choose", never)
-    monkeypatch.setattr(resuming, "prepare", never)
+    monkeypatch.setattr(resume, "prepare", never)
     assert cli.main(["train", str(recipe), *resume]) == code

@@ -24,8 +24,8 @@ from typing import Any
 
 from grpo import config as config_module
 from grpo.config import Config, part_names
-from grpo.samples import UNTRAINED, Trained, write_groups
-from grpo.trackers import make_trackers, table_is_due, table_rows
+from grpo.run.samples import UNTRAINED, Trained, write_groups
+from grpo.run.trackers import make_trackers, table_is_due, table_rows
 from grpo.types import Group, UserError
 
 RECIPE = "recipe.txt"

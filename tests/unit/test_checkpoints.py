@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from grpo import config as config_module
-from grpo.checkpoint import (
+from grpo.run.checkpoints import (
     FORMAT,
     Manifest,
     begin,
@@ -29,8 +29,8 @@ from grpo.checkpoint import (
     retire,
     seal,
 )
-from grpo.run_folder import drop_unfinished, is_disk_full
-from grpo.saving import plain
+from grpo.run.folder import drop_unfinished, is_disk_full
+from grpo.run.saving import plain
 from grpo.types import UserError
 
 
@@ -180,8 +180,8 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
 KILLER = """
 import itertools, os, pathlib, signal, sys
 sys.path.insert(0, {tests!r})
-from test_checkpoint import make
-from grpo.checkpoint import retire
+from test_checkpoints import make
+from grpo.run.checkpoints import retire
 
 def strike(run, number):
     calls = 0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from grpo.stopping import SIGNALS, Stopped, Stopper, handlers_kept, interrupt_early, signals_delayed
+from grpo.run.signals import SIGNALS, Stopped, Stopper, handlers_kept, interrupt_early, signals_delayed
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 import yaml
 from numpy.typing import NDArray
 
-from grpo.checkpoint import MANIFEST
 from grpo.config import RewardConfig, part_names
 from grpo.evaluation import GAINS, Interval, Judged, bounds, final_answer, interval, judge, sign_test, statistics_of
 from grpo.metrics import HEADLINE
-from grpo.samples import PART, read_columns
+from grpo.run.checkpoints import MANIFEST
+from grpo.run.samples import PART, read_columns
 from grpo.types import UserError
 
 Samples = dict[str, dict[str, list[Judged]]]

@@ -15,7 +15,7 @@ from grpo.config import Config
 from grpo.evaluation import final_answer
 from grpo.metrics import scored_rewards
 from grpo.objective.advantages import has_spread
-from grpo.samples import UNTRAINED, Trained, gold_answer
+from grpo.run.samples import UNTRAINED, Trained, gold_answer
 from grpo.types import Failed, Group, UserError
 
 TABLE_EVERY = 10

@@ -9,13 +9,14 @@ from typing import Any
 
 import yaml
 
-from grpo import checkpoint, run_folder
 from grpo.check import CheckedRun, model_fingerprint
-from grpo.checkpoint import Manifest
 from grpo.config import Config
 from grpo.data import start_cursor
-from grpo.progress import Progress
-from grpo.saving import plain
+from grpo.run import checkpoints
+from grpo.run import folder as run_folder
+from grpo.run.checkpoints import Manifest
+from grpo.run.progress import Progress
+from grpo.run.saving import plain
 from grpo.types import UserError
 
 
@@ -66,17 +67,17 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
             return Origin()
         if not (run / "config.yaml").is_file():
             raise UserError(f"resume=auto: {run} is no run folder (it has no config.yaml); choose another run.name")
-        every = checkpoint.list_checkpoints(run)
+        every = checkpoints.list_checkpoints(run)
         done = run_folder.is_done(run, config.run.steps)
         return Origin(run=run, checkpoint=every[-1] if every else None, done=done, state=state_of(run))
     path = Path(resume).expanduser().resolve()
-    if path.parent.name == "checkpoints" and path in checkpoint.list_checkpoints(path.parent.parent):
+    if path.parent.name == "checkpoints" and path in checkpoints.list_checkpoints(path.parent.parent):
         return Origin(run=path.parent.parent, checkpoint=path, state=state_of(path.parent.parent))
     if not (path / "checkpoints").is_dir():
         raise UserError(
             f"resume={resume} is neither a run folder nor a checkpoint (runs/NAME or .../checkpoints/step-N)"
         )
-    every = checkpoint.list_checkpoints(path)
+    every = checkpoints.list_checkpoints(path)
     if not every:
         raise UserError(
             f"resume={resume}: the run has no checkpoint (run.save_every writes them); resume=auto starts over"
@@ -89,7 +90,7 @@ def state_of(run: Path) -> tuple[str, ...]:
     """Return the parts of a run folder that another process working there would change: its checkpoints and its end."""
     summary = run / "summary.json"
     ended = f"ended {summary.stat().st_mtime_ns}" if summary.exists() else "not ended"
-    return (*(path.name for path in checkpoint.list_checkpoints(run)), ended)
+    return (*(path.name for path in checkpoints.list_checkpoints(run)), ended)
 
 
 def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
@@ -99,7 +100,7 @@ def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
     """
     try:
         before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        checkpoint.compare_options(before, plain(config), allowed)
+        checkpoints.compare_options(before, plain(config), allowed)
     except UserError as error:
         raise UserError(f"{run} is another run: {error}; or choose another run.name") from error
     except (OSError, ValueError, AttributeError, TypeError, LookupError, yaml.YAMLError) as error:
@@ -149,14 +150,14 @@ def prepare(origin: Origin, plan: CheckedRun, allowed: Sequence[str]) -> Resumed
         )
         return Resumed(progress=Progress.start(config, plan.prompts), folder=None, manifest=None, lines=lines)
     try:
-        manifest = checkpoint.read(origin.checkpoint)
+        manifest = checkpoints.read(origin.checkpoint)
     except UserError as error:
         others = [
-            path for path in checkpoint.list_checkpoints(origin.checkpoint.parent.parent) if path < origin.checkpoint
+            path for path in checkpoints.list_checkpoints(origin.checkpoint.parent.parent) if path < origin.checkpoint
         ]
         hint = f"; the checkpoint before it: resume={others[-1]}" if others else ""
         raise UserError(f"{error}{hint}") from error
-    notes = checkpoint.compare(manifest, plain(config), fingerprints(plan), allowed)
+    notes = checkpoints.compare(manifest, plain(config), fingerprints(plan), allowed)
     if manifest.step > config.run.steps:
         raise UserError(f"run.steps={config.run.steps} is less than the {manifest.step} steps of {origin.checkpoint}")
     return Resumed(
@@ -201,8 +202,8 @@ def weights_of(config: Mapping[str, Any]) -> list[float | None]:
 
 def restore_last(plan: CheckedRun, run: Path) -> Resumed:
     """Restore from the last checkpoint of the current run, after its engines were lost."""
-    folder = checkpoint.list_checkpoints(run)[-1]
-    manifest = checkpoint.read(folder)
+    folder = checkpoints.list_checkpoints(run)[-1]
+    manifest = checkpoints.read(folder)
     return Resumed(progress=progress_of(manifest, plan), folder=folder, manifest=manifest, lines=())
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo import watching
 from grpo.config import RewardConfig
 from grpo.rewards import counts
 from grpo.rewards.counts import Counted, total
 from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.run import heartbeat
+from grpo.run.heartbeat import Watch
 from grpo.types import SampledBlock
-from grpo.watching import Watch
 
 GATED = """
 import pathlib, time
@@ -75,7 +75,7 @@ class Scorer:
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that a watch sees."""
     at = [1000.0]
-    monkeypatch.setattr(watching.time, "monotonic", lambda: at[0])
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: at[0])
     return at
 
 
@@ -110,7 +110,7 @@ def test_the_slowest_of_several_samplers_is_named(now: list[float]) -> None:
 
 
 def test_it_is_said_every_interval_and_only_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.05)
     said: list[str] = []
     second = threading.Event()
 

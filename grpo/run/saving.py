@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import yaml
 
-from grpo import checkpoint
 from grpo import config as config_module
-from grpo.checkpoint import FileRecord, Manifest
 from grpo.config import Config
-from grpo.run_folder import versions
+from grpo.run import checkpoints
+from grpo.run.checkpoints import FileRecord, Manifest
+from grpo.run.folder import versions
 
 
 class Captured(Protocol):
@@ -61,16 +61,16 @@ class Saver:
         Raises OSError when the disk has no room.
         """
         self.poll(wait=True)
-        if checkpoint.folder_of(self._run, step).exists():
+        if checkpoints.folder_of(self._run, step).exists():
             return
-        partial = checkpoint.begin(self._run, step, need_bytes=self._size or self._engines.state_bytes())
+        partial = checkpoints.begin(self._run, step, need_bytes=self._size or self._engines.state_bytes())
         learner = self._engines.capture(partial / "learner")
         if self._config.run.save_model:
             self._engines.save(partial / "model")
 
         def manifest(files: Mapping[str, FileRecord]) -> Manifest:
             return Manifest(
-                format=checkpoint.FORMAT,
+                format=checkpoints.FORMAT,
                 step=step,
                 config=plain(self._config),
                 fingerprints=self._fingerprints(),
@@ -93,13 +93,13 @@ class Saver:
         partial, files = self._pending.partial, {f"learner/{name}": record for name, record in records.items()}
         if self._config.run.save_model:
             written = [path for path in (partial / "model").rglob("*") if path.is_file()]
-            files |= {str(path.relative_to(partial)): checkpoint.seal(path) for path in written}
+            files |= {str(path.relative_to(partial)): checkpoints.seal(path) for path in written}
         self._flush()  # a run resumed from here has all data of the steps before
-        target = checkpoint.publish(partial, self._pending.manifest(files))
+        target = checkpoints.publish(partial, self._pending.manifest(files))
         self._pending = None
         self._size = sum(record.bytes for record in files.values())
         c = self._config.run
-        checkpoint.retire(self._run, keep_last=c.keep_last, keep_every=c.keep_every, best_by=c.keep_best)
+        checkpoints.retire(self._run, keep_last=c.keep_last, keep_every=c.keep_every, best_by=c.keep_best)
         self._say(f"checkpoint {target.name}, {self._size / 2**20:.1f} MiB")
 
 

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_checkpoint import make
+from test_checkpoints import make
 from test_driver import make_config
 
-from grpo import checkpoint, resuming
 from grpo.config import Config, TrainSetConfig
 from grpo.data import Cursor, MixedCursor
-from grpo.run_folder import create, reopen, truncate_after
-from grpo.saving import plain
+from grpo.run import checkpoints, resume
+from grpo.run.folder import create, reopen, truncate_after
+from grpo.run.saving import plain
 from grpo.types import Prompt, UserError
 
 
@@ -36,33 +36,33 @@ def test_a_finished_run_is_done_and_nothing_of_it_is_touched(tmp_path: Path) -> 
     folder.close()
     finished(folder.path, steps=8)
     make(folder.path, 4)
-    for resume in ("auto", str(folder.path)):
-        origin = resuming.find(resume, config, "exp.yaml")
+    for asked in ("auto", str(folder.path)):
+        origin = resume.find(asked, config, "exp.yaml")
         assert origin.done
         assert origin.run == folder.path
-        assert not resuming.find(resume, config_in(tmp_path, steps=9), "exp.yaml").done  # it is asked for more
+        assert not resume.find(asked, config_in(tmp_path, steps=9), "exp.yaml").done  # it is asked for more
     assert (folder.path / "model").is_dir()
     (folder.path / "summary.json").write_text(json.dumps({"exit_reason": "failed: x", "steps": 8}))
-    assert not resuming.find("auto", config, "exp.yaml").done
+    assert not resume.find("auto", config, "exp.yaml").done
 
 
 def test_auto_takes_the_newest_folder_of_this_recipe_only(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     for recipe in ("exp.yaml", "exp-2.yaml", "exp.yaml"):  # exp, exp-2 (of another recipe), exp-3
         create(config, f"recipes/{recipe}").close()
-    assert resuming.newest(config, "elsewhere/exp.yaml") == tmp_path / "runs" / "exp-3"
-    assert resuming.newest(config, "exp-2.yaml") == tmp_path / "runs" / "exp-2"
+    assert resume.newest(config, "elsewhere/exp.yaml") == tmp_path / "runs" / "exp-3"
+    assert resume.newest(config, "exp-2.yaml") == tmp_path / "runs" / "exp-2"
     (tmp_path / "runs" / "exp-4" / "model").mkdir(parents=True)  # somebody's
-    assert resuming.newest(config, "exp.yaml") == tmp_path / "runs" / "exp-3"
-    assert resuming.newest(config, "ex.yaml") is None
+    assert resume.newest(config, "exp.yaml") == tmp_path / "runs" / "exp-3"
+    assert resume.newest(config, "ex.yaml") is None
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     config = config_in(tmp_path, name="project")
     (tmp_path / "runs" / "project" / "model").mkdir(parents=True)
     with pytest.raises(UserError, match=r"project is no run folder \(it has no config.yaml\)"):
-        resuming.find("auto", config, "exp.yaml")
-    assert resuming.find("auto", config_in(tmp_path, name="new"), "exp.yaml") == resuming.Origin()
+        resume.find("auto", config, "exp.yaml")
+    assert resume.find("auto", config_in(tmp_path, name="new"), "exp.yaml") == resume.Origin()
 
 
 def test_a_half_written_checkpoint_cannot_be_asked_for(tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_a_half_written_checkpoint_cannot_be_asked_for(tmp_path: Path) -> None:
     whole = make(folder.path, 2)
     partial = whole.with_name("step-000004.partial")
     partial.mkdir()
-    assert resuming.find(str(whole), config, "exp.yaml").checkpoint == whole
+    assert resume.find(str(whole), config, "exp.yaml").checkpoint == whole
     with pytest.raises(UserError, match="is neither a run folder nor a checkpoint"):
-        resuming.find(str(partial), config, "exp.yaml")
+        resume.find(str(partial), config, "exp.yaml")
 
 
 def test_what_another_process_did_meanwhile_is_not_cut(tmp_path: Path) -> None:
@@ -83,22 +83,22 @@ def test_what_another_process_did_meanwhile_is_not_cut(tmp_path: Path) -> None:
     folder = create(config, "exp.yaml")
     folder.log_metrics(10, {})
     make(folder.path, 10)
-    origin = resuming.find("auto", config, "exp.yaml")
+    origin = resume.find("auto", config, "exp.yaml")
     make(folder.path, 20)
     folder.log_metrics(20, {})
     folder.close()
 
     def go_on() -> None:
-        reopen(folder.path, config, 10, lambda: resuming.state_of(folder.path) == origin.state).close()
+        reopen(folder.path, config, 10, lambda: resume.state_of(folder.path) == origin.state).close()
 
     with pytest.raises(UserError, match=r"another process has worked in .* since this one looked at it; start again"):
         go_on()
     assert (folder.path / "checkpoints" / "step-000020").is_dir()
     assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == 2
-    origin = resuming.find("auto", config, "exp.yaml")
+    origin = resume.find("auto", config, "exp.yaml")
     go_on()
     assert not (folder.path / "checkpoints" / "step-000020").exists()
-    origin = resuming.find("auto", config, "exp.yaml")
+    origin = resume.find("auto", config, "exp.yaml")
     finished(folder.path, steps=40)
     with pytest.raises(UserError, match="start again"):
         go_on()
@@ -112,14 +112,14 @@ def test_a_run_of_that_name_with_other_options_is_neither_done_nor_begun_again(t
     folder.close()
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=7))
     with pytest.raises(UserError, match=r"one is another run: data.seed=7 was 0 .*choose another run.name"):
-        resuming.refuse_other_run(folder.path, other, ())
-    resuming.refuse_other_run(folder.path, other, ("data.seed",))
-    resuming.refuse_other_run(folder.path, config, ())
+        resume.refuse_other_run(folder.path, other, ())
+    resume.refuse_other_run(folder.path, other, ("data.seed",))
+    resume.refuse_other_run(folder.path, config, ())
 
     def prepare(changed: Config) -> Any:
-        origin = resuming.find("auto", changed, "exp.yaml")
+        origin = resume.find("auto", changed, "exp.yaml")
         plan: Any = SimpleNamespace(config=changed, prompts=[], fingerprints={})
-        return resuming.prepare(origin, plan, [])
+        return resume.prepare(origin, plan, [])
 
     with pytest.raises(UserError, match=r"is another run: data.seed"):
         prepare(other)
@@ -128,7 +128,7 @@ def test_a_run_of_that_name_with_other_options_is_neither_done_nor_begun_again(t
         prepare(config_in(tmp_path, steps=9, name="one"))
     (folder.path / "config.yaml").write_text("[")
     with pytest.raises(UserError, match=r"config.yaml is damaged"):
-        resuming.refuse_other_run(folder.path, config, ())
+        resume.refuse_other_run(folder.path, config, ())
 
 
 def test_what_is_cut_is_cut_whole_whenever_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,17 +141,17 @@ def test_what_is_cut_is_cut_whole_whenever_that_ends(tmp_path: Path, monkeypatch
     (tmp_path / "metrics.jsonl").write_text(lines)
     with monkeypatch.context() as killed:
         killed.setattr(
-            "grpo.run_folder.shutil.rmtree", lambda path, **options: (_ for _ in ()).throw(KeyboardInterrupt)
+            "grpo.run.folder.shutil.rmtree", lambda path, **options: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             truncate_after(tmp_path, 10)
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [
         "step-000010",
         "step-000020",
     ]  # none of them in parts
     assert (tmp_path / "metrics.jsonl").read_text() == lines
     truncate_after(tmp_path, 10)
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-000010"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-000010"]
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000010.parquet"]
     assert [path.name for path in (tmp_path / "nonfinite").iterdir()] == ["step-000010-1"]
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10}\n'
@@ -182,11 +182,11 @@ def test_a_permission_does_not_need_a_checkpoint(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     prompt = Prompt(prompt_id="d:0:h", token_ids=(1,), text="", row={}, messages=None, dataset="d", where="d[0]")
     plan: Any = SimpleNamespace(config=config, prompts=[prompt], fingerprints={})
-    assert resuming.prepare(resuming.find("auto", config, "exp.yaml"), plan, ["data.train"]).step == 0
+    assert resume.prepare(resume.find("auto", config, "exp.yaml"), plan, ["data.train"]).step == 0
     create(config, "exp.yaml").close()
-    assert resuming.prepare(resuming.find("auto", config, "exp.yaml"), plan, ["data.train"]).step == 0
+    assert resume.prepare(resume.find("auto", config, "exp.yaml"), plan, ["data.train"]).step == 0
     plan.config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.5))
-    assert resuming.prepare(resuming.find("auto", config, "exp.yaml"), plan, ["optimizer.lr"]).step == 0
+    assert resume.prepare(resume.find("auto", config, "exp.yaml"), plan, ["optimizer.lr"]).step == 0
 
 
 def test_what_is_allowed_is_done(tmp_path: Path) -> None:
@@ -205,18 +205,18 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
     folder = create(config, "exp.yaml")
     folder.close()
     saved = make(folder.path, 2, driver=driver, config=plain(config))
-    origin = resuming.Origin(run=folder.path, checkpoint=saved)
+    origin = resume.Origin(run=folder.path, checkpoint=saved)
 
     def resumed(changed: Config, allowed: list[str]) -> Any:
         plan: Any = SimpleNamespace(config=changed, prompts=prompts, fingerprints={})
-        prepared = resuming.prepare(origin, plan, allowed).progress
-        restarted = resuming.restore_last(plan, folder.path).progress  # the engines are lost before the next checkpoint
+        prepared = resume.prepare(origin, plan, allowed).progress
+        restarted = resume.restore_last(plan, folder.path).progress  # the engines are lost before the next checkpoint
         assert restarted.cursor.state() == prepared.cursor.state()
         assert restarted.kl_coef == prepared.kl_coef
         return prepared
 
     plan_fingerprints = pytest.MonkeyPatch()
-    plan_fingerprints.setattr(resuming, "fingerprints", lambda plan: {})
+    plan_fingerprints.setattr(resume, "fingerprints", lambda plan: {})
     try:
         same = resumed(config, [])
         assert (same.cursor.position, same.kl_coef, same.retired) == (4, 0.7, {1})
