@@ -21,10 +21,12 @@ import ray
 
 from benchmarks.overhead import BareSampler
 from benchmarks.result import Figure, print_result
-from grpo import check, config, evaluating
+from grpo import config
+from grpo.checks import check
 from grpo.cluster import engines
 from grpo.cluster import session as cluster
 from grpo.driver import eval_seed
+from grpo.evaluation import cache as evaluating
 from grpo.rewards.pool import RewardPool
 from grpo.run.timeline import Timeline
 from grpo.types import SampleRequest

@@ -133,7 +133,7 @@ def refusal_of(recipe: Path, options: Sequence[str]) -> str | None:
     """Return why `grpo check` refuses the recipe's model."""
     import transformers
 
-    from grpo import families
+    from grpo.checks import families
     from grpo.config import load
     from grpo.learner.paper import check_models
     from grpo.sampler.paper import objection_to

@@ -42,7 +42,7 @@ from benchmarks.result import Figure, print_result
 if TYPE_CHECKING:
     import torch
 
-    from grpo.shapes import Gpu
+    from grpo.planning.shapes import Gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 480
@@ -160,8 +160,8 @@ def smollm2(day: Day) -> Figures:
 def train(day: Day, maker: str, recipe: str, overrides: Sequence[str]) -> Figures:
     """Create the recipe's model and data, train, and return figures from the run's metrics."""
     from grpo import config as config_module
-    from grpo.plan import Lengths, estimate
-    from grpo.shapes import GPUS, shape_of
+    from grpo.planning.estimate import Lengths, estimate
+    from grpo.planning.shapes import GPUS, shape_of
 
     subprocess.run([sys.executable, f"recipes/{maker}"], cwd=ROOT, check=True)
     options = [*overrides, f"run.dir={day.work / 'runs'}", "run.name=run", "run.tensorboard=false"]
@@ -240,8 +240,8 @@ def learner_alone(day: Day, length: int) -> Figures:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from grpo import config as config_module
-    from grpo.batching import TrainingRow, rank_steps
-    from grpo.shapes import shape_of
+    from grpo.batching.steps import TrainingRow, rank_steps
+    from grpo.planning.shapes import shape_of
 
     model = day.work / "model"
     settings = TOY_QWEN3 if day.toy else QWEN3_06B
@@ -302,7 +302,7 @@ def this_gpu(device: str) -> Gpu | None:
     """Return the data sheet of this machine's first GPU; None on CPU and for a GPU that `grpo plan` does not know."""
     import torch
 
-    from grpo.shapes import GPUS, known_as
+    from grpo.planning.shapes import GPUS, known_as
 
     if device != "gpu":
         return None

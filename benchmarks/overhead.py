@@ -34,12 +34,13 @@ import torch
 from torch.nn.functional import pad
 
 from benchmarks.result import Figure, print_result
-from grpo import check, config, driver
+from grpo import config, driver
+from grpo.checks import check
 from grpo.cluster import actors
 from grpo.cluster import engines as engine_group
 from grpo.cluster import session as cluster
 from grpo.config import Config
-from grpo.health import Health
+from grpo.metrics.health import Health
 from grpo.rewards.pool import RewardPool
 from grpo.run.folder import RunFolder
 from grpo.run.progress import Progress

@@ -27,8 +27,8 @@ from typing import Any
 from benchmarks.result import print_result
 from grpo import config as config_module
 from grpo.config import Config
-from grpo.plan import learner_memory, sampler_memory
-from grpo.shapes import shape_of
+from grpo.planning.estimate import learner_memory, sampler_memory
+from grpo.planning.shapes import shape_of
 
 SIZES = {
     "134M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
@@ -85,7 +85,7 @@ def learner(config: Config, folder: Path) -> int:
     import numpy as np
     from torch.distributed import FileStore
 
-    from grpo.batching import TrainingRow, rank_steps
+    from grpo.batching.steps import TrainingRow, rank_steps
     from grpo.learner import setup
     from grpo.learner.engine import Learner
 

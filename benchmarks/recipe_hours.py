@@ -15,8 +15,8 @@ from pathlib import Path
 
 from benchmarks.result import Figure, print_result
 from grpo.config import Config, load
-from grpo.plan import Lengths, estimate
-from grpo.shapes import GPUS, shape_of
+from grpo.planning.estimate import Lengths, estimate
+from grpo.planning.shapes import GPUS, shape_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"

@@ -309,7 +309,7 @@ def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list
 
 def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> int:
     """Run `grpo check`: check the recipe and the cluster, and print the plan."""
-    from grpo import check  # noqa: PLC0415 - transformers and ray take seconds to import
+    from grpo.checks import check  # noqa: PLC0415 - transformers and ray take seconds to import
     from grpo.cluster import session as cluster  # noqa: PLC0415 - transformers and ray take seconds to import
     from grpo.run import folder as run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
     from grpo.run.console import wrapped  # noqa: PLC0415
@@ -326,8 +326,8 @@ def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> i
 
 def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `grpo plan`: print the predicted memory and time. Return DONE if the recipe fits, else USAGE."""
-    from grpo.planning import plan_lines  # noqa: PLC0415 - torch takes seconds to import
-    from grpo.shapes import gpu_of  # noqa: PLC0415
+    from grpo.planning.report import plan_lines  # noqa: PLC0415 - torch takes seconds to import
+    from grpo.planning.shapes import gpu_of  # noqa: PLC0415
 
     gpu = gpu_of(parsed.gpu, memory=parsed.gpu_memory, tflops=parsed.tflops, bandwidth=parsed.bandwidth)
     text, fits = plan_lines(
@@ -340,8 +340,9 @@ def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `grpo eval`: check, look up cached results, start samplers and evaluate the missing prompts."""
-    from grpo import check, evaluating  # noqa: PLC0415
+    from grpo.checks import check  # noqa: PLC0415
     from grpo.cluster import session as cluster  # noqa: PLC0415
+    from grpo.evaluation import cache as evaluating  # noqa: PLC0415
     from grpo.run.console import Console  # noqa: PLC0415
 
     model, recipe = evaluating.model_of(parsed.model)
@@ -382,9 +383,9 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]:
     """Start samplers and reward workers, evaluate, and shut them down."""
-    from grpo import evaluating  # noqa: PLC0415
     from grpo.cluster import engines  # noqa: PLC0415
     from grpo.cluster import session as cluster  # noqa: PLC0415
+    from grpo.evaluation import cache as evaluating  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
     from grpo.run.timeline import Timeline  # noqa: PLC0415
 

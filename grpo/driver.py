@@ -23,24 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpo import metrics as m
-from grpo.batching import rank_steps
+from grpo.batching.rows import Credit, advantages_of, members_needed, training_rows
+from grpo.batching.steps import rank_steps
 from grpo.config import Config
-from grpo.credit import Credit, advantages_of, members_needed, training_rows
 from grpo.data import sample_seed
-from grpo.evaluation import Evaluation, evaluate_groups
-from grpo.health import Health
-from grpo.objective.advantages import has_spread
-from grpo.objective.kl import adapted_coefficient
-from grpo.probing import Probe, Spread, make_probe
-from grpo.rollouts import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
-from grpo.run.folder import RunFolder, is_disk_full
-from grpo.run.heartbeat import Watch
-from grpo.run.progress import Progress
-from grpo.run.samples import Trained
-from grpo.run.saving import Saver
-from grpo.run.timeline import Timeline
-from grpo.step_metrics import (
+from grpo.evaluation.statistics import Evaluation, evaluate_groups
+from grpo.metrics import measures
+from grpo.metrics.health import Health
+from grpo.metrics.step import (
     Learned,
     Sampled,
     eval_metrics,
@@ -49,6 +39,16 @@ from grpo.step_metrics import (
     throughput,
     timings,
 )
+from grpo.objective.advantages import has_spread
+from grpo.objective.kl import adapted_coefficient
+from grpo.probing import Probe, Spread, make_probe
+from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
+from grpo.run.folder import RunFolder, is_disk_full
+from grpo.run.heartbeat import Watch
+from grpo.run.progress import Progress
+from grpo.run.samples import Trained
+from grpo.run.saving import Saver
+from grpo.run.timeline import Timeline
 from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult, UserError
 
 
@@ -282,7 +282,7 @@ def sample_step(loop: Loop, step: int) -> Sampled:
         prompts = [loop.prompts[i] for i in at.cursor.draw(wanted - len(kept), at.retired)]
         collected = rollouts_of(loop, prompts, moment, attempt)
         for group in collected.groups:
-            rewards = m.scored_rewards(group)
+            rewards = measures.scored_rewards(group)
             teaches = not a.max_refills or (len(rewards) >= members_needed(a) and has_spread(rewards))
             (kept if teaches else unused).append(group)
         sample_s, reward_s = sample_s + collected.sample_s, reward_s + collected.reward_s
@@ -326,7 +326,11 @@ def solved(loop: Loop, groups: Sequence[Group]) -> set[int]:
     """Return the indices of the prompts whose completions all reach `retire_reward`."""
     bar = loop.config.algorithm.retire_reward
     assert bar is not None
-    done = {g.prompt.prompt_id for g in groups if (r := m.scored_rewards(g)) and min(r) >= bar and not m.failures(g)}
+    done = {
+        g.prompt.prompt_id
+        for g in groups
+        if (r := measures.scored_rewards(g)) and min(r) >= bar and not measures.failures(g)
+    }
     return {i for i, prompt in enumerate(loop.prompts) if prompt.prompt_id in done}
 
 
@@ -387,7 +391,7 @@ def guard_mismatch(result: StepResult, config: Config, noise: Spread) -> None:
     bar = config.algorithm.max_mismatch
     if bar is None:
         bar = noise.allowed().rms / min(1.0, config.sampling.temperature)
-    rms = m.learner_metrics(result).get("mismatch/rms", 0.0)
+    rms = measures.learner_metrics(result).get("mismatch/rms", 0.0)
     if not rms <= bar:
         raise MismatchError(
             f"the logprobs of the sampled tokens differ by {rms:.3g} between sampler and learner (root mean square; "

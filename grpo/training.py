@@ -39,7 +39,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> int
     try:
         # the imports take seconds, and only after them is it known whether the run can be resumed
         with signals_delayed():
-            from grpo import check  # noqa: PLC0415
+            from grpo.checks import check  # noqa: PLC0415
             from grpo.cluster import session as cluster  # noqa: PLC0415
             from grpo.run import folder as run_folder  # noqa: PLC0415
             from grpo.run import resume as resuming  # noqa: PLC0415
@@ -193,7 +193,7 @@ def run(plan: Any, resumed: Any, folder: Any, console: Any, stopper: Stopper, *,
     from grpo.cluster import actors, engines  # noqa: PLC0415
     from grpo.cluster import session as cluster  # noqa: PLC0415
     from grpo.cluster.reward_workers import SpreadPool  # noqa: PLC0415
-    from grpo.evaluation import paired_gain  # noqa: PLC0415
+    from grpo.evaluation.statistics import paired_gain  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
     from grpo.run import folder as run_folder  # noqa: PLC0415
     from grpo.run.timeline import Timeline  # noqa: PLC0415
@@ -242,7 +242,7 @@ def loop_of(
     """Assemble the parts of the training loop."""
     from grpo import data, driver  # noqa: PLC0415
     from grpo.cluster import engines  # noqa: PLC0415
-    from grpo.health import Health  # noqa: PLC0415
+    from grpo.metrics.health import Health  # noqa: PLC0415
     from grpo.run.timeline import TimedScorer  # noqa: PLC0415
 
     health = Health(plan.config, folder.metrics())
@@ -292,7 +292,7 @@ def saver_of(plan: Any, folder: Any, group: Any, console: Any) -> Any:
 
 def report(summary: dict[str, Any], path: Path, console: Any, code: int) -> None:
     """Print the last lines: warnings, the accuracy gain, and the run folder."""
-    from grpo.health import warning_line  # noqa: PLC0415
+    from grpo.metrics.health import warning_line  # noqa: PLC0415
 
     for warning in summary["warnings"]:
         console.say(warning_line(warning, summary["steps"]))

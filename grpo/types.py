@@ -5,7 +5,7 @@ Dimension letters in all docstrings of the package:
     L tokens of a prompt   C tokens of a completion                  S = L+C tokens of a row
     B rows of a microbatch T = max(S)-1 target positions, right-padded
 
-The token axis is shifted once, in `grpo.batching`: every [B,T] tensor is aligned to the *target* token.
+The token axis is shifted once, in `grpo.batching.steps`: every [B,T] tensor is aligned to the *target* token.
 """
 
 from __future__ import annotations
@@ -286,4 +286,4 @@ class StepResult:
     learner_logprob_sums: Mapping[int, float]
     """rollout index -> sum of learner logprobs over its completion, at the start of the step."""
     mismatch_counts: NDArray[np.int64]
-    """Number of tokens by |learner - sampler| logprob, in the bins of `grpo.metrics.MISMATCH_EDGES`."""
+    """Number of tokens by |learner - sampler| logprob, in the bins of `grpo.metrics.measures.MISMATCH_EDGES`."""

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from grpo import check, config, data
+from grpo import config, data
+from grpo.checks import check
 from grpo.config import Config
 from grpo.rewards.imports import PACKAGE, imported, modules
 from grpo.rewards.pool import locate

@@ -1,8 +1,8 @@
 """Token-level advantages: KL in the reward, returns-to-go, GAE, whitening over the step's tokens.
 
-All tensors are [B,T] in the alignment of `grpo.batching`; off the mask they hold 0 and are ignored. A token off the
-mask inside a completion (one that the policy did not sample) is skipped: rewards and values continue at the next token
-on the mask.
+All tensors are [B,T] in the alignment of `grpo.batching.steps`; off the mask they hold 0 and are ignored. A token off
+the mask inside a completion (one that the policy did not sample) is skipped: rewards and values continue at the next
+token on the mask.
 """
 
 from __future__ import annotations

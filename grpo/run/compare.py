@@ -17,8 +17,18 @@ import yaml
 from numpy.typing import NDArray
 
 from grpo.config import RewardConfig, part_names
-from grpo.evaluation import GAINS, Interval, Judged, bounds, final_answer, interval, judge, sign_test, statistics_of
-from grpo.metrics import HEADLINE
+from grpo.evaluation.statistics import (
+    GAINS,
+    Interval,
+    Judged,
+    bounds,
+    final_answer,
+    interval,
+    judge,
+    sign_test,
+    statistics_of,
+)
+from grpo.metrics.measures import HEADLINE
 from grpo.run.checkpoints import MANIFEST
 from grpo.run.samples import PART, read_columns
 from grpo.types import UserError

@@ -22,7 +22,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from grpo.metrics import HEADLINE
+from grpo.metrics.measures import HEADLINE
 
 WIDTH = 120
 """Maximum columns of a line, unless COLUMNS is set."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo.rewards.counts import SLOW_S, Counted
 from grpo.rewards.pool import RewardItem
-from grpo.rollouts import SamplerGroup, Scorer
+from grpo.rollout.collect import SamplerGroup, Scorer
 from grpo.types import Failed, SampledBlock, SampleRequest, Scored
 
 HEARTBEAT_S = 30.0

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from grpo.evaluation import final_answer
+from grpo.evaluation.statistics import final_answer
 from grpo.types import Failed, Group, Scored, UserError
 
 PART = "reward_part/"

@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo.rewards.counts import Counted
 from grpo.rewards.pool import RewardItem
-from grpo.rollouts import Scorer
+from grpo.rollout.collect import Scorer
 from grpo.types import Failed, Scored
 
 

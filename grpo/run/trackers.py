@@ -12,8 +12,8 @@ import yaml
 
 from grpo import config as config_module
 from grpo.config import Config
-from grpo.evaluation import final_answer
-from grpo.metrics import scored_rewards
+from grpo.evaluation.statistics import final_answer
+from grpo.metrics.measures import scored_rewards
 from grpo.objective.advantages import has_spread
 from grpo.run.samples import UNTRAINED, Trained, gold_answer
 from grpo.types import Failed, Group, UserError

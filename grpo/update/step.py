@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo.config import AlgorithmConfig, CriticConfig
-from grpo.metrics import mismatch_counts
+from grpo.metrics.measures import mismatch_counts
 from grpo.objective.kl import anchor_kl, estimate, k3
 from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
 from grpo.objective.policy import PolicyTerm, policy_term

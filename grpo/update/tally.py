@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grpo.metrics import MISMATCH_EDGES
+from grpo.metrics.measures import MISMATCH_EDGES
 
 
 @dataclass(slots=True)

@@ -18,8 +18,9 @@ from typing import Any
 
 import psutil
 
-from grpo import cli, rollouts
+from grpo import cli
 from grpo.cluster import engines
+from grpo.rollout import collect as rollouts
 from grpo.run import saving
 
 WAITS = {

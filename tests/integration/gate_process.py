@@ -11,10 +11,11 @@ from typing import Any
 
 
 def main(recipe: Path, folder: Path) -> dict[str, Any]:
-    from grpo import check, config, driver
+    from grpo import config, driver
+    from grpo.checks import check
     from grpo.cluster import engines as engine_group
     from grpo.cluster import session as cluster
-    from grpo.health import Health
+    from grpo.metrics.health import Health
     from grpo.rewards.pool import RewardPool
     from grpo.run.console import Console
     from grpo.run.folder import RunFolder

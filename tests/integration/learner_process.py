@@ -20,7 +20,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
     from torch.distributed import FileStore
 
     from grpo import config as config_module
-    from grpo.batching import rank_steps
+    from grpo.batching.steps import rank_steps
     from grpo.learner import setup
     from grpo.learner.engine import Learner
 

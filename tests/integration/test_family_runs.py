@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.families import attempt
 from benchmarks.tiny_families import SHARED
-from grpo import families as table
+from grpo.checks import families as table
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = random.Random(20).sample(sorted(table.TRAINED - {"llama", "qwen2"}), 2)

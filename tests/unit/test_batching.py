@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.batching import TrainingRow, rank_steps
+from grpo.batching.steps import TrainingRow, rank_steps
 from grpo.types import Batch
 
 

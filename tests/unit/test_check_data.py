@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from grpo import config as module
 from grpo import data
-from grpo.check import CheckedRun, check, check_critic, check_model
+from grpo.checks.check import CheckedRun, check, check_critic, check_model
 from grpo.cli import make_parser
 from grpo.types import Prompt, UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.metrics import HEADLINE
+from grpo.metrics.measures import HEADLINE
 from grpo.run import console as console_module
 from grpo.run.console import Console, where_the_gradient_went, wrapped
 

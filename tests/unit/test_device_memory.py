@@ -23,7 +23,7 @@ from test_plan import config_of
 from grpo import transport
 from grpo.cluster import actors, engines
 from grpo.config import Config
-from grpo.plan import (
+from grpo.planning.estimate import (
     Lengths,
     Parts,
     estimate,
@@ -33,8 +33,8 @@ from grpo.plan import (
     states,
     transfer_bytes,
 )
+from grpo.planning.shapes import GPUS, shape_of
 from grpo.probing import Probe, Reading, Spread
-from grpo.shapes import GPUS, shape_of
 from grpo.transport import Place
 from grpo.types import StepResult
 from grpo.weight_sync import Bucket, SyncReport

@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo import config as module
-from grpo.batching import rank_steps
+from grpo.batching.rows import training_rows
+from grpo.batching.steps import rank_steps
 from grpo.config import Config, RewardConfig
-from grpo.credit import training_rows
 from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
-from grpo.health import Health
-from grpo.metrics import mismatch_counts
+from grpo.metrics.health import Health
+from grpo.metrics.measures import mismatch_counts
+from grpo.metrics.step import Learned, Sampled, refuse_unknown_best, throughput, timings
 from grpo.probing import Spread
 from grpo.rewards.counts import Counted
 from grpo.run import heartbeat
@@ -35,7 +36,6 @@ from grpo.run.progress import Progress
 from grpo.run.samples import Trained
 from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
-from grpo.step_metrics import Learned, Sampled, refuse_unknown_best, throughput, timings
 from grpo.types import (
     Completion,
     EngineFailure,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.evaluation import (
+from grpo.evaluation.statistics import (
     Evaluation,
     Judged,
     SetEvaluation,
@@ -299,9 +299,9 @@ def test_the_sign_test_keeps_its_level() -> None:
 
 
 def test_resampling_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import grpo.evaluation
+    import grpo.evaluation.statistics
 
     values = np.random.default_rng(0).uniform(size=37)
     whole = bounds([values], (0, 1))
-    monkeypatch.setattr(grpo.evaluation, "BLOCK", 37 * 7)
+    monkeypatch.setattr(grpo.evaluation.statistics, "BLOCK", 37 * 7)
     assert bounds([values], (0, 1)) == pytest.approx(whole, abs=0.004)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import write_recipe
 
-from grpo import check, config, evaluating
+from grpo import config
+from grpo.checks import check
+from grpo.evaluation import cache as evaluating
 from grpo.run import folder as run_folder
 from grpo.types import UserError
 

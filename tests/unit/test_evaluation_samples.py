@@ -14,7 +14,7 @@ import pytest
 from test_compare import REWARDS, group
 
 from grpo.config import RewardConfig
-from grpo.evaluating import Writer, finished_prompts
+from grpo.evaluation.cache import Writer, finished_prompts
 from grpo.run.samples import write_groups
 
 GROUPS = [group(i, [1.0, 0.0, 1.0]) for i in range(6)]

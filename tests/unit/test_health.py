@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_driver import make_config
 
-from grpo.health import (
+from grpo.metrics.health import (
     CAUSES,
     CONSTANT_REWARD_STEPS,
     NO_SPREAD_STEPS,

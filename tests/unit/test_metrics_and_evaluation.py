@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo.evaluation import Judged, SetEvaluation, evaluate_groups, judge, judged
-from grpo.metrics import (
+from grpo.evaluation.statistics import Judged, SetEvaluation, evaluate_groups, judge, judged
+from grpo.metrics.measures import (
     counted_quantile,
     learner_metrics,
     metrics_by_set,
@@ -18,7 +18,7 @@ from grpo.metrics import (
     rollout_metrics,
     staleness_metrics,
 )
-from grpo.step_metrics import eval_metrics
+from grpo.metrics.step import eval_metrics
 from grpo.types import Completion, Failed, Group, Logged, Prompt, Rollout, Scored, StepResult
 
 PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None, dataset="d", where="d[0]")

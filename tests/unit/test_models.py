@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import tiny_families as tiny
 from grpo import config as module
-from grpo import families
+from grpo.checks import families
+from grpo.checks.models import check_served, check_trained, with_cause
 from grpo.config import Config
-from grpo.models import check_served, check_trained, with_cause
 from grpo.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

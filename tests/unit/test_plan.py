@@ -18,7 +18,7 @@ from documented import RECIPES, ROOT
 from benchmarks import recipe_hours
 from grpo.cli import main
 from grpo.config import Config, load
-from grpo.plan import (
+from grpo.planning.estimate import (
     REST,
     Estimate,
     Lengths,
@@ -34,8 +34,8 @@ from grpo.plan import (
     sampler_memory,
     sampling_seconds,
 )  # fmt: skip
-from grpo.planning import LEARNING, changes, in_flight, layouts, quicker
-from grpo.shapes import GPUS, KNOWN, Shape, gpu_of, known_as, model_inside, shape_of, split_problems
+from grpo.planning.report import LEARNING, changes, in_flight, layouts, quicker
+from grpo.planning.shapes import GPUS, KNOWN, Shape, gpu_of, known_as, model_inside, shape_of, split_problems
 from grpo.types import UserError
 
 SMALL = Shape(

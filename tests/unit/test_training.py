@@ -12,13 +12,14 @@ import pytest
 
 from grpo import cli
 from grpo.run import folder as run_folder
+from grpo.run import resume
 from grpo.types import ExitCode
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize(("resume", "code"), [(["resume=auto"], ExitCode.RESUMABLE), ([], ExitCode.INTERNAL)])
+@pytest.mark.parametrize(("asked", "code"), [(["resume=auto"], ExitCode.RESUMABLE), ([], ExitCode.INTERNAL)])
 def test_a_signal_while_modules_are_imported_ends_a_run_with_a_checkpoint_with_75(
-    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, resume: list[str], code: int
+    make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, asked: list[str], code: int
 ) -> None:
     """It is held until it is known whether there is one, and the work of checking is not begun."""
     recipe = make_recipe(Path("/nowhere/model"))
@@ -37,4 +38,4 @@ def test_a_signal_while_modules_are_imported_ends_a_run_with_a_checkpoint_with_7
     monkeypatch.setattr(resume, "find", slow_find)
     monkeypatch.setattr(run_folder, "choose", never)
     monkeypatch.setattr(resume, "prepare", never)
-    assert cli.main(["train", str(recipe), *resume]) == code
+    assert cli.main(["train", str(recipe), *asked]) == code

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.batching import TrainingRow, rank_steps
+from grpo.batching.steps import TrainingRow, rank_steps
 from grpo.config import AlgorithmConfig, CriticConfig
 from grpo.update import run_step
 from grpo.update.prepare import prepare

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_update import PlainEngine, lay_out, rows, step
 
-from grpo.batching import TrainingRow
+from grpo.batching.steps import TrainingRow
 from grpo.config import CriticConfig
 from grpo.objective.kl import anchor_kl
 from grpo.objective.policy import policy_term

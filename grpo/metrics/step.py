@@ -1,6 +1,6 @@
 """The metrics of a step in the driver: its groups, the learner's result, and the duration of each part.
 
-The numbers themselves are computed in `grpo.metrics`; docs/metrics.md lists them.
+The numbers themselves are computed in `grpo.metrics.measures`; docs/metrics.md lists them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo import metrics as m
-from grpo.batching import TrainingRow
+from grpo.batching.rows import Credit, account, members_needed
+from grpo.batching.steps import TrainingRow
 from grpo.config import Config
-from grpo.credit import Credit, account, members_needed
-from grpo.evaluation import Evaluation
+from grpo.evaluation.statistics import Evaluation
+from grpo.metrics import measures
 from grpo.objective.compatibility import GROUP_RELATIVE
 from grpo.run.progress import Progress
 from grpo.types import Group, StepResult, UserError
@@ -54,10 +54,10 @@ def step_metrics(config: Config, at: Progress, sampled: Sampled, learned: Learne
     """Return the metrics of a step, except for `timings` and `throughput`."""
     a, credit, result = config.algorithm, learned.credit, learned.result
     rollouts = [rollout for group in sampled.sampled_groups for rollout in group.rollouts]
-    learner = m.learner_metrics(result)
+    learner = measures.learner_metrics(result)
     out = {
-        **m.rollout_metrics(sampled.sampled_groups, members_needed(a)),
-        **m.staleness_metrics(rollouts, at.step),
+        **measures.rollout_metrics(sampled.sampled_groups, members_needed(a)),
+        **measures.staleness_metrics(rollouts, at.step),
         **learner,
         **account(credit.uses, learner),
         "optim/optimizer_steps": float(result.optimizer_steps),
@@ -65,9 +65,9 @@ def step_metrics(config: Config, at: Progress, sampled: Sampled, learned: Learne
         **{f"progress/epoch/{name}": epochs for name, epochs in at.cursor.epochs_by_set.items()},
     }
     if len(config.data.train) > 1:
-        out |= m.metrics_by_set(sampled.sampled_groups, members_needed(a))
+        out |= measures.metrics_by_set(sampled.sampled_groups, members_needed(a))
     if a.advantage in GROUP_RELATIVE:
-        out |= m.spread_of("advantage/", credit.advantages, ("mean", "std", "min", "max"))
+        out |= measures.spread_of("advantage/", credit.advantages, ("mean", "std", "min", "max"))
     if a.max_refills:
         out |= {
             "refill/attempts": float(sampled.attempts - 1),

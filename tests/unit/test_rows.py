@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_driver import group_of, make_config, make_loop
 
-from grpo.credit import account, members_needed, training_rows
+from grpo.batching.rows import account, members_needed, training_rows
 from grpo.driver import solved, train
 from grpo.types import Group, RankStep, StepResult
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from grpo.batching import TrainingRow
+from grpo.batching.steps import TrainingRow
 from grpo.config import AlgorithmConfig, Config
-from grpo.metrics import scored_rewards
+from grpo.metrics.measures import scored_rewards
 from grpo.objective import advantages as family
 from grpo.objective.compatibility import GROUP_RELATIVE, NEEDS_GROUPS
 from grpo.types import Group, Rollout, Scored

@@ -24,12 +24,12 @@ from huggingface_hub import snapshot_download
 
 from grpo import config as config_module
 from grpo import data
-from grpo.check import CheckedRun
+from grpo.checks.check import CheckedRun
 from grpo.cluster import engines
 from grpo.config import Config
 from grpo.driver import eval_seed
-from grpo.evaluation import Interval, Judged, interval, parts_by, statistics_of
-from grpo.rollouts import PASSING, Scorer, collect, enforce_failure_budget, may_pass
+from grpo.evaluation.statistics import Interval, Judged, interval, parts_by, statistics_of
+from grpo.rollout.collect import PASSING, Scorer, collect, enforce_failure_budget, may_pass
 from grpo.run import checkpoints
 from grpo.run import folder as run_folder
 from grpo.run.compare import Samples, read_rows, read_samples, table, with_bounds

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo import families
+from grpo.checks import families
 from grpo.config import Config, dump
 from grpo.learner.paper import check_models
 from grpo.types import UserError

@@ -22,16 +22,17 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from grpo import data, models
+from grpo import data
+from grpo.checks import models
 from grpo.config import Config, DatasetConfig
 from grpo.config.validate_data import validate_gold
 from grpo.data.columns import hint
+from grpo.planning.shapes import refuse_outer_folder, split_problems
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.imports import reward_sources
 from grpo.rewards.process import secrets
 from grpo.run import checkpoints
-from grpo.shapes import refuse_outer_folder, split_problems
 from grpo.types import Moment, Prompt, UserError
 
 TRIED_ROWS = 8

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo.metrics import fraction, logged_metrics
+from grpo.metrics.measures import fraction, logged_metrics
 from grpo.types import Group, Rollout, Scored
 
 DRAWS = 10_000
@@ -97,7 +97,7 @@ class Evaluation:
     parts: Mapping[str, SetEvaluation] = field(default_factory=dict)
     """`<data set>/<column>/<value>` -> the prompts with that value, for the columns of data.eval.by."""
     logged: Mapping[str, float] = field(default_factory=dict)
-    """Means of the values that reward functions have logged (`grpo.metrics.logged_metrics`); not in checkpoints."""
+    """Means of the values that reward functions have logged (`metrics.measures.logged_metrics`); not in checkpoints."""
 
     @property
     def accuracy(self) -> float:

@@ -10,8 +10,8 @@ from typing import Literal
 from grpo.config import Config
 from grpo.config.aliases import written
 from grpo.config.validate import validate
-from grpo.plan import Estimate, Lengths, Parts, estimate
-from grpo.shapes import Gpu, Shape, shape_of
+from grpo.planning.estimate import Estimate, Lengths, Parts, estimate
+from grpo.planning.shapes import Gpu, Shape, shape_of
 from grpo.types import UserError
 
 Layout = tuple[Literal["colocated", "disaggregated"], int, int]

@@ -1,0 +1,1 @@
+"""What is known before an engine starts: recipe, model, data and reward functions are checked."""

@@ -1,0 +1,1 @@
+"""Evaluations: answers, statistics, and the folder of `grpo eval`."""

@@ -1,0 +1,1 @@
+"""Metrics of rollouts and steps, and the detection of runs that learn nothing."""

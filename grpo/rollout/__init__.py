@@ -1,0 +1,1 @@
+"""Prompts to groups: completions are sampled and scored as one stream."""
