@@ -136,7 +136,7 @@ def refusal_of(recipe: Path, options: Sequence[str]) -> str | None:
     from grpo.checks import families
     from grpo.config import load
     from grpo.learner.paper import check_models
-    from grpo.sampler.paper import objection_to
+    from grpo.sampler.vllm.paper import objection_to
     from grpo.types import UserError
 
     config = load(recipe, options)

@@ -81,7 +81,7 @@ class Day:
 def kernels(day: Day) -> Figures:
     import torch
 
-    from grpo.weight_sync import checksum
+    from grpo.sync.weights import checksum
 
     device = torch.device("cuda" if day.device == "gpu" else "cpu")
     n, elements = day.size(8192, 128), day.size(1 << 29, 1 << 16)
@@ -257,8 +257,8 @@ def learner_alone(day: Day, length: int) -> Figures:
     )
     config = config_module.load(recipe, [])
     os.environ.update(learner_environment(config, 0))
-    from grpo.learner import setup
-    from grpo.learner.engine import Learner
+    from grpo.learner.zero import setup
+    from grpo.learner.zero.engine import Learner
 
     device = setup.init_process_group(config, 0, HashStore())
     learner = Learner(config, 0, device, day.work / "nonfinite")

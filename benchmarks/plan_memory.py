@@ -86,8 +86,8 @@ def learner(config: Config, folder: Path) -> int:
     from torch.distributed import FileStore
 
     from grpo.batching.steps import TrainingRow, rank_steps
-    from grpo.learner import setup
-    from grpo.learner.engine import Learner
+    from grpo.learner.zero import setup
+    from grpo.learner.zero.engine import Learner
 
     device = setup.init_process_group(config, 0, FileStore(str(folder / "store"), 1))
     gc.collect()
@@ -115,7 +115,7 @@ def learner(config: Config, folder: Path) -> int:
 
 def sampler(config: Config) -> int:
     """Return the peak bytes, above the imports, while a sampler samples."""
-    from grpo.sampler.engine import Sampler
+    from grpo.sampler.vllm.engine import Sampler
     from grpo.types import SampleRequest, SamplingSettings
 
     gc.collect()

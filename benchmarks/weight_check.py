@@ -15,7 +15,7 @@ detect it. The two syncs that the plain check compares differ by one AdamW step 
     packed-head    the packed copy that a tied vocabulary projection computes with is not updated after a reload
 
 Each fault is tested with the plain check of every sync, and with the full check that runs at the start and every
-`run.verify_every` steps (`grpo.weight_sync.prove`). Figures are differences between sampler and learner, in units of
+`run.verify_every` steps (`grpo.sync.weights.prove`). Figures are differences between sampler and learner, in units of
 the learner's rounding noise.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from grpo.config import Config
-    from grpo.probing import Probe, Reading, Spread
+    from grpo.sync.probe import Probe, Reading, Spread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Row:
 
 
 class PlainLearner:
-    """A transformers model with the learner interface of the full check, `grpo.weight_sync.ProbedLearner`."""
+    """A transformers model with the learner interface of the full check, `grpo.sync.weights.ProbedLearner`."""
 
     def __init__(self, config: Config) -> None:
         from grpo.learner import heads
@@ -95,7 +95,7 @@ class PlainLearner:
     @contextmanager
     def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
         from grpo.learner.probe import Perturbation
-        from grpo.probing import group_members
+        from grpo.sync.probe import group_members
 
         parameters = list(self.model.parameters())
         chosen = group_members(group, groups, len(parameters))
@@ -143,9 +143,9 @@ class Bench:
             SamplerConfig,
             SamplingConfig,
         )
-        from grpo.probing import PERTURBED_GROUPS, TOKENS, make_probe
-        from grpo.sampler.engine import Sampler
-        from grpo.transport import SharedMemorySender
+        from grpo.sampler.vllm.engine import Sampler
+        from grpo.sync.probe import PERTURBED_GROUPS, TOKENS, make_probe
+        from grpo.sync.transport import SharedMemorySender
         from grpo.types import Prompt
 
         prompts = [
@@ -191,8 +191,8 @@ class Bench:
 
     def transfer(self, reading: Reading) -> Spread:
         """Sync the learner's weights once. Raises WeightSyncError if the plain check rejects the sync."""
-        from grpo.probing import LIMIT_Q90, LIMIT_RMS, spread
-        from grpo.weight_sync import buckets_of, verify
+        from grpo.sync.probe import LIMIT_Q90, LIMIT_RMS, spread
+        from grpo.sync.weights import buckets_of, verify
 
         self._version += 1
         sent: dict[str, int] = {}
@@ -213,8 +213,8 @@ class Bench:
         the learner's own logprobs (90 % quantile), in units of the noise."""
         import torch
 
-        from grpo.probing import GROUP_SIZE, group_members, spread
-        from grpo.weight_sync import strongest
+        from grpo.sync.probe import GROUP_SIZE, group_members, spread
+        from grpo.sync.weights import strongest
 
         parameters = dict(self.learner.model.named_parameters())
         groups = max(1, min(self.groups, len(parameters) // GROUP_SIZE))
@@ -240,8 +240,8 @@ class Bench:
         """Run a correct sync of the first weights, then the plain and the full check with `fault`."""
         import torch
 
-        from grpo.sampler import transfer
-        from grpo.weight_sync import WeightSyncError, prove
+        from grpo.sampler.vllm import transfer
+        from grpo.sync.weights import WeightSyncError, prove
 
         with torch.no_grad():
             for name, tensor in self.learner.parameters().items():

@@ -10,6 +10,6 @@ try:
 except FileNotFoundError:  # the working directory has been removed; the command itself reports that
     pass
 
-from grpo.cli import main
+from grpo.commands.cli import main
 
 raise SystemExit(main())

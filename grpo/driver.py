@@ -41,7 +41,6 @@ from grpo.metrics.step import (
 )
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
-from grpo.probing import Probe, Spread, make_probe
 from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
 from grpo.run.folder import RunFolder, is_disk_full
 from grpo.run.heartbeat import Watch
@@ -49,6 +48,7 @@ from grpo.run.progress import Progress
 from grpo.run.samples import Trained
 from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
+from grpo.sync.probe import Probe, Spread, make_probe
 from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult, UserError
 
 

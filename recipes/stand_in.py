@@ -25,7 +25,7 @@ import torch
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from grpo import cli
+from grpo.commands import cli
 from grpo.config import load
 from grpo.config.schema import EvalSetConfig, SamplerConfig, TrainSetConfig
 from grpo.data import is_path

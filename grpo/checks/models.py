@@ -46,7 +46,7 @@ def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> N
         # this package from its location, and nothing from the working directory, whose files may have any names
         places = [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         quiet["PYTHONPATH"] = os.pathsep.join(places)
-        command = [sys.executable, "-P", "-m", "grpo.sampler.paper", str(file)]
+        command = [sys.executable, "-P", "-m", "grpo.sampler.vllm.paper", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | quiet)
     if done.returncode:
         last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -22,9 +22,9 @@ import ray
 import torch
 
 from grpo.config import Config
-from grpo.probing import PERTURBED_GROUPS, Probe, Reading, Spread
 from grpo.run.checkpoints import FileRecord
-from grpo.transport import (
+from grpo.sync.probe import PERTURBED_GROUPS, Probe, Reading, Spread
+from grpo.sync.transport import (
     BroadcastSender,
     IpcSender,
     Place,
@@ -36,8 +36,8 @@ from grpo.transport import (
     open_store,
     senders,
 )
+from grpo.sync.weights import Bucket, SyncReport, buckets_of, prove, refuse_not_finite, verify
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult
-from grpo.weight_sync import Bucket, SyncReport, buckets_of, prove, refuse_not_finite, verify
 
 ENDING_S = 10.0
 """Seconds that calls to samplers may take to end after one of them has failed."""
@@ -117,7 +117,7 @@ def freeze_garbage() -> None:
 
 
 class SamplerActor:
-    """A `grpo.sampler.engine.Sampler` behind Ray."""
+    """A `grpo.sampler.vllm.engine.Sampler` behind Ray."""
 
     def __init__(self, config: Config, index: int, log: str) -> None:
         _log_to(log)
@@ -131,7 +131,7 @@ class SamplerActor:
         os.environ.update(network_environment(ray.util.get_node_ip_address()))
         if devices:  # Ray has assigned them to the ranks
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        from grpo.sampler.engine import Sampler  # noqa: PLC0415 - keeps vllm out of the driver
+        from grpo.sampler.vllm.engine import Sampler  # noqa: PLC0415 - keeps vllm out of the driver
 
         self._sampler = Sampler(self._config, transport, self._index)
         freeze_garbage()
@@ -165,7 +165,7 @@ class SamplerActor:
 
 
 class LearnerActor:
-    """One rank of a `grpo.learner.engine.Learner` behind Ray. Rank 0 also coordinates weight syncs."""
+    """One rank of a `grpo.learner.zero.engine.Learner` behind Ray. Rank 0 also coordinates weight syncs."""
 
     def __init__(self, config: Config, rank: int, log: str) -> None:
         _log_to(log)
@@ -198,8 +198,8 @@ class LearnerActor:
         os.environ.update(network_environment(ray.util.get_node_ip_address()))
         if self._config.on_gpu:  # Ray allows only one thread
             set_threads(self._config.learner.threads or cpus_per_gpu(_resources()))
-        from grpo.learner import setup  # noqa: PLC0415 - keeps deepspeed out of the driver
-        from grpo.learner.engine import Learner  # noqa: PLC0415
+        from grpo.learner.zero import setup  # noqa: PLC0415 - keeps deepspeed out of the driver
+        from grpo.learner.zero.engine import Learner  # noqa: PLC0415
 
         if self._store is None:
             timeout = self._config.cluster.start_timeout_s

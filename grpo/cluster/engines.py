@@ -21,11 +21,12 @@ from grpo.cluster.actors import STACK_SIGNAL, LearnerActor, SamplerActor, SyncRe
 from grpo.cluster.placement import ENGINES, Reservation
 from grpo.config import Config
 from grpo.machine import usable_cpus
-from grpo.probing import Probe
 from grpo.run.checkpoints import FileRecord
 from grpo.run.folder import is_disk_full
 from grpo.run.timeline import Timeline
-from grpo.transport import transport_of
+from grpo.sync.probe import Probe
+from grpo.sync.transport import transport_of
+from grpo.sync.weights import WeightSyncError
 from grpo.types import (
     EngineFailure,
     RankStep,
@@ -36,7 +37,6 @@ from grpo.types import (
     UserError,
     only,
 )
-from grpo.weight_sync import WeightSyncError
 
 LOOK_S = 2.0
 """Seconds between two checks, during a wait, that the nodes are still alive."""

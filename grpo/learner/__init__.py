@@ -1,1 +1,8 @@
-"""The learner's models and their training with DeepSpeed; the only package that imports deepspeed."""
+"""Batches to weights: one rank's arithmetic, the models and their heads. `zero/` has DeepSpeed.
+
+Losses are dot products with `token_weights`: nothing here divides by a batch size.
+
+    protocol  the interface of a step to the models and their optimizers
+    prepare   old and reference logprobs, values -> token-level advantages, whitened over the step
+    step      microbatches -> backward, optimizer steps, metric sums
+"""

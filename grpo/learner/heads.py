@@ -26,8 +26,8 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from grpo.config import Config
 from grpo.learner.changes import bypass, find_change
 from grpo.objective.logprobs import UNCHANGED, LogitChange, selected_logprobs
+from grpo.sync.weights import torch_dtype
 from grpo.types import UserError
-from grpo.weight_sync import torch_dtype
 
 
 class LogprobHead:

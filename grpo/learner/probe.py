@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from grpo.learner.heads import LogprobHead, unpack
-from grpo.probing import Probe, Reading, Spread, spread
+from grpo.sync.probe import Probe, Reading, Spread, spread
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
 """Largest relative change by rounding. A layer in 16 bits accumulates in float32 and rounds its result once, to half a

@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from grpo import config as config_module
 from grpo.config import Config
 from grpo.learner import heads
+from grpo.learner.prepare import Prepared, critic_ids
+from grpo.learner.step import objective_terms
 from grpo.objective.values import clipped_value_loss
 from grpo.types import Batch, UserError
-from grpo.update.prepare import Prepared, critic_ids
-from grpo.update.step import objective_terms
 
 
 def replay(folder: Path) -> list[str]:

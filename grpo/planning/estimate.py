@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from grpo.config import Config
 from grpo.objective.logprobs import CHUNK_ELEMENTS
 from grpo.planning.shapes import Gpu, Shape, split_problems
-from grpo.probing import PERTURBED_GROUPS
-from grpo.weight_sync import BUCKET_BYTES, CHECKSUM_BYTES
+from grpo.sync.probe import PERTURBED_GROUPS
+from grpo.sync.weights import BUCKET_BYTES, CHECKSUM_BYTES
 
 LEARNER_SHARE = 0.3
 """Fraction of the bfloat16 peak that forward and backward passes reach; also prefill."""

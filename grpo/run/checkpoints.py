@@ -6,7 +6,7 @@ A checkpoint is written as `step-000010.partial`. All files are flushed to the d
 renamed. `manifest.json` is written last, with the size and SHA-256 of each other file. `read` checks all files before
 any is used.
 
-Other modules define the tensors (`grpo.learner.state`) and decide when a checkpoint is due (`grpo.driver`).
+Other modules define the tensors (`grpo.learner.zero.state`) and decide when a checkpoint is due (`grpo.driver`).
 """
 
 from __future__ import annotations

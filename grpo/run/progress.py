@@ -10,7 +10,7 @@ from typing import Any
 from grpo.config import Config
 from grpo.data import Cursor, MixedCursor, restore_cursor, start_cursor
 from grpo.evaluation.statistics import Evaluation, SetEvaluation
-from grpo.probing import Spread
+from grpo.sync.probe import Spread
 from grpo.types import Prompt, UserError
 
 

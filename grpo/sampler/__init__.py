@@ -1,1 +1,1 @@
-"""The sampler, which runs vLLM. No other package imports vllm."""
+"""The sampler: prompts to completions. `vllm/` has the engine."""

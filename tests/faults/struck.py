@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from grpo import cli
 from grpo.cluster import engines
+from grpo.commands import cli
 from grpo.rollout import collect as rollouts
 from grpo.run import saving
 

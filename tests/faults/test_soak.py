@@ -20,7 +20,7 @@ GROWTH = 1.05
 
 LAST_WORDS = """
 import sys
-from grpo import cli
+from grpo.commands import cli
 from grpo.cluster import engines
 import ray
 from ray._private.internal_api import memory_summary

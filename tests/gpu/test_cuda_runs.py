@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.transport import IpcReceiver, IpcSender
-from grpo.weight_sync import checksum
+from grpo.sync.transport import IpcReceiver, IpcSender
+from grpo.sync.weights import checksum
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [

@@ -21,8 +21,8 @@ def main(rank: int, ranks: int, job: dict) -> None:
 
     from grpo import config as config_module
     from grpo.batching.steps import rank_steps
-    from grpo.learner import setup
-    from grpo.learner.engine import Learner
+    from grpo.learner.zero import setup
+    from grpo.learner.zero.engine import Learner
 
     class Unscaled(Learner):
         """What the learner would be without the world-size factor."""

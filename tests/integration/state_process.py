@@ -22,8 +22,8 @@ def main(rank: int, ranks: int, job: dict) -> None:
 
     from grpo import config as config_module
     from grpo.batching.steps import rank_steps
-    from grpo.learner import setup
-    from grpo.learner.engine import Learner
+    from grpo.learner.zero import setup
+    from grpo.learner.zero.engine import Learner
 
     base = config_module.load(job["recipe"], [f"cluster.learner_ranks={ranks}"])
     device = setup.init_process_group(base, rank, FileStore(job["store"], ranks))

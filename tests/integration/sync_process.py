@@ -19,16 +19,16 @@ def main(model_path: str, fixed: str) -> dict[str, object]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from grpo import transport
     from grpo.config import AlgorithmConfig, Config, DataConfig, ModelConfig, RunConfig, SamplerConfig, SamplingConfig
     from grpo.learner.heads import LogprobHead
     from grpo.learner.probe import read_probe
-    from grpo.probing import Probe, Reading, spread
-    from grpo.sampler import transfer
-    from grpo.sampler.engine import Sampler
-    from grpo.transport import IpcSender, SharedMemorySender
+    from grpo.sampler.vllm import transfer
+    from grpo.sampler.vllm.engine import Sampler
+    from grpo.sync import transport
+    from grpo.sync.probe import Probe, Reading, spread
+    from grpo.sync.transport import IpcSender, SharedMemorySender
+    from grpo.sync.weights import WeightSyncError, buckets_of, verify
     from grpo.types import SampleRequest, SamplingSettings
-    from grpo.weight_sync import WeightSyncError, buckets_of, verify
 
     if fixed == "0":
         transfer.repack_lm_head = lambda model: None

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from grpo import cli
+from grpo.commands import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -20,9 +20,9 @@ import torch
 
 from grpo.cluster import session as cluster
 from grpo.cluster.actors import LearnerActor
-from grpo.probing import Probe, Reading, Spread
-from grpo.transport import BroadcastSender, broadcast, broadcast_group, finish, join_store
-from grpo.weight_sync import Bucket, WeightSyncError
+from grpo.sync.probe import Probe, Reading, Spread
+from grpo.sync.transport import BroadcastSender, broadcast, broadcast_group, finish, join_store
+from grpo.sync.weights import Bucket, WeightSyncError
 
 PATIENCE_S = 120.0
 CPU = torch.device("cpu")

@@ -119,5 +119,5 @@ def test_ranks_of_a_node_share_the_memory_of_the_model_that_they_load() -> None:
 
 
 def test_where_torch_takes_the_number_of_the_device() -> None:
-    """`grpo.transport.IpcReceiver` puts its own there."""
+    """`grpo.sync.transport.IpcReceiver` puts its own there."""
     assert list(inspect.signature(rebuild_cuda_tensor).parameters)[6] == "storage_device"

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from test_learner import recorded_rows
 
-from grpo.learner.state import PARAMETER, Reader
+from grpo.learner.zero.state import PARAMETER, Reader
 
 WORKER = Path(__file__).with_name("state_process.py")
 

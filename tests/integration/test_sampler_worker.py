@@ -11,8 +11,8 @@ SCRIPT = """
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from grpo.sampler.worker import Loaded, merge_reports, slot_size
-from grpo.weight_sync import WeightSyncError
+from grpo.sampler.vllm.worker import Loaded, merge_reports, slot_size
+from grpo.sync.weights import WeightSyncError
 
 def layer(kind, **sizes):
     made = kind.__new__(kind)

@@ -22,8 +22,8 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     from grpo import config as config_module
     from grpo.batching.steps import rank_steps
-    from grpo.learner import setup
-    from grpo.learner.engine import Learner
+    from grpo.learner.zero import setup
+    from grpo.learner.zero.engine import Learner
 
     rows = torch.load(job["rows"], weights_only=False)
     first = config_module.load(job["recipe"], job["cases"][0])

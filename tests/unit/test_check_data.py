@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from grpo import config as module
 from grpo import data
 from grpo.checks.check import CheckedRun, check, check_critic, check_model
-from grpo.cli import make_parser
+from grpo.commands.cli import make_parser
 from grpo.types import Prompt, UserError
 
 

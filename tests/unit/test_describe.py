@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from grpo import config as module
-from grpo.cli import main, make_parser, split_resume_options
+from grpo.commands.cli import main, make_parser, split_resume_options
 from grpo.config.describe import kind_text, options_text, sections
 from grpo.config.schema import Config
 from grpo.types import UserError
@@ -144,7 +144,7 @@ def test_the_help_of_a_command_has_examples_that_it_takes(name: str, capsys: pyt
 def test_help_is_there_at_once() -> None:
     """Without the libraries that take seconds; in CPU seconds, as others may use the machine."""
     heavy = {"torch", "ray", "transformers", "datasets", "pyarrow", "rich"}
-    code = f"import sys, grpo.cli; print(*{heavy} & {{*sys.modules}})"
+    code = f"import sys, grpo.commands.cli; print(*{heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
     process = subprocess.Popen([sys.executable, "-m", "grpo", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)

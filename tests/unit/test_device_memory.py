@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from test_plan import config_of
 
-from grpo import transport
 from grpo.cluster import actors, engines
 from grpo.config import Config
 from grpo.planning.estimate import (
@@ -34,10 +33,11 @@ from grpo.planning.estimate import (
     transfer_bytes,
 )
 from grpo.planning.shapes import GPUS, shape_of
-from grpo.probing import Probe, Reading, Spread
-from grpo.transport import Place
+from grpo.sync import transport
+from grpo.sync.probe import Probe, Reading, Spread
+from grpo.sync.transport import Place
+from grpo.sync.weights import Bucket, SyncReport
 from grpo.types import StepResult
-from grpo.weight_sync import Bucket, SyncReport
 
 PROBE = Probe(token_ids=((1, 2, 3),))
 LOGPROBS: tuple[NDArray[np.float32], ...] = (np.asarray([-1.0, -2.0], dtype=np.float32),)
@@ -66,7 +66,7 @@ class Ledger:
 
 
 class BookingSampler:
-    """Stands for `grpo.sampler.engine.Sampler`."""
+    """Stands for `grpo.sampler.vllm.engine.Sampler`."""
 
     def __init__(self, ledger: Ledger, parts: Parts, transfer: float) -> None:
         learners = ledger.held.keys() - {"staging"}  # which does not grow or shrink while vLLM measures
@@ -112,7 +112,7 @@ class BookingSampler:
 
 
 class BookingLearner:
-    """Stands for `grpo.learner.engine.Learner`, one rank."""
+    """Stands for `grpo.learner.zero.engine.Learner`, one rank."""
 
     device = torch.device("cpu")
 
@@ -261,10 +261,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Ledger,
 
         pack = transport.IpcSender.pack
         monkeypatch.setattr(transport.IpcSender, "pack", booked_pack)
-        stub("grpo.sampler.engine", Sampler=lambda *_: BookingSampler(ledger, sampler, transfer))
+        stub("grpo.sampler.vllm.engine", Sampler=lambda *_: BookingSampler(ledger, sampler, transfer))
         perturbed = perturbed_bytes(config, shape)
-        stub("grpo.learner.engine", Learner=lambda *_: BookingLearner(ledger, learner, perturbed))
-        stub("grpo.learner.setup", init_process_group=lambda *_: torch.device("cpu"))
+        stub("grpo.learner.zero.engine", Learner=lambda *_: BookingLearner(ledger, learner, perturbed))
+        stub("grpo.learner.zero.setup", init_process_group=lambda *_: torch.device("cpu"))
         return ledger, engines.Engines(config, Path("logs"), lambda _: None, SimpleNamespace())  # type: ignore[arg-type]
 
     def stub(name: str, **attributes: Any) -> None:
@@ -279,7 +279,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Ledger,
 
 
 def full_check(*, learner: Any, before: Reading, probe: Probe, groups: int, transfer: Any) -> tuple[float, ...]:
-    """The orders of `grpo.weight_sync.prove`, whose verdicts are not the matter here."""
+    """The orders of `grpo.sync.weights.prove`, whose verdicts are not the matter here."""
     for group in range(groups):
         with learner.perturbation(group, groups) as perturb:
             perturb(0.1)

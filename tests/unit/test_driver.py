@@ -24,10 +24,10 @@ from grpo.batching.rows import training_rows
 from grpo.batching.steps import rank_steps
 from grpo.config import Config, RewardConfig
 from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
+from grpo.learner.step import run_step
 from grpo.metrics.health import Health
 from grpo.metrics.measures import mismatch_counts
 from grpo.metrics.step import Learned, Sampled, refuse_unknown_best, throughput, timings
-from grpo.probing import Spread
 from grpo.rewards.counts import Counted
 from grpo.run import heartbeat
 from grpo.run.checkpoints import FileRecord, list_checkpoints, read, seal
@@ -36,6 +36,7 @@ from grpo.run.progress import Progress
 from grpo.run.samples import Trained
 from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
+from grpo.sync.probe import Spread
 from grpo.types import (
     Completion,
     EngineFailure,
@@ -51,7 +52,6 @@ from grpo.types import (
     StepResult,
     UserError,
 )
-from grpo.update import run_step
 
 VOCABULARY, END = 5, 0
 

@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 from grpo import config as config_module
-from grpo.cli import main
 from grpo.cluster import jobs, upload
 from grpo.cluster.jobs import answers, entrypoint, exit_code, parse_env
+from grpo.commands.cli import main
 from grpo.types import ExitCode, UserError
 
 ROOT = Path(__file__).resolve().parents[2]

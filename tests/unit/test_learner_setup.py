@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from grpo.config import AlgorithmConfig, Config, CriticConfig, DataConfig, ModelConfig, RunConfig
 from grpo.learner.heads import load_critic, load_policy, refuse_dropout
-from grpo.learner.setup import lr_factor
+from grpo.learner.zero.setup import lr_factor
 from grpo.types import UserError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from documented import ROOT, SMALL
 
-from grpo.cli import main
+from grpo.commands.cli import main
 from grpo.config import aliases, load, migrating, options_text, refuse_flags
 from grpo.config.foreign import LEAVE, NO, TABLE, Alias
 from grpo.types import UserError

@@ -16,7 +16,7 @@ import transformers
 from documented import RECIPES, ROOT
 
 from benchmarks import recipe_hours
-from grpo.cli import main
+from grpo.commands.cli import main
 from grpo.config import Config, load
 from grpo.planning.estimate import (
     REST,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo.learner.probe import GENTLE, UNIT_ROUNDOFF, ZERO_SCALE, Perturbation, rounded_at_random
-from grpo.probing import TOKENS, Spread, group_members, make_probe, spread
+from grpo.sync.probe import TOKENS, Spread, group_members, make_probe, spread
 from grpo.types import Prompt
 
 

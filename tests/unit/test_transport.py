@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from grpo import transport
-from grpo.transport import (
+from grpo.sync import transport
+from grpo.sync.transport import (
     BroadcastSender,
     IpcReceiver,
     IpcSender,
@@ -28,8 +28,8 @@ from grpo.transport import (
     senders,
     tensor_view,
 )
+from grpo.sync.weights import WeightSyncError, checksum
 from grpo.types import UserError
-from grpo.weight_sync import WeightSyncError, checksum
 
 CPU = torch.device("cpu")
 

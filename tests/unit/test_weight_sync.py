@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from grpo import weight_sync
 from grpo.learner.probe import Perturbation
-from grpo.probing import Probe, Reading, Spread, group_members, spread
-from grpo.weight_sync import (
+from grpo.sync import weights as weight_sync
+from grpo.sync.probe import Probe, Reading, Spread, group_members, spread
+from grpo.sync.weights import (
     SyncReport,
     WeightSyncError,
     buckets_of,

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_update import PlainEngine, lay_out, rows, step
+from test_learner_step import PlainEngine, lay_out, rows, step
 
 from grpo.batching.steps import TrainingRow
 from grpo.config import CriticConfig
+from grpo.learner.step import measured_kl_old
 from grpo.objective.kl import anchor_kl
 from grpo.objective.policy import policy_term
-from grpo.update.step import measured_kl_old
 
 LR, EPOCHS, STEP_KL_COEF = 4.0, 3, 0.3
 PLAIN: dict[str, Any] = {
@@ -154,8 +154,8 @@ def test_the_critic_learns_the_value_of_the_state_before_each_token(coef: float,
 def test_the_trust_region_is_measured_over_all_ranks_and_forwards() -> None:
     """KL(old || now) by k3 of the sampled tokens, r - 1 - log r, over both ranks' tokens."""
     from grpo.config import AlgorithmConfig
-    from grpo.update.prepare import prepare
-    from grpo.update.tally import Tally
+    from grpo.learner.prepare import prepare
+    from grpo.learner.tally import Tally
 
     class TwoRanks(PlainEngine):
         def all_sum(self, values: Any) -> list[float]:

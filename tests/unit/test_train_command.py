@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo import cli
+from grpo.commands import cli
 from grpo.run import folder as run_folder
 from grpo.run import resume
 from grpo.types import ExitCode

@@ -19,9 +19,9 @@ from typing import Any
 
 from grpo import __version__
 from grpo import config as config_module
+from grpo.commands.train import print_progress, train_command
 from grpo.machine import usable_cpus
 from grpo.run.signals import interrupt_early
-from grpo.training import print_progress, train_command
 from grpo.types import ExitCode, RewardOutage, UserError
 
 NAMED_ERRORS = (

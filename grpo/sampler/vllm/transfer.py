@@ -1,4 +1,4 @@
-"""The receiving ends of a weight sync, as engines of vLLM's weight transfer. The sending ends are in `grpo.transport`.
+"""The receiving ends of a weight sync, as engines of vLLM's weight transfer; the sending ends: `grpo.sync.transport`.
 
 GPUs use our own engines, too. vLLM 0.32's `ipc` engine rebuilds one mapping for each tensor and keeps views of the
 sender's memory in layers that it has not fully received. Its `nccl` engine cannot be interrupted.
@@ -26,8 +26,16 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from grpo.transport import IpcReceiver, broadcast, broadcast_group, finish, join_store, read_shared_memory, tensor_view
-from grpo.weight_sync import TensorSpec
+from grpo.sync.transport import (
+    IpcReceiver,
+    broadcast,
+    broadcast_group,
+    finish,
+    join_store,
+    read_shared_memory,
+    tensor_view,
+)
+from grpo.sync.weights import TensorSpec
 
 BACKENDS = {
     "shared_memory": "grpo_shared_memory", "ipc": "grpo_ipc", "gloo": "grpo_broadcast", "nccl": "grpo_broadcast",

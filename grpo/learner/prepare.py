@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from grpo.config import AlgorithmConfig, CriticConfig
+from grpo.learner.protocol import StepEngine
+from grpo.learner.tally import Tally
 from grpo.objective.compatibility import WHITENED
 from grpo.objective.kl import estimate
 from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
 from grpo.types import Batch, RankStep
-from grpo.update.engine import StepEngine
-from grpo.update.tally import Tally
 
 WHITEN_EPS = 1e-8
 

@@ -1,4 +1,4 @@
-"""The interface of a step to the models and their optimizers; `grpo.learner.engine.Learner` implements it."""
+"""The interface of a step to the models and their optimizers; `grpo.learner.zero.engine.Learner` implements it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from grpo.learner.prepare import Prepared
     from grpo.types import Batch
-    from grpo.update.prepare import Prepared
 
 Model = Literal["policy", "critic"]
 

@@ -25,11 +25,11 @@ from vllm.sampling_params import RequestOutputKind
 
 from grpo import sockets
 from grpo.config import Config
-from grpo.probing import Probe
-from grpo.sampler import transfer
-from grpo.sampler.worker import merge_reports
+from grpo.sampler.vllm import transfer
+from grpo.sampler.vllm.worker import merge_reports
+from grpo.sync.probe import Probe
+from grpo.sync.weights import Bucket, SyncReport
 from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
-from grpo.weight_sync import Bucket, SyncReport
 
 RESIDUAL = 0.25
 """Share of a GPU's memory that may be in use while sampler and learner are both offloaded: by their CUDA contexts and
@@ -37,7 +37,7 @@ by other processes."""
 
 
 class Sampler:
-    """One vLLM engine. `transport`: see `grpo.transport`."""
+    """One vLLM engine. `transport`: see `grpo.sync.transport`."""
 
     def __init__(self, config: Config, transport: str, index: int) -> None:
         """`index`: this sampler's number within the run. Raises UserError for an unknown `sampler.engine` option."""
@@ -151,7 +151,7 @@ class Sampler:
 
 
 def engine_arguments(config: Config, transport: str, index: int) -> EngineArgs:
-    """Return vLLM's engine arguments. `transport`: see `grpo.transport`; `index`: the sampler's number within the run.
+    """Return vLLM's engine arguments. `transport`: see `grpo.sync.transport`; `index`: the sampler's number in the run.
 
     Raises UserError for an unknown `sampler.engine` option.
     """
@@ -191,7 +191,7 @@ def engine_arguments(config: Config, transport: str, index: int) -> EngineArgs:
         generation_config="vllm",  # never the model's own sampling settings
         logprobs_mode="processed_logprobs",  # of the distribution that the tokens are sampled from
         weight_transfer_config=WeightTransferConfig(backend=transfer.BACKENDS[transport]),
-        worker_extension_cls="grpo.sampler.worker.WorkerExtension",
+        worker_extension_cls="grpo.sampler.vllm.worker.WorkerExtension",
         enable_sleep_mode=config.on_gpu and config.takes_turns,
         **options,
         **config.sampler.engine,

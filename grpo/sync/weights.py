@@ -1,6 +1,6 @@
 """The weight sync protocol from the learner to the samplers: buckets, checksums, and the probe that verifies them.
 
-The transfer of bytes is in `grpo.transport`; engine code is in `grpo.sampler` and `grpo.learner`.
+The transfer of bytes is in `grpo.sync.transport`; engine code is in `grpo.sampler` and `grpo.learner`.
 
 One sync is one transaction on every sampler, commanded by learner rank 0:
 
@@ -13,7 +13,7 @@ A sync is valid only if all of the following hold (design invariant 3):
 - Every tensor of the manifest was consumed once, with the checksum that it was sent with.
 - Every engine slot was filled.
 - The sampler reports the new policy version.
-- The probe agrees with the learner's own logprobs within rounding (`grpo.probing`).
+- The probe agrees with the learner's own logprobs within rounding (`grpo.sync.probe`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
-from grpo.probing import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, group_members, spread
+from grpo.sync.probe import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, group_members, spread
 
 BUCKET_BYTES = 256 << 20
 """Maximum size of one bucket, except for a single larger tensor. The peak extra memory of a sync is two buckets on each
@@ -196,7 +196,7 @@ def verify(
 
 
 class ProbedLearner(Protocol):
-    """Interface of a learner that the full check needs (`grpo.learner.engine.Learner`). All methods are collectives."""
+    """Interface of a learner that the full check needs, see `grpo.learner.zero`. All methods are collectives."""
 
     def parameter_count(self) -> int:
         """Return the number of parameter tensors."""

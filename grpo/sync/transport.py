@@ -5,7 +5,7 @@
 - disaggregated, CPU: gloo broadcast; learner rank 0 sends
 - disaggregated, GPU: NCCL broadcast; learner rank 0 sends
 
-The receiving ends are in `grpo.sampler.transfer`.
+The receiving ends are in `grpo.sampler.vllm.transfer`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from torch.distributed import (  # type: ignore[attr-defined]
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from grpo.config import Config
+from grpo.sync.weights import BUCKET_BYTES, Bucket, TensorSpec, WeightSyncError, describe, specs_of, torch_dtype
 from grpo.types import UserError
-from grpo.weight_sync import BUCKET_BYTES, Bucket, TensorSpec, WeightSyncError, describe, specs_of, torch_dtype
 
 POLL_S = 0.001
 """Polling interval for the end of a broadcast."""

@@ -1,4 +1,4 @@
-"""`python -m grpo.sampler.paper CONFIG`: check that vLLM can create the sampler's engine, without creating it.
+"""`python -m grpo.sampler.vllm.paper CONFIG`: check that vLLM can create the sampler's engine, without creating it.
 
 The last line of its output is vLLM's objection as JSON, or null. It runs in a separate process because vLLM takes
 seconds to import and changes the behaviour of transformers.
@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from grpo.config import Config, read_dump
-from grpo.sampler.engine import engine_arguments
+from grpo.sampler.vllm.engine import engine_arguments
 from grpo.types import UserError
 
 

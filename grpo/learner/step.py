@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from grpo.config import AlgorithmConfig, CriticConfig
+from grpo.learner.prepare import Prepared, critic_ids, prepare
+from grpo.learner.protocol import StepEngine
+from grpo.learner.tally import Tally
 from grpo.metrics.measures import mismatch_counts
 from grpo.objective.kl import anchor_kl, estimate, k3
 from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
 from grpo.objective.policy import PolicyTerm, policy_term
 from grpo.objective.values import clipped_value_loss
 from grpo.types import Batch, RankStep
-from grpo.update.engine import StepEngine
-from grpo.update.prepare import Prepared, critic_ids, prepare
-from grpo.update.tally import Tally
 
 
 def run_step(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
-from grpo.sampler import transfer
-from grpo.weight_sync import WeightSyncError, checksum
+from grpo.sampler.vllm import transfer
+from grpo.sync.weights import WeightSyncError, checksum
 
 transfer.register()
 

@@ -28,13 +28,17 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from grpo.config import Config, dump
-from grpo.learner import heads, setup, state
+from grpo.learner import heads
+from grpo.learner.prepare import Prepared
 from grpo.learner.probe import Perturbation, read_probe
-from grpo.probing import Probe, Reading, group_members
+from grpo.learner.protocol import Model
+from grpo.learner.step import run_step
+from grpo.learner.tally import Tally
+from grpo.learner.zero import setup, state
 from grpo.run.checkpoints import FileRecord
+from grpo.sync.probe import Probe, Reading, group_members
+from grpo.sync.weights import buckets_of
 from grpo.types import Batch, RankStep, StepResult
-from grpo.update import Model, Prepared, Tally, run_step
-from grpo.weight_sync import buckets_of
 
 MAX_DUMPS = 3
 """Maximum number of dumps of updates that were not finite; each dump holds the weights."""
@@ -85,7 +89,7 @@ class Learner:
         else:
             self._reference = model.to("cpu" if self._config.learner.reference_offload else self.device)
 
-    # --- grpo.update.StepEngine --------------------------------------------------------------------------------------
+    # --- grpo.learner.protocol.StepEngine ----------------------------------------------------------------------------
 
     def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logprobs of the targets and entropy, [B,T] each.

@@ -14,7 +14,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from grpo.config import Config, OptimizerConfig
-from grpo.weight_sync import torch_dtype
+from grpo.sync.weights import torch_dtype
 
 
 def init_process_group(config: Config, rank: int, store: Store) -> torch.device:

@@ -14,9 +14,9 @@ import torch
 
 from grpo.batching.steps import TrainingRow, rank_steps
 from grpo.config import AlgorithmConfig, CriticConfig
-from grpo.update import run_step
-from grpo.update.prepare import prepare
-from grpo.update.tally import Tally
+from grpo.learner.prepare import prepare
+from grpo.learner.step import run_step
+from grpo.learner.tally import Tally
 
 VOCABULARY = 6
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO; no other package imports it."""

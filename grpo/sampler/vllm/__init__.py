@@ -1,0 +1,1 @@
+"""vLLM; no other package imports it."""

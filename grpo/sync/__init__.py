@@ -1,0 +1,1 @@
+"""Weights from the learner to the samplers: buckets, checksums, the probe, the checks, and the transfer of bytes."""
