@@ -25,9 +25,9 @@ from grpo import config
 from grpo.checks import check
 from grpo.cluster import engines
 from grpo.cluster import session as cluster
-from grpo.driver import eval_seed
-from grpo.evaluation import cache as evaluating
+from grpo.commands import evaluate as evaluating
 from grpo.rewards.pool import RewardPool
+from grpo.rollout.collect import eval_seed
 from grpo.run.timeline import Timeline
 from grpo.types import SampleRequest
 

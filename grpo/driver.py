@@ -27,13 +27,13 @@ from grpo.batching.rows import Credit, advantages_of, members_needed, training_r
 from grpo.batching.steps import rank_steps
 from grpo.config import Config
 from grpo.data import sample_seed
+from grpo.evaluation.metrics import eval_metrics, eval_names
 from grpo.evaluation.statistics import Evaluation, evaluate_groups
 from grpo.metrics import measures
 from grpo.metrics.health import Health
 from grpo.metrics.step import (
     Learned,
     Sampled,
-    eval_metrics,
     refuse_unknown_best,
     step_metrics,
     throughput,
@@ -41,7 +41,7 @@ from grpo.metrics.step import (
 )
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
-from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget
+from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget, eval_seed
 from grpo.run.folder import RunFolder, is_disk_full
 from grpo.run.heartbeat import Watch
 from grpo.run.progress import Progress
@@ -239,7 +239,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     every = config.run.verify_every
     sync_ended = loop.timeline.begin("learner", "weight sync")
     syncing = loop.engines.publish(step, probe, full_check=bool(every) and step % every == 0)
-    metrics = step_metrics(config, at, sampled, learned)  # while the weights are transferred
+    metrics = step_metrics(config, at.step, at.cursor, sampled, learned)  # while the weights are transferred
     if config.algorithm.kl_coef > 0:
         metrics |= {"policy/kl_coef": at.kl_coef}
         at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
@@ -261,7 +261,7 @@ def record(loop: Loop, step: int, metrics: Mapping[str, float]) -> None:
     """Log and show the metrics of a step, with health warnings."""
     loop.folder.log_metrics(step, metrics)
     loop.folder.facts["steps"] = step
-    refuse_unknown_best(loop.config, metrics)
+    refuse_unknown_best(loop.config.run.keep_best, [*metrics, *eval_names(loop.config)])
     loop.reporter.step(step, metrics)
     for line in loop.health.see(step, metrics):
         loop.reporter.say(line)
@@ -282,7 +282,7 @@ def sample_step(loop: Loop, step: int) -> Sampled:
         prompts = [loop.prompts[i] for i in at.cursor.draw(wanted - len(kept), at.retired)]
         collected = rollouts_of(loop, prompts, moment, attempt)
         for group in collected.groups:
-            rewards = measures.scored_rewards(group)
+            rewards = group.rewards
             teaches = not a.max_refills or (len(rewards) >= members_needed(a) and has_spread(rewards))
             (kept if teaches else unused).append(group)
         sample_s, reward_s = sample_s + collected.sample_s, reward_s + collected.reward_s
@@ -326,11 +326,7 @@ def solved(loop: Loop, groups: Sequence[Group]) -> set[int]:
     """Return the indices of the prompts whose completions all reach `retire_reward`."""
     bar = loop.config.algorithm.retire_reward
     assert bar is not None
-    done = {
-        g.prompt.prompt_id
-        for g in groups
-        if (r := measures.scored_rewards(g)) and min(r) >= bar and not measures.failures(g)
-    }
+    done = {g.prompt.prompt_id for g in groups if g.rewards and min(g.rewards) >= bar and not g.failed}
     return {i for i, prompt in enumerate(loop.prompts) if prompt.prompt_id in done}
 
 
@@ -464,8 +460,3 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     )
     loop.reporter.say(f"step {step}: accuracy {evaluation.accuracy:.3f}: {said}")
     return evaluation
-
-
-def eval_seed(config: Config, prompt: Prompt, index: int) -> int | None:
-    """Return the seed of one completion of an evaluation, the same in all evaluations; None if not seeded."""
-    return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling.seeded else None

@@ -234,6 +234,16 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
 
+    @property
+    def rewards(self) -> list[float]:
+        """Return the rewards of the scored rollouts."""
+        return [r.outcome.value for r in self.rollouts if isinstance(r.outcome, Scored)]
+
+    @property
+    def failed(self) -> list[Rollout]:
+        """Return the rollouts that have no reward."""
+        return [r for r in self.rollouts if isinstance(r.outcome, Failed)]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from grpo.batching.steps import TrainingRow
 from grpo.config import AlgorithmConfig, Config
-from grpo.metrics.measures import scored_rewards
 from grpo.objective import advantages as family
 from grpo.objective.compatibility import GROUP_RELATIVE, NEEDS_GROUPS
 from grpo.types import Group, Rollout, Scored
@@ -49,11 +48,11 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
     """
     a = config.algorithm
     least = members_needed(a)
-    usable = [(p, group) for p, group in enumerate(groups) if len(scored_rewards(group)) >= least]
+    usable = [(p, group) for p, group in enumerate(groups) if len(group.rewards) >= least]
     shaped = [
         [shaped_reward(r, config) for r in group.rollouts if isinstance(r.outcome, Scored)] for _, group in usable
     ]
-    spread = [family.has_spread(scored_rewards(group)) for _, group in usable]
+    spread = [family.has_spread(group.rewards) for _, group in usable]
     lengths = [[int(r.completion.sampled_mask.sum()) for r in scored(group)] for _, group in usable]
     values = row_values(shaped, spread, lengths, a)
     # if the KL in the reward or the whitening can change an advantage of 0, a row without spread counts like any other
@@ -73,11 +72,11 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
     trained_groups = {p for p, _ in usable}
     for p, group in enumerate(groups):
         uses["sampled"] += sum(tokens_of(r) for r in group.rollouts)
-        lost = group.rollouts if p not in trained_groups else failed(group)
+        lost = group.rollouts if p not in trained_groups else group.failed
         uses["failed"] += sum(tokens_of(r) for r in lost)
     for group in unused:
         uses["sampled"] += sum(tokens_of(r) for r in group.rollouts)
-        lost = group.rollouts if len(scored_rewards(group)) < least else failed(group)
+        lost = group.rollouts if len(group.rewards) < least else group.failed
         uses["failed"] += sum(tokens_of(r) for r in lost)
         for rollout in scored(group) if lost is not group.rollouts else ():
             reason = left_out(rollout, policy_version, False, a)
@@ -190,10 +189,6 @@ def tokens_of(rollout: Rollout) -> int:
 
 def scored(group: Group) -> list[Rollout]:
     return [r for r in group.rollouts if isinstance(r.outcome, Scored)]
-
-
-def failed(group: Group) -> list[Rollout]:
-    return [r for r in group.rollouts if not isinstance(r.outcome, Scored)]
 
 
 def account(uses: Mapping[str, int], learner: Mapping[str, float]) -> dict[str, float]:

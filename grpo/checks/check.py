@@ -27,12 +27,12 @@ from grpo.checks import models
 from grpo.config import Config, DatasetConfig
 from grpo.config.validate_data import validate_gold
 from grpo.data.columns import hint
+from grpo.files import fingerprint
 from grpo.planning.shapes import refuse_outer_folder, split_problems
 from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
 from grpo.rewards.imports import reward_sources
 from grpo.rewards.process import secrets
-from grpo.run import checkpoints
 from grpo.types import Moment, Prompt, UserError
 
 TRIED_ROWS = 8
@@ -372,7 +372,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def reward_fingerprints(files: Sequence[Path]) -> dict[str, str]:
     """Return the SHA-256 of each reward file together with the modules that it imports, by the option that names it."""
     sources = {f"rewards[{i}].file": reward_sources(file) for i, file in enumerate(files)}
-    return {option: checkpoints.fingerprint(some) for option, some in sources.items()}
+    return {option: fingerprint(some) for option, some in sources.items()}
 
 
 def model_fingerprint(path: str) -> str:
@@ -381,7 +381,7 @@ def model_fingerprint(path: str) -> str:
     if not folder.is_dir():
         with data.hub_or_cache():
             folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "config.json"]))
-    return checkpoints.fingerprint([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    return fingerprint([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
 
 
 def read_data(config: Config, tokenizer: Any) -> tuple[list[data.PromptSet], list[data.PromptSet]]:

@@ -22,7 +22,7 @@ import ray
 import torch
 
 from grpo.config import Config
-from grpo.run.checkpoints import FileRecord
+from grpo.files import FileRecord
 from grpo.sync.probe import PERTURBED_GROUPS, Probe, Reading, Spread
 from grpo.sync.transport import (
     BroadcastSender,

@@ -20,8 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grpo.cluster.actors import STACK_SIGNAL, LearnerActor, SamplerActor, SyncResult
 from grpo.cluster.placement import ENGINES, Reservation
 from grpo.config import Config
+from grpo.files import FileRecord
 from grpo.machine import usable_cpus
-from grpo.run.checkpoints import FileRecord
 from grpo.run.folder import is_disk_full
 from grpo.run.timeline import Timeline
 from grpo.sync.probe import Probe

@@ -342,7 +342,7 @@ def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run `grpo eval`: check, look up cached results, start samplers and evaluate the missing prompts."""
     from grpo.checks import check  # noqa: PLC0415
     from grpo.cluster import session as cluster  # noqa: PLC0415
-    from grpo.evaluation import cache as evaluating  # noqa: PLC0415
+    from grpo.commands import evaluate as evaluating  # noqa: PLC0415
     from grpo.run.console import Console  # noqa: PLC0415
 
     model, recipe = evaluating.model_of(parsed.model)
@@ -385,7 +385,7 @@ def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]
     """Start samplers and reward workers, evaluate, and shut them down."""
     from grpo.cluster import engines  # noqa: PLC0415
     from grpo.cluster import session as cluster  # noqa: PLC0415
-    from grpo.evaluation import cache as evaluating  # noqa: PLC0415
+    from grpo.commands import evaluate as evaluating  # noqa: PLC0415
     from grpo.rewards.pool import RewardPool  # noqa: PLC0415
     from grpo.run.timeline import Timeline  # noqa: PLC0415
 

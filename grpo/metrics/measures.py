@@ -42,16 +42,6 @@ def spread_of(prefix: str, values: Sequence[float], names: Sequence[str]) -> dic
     return {f"{prefix}{name}": float(numbers[name]) for name in names}
 
 
-def scored_rewards(group: Group) -> list[float]:
-    """Return the rewards of the group's scored rollouts."""
-    return [r.outcome.value for r in group.rollouts if isinstance(r.outcome, Scored)]
-
-
-def failures(group: Group) -> int:
-    """Return the number of a group's rollouts that have no reward."""
-    return sum(isinstance(r.outcome, Failed) for r in group.rollouts)
-
-
 def rollout_metrics(groups: Sequence[Group], least: int) -> dict[str, float]:
     """Return the metrics of a step's rollouts: rewards, groups, lengths and failures.
 
@@ -100,7 +90,7 @@ def group_metrics(groups: Sequence[Group], best: float, least: int) -> dict[str,
         best: the step's highest reward. Completions with this reward count as right if the reward is above 0.
         least: scored members that a group needs. A group with fewer is dropped and is in no share.
     """
-    rewards = [scored_rewards(group) for group in groups]
+    rewards = [group.rewards for group in groups]
     dropped = sum(len(group) < least for group in rewards)
     usable = [group for group in rewards if len(group) >= max(2, least)]
     out = {"group/dropped": float(dropped), "group/count": float(len(groups))}

@@ -6,21 +6,17 @@ The numbers themselves are computed in `grpo.metrics.measures`; docs/metrics.md 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grpo.batching.rows import Credit, account, members_needed
 from grpo.batching.steps import TrainingRow
 from grpo.config import Config
-from grpo.evaluation.statistics import Evaluation
+from grpo.data import Cursor, MixedCursor
 from grpo.metrics import measures
 from grpo.objective.compatibility import GROUP_RELATIVE
-from grpo.run.progress import Progress
 from grpo.types import Group, StepResult, UserError
-
-OF_EVALUATION = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")
-"""Metrics of an evaluation, logged as eval/<name>."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,19 +46,26 @@ class Learned:
     update_s: float
 
 
-def step_metrics(config: Config, at: Progress, sampled: Sampled, learned: Learned) -> dict[str, float]:
-    """Return the metrics of a step, except for `timings` and `throughput`."""
+def step_metrics(
+    config: Config, policy_version: int, cursor: Cursor | MixedCursor, sampled: Sampled, learned: Learned
+) -> dict[str, float]:
+    """Return the metrics of a step, except for `timings` and `throughput`.
+
+    Args:
+        policy_version: the learner's version before the step.
+        cursor: position in the data after the step's prompts were drawn.
+    """
     a, credit, result = config.algorithm, learned.credit, learned.result
     rollouts = [rollout for group in sampled.sampled_groups for rollout in group.rollouts]
     learner = measures.learner_metrics(result)
     out = {
         **measures.rollout_metrics(sampled.sampled_groups, members_needed(a)),
-        **measures.staleness_metrics(rollouts, at.step),
+        **measures.staleness_metrics(rollouts, policy_version),
         **learner,
         **account(credit.uses, learner),
         "optim/optimizer_steps": float(result.optimizer_steps),
-        "progress/epoch": at.cursor.epochs,
-        **{f"progress/epoch/{name}": epochs for name, epochs in at.cursor.epochs_by_set.items()},
+        "progress/epoch": cursor.epochs,
+        **{f"progress/epoch/{name}": epochs for name, epochs in cursor.epochs_by_set.items()},
     }
     if len(config.data.train) > 1:
         out |= measures.metrics_by_set(sampled.sampled_groups, members_needed(a))
@@ -98,20 +101,13 @@ def throughput(
     return out
 
 
-def refuse_unknown_best(config: Config, metrics: Mapping[str, float]) -> None:
-    """Raise UserError, with the nearest name, if `run.keep_best` is no metric of the step or of an evaluation."""
-    best = config.run.keep_best
-    if best is None or best in metrics or best in eval_names(config):
+def refuse_unknown_best(best: str | None, names: Collection[str]) -> None:
+    """Raise UserError, with the nearest name, if `best`, the value of `run.keep_best`, is not in `names`."""
+    if best is None or best in names:
         return
-    near = difflib.get_close_matches(best, [*metrics, *eval_names(config)], n=1, cutoff=0.4)
+    near = difflib.get_close_matches(best, names, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise UserError(f"run.keep_best={best} is no metric of this run{hint}")
-
-
-def eval_names(config: Config) -> list[str]:
-    """Return the names of an evaluation's metrics."""
-    sets = ["", *(f"/{one.name}" for one in config.data.eval.sets if len(config.data.eval.sets) > 1)]
-    return [f"eval/{name}{of_set}" for of_set in sets for name in OF_EVALUATION]
 
 
 def timings(
@@ -147,16 +143,3 @@ def timings(
         "time/samplers_busy_fraction": (parts["sample"] + parts["sync"]) / whole,
         "time/learner_busy_fraction": (parts["update"] + parts["sync"]) / whole,
     }
-
-
-def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Return the means over the data sets, and the metrics of each data set (if there are several) and of each part.
-
-    `eval/failed` is a sum over the data sets. The metrics that reward functions logged are included.
-    """
-    sets = evaluation.sets
-    out = {f"eval/{n}": sum(float(getattr(found, n)) for found in sets.values()) / len(sets) for n in OF_EVALUATION}
-    out["eval/failed"] *= len(sets)  # a count, not a mean
-    shown = {**(sets if len(sets) > 1 else {}), **evaluation.parts}
-    out |= {f"eval/{name}": value for name, value in evaluation.logged.items()}
-    return out | {f"eval/{n}/{of}": float(getattr(found, n)) for of, found in shown.items() for n in OF_EVALUATION}

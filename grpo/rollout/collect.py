@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from grpo.config import AlgorithmConfig
+from grpo.config import AlgorithmConfig, Config
+from grpo.data import sample_seed
 from grpo.rewards.counts import Counted
 from grpo.rewards.pool import RewardItem
 from grpo.types import (
@@ -252,3 +253,8 @@ def enforce_failure_budget(groups: Sequence[Group], algorithm: AlgorithmConfig) 
                 f"{counts[kind]} of {len(rollouts)} rollouts failed{f' by {kind}' if kind else ''}, more than "
                 f"algorithm.{option}={bound:g} allows; the first of each kind: {'; '.join(shown)}"
             )
+
+
+def eval_seed(config: Config, prompt: Prompt, index: int) -> int | None:
+    """Return the seed of one completion of an evaluation, the same in all evaluations; None if not seeded."""
+    return sample_seed(config.run.seed, -1, prompt.prompt_id, index) if config.sampling.seeded else None

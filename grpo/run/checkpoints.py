@@ -23,20 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo.files import FileRecord, seal
 from grpo.types import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 PARTIAL = ".partial"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRecord:
-    """A written file, as read back."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +77,6 @@ def begin(run: Path, step: int, need_bytes: int) -> Path:
     partial = root / (folder_of(run, step).name + PARTIAL)
     (partial / "learner").mkdir(parents=True)
     return partial
-
-
-def seal(file: Path) -> FileRecord:
-    """Flush a written file to the disk, read it back and return its record."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return FileRecord(bytes=file.stat().st_size, sha256=digest)
 
 
 def publish(partial: Path, manifest: Manifest) -> Path:
@@ -296,12 +281,3 @@ def compare_options(before: Mapping[str, Any], config: Mapping[str, Any], allowe
         elif _within(option, FLOAT_ORDER):
             notes.append(f"{option} is {now}, was {old}: equal up to the order of additions, not bit for bit")
     return notes
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """Return the SHA-256 of the names and contents of files."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            digest.update(f"{file.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()

@@ -11,8 +11,9 @@ import yaml
 
 from grpo import config as config_module
 from grpo.config import Config
+from grpo.files import FileRecord, seal
 from grpo.run import checkpoints
-from grpo.run.checkpoints import FileRecord, Manifest
+from grpo.run.checkpoints import Manifest
 from grpo.run.folder import versions
 
 
@@ -93,7 +94,7 @@ class Saver:
         partial, files = self._pending.partial, {f"learner/{name}": record for name, record in records.items()}
         if self._config.run.save_model:
             written = [path for path in (partial / "model").rglob("*") if path.is_file()]
-            files |= {str(path.relative_to(partial)): checkpoints.seal(path) for path in written}
+            files |= {str(path.relative_to(partial)): seal(path) for path in written}
         self._flush()  # a run resumed from here has all data of the steps before
         target = checkpoints.publish(partial, self._pending.manifest(files))
         self._pending = None

@@ -13,7 +13,6 @@ import yaml
 from grpo import config as config_module
 from grpo.config import Config
 from grpo.evaluation.statistics import final_answer
-from grpo.metrics.measures import scored_rewards
 from grpo.objective.advantages import has_spread
 from grpo.run.samples import UNTRAINED, Trained, gold_answer
 from grpo.types import Failed, Group, UserError
@@ -49,7 +48,7 @@ def table_rows(groups: Sequence[Group], answer_column: str, trained: Trained = U
     """Return the rows of a table of completions: of TABLE_GROUPS groups the completions with the highest and the lowest
     reward. Groups with spread are preferred."""
     starts = [sum(len(group.rollouts) for group in groups[:i]) for i in range(len(groups))]
-    order = sorted(range(len(groups)), key=lambda i: not has_spread(scored_rewards(groups[i])))
+    order = sorted(range(len(groups)), key=lambda i: not has_spread(groups[i].rewards))
     rows: list[Row] = []
     for i in order[:TABLE_GROUPS]:
         values = [None if isinstance(r.outcome, Failed) else r.outcome.value for r in groups[i].rollouts]

@@ -24,13 +24,15 @@ from grpo.batching.rows import training_rows
 from grpo.batching.steps import rank_steps
 from grpo.config import Config, RewardConfig
 from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
+from grpo.evaluation.metrics import eval_names
+from grpo.files import FileRecord, seal
 from grpo.learner.step import run_step
 from grpo.metrics.health import Health
 from grpo.metrics.measures import mismatch_counts
 from grpo.metrics.step import Learned, Sampled, refuse_unknown_best, throughput, timings
 from grpo.rewards.counts import Counted
 from grpo.run import heartbeat
-from grpo.run.checkpoints import FileRecord, list_checkpoints, read, seal
+from grpo.run.checkpoints import list_checkpoints, read
 from grpo.run.folder import RunFolder, reopen
 from grpo.run.progress import Progress
 from grpo.run.samples import Trained
@@ -387,10 +389,10 @@ def test_a_best_by_no_metric_is_named_after_the_first_step(tmp_path: Path) -> No
     loop.folder.close()
     assert len(lines(tmp_path)) == 1
     known = make_config(tmp_path, "run.save_every=2", "run.keep_best=reward/mean")
-    refuse_unknown_best(known, {"reward/mean": 1.0})
+    refuse_unknown_best(known.run.keep_best, {"reward/mean": 1.0})
     of_sets = ["data.eval.sets=[{path: x, name: a}, {path: y, name: b}]", "data.eval.every=2"]
     known = make_config(tmp_path, *of_sets, "run.save_every=2", "run.keep_best=eval/accuracy/b")
-    refuse_unknown_best(known, {})
+    refuse_unknown_best(known.run.keep_best, eval_names(known))
 
 
 def test_failed_rewards_are_counted_and_never_trained_on(tmp_path: Path) -> None:

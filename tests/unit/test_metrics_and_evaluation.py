@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grpo.evaluation.metrics import eval_metrics
 from grpo.evaluation.statistics import Judged, SetEvaluation, evaluate_groups, judge, judged
 from grpo.metrics.measures import (
     counted_quantile,
@@ -18,7 +19,6 @@ from grpo.metrics.measures import (
     rollout_metrics,
     staleness_metrics,
 )
-from grpo.metrics.step import eval_metrics
 from grpo.types import Completion, Failed, Group, Logged, Prompt, Rollout, Scored, StepResult
 
 PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None, dataset="d", where="d[0]")

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from grpo.config import Config, dump
+from grpo.files import FileRecord
 from grpo.learner import heads
 from grpo.learner.prepare import Prepared
 from grpo.learner.probe import Perturbation, read_probe
@@ -35,7 +36,6 @@ from grpo.learner.protocol import Model
 from grpo.learner.step import run_step
 from grpo.learner.tally import Tally
 from grpo.learner.zero import setup, state
-from grpo.run.checkpoints import FileRecord
 from grpo.sync.probe import Probe, Reading, group_members
 from grpo.sync.weights import buckets_of
 from grpo.types import Batch, RankStep, StepResult

@@ -26,7 +26,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from grpo.run.checkpoints import FileRecord, seal
+from grpo.files import FileRecord, seal
 from grpo.types import UserError
 
 PARAMETER = "parameter"

@@ -27,10 +27,9 @@ from grpo import data
 from grpo.checks.check import CheckedRun
 from grpo.cluster import engines
 from grpo.config import Config
-from grpo.driver import eval_seed
 from grpo.evaluation.statistics import Interval, Judged, interval, parts_by, statistics_of
-from grpo.rollout.collect import PASSING, Scorer, collect, enforce_failure_budget, may_pass
-from grpo.run import checkpoints
+from grpo.files import fingerprint
+from grpo.rollout.collect import PASSING, Scorer, collect, enforce_failure_budget, eval_seed, may_pass
 from grpo.run import folder as run_folder
 from grpo.run.compare import Samples, read_rows, read_samples, table, with_bounds
 from grpo.run.heartbeat import Watch
@@ -75,7 +74,7 @@ def tokenizer_fingerprint(path: str) -> str:
         with data.hub_or_cache():
             folder = Path(snapshot_download(path, allow_patterns=list(TOKENIZER_FILES)))
     files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
-    return checkpoints.fingerprint(sorted(files))
+    return fingerprint(sorted(files))
 
 
 def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:
