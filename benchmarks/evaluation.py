@@ -25,7 +25,7 @@ from grpo import config
 from grpo.checks import check
 from grpo.cluster import engines
 from grpo.cluster import session as cluster
-from grpo.commands import evaluate as evaluating
+from grpo.lifecycle import evaluation_folder as evaluating
 from grpo.rewards.pool import RewardPool
 from grpo.rollout.collect import eval_seed
 from grpo.run.timeline import Timeline

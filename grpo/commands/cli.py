@@ -7,22 +7,17 @@ outage); 130 a run or job that is no longer followed but continues; 1 anything e
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import os
 import select
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from grpo import __version__
 from grpo import config as config_module
-from grpo.commands.train import print_progress, train_command
-from grpo.machine import usable_cpus
+from grpo.commands.parser import make_parser, split_resume_options
 from grpo.run.signals import interrupt_early
-from grpo.types import ExitCode, RewardOutage, UserError
+from grpo.types import ExitCode, UserError
 
 NAMED_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
@@ -96,312 +91,52 @@ def stdout_closed() -> bool:
     return True
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands and their arguments."""
-    parser = argparse.ArgumentParser(
-        prog="grpo",
-        description="Train language models with GRPO: vLLM samples, DeepSpeed learns, Ray holds them together.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=in_lines(
-            "Options are set as section.option=value; all of them, with their meaning: grpo options.",
-            "More of a command: grpo COMMAND --help",
-            "",
-            "examples:",
-            "  grpo check recipes/arithmetic_cpu.yaml",
-            "  grpo train recipes/arithmetic_cpu.yaml run.steps=10 algorithm.group_size=8",
-            "  grpo options algorithm",
-        ),
-    )
-    parser.add_argument("--version", action="version", version=f"grpo {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    words = "check a recipe and run it"
-    examples = (
-        "train recipes/arithmetic_cpu.yaml run.steps=20",
-        "train recipes/arithmetic_cpu.yaml run.name=a run.save_every=20 resume=auto",
-        "train recipes/arithmetic_cpu.yaml resume=runs/a run.steps=200",
-    )
-    command = add_command(commands, "train", words, *examples, notes=(
-        "resume=auto goes on from the last checkpoint of the run of this name, or starts it; resume=PATH from a run",
-        "folder's last checkpoint, or a checkpoint. allow=option,... lets options differ from the checkpoint's.",
-    ))  # fmt: skip
-    add_recipe(command)
-    words = "do everything that can be known before an engine starts, and print the plan"
-    command = add_command(commands, "check", words, "check recipes/arithmetic_cpu.yaml sampling.max_tokens=64")
-    add_recipe(command)
-    command.add_argument("--ids", action="store_true", help="show the token ids of the first prompt, too")
-    add_looking_commands(commands)
-    add_job_commands(commands)
-    words = "print every option with its type, default and meaning; of a section with examples"
-    command = add_command(commands, "options", words, "options", "options algorithm", "options kl_coef")
-    command.add_argument("name", nargs="?", default="", metavar="SECTION|OPTION", help="only these")
-    return parser
-
-
-def in_lines(*lines: str) -> str:
-    """Join lines of an epilog; their line breaks are kept in the help text."""
-    return "\n".join(lines)
-
-
-def add_command(
-    commands: Any, name: str, words: str, *examples: str, notes: Sequence[str] = ()
-) -> argparse.ArgumentParser:
-    """Add a command with its purpose, `notes`, and `examples` to copy. Return its parser."""
-    lines = [*notes, *([""] if notes else []), "examples:", *(f"  grpo {example}" for example in examples)]
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=words,
-        description=words,
-        epilog=in_lines(*lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return command
-
-
-def add_recipe(command: argparse.ArgumentParser, overrides: str | None = None) -> None:
-    """Add the arguments for a recipe and its overrides."""
-    command.add_argument("recipe", help="a YAML file, see recipes/")
-    command.add_argument("overrides", nargs="*", metavar="section.option=value", help=overrides)
-
-
-def add_looking_commands(commands: Any) -> None:
-    """Add the commands that do not train: eval, compare, replay and plan."""
-    words = "evaluate a model on held-out data: avg@k, pass@k, maj@k with intervals; cached and resumable"
-    examples = (
-        "eval runs/a data.eval.samples_per_prompt=16",
-        "eval Qwen/Qwen2.5-0.5B-Instruct --data test.jsonl --reward reward_fns/math_answer.py",
-    )
-    command = add_command(commands, "eval", words, *examples)
-    command.add_argument("model", help="a folder in Hugging Face layout, a hub id, or a run's folder (its final model)")
-    command.add_argument("overrides", nargs="*", metavar="section.option=value")
-    command.add_argument("--recipe", type=Path, help="take data, template, rewards and settings from it (a run's own)")
-    command.add_argument("--data", action="append", default=[], metavar="PATH", help="in the place of data.eval.sets")
-    command.add_argument("--reward", action="append", default=[], metavar="FILE", help="in the place of rewards")
-    command.add_argument("--out", type=Path, default=Path("evals"), help="where evaluations are kept (evals/)")
-    words = "hold two runs, or two evaluations, against each other: options, graders, held-out accuracy, metrics"
-    command = add_command(commands, "compare", words, "compare runs/a runs/b", "compare runs/a runs/b --step 50")
-    command.add_argument("a", type=Path, help="a run's folder, or one that grpo eval made")
-    command.add_argument("b", type=Path)
-    command.add_argument("--step", type=int, help="the evaluations after this step (each run's last)")
-    words = "compute an update again that was not finite, and say where it began"
-    command = add_command(commands, "replay", words, "replay runs/a/nonfinite/step-000012")
-    command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
-    words = "predict memory on each GPU, seconds of a step and hours of a run, on paper: no GPU, no download"
-    notes = ("Exit code 0 when it fits, 2 when not. What is reckoned, and how far off it is: docs/scale.md",)
-    command = add_command(
-        commands, "plan", words, "plan recipes/gsm8k_qwen2.5_7b.yaml --gpu h100 --gpus-per-node 4", notes=notes
-    )
-    add_recipe(command)
-    command.add_argument("--gpu", metavar="NAME", help="kind of GPU, e.g. h100, a100-80 (the one in this machine)")
-    for flag, metavar, what in (
-        ("--gpu-memory", "GB", "its memory"),
-        ("--tflops", "N", "its bfloat16 Tflop/s without sparsity"),
-        ("--bandwidth", "TB/s", "its memory's bandwidth"),
-    ):
-        command.add_argument(flag, type=float, metavar=metavar, help=f"{what}, of a GPU that is not known by name")
-    command.add_argument("--nodes", type=int, default=1, help="machines (1)")
-    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
-    command.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt (150)")
-    command.add_argument(
-        "--completion-tokens", type=float, metavar="N", help="mean completion over the run (sampling.max_tokens / 3)"
-    )
-
-
-def add_job_commands(commands: Any) -> None:
-    """Add the commands for jobs on a cluster (docs/cluster.md): submit, jobs, status, logs and stop."""
-    words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
-    examples = (
-        "submit recipe.yaml run.dir=/shared/runs run.name=a resume=auto --address http://HEAD:8265",
-        "submit recipe.yaml run.dir=/shared/runs --env HF_TOKEN --queue --no-follow --address http://HEAD:8265",
-    )
-    command = add_command(commands, "submit", words, *examples)
-    add_recipe(command, "and resume=, allow=")
-    command.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
-    )
-    words = "CPUs that Ray reserves on a node for the driver and the reward workers beside it (0: none, on the head)"
-    command.add_argument("--driver-cpus", type=float, default=0.0, metavar="N", help=words)
-    then = command.add_mutually_exclusive_group()
-    words = "end when the job has been handed over"
-    then.add_argument("--no-follow", dest="then", action="store_const", const="end", default="follow", help=words)
-    words = "let Ctrl-C, SIGTERM and SIGUSR1 stop the job, as grpo stop does, not only the following"
-    then.add_argument(
-        "--stop-on-signal", dest="then", action="store_const", const="follow, stop on signals", help=words
-    )
-    words = "wait, on the cluster, until it has room for all engines (cluster.queue=true)"
-    command.add_argument("--queue", action="store_true", help=words)
-    words = "list the runs that were submitted to a cluster: status, run, recipe, times, exit code"
-    every = [command, add_command(commands, "jobs", words, "jobs --address http://HEAD:8265")]
-    for name, words in (
-        ("status", "how a job is doing"),
-        ("logs", "print what a job prints, to its end; the exit code is the job's"),
-        ("stop", "let a job finish its step, save and end, and wait for it"),
-    ):
-        every.append(add_command(commands, name, words, f"{name} grpo-0123456789abcdef --address http://HEAD:8265"))
-        every[-1].add_argument("job", help="as grpo submit has named it")
-    for command in every:
-        command.add_argument("--address", required=True, metavar="http://HEAD:8265", help="the head's job server")
-
-
 def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run the requested command and return its exit code."""
+    """Run the requested command and return its exit code. A command is imported when it is run: torch, transformers,
+    ray and pyarrow take seconds."""
     if parsed.command == "options":
         print(config_module.options_text(parsed.name))
         return ExitCode.DONE
     if parsed.command == "replay":
-        from grpo.learner.replay import replay  # noqa: PLC0415 - torch and transformers take seconds to import
+        from grpo.learner.replay import replay  # noqa: PLC0415
 
         print("\n".join(replay(parsed.dump)))
         return ExitCode.DONE
     if parsed.command == "compare":
-        from grpo.run.compare import compare  # noqa: PLC0415 - pyarrow takes half a second to import
+        from grpo.run.compare import compare  # noqa: PLC0415
 
         print("\n".join(compare(parsed.a, parsed.b, parsed.step)))
         return ExitCode.DONE
-    if parsed.command == "eval":
-        return eval_command(parsed, overrides)
     if parsed.command == "plan":
+        from grpo.commands.plan import plan_command  # noqa: PLC0415
+
         return plan_command(parsed, overrides)
-    if parsed.command == "jobs":
-        from grpo.cluster import jobs  # noqa: PLC0415
+    if parsed.command == "eval":
+        from grpo.commands.evaluate import evaluate_command  # noqa: PLC0415
 
-        return jobs.jobs(parsed.address)
-    if parsed.command in ("status", "logs", "stop"):
-        from grpo.cluster import jobs  # noqa: PLC0415
+        return evaluate_command(parsed, overrides)
+    if parsed.command in ("jobs", "status", "logs", "stop"):
+        from grpo.commands.jobs import jobs_command  # noqa: PLC0415
 
-        jobs.refuse_odd_name(parsed.job)
-        command = {"status": jobs.status, "logs": jobs.follow, "stop": jobs.stop}[parsed.command]
-        return command(parsed.job, parsed.address)
+        return jobs_command(parsed)
     asked, overrides = split_resume_options(overrides)
     if parsed.command == "submit" and parsed.queue:
         overrides.append("cluster.queue=true")
+    recipe = Path(parsed.recipe)
     config = config_module.load(parsed.recipe, overrides)
     if parsed.command == "check":
         if asked:
             raise UserError(f"{next(iter(asked))}= is for grpo train")
-        return check_command(config, Path(parsed.recipe), ids=parsed.ids)
+        from grpo.commands.check import check_command  # noqa: PLC0415
+
+        return check_command(config, recipe, ids=parsed.ids)
     if parsed.command == "submit":
-        from grpo.cluster import jobs  # noqa: PLC0415
+        from grpo.commands.jobs import submit_command  # noqa: PLC0415
 
-        return jobs.submit(
-            config, Path(parsed.recipe), asked, address=parsed.address, env=parsed.env, then=parsed.then,
-            driver_cpus=parsed.driver_cpus,
-        )  # fmt: skip
-    return train_command(config, Path(parsed.recipe), asked)
+        return submit_command(config, recipe, asked, parsed)
+    from grpo.commands.train import train_command  # noqa: PLC0415
 
-
-def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Split `resume=` and `allow=`, which are not options of a recipe, from the overrides.
-
-    Raises UserError for a misspelling of them, and for `allow=` without `resume=`.
-    """
-    asked = {
-        name: value for name, _, value in (text.partition("=") for text in overrides) if name in ("resume", "allow")
-    }
-    for text in overrides:
-        name = text.partition("=")[0]
-        near = difflib.get_close_matches(name, ("resume", "allow"), n=1, cutoff=0.75)
-        if near and name not in asked:
-            raise UserError(f"override {text!r}: did you mean {near[0]}=?")
-    if "allow" in asked and "resume" not in asked:
-        raise UserError("allow= is for a run that is resumed: resume=auto or resume=PATH")
-    return asked, [text for text in overrides if text.partition("=")[0] not in asked]
-
-
-def check_command(config: config_module.Config, recipe: Path, *, ids: bool) -> int:
-    """Run `grpo check`: check the recipe and the cluster, and print the plan."""
-    from grpo.checks import check  # noqa: PLC0415 - transformers and ray take seconds to import
-    from grpo.cluster import session as cluster  # noqa: PLC0415 - transformers and ray take seconds to import
-    from grpo.run import folder as run_folder  # noqa: PLC0415 - transformers and ray take seconds to import
-    from grpo.run.console import wrapped  # noqa: PLC0415
-
-    run_folder.choose(config, str(recipe))  # refuses a name that is in use
-    config = check.resolve_paths(config)
-    with tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-        plan = check.check(config, recipe, Path(log_dir), say=print_progress, ids=ids)
-    with cluster.session(config, None):
-        pass
-    print(wrapped("\n".join([*plan.lines, "ok         nothing has been started"])))
-    return ExitCode.DONE
-
-
-def plan_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run `grpo plan`: print the predicted memory and time. Return DONE if the recipe fits, else USAGE."""
-    from grpo.planning.report import plan_lines  # noqa: PLC0415 - torch takes seconds to import
-    from grpo.planning.shapes import gpu_of  # noqa: PLC0415
-
-    gpu = gpu_of(parsed.gpu, memory=parsed.gpu_memory, tflops=parsed.tflops, bandwidth=parsed.bandwidth)
-    text, fits = plan_lines(
-        config_module.load(parsed.recipe, overrides), gpu=gpu, nodes=parsed.nodes,
-        gpus_per_node=parsed.gpus_per_node, prompt=parsed.prompt_tokens, completion=parsed.completion_tokens,
-    )  # fmt: skip
-    print(text)
-    return ExitCode.DONE if fits else ExitCode.USAGE
-
-
-def eval_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
-    """Run `grpo eval`: check, look up cached results, start samplers and evaluate the missing prompts."""
-    from grpo.checks import check  # noqa: PLC0415
-    from grpo.cluster import session as cluster  # noqa: PLC0415
-    from grpo.commands import evaluate as evaluating  # noqa: PLC0415
-    from grpo.run.console import Console  # noqa: PLC0415
-
-    model, recipe = evaluating.model_of(parsed.model)
-    recipe = parsed.recipe or recipe
-    config = config_module.load_for_evaluation(
-        recipe, model=model, data=parsed.data, rewards=parsed.reward, overrides=overrides
-    )
-    config = check.resolve_paths(config)
-    with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
-        interrupt_early()  # joining a cluster has replaced our signal handlers with Ray's
-        plan = check.check_evaluation(config, recipe or Path("command line"), Path(log_dir))
-    key = evaluating.key_of(plan, check.model_fingerprint(config.model.path))
-    folder = evaluating.folder_of(parsed.out.expanduser().resolve(), evaluating.name_of(model), key)
-    with evaluating.opened(folder, key, plan), Console(steps=0, log=folder / "log.txt") as console:
-        left = evaluating.unfinished(plan, folder, console.say)
-        if not left:
-            console.say(f"evaluated before: {folder}")
-            result = evaluating.conclude(plan, folder)
-        else:
-            for line in plan.lines:
-                console.say(line)
-            try:
-                result = evaluate(plan, folder, left, console)
-            except KeyboardInterrupt:
-                console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
-                return ExitCode.RESUMABLE
-            except RewardOutage as error:
-                done, _ = evaluating.survey(plan, folder)  # removes nothing: the failed completions can be read
-                kept = len(done) + sum(map(len, left.values())) - len(plan.eval_prompts)
-                console.say(f"grpo: {error}")
-                console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on")
-                return ExitCode.RESUMABLE if kept else ExitCode.USAGE
-        for line in evaluating.report(result):
-            console.say(line)
-        console.say(f"evaluation {folder}")
-    return ExitCode.DONE
-
-
-def evaluate(plan: Any, folder: Path, left: Any, console: Any) -> dict[str, Any]:
-    """Start samplers and reward workers, evaluate, and shut them down."""
-    from grpo.cluster import engines  # noqa: PLC0415
-    from grpo.cluster import session as cluster  # noqa: PLC0415
-    from grpo.commands import evaluate as evaluating  # noqa: PLC0415
-    from grpo.rewards.pool import RewardPool  # noqa: PLC0415
-    from grpo.run.timeline import Timeline  # noqa: PLC0415
-
-    config, logs = plan.config, folder / "logs"
-    workers = config.cluster.reward_workers or min(8, usable_cpus())
-    with (
-        RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
-        cluster.session(config, logs),
-    ):
-        interrupt_early()  # Ray has replaced our signal handlers
-        console.say(f"starting {config.cluster.samplers} samplers")
-        group = engines.Engines(config, logs, console.say, Timeline(None))
-        try:
-            return evaluating.evaluate(plan, folder, left, group, scorer, console.say)
-        finally:
-            group.close()
+    return train_command(config, recipe, asked)
 
 
 if __name__ == "__main__":

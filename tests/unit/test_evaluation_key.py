@@ -12,7 +12,7 @@ from conftest import write_recipe
 
 from grpo import config
 from grpo.checks import check
-from grpo.commands import evaluate as evaluating
+from grpo.lifecycle import evaluation_folder as evaluating
 from grpo.run import folder as run_folder
 from grpo.types import UserError
 

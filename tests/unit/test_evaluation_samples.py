@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_compare import REWARDS, group
 
-from grpo.commands.evaluate import Writer, finished_prompts
 from grpo.config import RewardConfig
+from grpo.lifecycle.evaluation_folder import Writer, finished_prompts
 from grpo.run.samples import write_groups
 
 GROUPS = [group(i, [1.0, 0.0, 1.0]) for i in range(6)]

@@ -1,0 +1,176 @@
+"""The arguments of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo import __version__
+from grpo.types import UserError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands and their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="grpo",
+        description="Train language models with GRPO: vLLM samples, DeepSpeed learns, Ray holds them together.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=in_lines(
+            "Options are set as section.option=value; all of them, with their meaning: grpo options.",
+            "More of a command: grpo COMMAND --help",
+            "",
+            "examples:",
+            "  grpo check recipes/arithmetic_cpu.yaml",
+            "  grpo train recipes/arithmetic_cpu.yaml run.steps=10 algorithm.group_size=8",
+            "  grpo options algorithm",
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"grpo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    words = "check a recipe and run it"
+    examples = (
+        "train recipes/arithmetic_cpu.yaml run.steps=20",
+        "train recipes/arithmetic_cpu.yaml run.name=a run.save_every=20 resume=auto",
+        "train recipes/arithmetic_cpu.yaml resume=runs/a run.steps=200",
+    )
+    command = add_command(commands, "train", words, *examples, notes=(
+        "resume=auto goes on from the last checkpoint of the run of this name, or starts it; resume=PATH from a run",
+        "folder's last checkpoint, or a checkpoint. allow=option,... lets options differ from the checkpoint's.",
+    ))  # fmt: skip
+    add_recipe(command)
+    words = "do everything that can be known before an engine starts, and print the plan"
+    command = add_command(commands, "check", words, "check recipes/arithmetic_cpu.yaml sampling.max_tokens=64")
+    add_recipe(command)
+    command.add_argument("--ids", action="store_true", help="show the token ids of the first prompt, too")
+    add_looking_commands(commands)
+    add_job_commands(commands)
+    words = "print every option with its type, default and meaning; of a section with examples"
+    command = add_command(commands, "options", words, "options", "options algorithm", "options kl_coef")
+    command.add_argument("name", nargs="?", default="", metavar="SECTION|OPTION", help="only these")
+    return parser
+
+
+def in_lines(*lines: str) -> str:
+    """Join lines of an epilog; their line breaks are kept in the help text."""
+    return "\n".join(lines)
+
+
+def add_command(
+    commands: Any, name: str, words: str, *examples: str, notes: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Add a command with its purpose, `notes`, and `examples` to copy. Return its parser."""
+    lines = [*notes, *([""] if notes else []), "examples:", *(f"  grpo {example}" for example in examples)]
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=words,
+        description=words,
+        epilog=in_lines(*lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return command
+
+
+def add_recipe(command: argparse.ArgumentParser, overrides: str | None = None) -> None:
+    """Add the arguments for a recipe and its overrides."""
+    command.add_argument("recipe", help="a YAML file, see recipes/")
+    command.add_argument("overrides", nargs="*", metavar="section.option=value", help=overrides)
+
+
+def add_looking_commands(commands: Any) -> None:
+    """Add the commands that do not train: eval, compare, replay and plan."""
+    words = "evaluate a model on held-out data: avg@k, pass@k, maj@k with intervals; cached and resumable"
+    examples = (
+        "eval runs/a data.eval.samples_per_prompt=16",
+        "eval Qwen/Qwen2.5-0.5B-Instruct --data test.jsonl --reward reward_fns/math_answer.py",
+    )
+    command = add_command(commands, "eval", words, *examples)
+    command.add_argument("model", help="a folder in Hugging Face layout, a hub id, or a run's folder (its final model)")
+    command.add_argument("overrides", nargs="*", metavar="section.option=value")
+    command.add_argument("--recipe", type=Path, help="take data, template, rewards and settings from it (a run's own)")
+    command.add_argument("--data", action="append", default=[], metavar="PATH", help="in the place of data.eval.sets")
+    command.add_argument("--reward", action="append", default=[], metavar="FILE", help="in the place of rewards")
+    command.add_argument("--out", type=Path, default=Path("evals"), help="where evaluations are kept (evals/)")
+    words = "hold two runs, or two evaluations, against each other: options, graders, held-out accuracy, metrics"
+    command = add_command(commands, "compare", words, "compare runs/a runs/b", "compare runs/a runs/b --step 50")
+    command.add_argument("a", type=Path, help="a run's folder, or one that grpo eval made")
+    command.add_argument("b", type=Path)
+    command.add_argument("--step", type=int, help="the evaluations after this step (each run's last)")
+    words = "compute an update again that was not finite, and say where it began"
+    command = add_command(commands, "replay", words, "replay runs/a/nonfinite/step-000012")
+    command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
+    words = "predict memory on each GPU, seconds of a step and hours of a run, on paper: no GPU, no download"
+    notes = ("Exit code 0 when it fits, 2 when not. What is reckoned, and how far off it is: docs/scale.md",)
+    command = add_command(
+        commands, "plan", words, "plan recipes/gsm8k_qwen2.5_7b.yaml --gpu h100 --gpus-per-node 4", notes=notes
+    )
+    add_recipe(command)
+    command.add_argument("--gpu", metavar="NAME", help="kind of GPU, e.g. h100, a100-80 (the one in this machine)")
+    for flag, metavar, what in (
+        ("--gpu-memory", "GB", "its memory"),
+        ("--tflops", "N", "its bfloat16 Tflop/s without sparsity"),
+        ("--bandwidth", "TB/s", "its memory's bandwidth"),
+    ):
+        command.add_argument(flag, type=float, metavar=metavar, help=f"{what}, of a GPU that is not known by name")
+    command.add_argument("--nodes", type=int, default=1, help="machines (1)")
+    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
+    command.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt (150)")
+    command.add_argument(
+        "--completion-tokens", type=float, metavar="N", help="mean completion over the run (sampling.max_tokens / 3)"
+    )
+
+
+def add_job_commands(commands: Any) -> None:
+    """Add the commands for jobs on a cluster (docs/cluster.md): submit, jobs, status, logs and stop."""
+    words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
+    examples = (
+        "submit recipe.yaml run.dir=/shared/runs run.name=a resume=auto --address http://HEAD:8265",
+        "submit recipe.yaml run.dir=/shared/runs --env HF_TOKEN --queue --no-follow --address http://HEAD:8265",
+    )
+    command = add_command(commands, "submit", words, *examples)
+    add_recipe(command, "and resume=, allow=")
+    command.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
+    )
+    words = "CPUs that Ray reserves on a node for the driver and the reward workers beside it (0: none, on the head)"
+    command.add_argument("--driver-cpus", type=float, default=0.0, metavar="N", help=words)
+    then = command.add_mutually_exclusive_group()
+    words = "end when the job has been handed over"
+    then.add_argument("--no-follow", dest="then", action="store_const", const="end", default="follow", help=words)
+    words = "let Ctrl-C, SIGTERM and SIGUSR1 stop the job, as grpo stop does, not only the following"
+    then.add_argument(
+        "--stop-on-signal", dest="then", action="store_const", const="follow, stop on signals", help=words
+    )
+    words = "wait, on the cluster, until it has room for all engines (cluster.queue=true)"
+    command.add_argument("--queue", action="store_true", help=words)
+    words = "list the runs that were submitted to a cluster: status, run, recipe, times, exit code"
+    every = [command, add_command(commands, "jobs", words, "jobs --address http://HEAD:8265")]
+    for name, words in (
+        ("status", "how a job is doing"),
+        ("logs", "print what a job prints, to its end; the exit code is the job's"),
+        ("stop", "let a job finish its step, save and end, and wait for it"),
+    ):
+        every.append(add_command(commands, name, words, f"{name} grpo-0123456789abcdef --address http://HEAD:8265"))
+        every[-1].add_argument("job", help="as grpo submit has named it")
+    for command in every:
+        command.add_argument("--address", required=True, metavar="http://HEAD:8265", help="the head's job server")
+
+
+def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split `resume=` and `allow=`, which are not options of a recipe, from the overrides.
+
+    Raises UserError for a misspelling of them, and for `allow=` without `resume=`.
+    """
+    asked = {
+        name: value for name, _, value in (text.partition("=") for text in overrides) if name in ("resume", "allow")
+    }
+    for text in overrides:
+        name = text.partition("=")[0]
+        near = difflib.get_close_matches(name, ("resume", "allow"), n=1, cutoff=0.75)
+        if near and name not in asked:
+            raise UserError(f"override {text!r}: did you mean {near[0]}=?")
+    if "allow" in asked and "resume" not in asked:
+        raise UserError("allow= is for a run that is resumed: resume=auto or resume=PATH")
+    return asked, [text for text in overrides if text.partition("=")[0] not in asked]

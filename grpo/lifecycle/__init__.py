@@ -1,0 +1,1 @@
+"""Start, run and end: the sequences of a training and of an evaluation, for the commands and for Python."""

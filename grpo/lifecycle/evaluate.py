@@ -1,0 +1,78 @@
+"""An evaluation, from a loaded recipe to its result: check, look up what was evaluated before, sample the rest."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.checks import check
+from grpo.checks.check import CheckedRun
+from grpo.cluster import engines
+from grpo.cluster import session as cluster
+from grpo.config import Config
+from grpo.lifecycle import evaluation_folder
+from grpo.machine import usable_cpus
+from grpo.rewards.pool import RewardPool
+from grpo.run.console import Console
+from grpo.run.signals import interrupt_early
+from grpo.run.timeline import Timeline
+from grpo.types import ExitCode, Prompt, RewardOutage
+
+
+def check_evaluation(config: Config, recipe: Path | None) -> CheckedRun:
+    """Check the recipe and the cluster. Raises UserError."""
+    config = check.resolve_paths(config)
+    with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
+        interrupt_early()  # joining a cluster has replaced our signal handlers with Ray's
+        return check.check_evaluation(config, recipe or Path("command line"), Path(log_dir))
+
+
+def evaluate(plan: CheckedRun, model: str, out: Path) -> ExitCode:
+    """Evaluate the prompts that have not been evaluated, and print the result. Return the exit code.
+
+    `out`: folder of the evaluations. What has been sampled is kept when the evaluation is interrupted.
+    """
+    key = evaluation_folder.key_of(plan, check.model_fingerprint(plan.config.model.path))
+    folder = evaluation_folder.folder_of(out.expanduser().resolve(), evaluation_folder.name_of(model), key)
+    with evaluation_folder.opened(folder, key, plan), Console(steps=0, log=folder / "log.txt") as console:
+        left = evaluation_folder.unfinished(plan, folder, console.say)
+        if not left:
+            console.say(f"evaluated before: {folder}")
+            result = evaluation_folder.conclude(plan, folder)
+        else:
+            for line in plan.lines:
+                console.say(line)
+            try:
+                result = sample(plan, folder, left, console)
+            except KeyboardInterrupt:
+                console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
+                return ExitCode.RESUMABLE
+            except RewardOutage as error:
+                done, _ = evaluation_folder.survey(plan, folder)  # removes nothing: failed completions can be read
+                kept = len(done) + sum(map(len, left.values())) - len(plan.eval_prompts)
+                console.say(f"grpo: {error}")
+                console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on")
+                return ExitCode.RESUMABLE if kept else ExitCode.USAGE
+        for line in evaluation_folder.report(result):
+            console.say(line)
+        console.say(f"evaluation {folder}")
+    return ExitCode.DONE
+
+
+def sample(plan: CheckedRun, folder: Path, left: Mapping[str, Sequence[Prompt]], console: Console) -> dict[str, Any]:
+    """Start samplers and reward workers, evaluate the prompts of `left`, and shut them down. Return the result."""
+    config, logs = plan.config, folder / "logs"
+    workers = config.cluster.reward_workers or min(8, usable_cpus())
+    with (
+        RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
+        cluster.session(config, logs),
+    ):
+        interrupt_early()  # Ray has replaced our signal handlers
+        console.say(f"starting {config.cluster.samplers} samplers")
+        group = engines.Engines(config, logs, console.say, Timeline(None))
+        try:
+            return evaluation_folder.evaluate(plan, folder, left, group, scorer, console.say)
+        finally:
+            group.close()
