@@ -44,7 +44,7 @@ def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> N
             quiet["CUDA_VISIBLE_DEVICES"] = ""
         # a separate process, since vLLM takes seconds to import and changes the behaviour of transformers. It imports
         # this package from its location, and nothing from the working directory, whose files may have any names
-        places = [str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        places = [str(Path(__file__).parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         quiet["PYTHONPATH"] = os.pathsep.join(places)
         command = [sys.executable, "-P", "-m", "grpo.sampler.vllm.paper", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | quiet)

@@ -442,7 +442,7 @@ def test_a_dumped_config_loads_as_it_was(template: str, recipe: Path, tmp_path: 
 
 def test_what_the_sampler_gives_vllm_itself_cannot_be_given_twice() -> None:
     """Else it would be refused, in other words, by a process on another node."""
-    tree = ast.parse((Path(module.__file__).parents[1] / "sampler" / "engine.py").read_text())
+    tree = ast.parse((Path(module.__file__).parents[1] / "sampler" / "vllm" / "engine.py").read_text())
     [call] = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "EngineArgs"]
     given = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
     assert len(given) > 15
