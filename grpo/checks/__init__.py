@@ -1,1 +1,3 @@
 """What is known before an engine starts: recipe, model, data and reward functions are checked."""
+
+__all__ = ["check"]

@@ -24,8 +24,7 @@ from transformers import AutoConfig
 
 from grpo import data
 from grpo.checks import models
-from grpo.config import Config, DatasetConfig
-from grpo.config.validate_data import validate_gold
+from grpo.config import Config, DatasetConfig, validate_gold
 from grpo.data.columns import hint
 from grpo.files import fingerprint
 from grpo.planning.shapes import refuse_outer_folder, split_problems

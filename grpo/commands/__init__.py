@@ -1,1 +1,3 @@
 """The commands of `grpo`."""
+
+__all__ = ["cli"]

@@ -12,6 +12,7 @@ nearest valid value.
 
 from __future__ import annotations
 
+from grpo.config.aliases import written
 from grpo.config.describe import options_text
 from grpo.config.load import dump, load, load_for_evaluation, read_dump, refuse_flags, refuse_unknown
 from grpo.config.schema import (
@@ -33,7 +34,8 @@ from grpo.config.schema import (
     TrainSetConfig,
     part_names,
 )
-from grpo.config.validate import refuse_own_ray
+from grpo.config.validate import refuse_own_ray, validate
+from grpo.config.validate_data import validate_gold
 
 __all__ = [
     "AlgorithmConfig",
@@ -61,4 +63,7 @@ __all__ = [
     "refuse_flags",
     "refuse_own_ray",
     "refuse_unknown",
+    "validate",
+    "validate_gold",
+    "written",
 ]

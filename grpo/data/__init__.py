@@ -15,8 +15,9 @@ import, so only the functions that need them import them. The order and the reco
 
 from __future__ import annotations
 
+from grpo.data import columns
 from grpo.data.disguise import disguise_of
-from grpo.data.hub import hub_or_cache, is_path, nearest_path
+from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
 from grpo.data.mixing import MixedCursor, most_in_one_draw, restore_cursor, start_cursor
 from grpo.data.order import Cursor, sample_seed
 from grpo.data.overlap import find_overlaps
@@ -31,6 +32,7 @@ __all__ = [
     "MixedCursor",
     "PromptSet",
     "Row",
+    "columns",
     "completion_texts",
     "dataset_name",
     "disguise_of",
@@ -45,6 +47,7 @@ __all__ = [
     "map_columns",
     "most_in_one_draw",
     "nearest_path",
+    "one_line",
     "read_rows",
     "read_set",
     "render_template",

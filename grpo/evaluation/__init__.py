@@ -1,1 +1,3 @@
 """Evaluations: answers, statistics, and the folder of `grpo eval`."""
+
+__all__ = ["metrics", "statistics"]

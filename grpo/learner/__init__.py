@@ -6,3 +6,5 @@ Losses are dot products with `token_weights`: nothing here divides by a batch si
     prepare   old and reference logprobs, values -> token-level advantages, whitened over the step
     step      microbatches -> backward, optimizer steps, metric sums
 """
+
+__all__ = ["paper", "replay", "zero"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import transformers
 
 from grpo.config import Config
-from grpo.data.hub import hub_or_cache, one_line
+from grpo.data import hub_or_cache, one_line
 from grpo.learner import heads
 from grpo.types import UserError
 

@@ -1,1 +1,13 @@
 """The objective: pure functions on tensors. It imports torch and, from this package, only itself."""
+
+__all__ = [
+    "advantages",
+    "aggregation",
+    "compatibility",
+    "kl",
+    "logprobs",
+    "mismatch",
+    "policy",
+    "token_advantages",
+    "values",
+]

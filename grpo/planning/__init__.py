@@ -1,1 +1,3 @@
 """Memory and time on paper, before anything runs."""
+
+__all__ = ["report", "shapes"]

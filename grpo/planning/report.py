@@ -7,9 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Literal
 
-from grpo.config import Config
-from grpo.config.aliases import written
-from grpo.config.validate import validate
+from grpo.config import Config, validate, written
 from grpo.planning.estimate import Estimate, Lengths, Parts, estimate
 from grpo.planning.shapes import Gpu, Shape, shape_of
 from grpo.types import UserError

@@ -7,3 +7,5 @@ worker     child side: loads the files, makes the calls
 counts     counts of finished and running calls, for progress reports
 preflight  checks before a run: the files load, the functions run, the gold answers score
 """
+
+__all__ = ["counts", "imports", "pool", "preflight", "process"]

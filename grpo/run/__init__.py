@@ -1,1 +1,15 @@
 """A run on disk and in time: its folder, samples, trackers, checkpoints, progress, signals, console and timeline."""
+
+__all__ = [
+    "checkpoints",
+    "compare",
+    "console",
+    "folder",
+    "heartbeat",
+    "progress",
+    "resume",
+    "samples",
+    "saving",
+    "signals",
+    "timeline",
+]

@@ -1,1 +1,3 @@
 """DeepSpeed ZeRO; no other package imports it."""
+
+__all__ = ["engine", "setup"]

@@ -1,1 +1,3 @@
 """vLLM; no other package imports it."""
+
+__all__ = ["engine"]
