@@ -664,13 +664,13 @@ def test_a_thousand_completions_take_a_moment(tmp_path: Path) -> None:
     with open_pool([reward], tmp_path, workers=2) as pool:
         pool.submit(items(["2"] * 64)).result(timeout=PATIENCE_S)
         durations = [math.inf]
-        while min(durations) >= 0.1 and len(durations) < 50:  # the best of many: other processes may be at work
+        while min(durations) >= 0.2 and len(durations) < 50:  # the best of many: other processes may be at work
             started = time.monotonic()
             futures = [pool.submit(items(["2", " 2\n", "3", ""] * 5)) for _ in range(50)]
             outcomes = [o for future in futures for o in future.result(timeout=PATIENCE_S)]
             durations.append(time.monotonic() - started)
             assert values(outcomes) == [1.0, 1.0, 0.0, 0.0] * 250
-    assert min(durations) < 0.1, durations
+    assert min(durations) < 0.2, durations
 
 
 def test_one_row_per_group(tmp_path: Path, write: Write) -> None:
