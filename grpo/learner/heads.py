@@ -31,20 +31,29 @@ from grpo.types import UserError
 
 
 class LogprobHead:
-    """Replaces the projection's `forward`: hidden [B,T,H] -> [B,T,2] logprob of the target and entropy."""
+    """Replaces the projection's `forward`: hidden [B,T,H] -> [B,T,2] logprob of the target and entropy.
+
+    Only the wanted positions are projected. Most tokens of a batch are prompts, whose logprobs nobody uses, and for a
+    small model the projection costs as much as all layers.
+    """
 
     def __init__(self, head: torch.nn.Module, *, float32_head: bool, change: LogitChange = UNCHANGED) -> None:
         """`change`: the model family's change to its logits after the projection, which is applied here instead."""
         self.module = head
         self.change = change
         self._float32_head = float32_head
-        self._targets: tuple[torch.Tensor, float] | None = None
+        self._targets: tuple[torch.Tensor, float, torch.Tensor | None] | None = None
         head.forward = self.forward  # type: ignore[method-assign]
 
     @contextmanager
-    def targets(self, target_ids: torch.Tensor, temperature: float) -> Iterator[None]:
-        """Set the targets, [B,T], and the temperature for the model's forward within this context."""
-        self._targets = (target_ids, temperature)
+    def targets(
+        self, target_ids: torch.Tensor, temperature: float, wanted: torch.Tensor | None = None
+    ) -> Iterator[None]:
+        """Set the targets, [B,T], and the temperature for the model's forward within this context.
+
+        `wanted`: [B,T] bool; the other positions get 0. None: all positions.
+        """
+        self._targets = (target_ids, temperature, wanted)
         yield
         self._targets = None
 
@@ -59,9 +68,11 @@ class LogprobHead:
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self._targets is not None, "the model is called without targets"
-        target_ids, temperature = self._targets
+        target_ids, temperature, wanted = self._targets
         weight, bias = self.module.weight, getattr(self.module, "bias", None)
-        return torch.stack(
+        if wanted is not None:  # one row of the wanted positions
+            hidden, target_ids = hidden[wanted][None], target_ids[wanted][None]
+        projected = torch.stack(
             selected_logprobs(
                 hidden,
                 weight,  # type: ignore[arg-type]
@@ -73,6 +84,7 @@ class LogprobHead:
             ),
             dim=-1,
         )
+        return projected if wanted is None else projected.new_zeros(*wanted.shape, 2).index_put((wanted,), projected[0])
 
 
 def unpack(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

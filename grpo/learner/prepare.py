@@ -52,10 +52,10 @@ def prepare(
     ref: list[torch.Tensor | None] = [None] * len(batches)
     if step.multiple_updates or in_reward:
         with tally.timed("time/old_logprobs_s", device):
-            old = [engine.logprobs(b.input_ids.to(device), b.target_ids.to(device))[0] for b in batches]
+            old = [engine.logprobs(batch)[0] for batch in batches]
     if algorithm.kl_coef > 0:
         with tally.timed("time/ref_logprobs_s", device):
-            ref = [engine.ref_logprobs(b.input_ids.to(device), b.target_ids.to(device)) for b in batches]
+            ref = [engine.ref_logprobs(batch) for batch in batches]
     penalties = [
         kl_penalty(batch, old_logprobs, ref_logprobs, step.kl_coef, algorithm, device, tally) if in_reward else None
         for batch, old_logprobs, ref_logprobs in zip(batches, old, ref, strict=True)

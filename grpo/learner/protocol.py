@@ -17,15 +17,15 @@ Model = Literal["policy", "critic"]
 class StepEngine(Protocol):
     """One rank's models. Every method is a collective: all ranks call it, the same number of times."""
 
-    def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the logprobs of the targets and the entropy, [B,T] each, under the policy at the sampling temperature.
 
-        Both arguments are [B,T] ids.
+        Off the completion mask they may be anything finite.
         """
         ...
 
-    def ref_logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        """Return the logprobs of the targets under the frozen reference, [B,T], without gradient."""
+    def ref_logprobs(self, batch: Batch) -> torch.Tensor:
+        """Return the same logprobs under the frozen reference, [B,T], without gradient."""
         ...
 
     def values(self, token_ids: torch.Tensor) -> torch.Tensor:

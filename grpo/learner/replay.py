@@ -93,7 +93,7 @@ def examine(
     If everything is finite, the only entry is the loss.
     """
     model.zero_grad()
-    with head.targets(batch.target_ids.to(device), config.sampling.temperature):
+    with head.targets(batch.target_ids.to(device), config.sampling.temperature, batch.completion_mask.to(device)):
         logprobs, entropy = heads.unpack(model(input_ids=batch.input_ids.to(device), use_cache=False).logits)
     given = {
         "sampler_logprobs": batch.sampler_logprobs,

@@ -109,7 +109,7 @@ def measured_kl_old(
     """
     total = count = 0.0
     for batch in minibatch:
-        logprobs, _ = engine.logprobs(batch.input_ids.to(device), batch.target_ids.to(device))
+        logprobs, _ = engine.logprobs(batch)
         old = prepared[id(batch)].old_logprobs
         assert old is not None
         mask = batch.completion_mask.to(device)
@@ -195,7 +195,7 @@ def _policy_microbatch(
     device: torch.device,
     tally: Tally,
 ) -> None:
-    logprobs, entropy = engine.logprobs(batch.input_ids.to(device), batch.target_ids.to(device))
+    logprobs, entropy = engine.logprobs(batch)
     old = logprobs.detach() if prepared.old_logprobs is None else prepared.old_logprobs
     mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
     terms = objective_terms(

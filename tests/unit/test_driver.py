@@ -40,6 +40,7 @@ from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
 from grpo.sync.probe import Spread
 from grpo.types import (
+    Batch,
     Completion,
     EngineFailure,
     Failed,
@@ -97,13 +98,13 @@ class TablePolicy:
     def outstanding(self) -> dict[str, int]:
         return {}
 
-    def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        every = torch.log_softmax(self.learner(input_ids), -1)
-        return every.gather(-1, target_ids[..., None])[..., 0], -(every.exp() * every).sum(-1)
+    def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        every = torch.log_softmax(self.learner(batch.input_ids), -1)
+        return every.gather(-1, batch.target_ids[..., None])[..., 0], -(every.exp() * every).sum(-1)
 
-    def ref_logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        every = torch.log_softmax(self.reference[input_ids], -1)
-        return every.gather(-1, target_ids[..., None])[..., 0]
+    def ref_logprobs(self, batch: Batch) -> torch.Tensor:
+        every = torch.log_softmax(self.reference[batch.input_ids], -1)
+        return every.gather(-1, batch.target_ids[..., None])[..., 0]
 
     def values(self, token_ids: torch.Tensor) -> torch.Tensor:
         raise AssertionError("there is no critic")

@@ -102,6 +102,43 @@ def test_the_head_gives_what_the_model_itself_does(family: str, make_family: Cal
         assert q.grad.abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_the_head_projects_only_what_is_wanted(family: str, make_family: Callable[..., Path]) -> None:
+    """The wanted positions get the values and the gradients that they get among all; a filler row adds gradients of 0,
+    since every rank must take part in the sum of all gradients."""
+    config = config_of(make_family(family))
+    model = heads.load_policy(config).double()
+    head = heads.install(model, config)
+    projected: list[int] = []
+    linear = heads.selected_logprobs
+
+    def counted(hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        projected.append(hidden.shape[:-1].numel())
+        return linear(hidden, *arguments, **options)
+
+    def gradients(wanted: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        with head.targets(TOKENS[:, 1:], 0.7, given):
+            logprobs, entropy = heads.unpack(model(input_ids=TOKENS[:, :-1], use_cache=False).logits)
+        torch.where(wanted, logprobs + 0.3 * entropy, 0.0).sum().backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(found) == len([*model.parameters()])
+        return torch.where(wanted, logprobs, 0.0), found
+
+    some = torch.zeros(TOKENS[:, 1:].shape, dtype=torch.bool)
+    some[0, 2:5] = some[0, 8] = True
+    for wanted in (some, torch.zeros_like(some)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heads, "selected_logprobs", counted)
+            ours, our_gradients = gradients(wanted, wanted)
+        assert projected.pop() == int(wanted.sum())
+        every, all_gradients = gradients(wanted, None)
+        torch.testing.assert_close(ours, every, rtol=0, atol=1e-12)
+        for p, q in zip(our_gradients, all_gradients, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+        assert any(bool(p.any()) for p in our_gradients) == bool(wanted.any())
+
+
 @pytest.mark.parametrize("family", ["cohere", "gemma2", "gemma3_text", "granite"])
 def test_the_saved_config_is_the_models_own(family: str, make_family: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_family(family)

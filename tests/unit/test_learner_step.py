@@ -17,6 +17,7 @@ from grpo.config import AlgorithmConfig, CriticConfig
 from grpo.learner.prepare import prepare
 from grpo.learner.step import run_step
 from grpo.learner.tally import Tally
+from grpo.types import Batch
 
 VOCABULARY = 6
 CPU = torch.device("cpu")
@@ -40,14 +41,14 @@ class PlainEngine:
         self.kept: list[list[int]] = []
         self.forwards = 0
 
-    def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         self.forwards += 1
-        every = torch.log_softmax(self.model(input_ids) / self.temperature, -1)
-        return every.gather(-1, target_ids[..., None])[..., 0], -(every.exp() * every).sum(-1)
+        every = torch.log_softmax(self.model(batch.input_ids) / self.temperature, -1)
+        return every.gather(-1, batch.target_ids[..., None])[..., 0], -(every.exp() * every).sum(-1)
 
-    def ref_logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        every = torch.log_softmax(self.reference(input_ids) / self.temperature, -1)
-        return every.gather(-1, target_ids[..., None])[..., 0]
+    def ref_logprobs(self, batch: Batch) -> torch.Tensor:
+        every = torch.log_softmax(self.reference(batch.input_ids) / self.temperature, -1)
+        return every.gather(-1, batch.target_ids[..., None])[..., 0]
 
     def values(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.critic(token_ids)[..., 0]

@@ -91,22 +91,25 @@ class Learner:
 
     # --- grpo.learner.protocol.StepEngine ----------------------------------------------------------------------------
 
-    def logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logprobs of the targets and entropy, [B,T] each.
+    def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logprobs of the targets and entropy, [B,T] each, 0 off the completion mask.
 
         Right padding needs no attention mask: under causal attention no real position sees it.
         """
         if self._config.learner.reference_offload and torch.is_grad_enabled():
             self._reference.to("cpu")  # frees memory for the activations
-        with self._head.targets(target_ids, self._config.sampling.temperature):
-            return heads.unpack(self._engine(input_ids=input_ids, use_cache=False).logits)
+        return self._forward(self._engine, self._head, batch)
 
     @torch.no_grad()
-    def ref_logprobs(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+    def ref_logprobs(self, batch: Batch) -> torch.Tensor:
         if self._config.learner.reference_offload:
             self._reference.to(self.device)
-        with self._ref_head.targets(target_ids, self._config.sampling.temperature):
-            return heads.unpack(self._reference(input_ids=input_ids, use_cache=False).logits)[0]
+        return self._forward(self._reference, self._ref_head, batch)[0]
+
+    def _forward(self, model: Any, head: heads.LogprobHead, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        targets, wanted = batch.target_ids.to(self.device), batch.completion_mask.to(self.device)
+        with head.targets(targets, self._config.sampling.temperature, wanted):
+            return heads.unpack(model(input_ids=batch.input_ids.to(self.device), use_cache=False).logits)
 
     def values(self, token_ids: torch.Tensor) -> torch.Tensor:
         assert self._critic is not None
