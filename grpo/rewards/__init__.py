@@ -3,7 +3,8 @@
 pool       parent side: takes groups, returns Scored | Failed, enforces deadlines, restarts workers
 process    one worker as the parent sees it: start, send, receive, kill
 reaper     process between parent and worker: kills everything that the worker started
-worker     child side: loads the files, makes the calls
+worker     child side: answers calls one by one; started by its path
+child      what the worker runs: loads the files, makes the calls, notices what they change
 counts     counts of finished and running calls, for progress reports
 preflight  checks before a run: the files load, the functions run, the gold answers score
 """

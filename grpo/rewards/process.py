@@ -24,6 +24,9 @@ from typing import Any, cast
 
 from grpo.config import RewardConfig
 from grpo.rewards import reaper, worker
+from grpo.rewards.child.loading import Spec
+from grpo.rewards.child.log import MAX_NAME
+from grpo.rewards.child.results import MAX_PARTS
 from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Logged, UserError
 
 START_S = 120.0
@@ -68,7 +71,7 @@ def spec_of(
     columns: Sequence[str] | None = None,
     source: bytes | None = None,
     kept_back: Collection[str] = (),
-) -> dict[str, Any]:
+) -> Spec:
     """Return what a worker needs to load rewards[index].
 
     Args:
@@ -103,7 +106,7 @@ class WorkerProcess:
 
     def __init__(
         self,
-        specs: Sequence[Mapping[str, Any]],
+        specs: Sequence[Spec],
         *,
         environment: Mapping[str, str],
         memory_gib: float,
@@ -290,9 +293,9 @@ def _parse_metrics(metrics: Any, name: str) -> dict[str, tuple[float, int]]:
 
 
 def _refuse_names(logged: Any) -> None:
-    if not isinstance(logged, dict) or len(logged) > worker.MAX_PARTS:
+    if not isinstance(logged, dict) or len(logged) > MAX_PARTS:
         raise ValueError("what is logged is a mapping of some names")
-    if not all(len(name) <= worker.MAX_NAME and name.isprintable() for name in logged):
+    if not all(len(name) <= MAX_NAME and name.isprintable() for name in logged):
         raise ValueError("names of what is logged are short and printable")
 
 

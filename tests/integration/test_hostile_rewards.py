@@ -103,7 +103,7 @@ KIT: dict[str, tuple[str, str, str]] = {
         "json.JSONEncoder.encode = lambda *a: '99'; return 1.0", "worker_died", "closed or broke its connection",
     ),
     "replaces another method of json": ("json.JSONDecoder.decode = lambda *a: 99; return 1.0", "1.0", ""),
-    "replaces the worker's own": ("sys.modules['__main__'].number = lambda value: 7.0; return 1.0", "7.0", ""),
+    "replaces the worker's own": ("sys.modules['__main__'].calls.number = lambda value: 7.0; return 1.0", "7.0", ""),
     "closes its prints' files": ("os.close(1); os.close(2); return 1.0", "1.0", ""),
     "sets a timer of its processor time": ("signal.setitimer(signal.ITIMER_VIRTUAL, 0.01); return 1.0", "1.0", ""),
     "limits its processor time": ("resource.setrlimit(resource.RLIMIT_CPU, (1, 1)); return 1.0", "1.0", ""),

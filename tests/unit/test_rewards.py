@@ -809,6 +809,16 @@ def test_the_working_directory_hides_nothing_but_can_be_imported(
     assert values(scored(reward, tmp_path, ["x"])) == [1.0]
 
 
+def test_a_worker_runs_its_own_code_and_a_reward_may_import_another_grpo(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "grpo.py").write_text("VALUE = 0.25")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
+    reward = write("import grpo\ndef f(completion, row): return grpo.VALUE")
+    assert values(scored(reward, tmp_path, ["x"])) == [0.25]
+
+
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
