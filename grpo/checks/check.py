@@ -28,9 +28,8 @@ from grpo.config import Config, DatasetConfig, validate_gold
 from grpo.data.columns import hint
 from grpo.files import fingerprint
 from grpo.planning.shapes import refuse_outer_folder, split_problems
-from grpo.rewards import pool as rewards
 from grpo.rewards import preflight
-from grpo.rewards.imports import reward_sources
+from grpo.rewards.imports import locate, reward_sources
 from grpo.rewards.process import secrets
 from grpo.types import Moment, Prompt, UserError
 
@@ -82,7 +81,7 @@ def check(
     eval_prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_batch(config, train)
     check_by(config, eval_prompts)
-    files = tuple(rewards.locate(config.rewards, recipe))
+    files = tuple(locate(config.rewards, recipe))
     config = decide_gold(config, files)
     check_reward_sets(config, [*train, *held_out])
     updates = config.optimizer_steps_per_step
@@ -126,7 +125,7 @@ def check_evaluation(
     config = dataclasses.replace(
         config, rewards=[dataclasses.replace(r, sets=tuple(n for n in r.sets if n in names)) for r in own]
     )
-    files = tuple(rewards.locate(config.rewards, recipe))
+    files = tuple(locate(config.rewards, recipe))
     config = decide_gold(config, files)
     check_reward_sets(config, held_out)
     tried = try_rewards(config, files, held_out, unsampled_by(tokenizer, ends, Moment()), log_dir, say)

@@ -18,7 +18,8 @@ import ray
 from grpo.cluster.placement import Reservation
 from grpo.config import Config, RewardConfig
 from grpo.rewards.counts import Counted, total
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.pool import RewardPool
 from grpo.types import Failed, RewardOutage, Scored
 
 COUNTS_S = 2.0

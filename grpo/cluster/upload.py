@@ -12,8 +12,7 @@ from pathlib import Path
 from grpo import config, data
 from grpo.checks import check
 from grpo.config import Config
-from grpo.rewards.imports import PACKAGE, imported, modules
-from grpo.rewards.pool import locate
+from grpo.rewards.imports import PACKAGE, imported, locate, modules
 from grpo.types import UserError
 
 MIB = 2**20

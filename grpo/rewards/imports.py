@@ -1,18 +1,43 @@
-"""The source files that a reward file imports. They travel with a submitted run, and a change in one is a change of the
-reward."""
+"""Reward files: where they are, and the source files that they import. The latter travel with a submitted run, and a
+change in one is a change of the reward."""
 
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib.machinery
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from grpo.config import RewardConfig
 from grpo.types import UserError
 
 PACKAGE = Path(__file__).parents[1]
 """This package. It is always there, and no part of a reward."""
+
+
+def locate(rewards: Sequence[RewardConfig], recipe: Path) -> list[Path]:
+    """Find the files of `rewards`: in the working directory, else next to the recipe, else in the folder above it.
+
+    Raises UserError naming the option and the file with the most similar name.
+    """
+    found = []
+    for i, reward in enumerate(rewards):
+        given = Path(reward.file).expanduser()
+        places = [given] if given.is_absolute() else [given, recipe.parent / given, recipe.parent.parent / given]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            if any(place.is_dir() for place in places):
+                raise UserError(f"rewards[{i}].file={reward.file} is a folder; it must be a Python file")
+            nearby = {p.name: p for place in places if place.parent.is_dir() for p in place.parent.glob("*.py")}
+            near = difflib.get_close_matches(given.name, nearby, n=1, cutoff=0.4)
+            hint = f"; did you mean {nearby[near[0]]}?" if near else ""
+            if recipe.name == "config.yaml":  # the copy in a run folder
+                hint += "; go to the directory that the run was started in, or give another one with --reward FILE"
+            raise UserError(f"rewards[{i}].file={reward.file} does not exist{hint}")
+        found.append(path)
+    return found
 
 
 def reward_sources(file: Path) -> list[Path]:

@@ -24,7 +24,8 @@ from typing import TypeVar
 from grpo.config import RewardConfig, part_names
 from grpo.data.columns import hint, line, nested, render
 from grpo.rewards.child.errors import withheld_words
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.pool import RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
 from grpo.types import Failed, Moment, Prompt, Scored, UserError
 

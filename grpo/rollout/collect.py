@@ -17,7 +17,7 @@ import numpy as np
 from grpo.config import AlgorithmConfig, Config
 from grpo.data import sample_seed
 from grpo.rewards.counts import Counted
-from grpo.rewards.pool import RewardItem
+from grpo.rewards.groups import RewardItem
 from grpo.types import (
     Completion,
     Failed,

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from grpo.rewards.counts import SLOW_S, Counted
-from grpo.rewards.pool import RewardItem
+from grpo.rewards.groups import RewardItem
 from grpo.rollout.collect import SamplerGroup, Scorer
 from grpo.types import Failed, SampledBlock, SampleRequest, Scored
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.rewards.counts import Counted
-from grpo.rewards.pool import RewardItem
+from grpo.rewards.groups import RewardItem
 from grpo.rollout.collect import Scorer
 from grpo.types import Failed, Scored
 

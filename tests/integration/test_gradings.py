@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from grpo.config import RewardConfig
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.pool import RewardPool
 from grpo.types import Failed, Scored
 
 ROOT = Path(__file__).resolve().parents[2]

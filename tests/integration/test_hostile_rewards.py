@@ -15,7 +15,8 @@ import pytest
 
 from grpo.config import RewardConfig
 from grpo.rewards import reaper, worker
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.pool import RewardPool
 from grpo.rewards.process import scrubbed
 from grpo.types import Failed, Scored
 

@@ -17,7 +17,7 @@ import ray
 from ray.cluster_utils import Cluster
 from grpo.config import load
 from grpo.cluster.placement import check_fit, nodes_of_cluster
-from grpo.rewards.pool import RewardItem
+from grpo.rewards.groups import RewardItem
 from grpo.cluster.reward_workers import SpreadPool
 
 recipe, reward, logs = sys.argv[1:]

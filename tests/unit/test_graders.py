@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from grpo.config import RewardConfig
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.pool import RewardPool
 from grpo.rewards.preflight import corrupt
 from grpo.types import Failed, Scored
 

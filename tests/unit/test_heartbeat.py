@@ -15,7 +15,8 @@ import pytest
 from grpo.config import RewardConfig
 from grpo.rewards import counts
 from grpo.rewards.counts import Counted, total
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.pool import RewardPool
 from grpo.run import heartbeat
 from grpo.run.heartbeat import Watch
 from grpo.types import SampledBlock

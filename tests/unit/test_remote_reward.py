@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from grpo.config import RewardConfig
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.pool import RewardPool
 from grpo.types import Failed, Scored
 
 sys.path.append(str(Path(__file__).parents[2] / "reward_fns"))  # behind recipes/, which has an arithmetic.py too

@@ -20,7 +20,9 @@ import pytest
 
 from grpo.config import RewardConfig
 from grpo.rewards import preflight
-from grpo.rewards.pool import RewardItem, RewardPool, locate
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.imports import locate
+from grpo.rewards.pool import RewardPool
 from grpo.rewards.preflight import Unsampled, check_loads, corrupt, declares_gold, try_golds, try_out
 from grpo.rewards.process import parse_answer, parse_greeting
 from grpo.types import Failed, Logged, Moment, Prompt, Scored, UserError
@@ -715,7 +717,8 @@ def test_nothing_outlives_a_killed_driver_or_reaper(struck: str, write: Write, t
 import sys, time
 from pathlib import Path
 from grpo.config import RewardConfig
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.groups import RewardItem
+from grpo.rewards.pool import RewardPool
 pool = RewardPool([RewardConfig(file={hang.file!r}, name="f")], files=[Path({hang.file!r})], workers=1,
                   log_dir=Path({str(tmp_path)!r}))
 pool.submit([RewardItem(completion="x", row={{}}, messages=None, info={{}}, dataset="d")])

@@ -12,8 +12,9 @@ import pytest
 
 from grpo.cluster.engines import learner_environment, sampler_environment
 from grpo.config import RewardConfig, load
+from grpo.rewards.groups import RewardItem
 from grpo.rewards.imports import imported
-from grpo.rewards.pool import RewardItem, RewardPool
+from grpo.rewards.pool import RewardPool
 from grpo.types import Scored
 
 ROOT = Path(__file__).resolve().parents[2]
