@@ -35,12 +35,15 @@ class ExitCode(IntEnum):
     """Exit codes of the commands."""
 
     DONE = 0
+    """The command has done its work."""
     INTERNAL = 1
-    """Any other error."""
+    """Any other error. The message names the part that failed; a run keeps the traceback in its folder."""
     USAGE = 2
-    """An error of the user."""
+    """An error of the user: one sentence names the file, line or option and the nearest valid value. `grpo plan`: the
+    recipe does not fit."""
     RESUMABLE = 75
-    """Stopped; the same command continues."""
+    """The run was stopped (signal, full disk, an outage) and can be resumed: the same command with `resume=auto`
+    continues it."""
     DETACHED = 130
     """Nobody reads the output any longer (Ctrl-C, or the reader of a pipe has gone), and the followed job continues. It
     is not 75, on which schedulers submit again."""

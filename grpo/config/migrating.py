@@ -11,29 +11,33 @@ import sys
 from grpo.config.aliases import TRAINERS, answer, joined, written
 from grpo.config.foreign import LEAVE, NO, TABLE, Alias
 
+HEAD = """\
+<!-- python -m grpo.config.migrating > docs/migrating.md -->
+# From TRL, verl, OpenRLHF or open-instruct
+
+This page gives, for each option of these trainers, the option of `grpo` with the same meaning. Error messages give the
+same answer where such an option is used: in a recipe, as `option=value` on the command line, or as a flag:
+
+```
+{example}
+```
+
+Where the first column has only an option, it takes the same value as theirs. *Worked out*: the text below says how to
+derive our value from theirs. *Left out*: nothing has to be set. *No*: it is not supported, for the reason given. `~`
+stands for `actor_rollout_ref.`. OpenRLHF's names are those of its flags, the older and the dotted ones.
+
+Reward functions written for TRL or verl run unchanged ([rewards.md](rewards.md#calling-styles)). Columns of their data
+sets: [data.md](data.md#columns).
+"""
+
 
 def page() -> str:
     """Return the text of docs/migrating.md."""
-    lines = [
-        "<!-- python -m grpo.config.migrating > docs/migrating.md -->",
-        "# From TRL, verl, OpenRLHF or open-instruct",
-        "",
-        "What their options are called here. The same table answers them wherever an option is read: in a recipe, as",
-        "`option=value` on the command line, and as a flag:",
-        "",
-        "```",
-        *_example(),
-        "```",
-        "",
-        "An option alone takes the same value. *Worked out* says how to come from theirs to ours, *left out* that",
-        "nothing has to be set, *no* that it is not supported, and why. Reward functions written for TRL or verl run",
-        "unchanged ([README](../README.md#write-a-reward-function)); columns of their data sets: [data.md](data.md).",
-        "`~` stands for `actor_rollout_ref.`; OpenRLHF's names are those of its flags, the older and the dotted ones.",
-    ]
+    lines = []
     for topic, aliases in TABLE.items():
         lines += ["", f"## {topic}", "", "| here | TRL | verl | OpenRLHF | open-instruct |", "|---|---|---|---|---|"]
         lines += [_row(alias) for alias in aliases if any(getattr(alias, field) for field in TRAINERS)]
-    return "\n".join(lines) + "\n"
+    return HEAD.format(example="\n".join(_example())) + "\n".join(lines) + "\n"
 
 
 def _example() -> list[str]:

@@ -1,4 +1,4 @@
-"""Signs that a run learns nothing, detected in the metrics of its steps; docs/operations.md lists them.
+"""Signs that a run learns nothing, detected in the metrics of its steps; docs/look.md lists them.
 
 A sign is reported once it has held for as many consecutive steps as its threshold, or for all steps of a shorter run.
 It is reported once in the console, then at the end and in summary.json with the steps in which it held.
