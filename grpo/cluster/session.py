@@ -116,6 +116,8 @@ def session(
         say: Called with what a run with `cluster.queue` waits for.
     """
     address = cluster_address(config)
+    if (address is not None or log_dir is not None) and ray.is_initialized():
+        raise UserError("Ray is running in this process already: call ray.shutdown() first")
     if address is None:
         if config.cluster.queue:
             raise UserError(
@@ -198,19 +200,34 @@ def _token() -> str:
 
 
 @contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables in the block, and restore the values from before it."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def _loopback_only() -> Iterator[None]:
     """Make everything that Ray starts in the block listen on the loopback interface only.
 
     Ray does so by default only on other operating systems. It has no option for it: it replaces a given loopback
     address with the machine's own.
     """
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        del os.environ[name]
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with _environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -237,8 +254,6 @@ def _out_of_the_process_group() -> Iterator[None]:
 def _private_ray(node: Node, above: str) -> Iterator[None]:
     """Run the block with a private Ray, whose folder is created in `above` (see `grpo.sockets`)."""
     folder = Path(tempfile.mkdtemp(prefix="grpo-ray-", dir=above))
-    os.environ["RAY_AUTH_TOKEN"] = _token()
-    os.environ[sweeper.MARK] = str(folder)  # inherited by everything that Ray starts
     sweeping = subprocess.Popen(
         [sys.executable, "-P", sweeper.__file__, str(folder)],
         stdin=subprocess.PIPE,
@@ -246,26 +261,28 @@ def _private_ray(node: Node, above: str) -> Iterator[None]:
         start_new_session=True,
     )
     try:
-        ray.init(
-            address="local",
-            job_config=RayJob(),
-            num_cpus=int(node.cpus),
-            num_gpus=int(node.gpus),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=1 << 30,
-            _temp_dir=str(folder / "r"),  # Ray opens this folder to all users; its parent stays private
-            _node_ip_address=LOOPBACK,
-            _system_config={"task_events_report_interval_ms": 0},  # otherwise Ray keeps the last 100,000 calls
-        )
-        if ray.util.get_node_ip_address() != LOOPBACK:
-            raise RuntimeError(f"the private Ray listens on {ray.util.get_node_ip_address()}, not on {LOOPBACK} alone")
-        yield
+        with _environment({"RAY_AUTH_TOKEN": _token()}):
+            with _environment({sweeper.MARK: str(folder)}):  # inherited by everything that Ray starts
+                ray.init(
+                    address="local",
+                    job_config=RayJob(),
+                    num_cpus=int(node.cpus),
+                    num_gpus=int(node.gpus),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=1 << 30,
+                    _temp_dir=str(folder / "r"),  # Ray opens this folder to all users; its parent stays private
+                    _node_ip_address=LOOPBACK,
+                    _system_config={"task_events_report_interval_ms": 0},  # otherwise Ray keeps the last 100,000 calls
+                )
+            if ray.util.get_node_ip_address() != LOOPBACK:
+                raise RuntimeError(
+                    f"the private Ray listens on {ray.util.get_node_ip_address()}, not on {LOOPBACK} alone"
+                )
+            yield
     finally:
         ray.shutdown()
-        for name in ("RAY_AUTH_TOKEN", sweeper.MARK):
-            os.environ.pop(name, None)
         assert sweeping.stdin is not None
         sweeping.stdin.close()
         sweeping.wait(timeout=30)

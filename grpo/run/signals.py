@@ -1,13 +1,20 @@
-"""Handling of SIGTERM, SIGUSR1 and Ctrl-C. The first signal requests a stop; a second one or a timeout enforces it."""
+"""Handling of SIGTERM, SIGUSR1 and Ctrl-C. The first signal requests a stop; a second one or a timeout enforces it.
+
+Only the main thread of a process can set handlers. In another thread, everything here leaves the handlers as they are,
+so no signal stops a run there.
+"""
 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (*SIGNALS, signal.SIGALRM)
+"""All signals whose handlers are set here. SIGALRM ends the grace period of a step."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -18,9 +25,14 @@ class Stopped(KeyboardInterrupt):
     """
 
 
+def in_main_thread() -> bool:
+    """Return whether this thread can set signal handlers."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def interrupt_early() -> None:
     """Make all of the signals raise KeyboardInterrupt, as Ctrl-C does, while there is nothing to finish."""
-    for number in SIGNALS:
+    for number in SIGNALS if in_main_thread() else ():
         signal.signal(number, signal.default_int_handler)
 
 
@@ -31,12 +43,10 @@ def signals_delayed() -> Iterator[None]:
     An exception of the block takes precedence over them.
     """
     came: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in SIGNALS}
-    try:
+    with handlers_kept():
+        for number in SIGNALS if in_main_thread() else ():
+            signal.signal(number, lambda number, frame: came.append(number))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
 
@@ -44,12 +54,13 @@ def signals_delayed() -> Iterator[None]:
 @contextmanager
 def handlers_kept() -> Iterator[None]:
     """Restore, at the end of the block, the signal handlers that were set before it."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in HANDLED} if in_main_thread() else {}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: it was set by C code, and Python cannot set it again
+                signal.signal(number, handler)
 
 
 class Stopper:
@@ -69,7 +80,7 @@ class Stopper:
 
     def install(self) -> None:
         """Install the handlers, replacing any that were installed by others."""
-        for number in (*SIGNALS, signal.SIGALRM):
+        for number in HANDLED if in_main_thread() else ():
             signal.signal(number, self._handle)
 
     def uninstall(self) -> None:
@@ -77,8 +88,10 @@ class Stopper:
 
         After a requested stop, ignore signals instead: only final messages remain, and they decide the exit code.
         """
+        if not in_main_thread():
+            return
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number in (*SIGNALS, signal.SIGALRM):
+        for number in HANDLED:
             plain = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, signal.SIG_IGN if self.asked else plain)
 
@@ -91,7 +104,8 @@ class Stopper:
         finally:
             self._may_finish = False
             self._over = self.asked is not None
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            if in_main_thread():
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.enforced or self._over:  # the shutdown is not interrupted again
