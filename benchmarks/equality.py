@@ -4,7 +4,7 @@
     python -m benchmarks.equality 1a2b3c4 gspo gae     # these cases
     python -m benchmarks.equality --list
 
-Each case is a short run of recipes/arithmetic_cpu.yaml with one variant of recipes/arithmetic_objectives.yaml. The
+Each case is a short run of recipes/arithmetic_cpu.yaml with one variant of benchmarks/objective_variants.yaml. The
 variants run with different engine options (ZeRO 0 to 3, two ranks, two samplers, bfloat16, a mix of data sets,
 refills). The other commit runs in a separate worktree with this tree's environment on this machine. Floating-point
 results depend on the processor, so no results are stored in the repository. Its runs are kept in --out and not
@@ -35,7 +35,7 @@ from benchmarks.result import print_result
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "recipes/arithmetic_cpu.yaml"
-OBJECTIVES = ROOT / "recipes" / "arithmetic_objectives.yaml"
+OBJECTIVES = ROOT / "benchmarks" / "objective_variants.yaml"
 COMMON = (
     "run.steps=3", "run.save_every=2", "run.tensorboard=false", "algorithm.prompts_per_step=16",
     "algorithm.minibatches_per_step=2", "learner.tokens_per_microbatch=256", "data.eval.sets[0].limit=32",

@@ -1,4 +1,4 @@
-"""Train the arithmetic recipe with each objective of recipes/arithmetic_objectives.yaml, and write a table.
+"""Train the arithmetic recipe with each objective of benchmarks/objective_variants.yaml, and write a table.
 
     python -m benchmarks.objectives [--only NAME ...] [--seed 1] [--out DIR] [section.option=value ...]
 
@@ -20,7 +20,7 @@ import yaml
 
 from benchmarks.result import print_result
 
-LIST = Path("recipes/arithmetic_objectives.yaml")
+LIST = Path("benchmarks/objective_variants.yaml")
 BAR = 0.85
 
 

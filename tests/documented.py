@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = ("arithmetic_cpu", "arithmetic_objectives", "reasoning_cpu", "smollm2_word_problems", "smollm2_wider")
+OWN = ("arithmetic_cpu", "reasoning_cpu", "smollm2_word_problems", "smollm2_wider")
 """Not of the field: no source and no published result."""
 RECIPES = {p.stem: p for p in sorted((ROOT / "recipes").glob("*.yaml")) if p.stem not in OWN}
 
