@@ -17,12 +17,14 @@ The result is cached: the script does nothing if this version of the script crea
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -136,22 +138,32 @@ def pretrain(
     return batch, accuracy
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make other processes that make the folder `out` wait until the end of the block."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_name(f".{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(out: Path, version: str, make: Callable[[Path], dict[str, object]]) -> None:
     """Fill the folder `out` by `make(staging folder)`, unless `version` created it. `make` returns facts to record."""
-    stamp = out / "made_by.json"
-    if stamp.exists() and json.loads(stamp.read_text())["script"] == version:
-        print(f"base model and data are in {out} already", flush=True)
-        return
-    started = time.time()
-    torch.manual_seed(SEED)
-    staging = out.with_name(out.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    facts = {"script": version, "seed": SEED, **make(staging)}
-    (staging / "made_by.json").write_text(json.dumps(facts) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    staging.rename(out)
-    print(f"base model and data written to {out} in {time.time() - started:.0f} s", flush=True)
+    with locked(out):
+        stamp = out / "made_by.json"
+        if stamp.exists() and json.loads(stamp.read_text())["script"] == version:
+            print(f"base model and data are in {out} already", flush=True)
+            return
+        started = time.time()
+        torch.manual_seed(SEED)
+        staging = out.with_name(out.name + ".partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        facts = {"script": version, "seed": SEED, **make(staging)}
+        (staging / "made_by.json").write_text(json.dumps(facts) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        staging.rename(out)
+        print(f"base model and data written to {out} in {time.time() - started:.0f} s", flush=True)
 
 
 def version_of(*scripts: str) -> str:

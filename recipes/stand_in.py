@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arithmetic import locked
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -145,6 +146,11 @@ def overrides(recipe: Path) -> list[str]:
 
 def make() -> Path:
     """Create model and data in TINY within seconds, unless this version of the file has created them. Return TINY."""
+    with locked(TINY):
+        return _make()
+
+
+def _make() -> Path:
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     stamp = TINY / "made_by.txt"
     if stamp.exists() and stamp.read_text() == version:
@@ -173,6 +179,11 @@ def make_wide() -> Path:
     with padding.
     """
     folder = TINY.with_name("wide")
+    with locked(folder):
+        return _make_wide(folder)
+
+
+def _make_wide(folder: Path) -> Path:
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     stamp = folder / "made_by.txt"
     if stamp.exists() and stamp.read_text() == version:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -34,6 +35,27 @@ def pytest_configure(config: pytest.Config) -> None:
     writer = config.get_terminal_writer()
     writer.fullwidth = writer.fullwidth
     os.environ["COLUMNS"] = "1000"
+
+
+SEED = os.environ.setdefault("GRPO_TEST_SEED", str(random.randrange(10**6)))
+"""Seed of the instants at which tests kill something. Worker processes of pytest-xdist inherit it."""
+
+
+def pytest_report_header() -> str:
+    return f"instants of kills: GRPO_TEST_SEED={SEED}"
+
+
+@pytest.fixture
+def instant(request: pytest.FixtureRequest) -> Callable[[float], float]:
+    """Return a function: span -> a random instant in it, in seconds, which is printed."""
+    generator = random.Random(f"{SEED} {request.node.name}")
+
+    def draw(span: float) -> float:
+        drawn = generator.uniform(0, span)
+        print(f"GRPO_TEST_SEED={SEED}: after {drawn:.3f} of {span:.3f} s")
+        return drawn
+
+    return draw
 
 
 @pytest.fixture(scope="session")

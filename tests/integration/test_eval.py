@@ -130,6 +130,7 @@ def test_a_signal_leaves_what_was_sampled(run: Path) -> None:
     assert not list(out.glob("*/evaluation.json"))
 
 
+@pytest.mark.slow
 def test_after_an_outage_the_same_command_goes_on(run: Path, tmp_path: Path) -> None:
     """What was scored is kept, the rest is sampled again with the same seeds: the result is that of a judge that was
     never away. A judge that is away at the start is refused."""
