@@ -25,10 +25,12 @@ from grpo import config
 from grpo.checks import check
 from grpo.cluster import engines
 from grpo.cluster import session as cluster
+from grpo.cluster.environment import sampler_environment
 from grpo.lifecycle import evaluation_folder as evaluating
 from grpo.rewards.pool import RewardPool
 from grpo.rollout.collect import eval_seed
 from grpo.run.timeline import Timeline
+from grpo.sampler.settings import eval_settings
 from grpo.types import SampleRequest
 
 BAR = 1.15
@@ -55,9 +57,9 @@ def main() -> None:
             cluster.session(c, folder),
         ):
             group = engines.Engines(c, folder, print, Timeline(None))
-            environment = engines.sampler_environment(c)
+            environment = sampler_environment(c)
             bare = ray.remote(BareSampler).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c)
-            settings = engines.eval_settings(c, plan.end_token_ids)
+            settings = eval_settings(c, plan.end_token_ids)
             requests = [
                 SampleRequest(
                     index=i,

@@ -231,7 +231,7 @@ def rows_64k(day: Day) -> Figures:
 
 def learner_alone(day: Day, length: int) -> Figures:
     """Run three driver steps of four rows with `length` tokens each. Return figures from the median of the last two."""
-    from grpo.cluster.engines import learner_environment
+    from grpo.cluster.environment import learner_environment
 
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     import numpy as np

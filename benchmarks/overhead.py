@@ -39,6 +39,7 @@ from grpo.checks import check
 from grpo.cluster import actors
 from grpo.cluster import engines as engine_group
 from grpo.cluster import session as cluster
+from grpo.cluster.environment import learner_environment, sampler_environment
 from grpo.config import Config
 from grpo.metrics.health import Health
 from grpo.rewards.pool import RewardPool
@@ -46,6 +47,7 @@ from grpo.run.folder import RunFolder
 from grpo.run.progress import Progress
 from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
+from grpo.sampler.settings import train_settings
 from grpo.types import Batch, RankStep, SampleRequest, SamplingSettings
 
 if TYPE_CHECKING:
@@ -288,7 +290,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="grpo-bench-") as scratch:
         folder = Path(scratch)
         plan = check.check(c, arguments.recipe, folder)
-        settings = engine_group.train_settings(c, plan.end_token_ids)
+        settings = train_settings(c, plan.end_token_ids)
         with (
             RewardPool(c.rewards, files=plan.reward_files, workers=os.cpu_count() or 1, log_dir=folder) as scorer,
             cluster.session(c, folder),
@@ -299,8 +301,8 @@ def main() -> None:
             bare = [
                 ray.remote(cls).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(c, *others)
                 for cls, environment, others in (
-                    (BareSampler, engine_group.sampler_environment(c), ()),
-                    (BareLearner, engine_group.learner_environment(c, 0), (budgets,)),
+                    (BareSampler, sampler_environment(c), ()),
+                    (BareLearner, learner_environment(c, 0), (budgets,)),
                 )
             ]
             (folder / "run").mkdir()
@@ -311,7 +313,7 @@ def main() -> None:
                 reporter=pairing, train_settings=settings, eval_settings=settings,
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
                 progress=Progress.start(c, plan.prompts), stopping=lambda: False, timeline=Timeline(None),
-                saver=Saver(c, run.path, engines=engines, fingerprints=dict, flush=lambda: None, say=print),
+                saver=Saver(c, run.path, engines=engines.state, fingerprints=dict, flush=lambda: None, say=print),
                 health=Health(c),
             )  # fmt: skip
             actors.freeze_garbage()

@@ -148,7 +148,7 @@ def make_models(folder: Path) -> None:
 
 def run(role: str, recipe: Path, config: Config) -> int:
     """Return the role's bytes, measured in a separate process with the environment of the engines' actors."""
-    from grpo.cluster.engines import learner_environment, sampler_environment
+    from grpo.cluster.environment import learner_environment, sampler_environment
 
     environment = learner_environment(config, 0) if role == "learner" else sampler_environment(config)
     command = [sys.executable, "-m", "benchmarks.plan_memory", "--role", role, "--recipe", str(recipe)]

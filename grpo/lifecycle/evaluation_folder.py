@@ -34,6 +34,7 @@ from grpo.run import folder as run_folder
 from grpo.run.compare import Samples, read_rows, read_samples, table, with_bounds
 from grpo.run.heartbeat import Watch
 from grpo.run.samples import read_columns, write_groups
+from grpo.sampler.settings import eval_settings
 from grpo.types import Group, Moment, Prompt, UserError
 
 WRITE_S = 20.0
@@ -56,7 +57,7 @@ def key_of(plan: CheckedRun, model: str) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(config.model.path),
         "fingerprints": {name: value for name, value in plan.fingerprints.items() if name != "data.train"},
         "samples_per_prompt": {name: samples_of(plan, name) for name in set_names(plan)},
-        "settings": dataclasses.asdict(engines.eval_settings(config, plan.end_token_ids)),
+        "settings": dataclasses.asdict(eval_settings(config, plan.end_token_ids)),
         "dtype": config.model.dtype,
         "float32_head": config.model.float32_head,
         "seeded": config.sampling.seeded,
@@ -202,7 +203,7 @@ def sample_set(
             prompts,
             sampler=watched,
             scorer=watched,
-            settings=engines.eval_settings(config, plan.end_token_ids),
+            settings=eval_settings(config, plan.end_token_ids),
             samples_per_prompt=each,
             seed_of=lambda prompt, index: eval_seed(config, prompt, index),
             decode=functools.partial(data.completion_texts, plan.tokenizer),

@@ -42,6 +42,7 @@ from grpo.run.resume import Origin, Resumed
 from grpo.run.saving import Saver
 from grpo.run.signals import Stopper, interrupt_early
 from grpo.run.timeline import TimedScorer, Timeline
+from grpo.sampler.settings import eval_settings, train_settings
 from grpo.types import EngineFailure, ExitCode, RewardOutage, UserError
 
 PATIENCE_S = 30.0
@@ -229,7 +230,7 @@ def run(training: Training, *, patience_s: float) -> bool:
         console.say(placed(folder.facts["nodes"], dashboard))
         try:
             if training.resumed.manifest is not None and training.resumed.folder is not None:
-                group.restore(training.resumed.folder, training.resumed.manifest.learner)
+                group.state.restore(training.resumed.folder, training.resumed.manifest.learner)
             loop = loop_of(training, group, scorer, timeline)
             actors.freeze_garbage()
             with training.stopper.finishing_steps():
@@ -256,7 +257,7 @@ def loop_of(
     saver = Saver(
         plan.config,
         folder.path,
-        engines=group,
+        engines=group.state,
         fingerprints=functools.cache(lambda: resume.fingerprints(plan)),
         flush=folder.flush,
         say=console.say,
@@ -271,8 +272,8 @@ def loop_of(
         folder=folder,
         reporter=console,
         decode=functools.partial(data.completion_texts, plan.tokenizer),
-        train_settings=engines.train_settings(plan.config, plan.end_token_ids),
-        eval_settings=engines.eval_settings(plan.config, plan.end_token_ids),
+        train_settings=train_settings(plan.config, plan.end_token_ids),
+        eval_settings=eval_settings(plan.config, plan.end_token_ids),
         progress=training.resumed.progress,
         saver=saver,
         stopping=lambda: stopper.asked is not None,

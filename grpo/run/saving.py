@@ -18,7 +18,7 @@ from grpo.run.folder import versions
 
 
 class Captured(Protocol):
-    """Interface of the learner for checkpoints; implemented by `grpo.cluster.engines.Engines`."""
+    """Interface of the learner for checkpoints; implemented by `grpo.cluster.learner_state.LearnerState`."""
 
     def capture(self, folder: Path) -> dict[str, Any]: ...
 

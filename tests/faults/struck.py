@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from grpo.cluster import engines
+from grpo.cluster import engines, watch
 from grpo.commands import cli
 from grpo.rollout import collect as rollouts
 from grpo.run import saving
@@ -122,14 +122,14 @@ def main(fault: str, phase: str, notes: Path, arguments: list[str]) -> int:
                 yield block
 
         engines.Engines.sample = sample  # type: ignore[method-assign]
-    plain_wait = engines.Engines._wait
+    plain_wait = watch.ActorWatch.wait
 
     def wait(self: Any, references: Any, what: str, timeout_s: float, **more: Any) -> Any:
         if phase in WAITS and phase != "sampling":
             count(what == WAITS[phase][0])
         return plain_wait(self, references, what, timeout_s, **more)
 
-    engines.Engines._wait = wait  # type: ignore[method-assign]
+    watch.ActorWatch.wait = wait  # type: ignore[method-assign]
     return cli.main(arguments)
 
 

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from grpo import config
-from grpo.cluster import actors, engines
+from grpo.cluster import actors
 from grpo.cluster import session as cluster
+from grpo.cluster.watch import ActorWatch
 from grpo.types import EngineFailure
 
 import ray  # isort: skip - grpo sets what it reads when it is imported
@@ -30,12 +31,11 @@ class Stuck:
 
 def main(recipe: str, logs: Path) -> None:
     with cluster.session(config.load(Path(recipe), []), logs):
-        group = object.__new__(engines.Engines)
         actor = ray.remote(Stuck).remote(str(logs / "stuck-0.log"))
-        group._log_dir, group._names, group._known = logs, {actor: "stuck-0"}, {}
-        group._processes = {actor: actor.process.remote()}
+        watch = ActorWatch(logs)
+        watch.add(actor, "stuck-0")
         try:
-            group._wait([actor.hang.remote()], "the hang", 3.0)
+            watch.wait([actor.hang.remote()], "the hang", 3.0)
         except EngineFailure as error:
             print(error)
         ray.kill(actor)

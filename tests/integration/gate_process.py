@@ -22,6 +22,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
     from grpo.run.progress import Progress
     from grpo.run.saving import Saver
     from grpo.run.timeline import Timeline
+    from grpo.sampler import settings
 
     import numpy as np  # isort: skip
     import ray  # isort: skip - after grpo, which sets its environment
@@ -38,7 +39,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
         def sample(self, requests: Any, settings: Any) -> Iterator[Any]:
             self.steps += 1
             if self.steps == 3 and self._how == "perturb":
-                ray.get(self._engines.samplers[0].perturb_for_test.remote("norm", 1.05))
+                ray.get(self._engines.fleet.samplers[0].perturb_for_test.remote("norm", 1.05))
             for block in self._engines.sample(requests, settings):
                 if self.steps == 3 and self._how == "swap":  # the completions of two prompts change places
                     index = block.index.copy()
@@ -63,10 +64,10 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
                 config=c, prompts=plan.prompts, eval_prompts=(), engines=tampered, scorer=scorer, folder=run,
                 reporter=Console(steps=c.run.steps, log=None),
                 decode=lambda ids: plan.tokenizer.batch_decode(ids, skip_special_tokens=True),
-                train_settings=engine_group.train_settings(c, plan.end_token_ids),
-                eval_settings=engine_group.eval_settings(c, plan.end_token_ids),
+                train_settings=settings.train_settings(c, plan.end_token_ids),
+                eval_settings=settings.eval_settings(c, plan.end_token_ids),
                 progress=Progress.start(c, plan.prompts),
-                saver=Saver(c, run.path, engines=engines, fingerprints=dict, flush=lambda: None, say=print),
+                saver=Saver(c, run.path, engines=engines.state, fingerprints=dict, flush=lambda: None, say=print),
                 stopping=lambda: False, timeline=Timeline(None), health=Health(c),
             )  # fmt: skip
             error = ""

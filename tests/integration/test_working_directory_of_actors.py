@@ -14,7 +14,7 @@ import os, subprocess, sys, tempfile
 from pathlib import Path
 import ray
 from grpo import config
-from grpo.cluster import engines
+from grpo.cluster.environment import sampler_environment
 from grpo.cluster import session as cluster
 
 @ray.remote
@@ -26,7 +26,7 @@ class Actor:
 
 options = config.load(sys.argv[1])
 with tempfile.TemporaryDirectory() as logs, cluster.session(options, Path(logs)):
-    actor = Actor.options(runtime_env={"env_vars": engines.sampler_environment(options)}).remote()
+    actor = Actor.options(runtime_env={"env_vars": sampler_environment(options)}).remote()
     print(*ray.get(actor.look.remote()), sep="\\n")
 """
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from test_plan import config_of
 
-from grpo.cluster import actors, engines
+from grpo.cluster import actors, engines, fleet, watch
 from grpo.config import Config
 from grpo.planning.estimate import (
     Lengths,
@@ -239,7 +239,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Ledger,
         (learner, _), sampler = learner_memory(config, shape), sampler_memory(config, shape, GPUS["h100"].memory)
         transfer = transfer_bytes(shape, 2 if config.model.dtype == "bfloat16" else 4)
         flying: Any = InFlight(ledger)
-        for module in (actors, engines):
+        for module in (actors, fleet, watch):
             monkeypatch.setattr(module, "ray", flying)
         monkeypatch.setattr(actors, "_log_to", lambda path: None)
         monkeypatch.setattr(actors, "network_environment", lambda host: {})
@@ -249,8 +249,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Ledger,
         monkeypatch.setattr(actors, "_place", lambda gpus: Place(node="node", host="127.0.0.1", gpus=tuple(gpus)))
         monkeypatch.setattr(actors, "open_store", lambda *_: SimpleNamespace(port=1))
         monkeypatch.setattr(actors, "prove", full_check)
-        monkeypatch.setattr(engines, "Reservation", lambda *_: SimpleNamespace(of=lambda *_: {}, release=lambda: None))
-        monkeypatch.setattr(engines.Engines, "_lost", lambda self: None)
+        monkeypatch.setattr(fleet, "Reservation", lambda *_: SimpleNamespace(of=lambda *_: {}, release=lambda: None))
+        monkeypatch.setattr(watch.ActorWatch, "_lost", lambda self: None)
         monkeypatch.setattr(transport, "BUCKET_BYTES", 64)
         monkeypatch.setattr(transport, "reduce_tensor", lambda flat: (None, (0,) * 15))
 
@@ -338,9 +338,9 @@ def test_a_sampler_is_replaced_while_the_learner_is_in_host_memory(
     recipe, overrides = CASES[0]
     ledger, running = machine(config_of(recipe, *overrides))
     a_run(ledger, running)
-    before, first = dict(ledger.held), running.samplers[0]
-    running._replace([0], engines.ActorDied("sampler-0", "sampler-0 died"))
-    assert running.samplers[0] is not first
+    before, first = dict(ledger.held), running.fleet.samplers[0]
+    running._replace([0], watch.ActorDied("sampler-0", "sampler-0 died"))
+    assert running.fleet.samplers[0] is not first
     assert ledger.held == before  # it can sample, and the learner has left again
 
 

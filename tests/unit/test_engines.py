@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from grpo.cluster import engines
+from grpo.cluster import engines, watch
 from grpo.run.timeline import Timeline
 from grpo.types import EngineFailure, SampledBlock, SampleRequest
 
@@ -24,22 +25,22 @@ def test_only_a_call_to_a_sampler_leaves_the_learner_s_state_to_save(
     def get(references: Any) -> None:
         raise ray.exceptions.RayTaskError("call", "traceback", ValueError("no such token"))
 
-    group = engines.Engines.__new__(engines.Engines)
-    monkeypatch.setattr(engines.Engines, "_ready", lambda self, pending, *_: (pending, []))
-    monkeypatch.setattr(engines, "ray", SimpleNamespace(get=get, exceptions=ray.exceptions))
+    monkeypatch.setattr(watch.ActorWatch, "ready", lambda self, pending, *_: (pending, []))
+    monkeypatch.setattr(watch, "ray", SimpleNamespace(get=get, exceptions=ray.exceptions))
     with pytest.raises(EngineFailure, match="while waiting for completions: ValueError: no such token") as failure:
-        group._wait([object()], "completions", 1.0, of_samplers=of_samplers)
+        watch.ActorWatch(Path("logs")).wait([object()], "completions", 1.0, of_samplers=of_samplers)
     assert failure.value.learner_answers == of_samplers
 
 
 def test_what_each_sampler_still_owes_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [SampleRequest(index=i, token_ids=(1,), seeds=(1, 2)) for i in range(3)]
     blocks = {0: [block([0], [0]), block([0], [1])], 1: [block([1, 2], [0, 0]), block([1, 1, 2], [0, 1, 1])]}
-    group = engines.Engines.__new__(engines.Engines)
-    group.samplers, group._timeline, group._timeout, group._outstanding = [None, None], Timeline(None), 1.0, {}
+    group: Any = engines.Engines.__new__(engines.Engines)
+    group.fleet, group._watch = SimpleNamespace(samplers=[None, None]), watch.ActorWatch(Path("logs"))
+    group._timeline, group._timeout, group._outstanding = Timeline(None), 1.0, {}
     monkeypatch.setattr(engines.Engines, "_ask", lambda self, i, share, settings: iter(blocks[i]))
-    monkeypatch.setattr(engines.Engines, "_ready", lambda self, pending, *_: (pending[-1:], []))
-    monkeypatch.setattr(engines.Engines, "_wait", lambda self, pending, *_, of_samplers: pending)
+    monkeypatch.setattr(watch.ActorWatch, "ready", lambda self, pending, *_: (pending[-1:], []))
+    monkeypatch.setattr(watch.ActorWatch, "wait", lambda self, pending, *_, of_samplers: pending)
     seen = [group.outstanding() for _ in group.sample(requests, None)]  # type: ignore[arg-type]
     assert seen == [
         {"sampler-0": 2, "sampler-1": 2}, {"sampler-0": 2, "sampler-1": 0}, {"sampler-0": 1, "sampler-1": 0},
@@ -57,5 +58,5 @@ def block(index: list[int], samples: list[int]) -> SampledBlock:
 
 
 def test_a_sampler_that_died_leaves_the_learner_s_state_to_save() -> None:
-    assert engines.ActorDied("sampler-0", "it died").learner_answers
-    assert not engines.ActorDied("learner-1", "it died").learner_answers
+    assert watch.ActorDied("sampler-0", "it died").learner_answers
+    assert not watch.ActorDied("learner-1", "it died").learner_answers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.cluster.engines import learner_environment, sampler_environment
+from grpo.cluster.environment import learner_environment, sampler_environment
 from grpo.config import RewardConfig, load
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.imports import imported
