@@ -49,6 +49,7 @@ from grpo.run.samples import Trained
 from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
 from grpo.sync.probe import Probe, Spread, make_probe
+from grpo.sync.transaction import SyncResult
 from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult, UserError
 
 
@@ -68,8 +69,8 @@ class EngineGroup(SamplerGroup, Protocol):
 
     def step(self, steps: Sequence[RankStep]) -> StepResult: ...
 
-    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], Any]:
-        """Start a weight sync. Return a function that waits for its end and returns the SyncResult."""
+    def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], SyncResult]:
+        """Start a weight sync. Return a function that waits for its end and returns its result."""
         ...
 
     def save(self, folder: Path) -> None: ...

@@ -1,4 +1,4 @@
-"""Ray actors around the engines, and the weight-sync transaction between them.
+"""Ray actors around the engines.
 
 The engines are imported inside the actors' methods, so that the driver process loads neither vllm nor deepspeed.
 """
@@ -10,58 +10,36 @@ import gc
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray.actor import ActorHandle
 
+from grpo.cluster.remote_samplers import RemoteSamplers, in_background
 from grpo.config import Config
 from grpo.files import FileRecord
-from grpo.sync.probe import PERTURBED_GROUPS, Probe, Reading, Spread
+from grpo.sync.probe import Probe
+from grpo.sync.transaction import SyncEnd, SyncResult, publish
 from grpo.sync.transport import (
     BroadcastSender,
     IpcSender,
     Place,
+    Rendezvous,
     Sender,
     SharedMemorySender,
     join_store,
-    joined,
     network_environment,
     open_store,
     senders,
 )
-from grpo.sync.weights import Bucket, SyncReport, buckets_of, prove, refuse_not_finite, verify
+from grpo.sync.weights import Bucket, SyncReport
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult
-
-ENDING_S = 10.0
-"""Seconds that calls to samplers may take to end after one of them has failed."""
 
 FLUSH_S = 0.25
 """Seconds between deliveries of finished completions by a sampler. Scoring starts while others are still generated."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncResult:
-    """A verified weight sync."""
-
-    policy_version: int
-    seconds: float
-    nbytes: int
-    probe: Spread
-    """Difference between learner and sampler on the probe, for the sampler with the largest difference."""
-    noise: Spread
-    """The learner's own rounding noise on the probe."""
-    full_check_s: float = 0.0
-    """Seconds of the full check before the sync; 0 if there was none."""
-    movement_errors: tuple[float, ...] = ()
-    """After a full check, for each perturbed group of parameters: the difference between the logprobs of a sampler and
-    of the learner, as a share of how far the learner's had moved (90 % quantiles)."""
 
 
 STACK_SIGNAL = signal.SIGUSR2
@@ -165,19 +143,17 @@ class SamplerActor:
 
 
 class LearnerActor:
-    """One rank of a `grpo.learner.zero.engine.Learner` behind Ray. Rank 0 also coordinates weight syncs."""
+    """One rank of a `grpo.learner.zero.engine.Learner` behind Ray. Rank 0 also commands the samplers in a sync."""
 
     def __init__(self, config: Config, rank: int, log: str) -> None:
         _log_to(log)
         self._config, self._rank = config, rank
         self._dumps = Path(log).parents[1] / "nonfinite"
-        self._store: Any = None
+        self._store: Rendezvous | None = None
         self._sender: Sender | None = None
         self._sending: list[int] = [0]
         """Ranks that send weights."""
-        self._samplers: Sequence[Any] = ()
-        self._lost: Exception | None = None
-        """Error of a sampler that died during the current sync."""
+        self._samplers: Sequence[ActorHandle] = ()
 
     def process(self) -> tuple[str, int]:
         return _process()
@@ -212,7 +188,12 @@ class LearnerActor:
         return _place(self._learner.gpus())
 
     def connect(
-        self, ranks: Sequence[Place], samplers: Sequence[Any], at: Sequence[Place], transport: str, timeout_s: float
+        self,
+        ranks: Sequence[Place],
+        samplers: Sequence[ActorHandle],
+        at: Sequence[Place],
+        transport: str,
+        timeout_s: float,
     ) -> None:
         """Open this rank's end of the weight transfer. Rank 0 also has the samplers open theirs.
 
@@ -222,19 +203,18 @@ class LearnerActor:
 
         Raises UserError when the transport cannot connect the `ranks` with the place of a sampler.
         """
-        self._lost = None  # lost samplers have been replaced
         self._sending = senders(transport, ranks, at)
         if self._rank not in self._sending:
             return
         self._sender = self._make_sender(transport, len(samplers), timeout_s)
         if self._rank == 0:
             self._samplers = samplers
-            infos = [self._sender.init_info(i, place) for i, place in enumerate(at)]
-            pending = [s.init_transfer.remote(info) for s, info in zip(samplers, infos, strict=True)]
+            remote = RemoteSamplers(samplers, self._sender, timeout_s)
+            pending = remote.init_transfer([self._sender.init_info(i, place) for i, place in enumerate(at)])
             connected = in_background(self._sender.connect)  # a rendezvous also waits for a sampler that has failed
-            self._all_of(pending, timeout_s)
-            if self._lost is not None:
-                raise self._lost
+            remote.all_of(pending)
+            if remote.lost is not None:
+                raise remote.lost
             connected.result()
 
     def _make_sender(self, transport: str, samplers: int, timeout_s: float) -> Sender:
@@ -253,151 +233,17 @@ class LearnerActor:
         self._learner.offload()
 
     def publish(self, policy_version: int, probe: Probe, full_check: bool, timeout_s: float) -> SyncResult:
-        """Run one verified sync. A collective of all ranks.
-
-        `full_check` first proves that the sent weights are the ones in use: perturbed weights must move every sampler's
-        logprobs to where they move the learner's.
-
-        Raises WeightSyncError.
-        """
-        self._lost = None
-        reading = self._reading(probe, timeout_s)
-        errors: tuple[float, ...] = ()
-        full_check_s = 0.0
-        if full_check:
-
-            def transfer(perturbed: Reading) -> Spread:
-                result = self._transfer(policy_version, probe, perturbed, timeout_s)
-                self._take_memory(timeout_s)
-                return result.probe
-
-            started = time.monotonic()
-            groups = PERTURBED_GROUPS[self._config.model.dtype]
-            errors = prove(learner=self._learner, before=reading, probe=probe, groups=groups, transfer=transfer)
-            full_check_s = time.monotonic() - started
-        # the reading is from before the perturbations: weights that were not restored are refused
-        result = self._transfer(policy_version, probe, reading, timeout_s)
-        if self._lost is not None:
-            raise self._lost
-        return replace(result, movement_errors=errors, full_check_s=full_check_s)
-
-    def _reading(self, probe: Probe, timeout_s: float) -> Reading:
-        """Take the memory, then return the learner's probe and its rounding noise.
-
-        The samplers are still idle: two engines that compute at once on the same cores cost each other 0.1 s.
-        """
-        self._take_memory(timeout_s)
-        return self._learner.read_probe(probe)
-
-    def _take_memory(self, timeout_s: float) -> None:
-        """Put the samplers to sleep and load the learner into the memory, if they take turns in it."""
-        self._take_turns("sleep", False, timeout_s=timeout_s)
-        self._learner.reload()
-
-    def _transfer(self, policy_version: int, probe: Probe, reading: Reading, timeout_s: float) -> SyncResult:
-        """Sync the weights that gave the `reading`.
-
-        If a sampler dies during the sync, its error is kept in `_lost`, and the sync is completed without any sampler:
-        with ZeRO 3, the other ranks are in the same collectives.
-        """
-        started, nbytes, sent = time.monotonic(), 0, dict[str, int]()
-        self._take_memory(timeout_s)
-        if self._config.takes_turns:
-            self._learner.drop_cache()
-        self._take_turns("wake", "weights", timeout_s=timeout_s)
-        pending = [s.begin_sync.remote(policy_version) for s in self._samplers]
-        for tensors in buckets_of(self._learner.weights()):
-            refuse_not_finite(tensors)
-            bucket = self._packed(tensors)
-            if bucket is not None and self._lost is None:
-                pending += [s.load_bucket.remote(bucket) for s in self._samplers]
-                self._transmit(tensors, pending, timeout_s)
-                pending = []
-                sent |= {spec.name: value for spec, value in zip(bucket.tensors, bucket.checksums, strict=True)}
-                nbytes += sum(spec.nbytes for spec in bucket.tensors)
-            if len(self._sending) > 1:
-                self._learner.barrier()  # the buckets of the other ranks have been read
-        tensors = []  # these were views of weights that are about to leave the GPU
-        if self._config.takes_turns:
-            self._learner.offload()
-        self._take_turns("wake", "kv_cache", timeout_s=timeout_s)
-        reports: list[SyncReport] = []
-        if self._lost is None:
-            reports = self._all_of([s.finish_sync.remote(probe) for s in self._samplers], timeout_s)
-        apart = [
-            verify(report=report, policy_version=policy_version, sent=sent, learner=reading, sampler=f"sampler {i}")
-            for i, report in enumerate(reports)
-        ]
-        return SyncResult(
-            policy_version=policy_version,
-            seconds=time.monotonic() - started,
-            nbytes=nbytes,
-            probe=max(apart, key=lambda each: each.q90, default=Spread(q90=0.0, rms=0.0)),
-            noise=reading.noise,
+        """Run one verified sync, see `grpo.sync.transaction.publish`. A collective of all ranks."""
+        end = SyncEnd(
+            learner=self._learner,
+            samplers=RemoteSamplers(self._samplers, self._sender, timeout_s),
+            sender=self._sender,
+            sending=self._sending,
+            rank=self._rank,
+            ranks=self._config.cluster.learner_ranks,
+            takes_turns=self._config.takes_turns,
         )
-
-    def _take_turns(self, verb: str, argument: Any, *, timeout_s: float) -> None:
-        """Have every sampler sleep or wake, if samplers and learner take turns in memory.
-
-        All ranks wait for each other before it, and wait until the samplers are done after it.
-        """
-        if not self._config.takes_turns:
-            return
-        if self._config.cluster.learner_ranks > 1:
-            self._learner.barrier()
-        if self._lost is None:
-            self._all_of([getattr(s, verb).remote(argument) for s in self._samplers], timeout_s)
-        if self._config.cluster.learner_ranks > 1:
-            self._learner.barrier()
-
-    def _packed(self, tensors: Sequence[tuple[str, Any]]) -> Bucket | None:
-        """Return, on rank 0, the joined bucket of all sending ranks; None on other ranks."""
-        ours = self._sender.pack(tensors) if self._sender is not None else None
-        if len(self._sending) > 1:
-            every = self._learner.gathered(ours)
-            ours = joined([bucket for bucket in every if bucket is not None])
-        return ours if self._rank == 0 else None
-
-    def _transmit(self, tensors: Sequence[tuple[str, Any]], pending: Sequence[Any], timeout_s: float) -> None:
-        """Send a bucket and wait until every sampler has loaded it."""
-        assert self._sender is not None
-        try:
-            self._sender.transmit(tensors)
-            self._all_of(pending, timeout_s)
-            if self._lost is None:
-                self._sender.transmitted()
-        except RuntimeError:  # the other end of a collective may have died: check with Ray
-            self._lost = self._lost or first_death(pending)
-            if self._lost is None:
-                raise
-
-    def _all_of(self, references: Sequence[Any], timeout_s: float) -> list[Any]:
-        """Return the results of calls to samplers, or an empty list if one of them has died.
-
-        The first failure ends the wait. The others may be waiting in a collective for the one that failed. They get an
-        error at once only if this end aborts the collective.
-        """
-        waiting, deadline = list(references), time.monotonic() + timeout_s
-        try:
-            while waiting:
-                ready, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    raise TimeoutError(f"the samplers have not answered in {timeout_s:.0f} s")
-                ray.get(ready)
-        except ray.exceptions.RayActorError as error:
-            self._lost = error
-            if self._sender is not None:
-                self._sender.abort()
-        except ray.exceptions.RayTaskError:  # losing a peer in a collective fails a call, too; the death is the cause
-            if self._sender is not None:
-                self._sender.abort()
-            self._lost = first_death(references)
-            if self._lost is None:
-                raise
-        if self._lost is not None:
-            return []
-        found: list[Any] = ray.get(list(references))
-        return found
+        return publish(end, policy_version, probe, dtype=self._config.model.dtype, full_check=full_check)
 
     def save(self, folder: str) -> None:
         self._learner.reload()
@@ -415,32 +261,3 @@ class LearnerActor:
 
     def restore(self, files: Sequence[Path], counters: Mapping[str, Any]) -> None:
         self._learner.restore(files, counters)
-
-
-def in_background(call: Callable[[], None]) -> Future[None]:
-    """Run `call` in a daemon thread, and return a future of its outcome."""
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            call()
-            outcome.set_result(None)
-        except Exception as error:  # noqa: BLE001 - the future carries it
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return outcome
-
-
-def first_death(references: Sequence[Any]) -> Exception | None:
-    """Return the error of the first of these calls whose actor has died within ENDING_S; None if none has."""
-    ended, _ = ray.wait(list(references), num_returns=len(references), timeout=ENDING_S)
-    for reference in ended:
-        try:
-            ray.get(reference)
-        except ray.exceptions.RayActorError as error:
-            lost: Exception = error
-            return lost
-        except ray.exceptions.RayTaskError:
-            continue
-    return None

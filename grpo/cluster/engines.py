@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ray import ObjectRef, ObjectRefGenerator
 
-from grpo.cluster.actors import SyncResult
 from grpo.cluster.fleet import Maker, connect, load, load_samplers
 from grpo.cluster.learner_state import LearnerState
 from grpo.cluster.turns import put_to_sleep
@@ -17,6 +16,7 @@ from grpo.cluster.watch import ActorDied, ActorWatch
 from grpo.config import Config
 from grpo.run.timeline import Timeline
 from grpo.sync.probe import Probe
+from grpo.sync.transaction import SyncResult
 from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, only
 
 

@@ -36,6 +36,8 @@ from grpo.config import Config
 from grpo.sync.weights import BUCKET_BYTES, Bucket, TensorSpec, WeightSyncError, describe, specs_of, torch_dtype
 from grpo.types import UserError
 
+Rendezvous = TCPStore
+
 POLL_S = 0.001
 """Polling interval for the end of a broadcast."""
 
@@ -98,7 +100,7 @@ def interface_of(host: str) -> str:
     raise RuntimeError(f"no network interface of this node has Ray's address {host}")
 
 
-def open_store(host: str, world_size: int, timeout_s: float) -> TCPStore:
+def open_store(host: str, world_size: int, timeout_s: float) -> Rendezvous:
     """Open a rendezvous on a port that the system chooses; `.port` is its number.
 
     It listens on `host` only. By default torch would listen on all addresses.
@@ -111,7 +113,7 @@ def open_store(host: str, world_size: int, timeout_s: float) -> TCPStore:
     )  # fmt: skip
 
 
-def join_store(host: str, port: int, world_size: int, timeout_s: float) -> TCPStore:
+def join_store(host: str, port: int, world_size: int, timeout_s: float) -> Rendezvous:
     """Join the rendezvous that `open_store` opened."""
     return TCPStore(host, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s))
 

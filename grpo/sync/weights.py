@@ -1,6 +1,7 @@
 """The weight sync protocol from the learner to the samplers: buckets, checksums, and the probe that verifies them.
 
-The transfer of bytes is in `grpo.sync.transport`; engine code is in `grpo.sampler` and `grpo.learner`.
+The order of its calls is in `grpo.sync.transaction`, the transfer of bytes in `grpo.sync.transport`;
+engine code is in `grpo.sampler` and `grpo.learner`.
 
 One sync is one transaction on every sampler, commanded by learner rank 0:
 

@@ -91,7 +91,7 @@ def connected(ends: list[str]) -> tuple[LearnerActor, list[Any]]:
         sampler_workers=1, takes_turns=False, cluster=SimpleNamespace(learner_ranks=1),
         model=SimpleNamespace(dtype="float32"),
     )  # fmt: skip
-    learner._rank, learner._learner, learner._lost, learner._sender = 0, Weights(), None, None
+    learner._rank, learner._learner, learner._sender = 0, Weights(), None
     peers = connect(learner, ends)
     assert isinstance(learner._sender, BroadcastSender)
     return learner, peers
