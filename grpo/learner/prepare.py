@@ -9,6 +9,7 @@ import torch
 from grpo.config import AlgorithmConfig, CriticConfig
 from grpo.learner.protocol import StepEngine
 from grpo.learner.tally import Tally
+from grpo.learner.tokens import TrainedTokens, trained_tokens
 from grpo.objective.compatibility import WHITENED
 from grpo.objective.kl import estimate
 from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
@@ -19,7 +20,7 @@ WHITEN_EPS = 1e-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """Tensors for training on one microbatch, [B,T] each and without gradient."""
+    """Tensors for training on one microbatch, without gradient: [N] each, its trained tokens."""
 
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None
@@ -47,35 +48,35 @@ def prepare(
 ) -> dict[int, Prepared]:
     """Return id(microbatch) -> its `Prepared` tensors. A collective."""
     batches = unique_batches(step)
+    tokens = [trained_tokens(batch, device) for batch in batches]
     in_reward = algorithm.kl_coef > 0 and algorithm.kl_place == "reward"
     old: list[torch.Tensor | None] = [None] * len(batches)
     ref: list[torch.Tensor | None] = [None] * len(batches)
     if step.multiple_updates or in_reward:
         with tally.timed("time/old_logprobs_s", device):
-            old = [engine.logprobs(batch)[0] for batch in batches]
+            old = [t.select(engine.logprobs(b)[0]) for b, t in zip(batches, tokens, strict=True)]
     if algorithm.kl_coef > 0:
         with tally.timed("time/ref_logprobs_s", device):
-            ref = [engine.ref_logprobs(batch) for batch in batches]
+            ref = [t.select(engine.ref_logprobs(b)) for b, t in zip(batches, tokens, strict=True)]
     penalties = [
-        kl_penalty(batch, old_logprobs, ref_logprobs, step.kl_coef, algorithm, device, tally) if in_reward else None
-        for batch, old_logprobs, ref_logprobs in zip(batches, old, ref, strict=True)
+        kl_penalty(old_logprobs, ref_logprobs, step.kl_coef, algorithm, tally) if in_reward else None
+        for old_logprobs, ref_logprobs in zip(old, ref, strict=True)
     ]
     values = returns = [None] * len(batches)
     if algorithm.advantage == "gae":
         with tally.timed("time/values_s", device):
             triples = [
-                critic_advantages(batch, penalty, engine, algorithm, critic, device)
-                for batch, penalty in zip(batches, penalties, strict=True)
+                critic_advantages(batch, t, penalty, engine, algorithm, critic, device)
+                for batch, t, penalty in zip(batches, tokens, penalties, strict=True)
             ]
         advantages, values, returns = (list(column) for column in zip(*triples, strict=True)) if triples else ([],) * 3
     else:
         advantages = [
-            token_advantages(batch, penalty, algorithm, device)
-            for batch, penalty in zip(batches, penalties, strict=True)
+            token_advantages(batch, t, penalty, algorithm, device)
+            for batch, t, penalty in zip(batches, tokens, penalties, strict=True)
         ]
     if algorithm.advantage in WHITENED:
-        masks = [batch.completion_mask.to(device) for batch in batches]
-        advantages = whiten(advantages, masks, eps=WHITEN_EPS, all_sum=engine.all_sum)
+        advantages = whiten(advantages, eps=WHITEN_EPS, all_sum=engine.all_sum)
     return {
         id(batch): Prepared(
             advantages=advantages[i],
@@ -90,65 +91,66 @@ def prepare(
 
 
 def kl_penalty(
-    batch: Batch,
     old_logprobs: torch.Tensor | None,
     ref_logprobs: torch.Tensor | None,
     kl_coef: float,
     algorithm: AlgorithmConfig,
-    device: torch.device,
     tally: Tally,
 ) -> torch.Tensor:
-    """Return the KL reward of each token, [B,T]: -kl_coef times the KL estimate of the policy at the step's start."""
+    """Return the KL reward of each token, [N]: -kl_coef times the KL estimate of the policy at the step's start."""
     assert old_logprobs is not None
     assert ref_logprobs is not None
-    mask = batch.completion_mask.to(device)
-    kl = torch.where(mask, estimate(old_logprobs, ref_logprobs, estimator=algorithm.kl_estimator), 0.0)
-    tally.add("policy/kl_ref", float(kl.sum()), float(mask.sum()))
+    kl = estimate(old_logprobs, ref_logprobs, estimator=algorithm.kl_estimator)
+    tally.add("policy/kl_ref", float(kl.sum()), float(kl.numel()))
     return -kl_coef * kl
 
 
 def token_advantages(
-    batch: Batch, penalty: torch.Tensor | None, algorithm: AlgorithmConfig, device: torch.device
+    batch: Batch,
+    tokens: TrainedTokens,
+    penalty: torch.Tensor | None,
+    algorithm: AlgorithmConfig,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Return the advantages of a method without a critic, [B,T].
+    """Return the advantages of a method without a critic, [N].
 
     They are the row's advantage or its discounted reward, plus the sum of the KL penalty from each token on. Summing
     the penalty gives the gradient of the sequence's KL.
     """
-    mask = batch.completion_mask.to(device)
+    rows = tokens.rows
     gamma = algorithm.gamma if algorithm.advantage == "reinforce_pp" else 1.0
     if algorithm.advantage == "reinforce_pp":
-        advantages = rewards_to_go(at_last_token(batch.rewards.to(device), mask), mask, gamma=gamma)
+        advantages = rewards_to_go(at_last_token(batch.rewards.to(device), rows), rows, gamma=gamma)
     elif algorithm.advantage == "reinforce_pp_baseline":
-        advantages = torch.where(mask, batch.rewards.to(device)[:, None], 0.0)
+        advantages = batch.rewards.to(device)[rows.ids]
     else:
-        advantages = batch.advantages.to(device)
-    return advantages if penalty is None else advantages + rewards_to_go(penalty, mask, gamma=gamma)
+        advantages = tokens.select(batch.advantages.to(device))
+    return advantages if penalty is None else advantages + rewards_to_go(penalty, rows, gamma=gamma)
 
 
 def critic_advantages(
     batch: Batch,
+    tokens: TrainedTokens,
     penalty: torch.Tensor | None,
     engine: StepEngine,
     algorithm: AlgorithmConfig,
     critic: CriticConfig,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the advantages before whitening, the old values and the returns, [B,T] each."""
-    mask = batch.completion_mask.to(device)
+    """Return the advantages before whitening, the old values and the returns, [N] each."""
+    rows = tokens.rows
     every = engine.values(critic_ids(batch).to(device)).float()
-    values = torch.where(mask, every[:, :-1], 0.0)
-    token_rewards = at_last_token(batch.rewards.to(device), mask)
+    values = tokens.select(every[:, :-1])
+    token_rewards = at_last_token(batch.rewards.to(device), rows)
     if penalty is not None:
         token_rewards = token_rewards + penalty
-    final = torch.zeros(len(every), device=device)
+    final = torch.zeros(rows.count, device=device)
     if critic.truncated == "bootstrap":
-        # a row's last target is at its last position on the mask; the state after it is one further in `every`
-        positions = torch.arange(1, every.shape[1], device=device)
-        last = torch.where(mask, positions, 0).amax(1, keepdim=True)
-        final = torch.where(batch.truncated.to(device), every.gather(1, last)[:, 0], final)
+        last = rows.last_tokens()
+        ended = rows.ids[last]
+        final[ended] = torch.where(batch.truncated.to(device)[ended], tokens.select(every[:, 1:])[last], 0.0)
     advantages, returns = generalized_advantages(
-        token_rewards, values, mask, gamma=algorithm.gamma, lam=algorithm.gae_lambda, final_values=final
+        token_rewards, values, rows, gamma=algorithm.gamma, lam=algorithm.gae_lambda, final_values=final
     )
     return advantages, values, returns
 

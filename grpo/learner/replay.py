@@ -16,6 +16,7 @@ from grpo.config import Config
 from grpo.learner import heads
 from grpo.learner.prepare import Prepared, critic_ids
 from grpo.learner.step import objective_terms
+from grpo.learner.tokens import TrainedTokens, trained_tokens
 from grpo.objective.values import clipped_value_loss
 from grpo.types import Batch, UserError
 
@@ -75,6 +76,8 @@ def read(file: Path) -> list[tuple[Batch, Prepared, float]]:
             raise UserError(f"{file} lacks {number}/{missing[0]}")
         batch = Batch(**{f.name: own[f.name] for f in dataclasses.fields(Batch)})
         prepared = Prepared(**{f.name: own.get(f.name) for f in dataclasses.fields(Prepared)})  # type: ignore[arg-type]
+        if prepared.advantages.dim() != 1:
+            raise UserError(f"{file} was written by an earlier version of grpo; replay it with that version")
         out.append((batch, prepared, kl_coef))
     return out
 
@@ -93,27 +96,28 @@ def examine(
     If everything is finite, the only entry is the loss.
     """
     model.zero_grad()
+    tokens = trained_tokens(batch, device)
     with head.targets(batch.target_ids.to(device), config.sampling.temperature, batch.completion_mask.to(device)):
-        logprobs, entropy = heads.unpack(model(input_ids=batch.input_ids.to(device), use_cache=False).logits)
+        at_tokens = heads.unpack(model(input_ids=batch.input_ids.to(device), use_cache=False).logits)
+    logprobs, entropy = (tokens.select(padded) for padded in at_tokens)
     given = {
-        "sampler_logprobs": batch.sampler_logprobs,
+        "sampler_logprobs": tokens.sampler_logprobs,
         "old_logprobs": prepared.old_logprobs,
         "ref_logprobs": prepared.ref_logprobs,
         "advantages": prepared.advantages,
     }
     at = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
-    mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
     terms = objective_terms(
         logprobs=logprobs, entropy=entropy, old_logprobs=at.get("old_logprobs", logprobs.detach()),
         ref_logprobs=at.get("ref_logprobs"), sampler_logprobs=at["sampler_logprobs"], advantages=at["advantages"],
-        mask=mask, kl_coef=kl_coef, algorithm=config.algorithm,
+        rows=tokens.rows, kl_coef=kl_coef, algorithm=config.algorithm,
     )  # fmt: skip
-    loss = (weights * terms.total).sum()
+    loss = (tokens.weights * terms.total).sum()
     loss.backward()  # type: ignore[no-untyped-call]
     found = _wrong_tokens({
         **at, "logprobs": logprobs, "entropy": entropy, "importance weight": terms.raw_weight,
         "policy loss": terms.policy.loss, "total": terms.total,
-    }, mask, batch)  # fmt: skip
+    }, tokens, batch)  # fmt: skip
     found |= _wrong_gradients(model)
     return found or {"loss": f"{float(loss.detach()):.6g}, finite, and so is its gradient"}
 
@@ -125,23 +129,23 @@ def examine_critic(
     assert prepared.old_values is not None
     assert prepared.returns is not None
     critic.zero_grad()
-    mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
+    tokens = trained_tokens(batch, device)
     old, returns = prepared.old_values.to(device), prepared.returns.to(device)
     values = critic(input_ids=critic_ids(batch).to(device), use_cache=False).logits[..., 0]
-    values = torch.where(mask, values.float()[:, :-1], 0.0)
+    values = tokens.select(values.float()[:, :-1])
     token_loss, _ = clipped_value_loss(values, old, returns, eps=config.critic.clip)
-    (weights * token_loss).sum().backward()  # type: ignore[no-untyped-call]
-    tokens = {"old_values": old, "returns": returns, "values": values, "value loss": token_loss}
-    return _wrong_tokens(tokens, mask, batch) | _wrong_gradients(critic)
+    (tokens.weights * token_loss).sum().backward()  # type: ignore[no-untyped-call]
+    quantities = {"old_values": old, "returns": returns, "values": values, "value loss": token_loss}
+    return _wrong_tokens(quantities, tokens, batch) | _wrong_gradients(critic)
 
 
-def _wrong_tokens(tokens: dict[str, torch.Tensor], mask: torch.Tensor, batch: Batch) -> dict[str, str]:
+def _wrong_tokens(quantities: dict[str, torch.Tensor], tokens: TrainedTokens, batch: Batch) -> dict[str, str]:
     found = {}
-    for name, tensor in tokens.items():
-        wrong = ~torch.isfinite(tensor.expand_as(mask)) & mask
+    for name, tensor in quantities.items():
+        wrong = ~torch.isfinite(tensor)
         if wrong.any():
-            rows = batch.rollout_index[wrong.any(1).cpu()].tolist()
-            found[name] = f"not finite at {int(wrong.sum())} of {int(mask.sum())} tokens, of rollouts {rows[:8]}"
+            rows = batch.rollout_index[tokens.rows.ids[wrong].unique().cpu()].tolist()
+            found[name] = f"not finite at {int(wrong.sum())} of {wrong.numel()} tokens, of rollouts {rows[:8]}"
     return found
 
 

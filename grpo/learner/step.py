@@ -12,10 +12,12 @@ from grpo.config import AlgorithmConfig, CriticConfig
 from grpo.learner.prepare import Prepared, critic_ids, prepare
 from grpo.learner.protocol import StepEngine
 from grpo.learner.tally import Tally
+from grpo.learner.tokens import TrainedTokens, trained_tokens
 from grpo.metrics.measures import mismatch_counts
 from grpo.objective.kl import anchor_kl, estimate, k3
 from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
 from grpo.objective.policy import PolicyTerm, policy_term
+from grpo.objective.rows import Rows
 from grpo.objective.values import clipped_value_loss
 from grpo.types import Batch, RankStep
 
@@ -112,16 +114,15 @@ def measured_kl_old(
         logprobs, _ = engine.logprobs(batch)
         old = prepared[id(batch)].old_logprobs
         assert old is not None
-        mask = batch.completion_mask.to(device)
-        total += float(k3(old, logprobs)[mask].double().sum())
-        count += float(mask.sum())
+        total += float(k3(old, trained_tokens(batch, device).select(logprobs)).double().sum())
+        count += float(old.numel())
     total, count = engine.all_sum([total, count])
     return total / count if count else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """Parts of a microbatch's loss, [B,T] each unless noted."""
+    """Parts of a microbatch's loss, [N] each unless noted."""
 
     total: torch.Tensor
     """With gradient."""
@@ -131,7 +132,7 @@ class Terms:
     raw_weight: torch.Tensor
     """The importance weight before the bounds."""
     rejected: torch.Tensor
-    """[B,1] bool"""
+    """[B] bool"""
     kl_ref: torch.Tensor | None
     log_ratio: torch.Tensor
 
@@ -144,44 +145,38 @@ def objective_terms(
     ref_logprobs: torch.Tensor | None,
     sampler_logprobs: torch.Tensor,
     advantages: torch.Tensor,
-    mask: torch.Tensor,
+    rows: Rows,
     kl_coef: float,
     algorithm: AlgorithmConfig,
 ) -> Terms:
-    """Return policy * weight + kl_coef * kl_ref - entropy_coef * entropy per token, and its parts.
-
-    Values off the mask are first replaced by neutral ones, so that padding gives neither NaN nor gradient.
-    """
+    """Return policy * weight + kl_coef * kl_ref - entropy_coef * entropy per token, and its parts."""
     a = algorithm
-    current = torch.where(mask, logprobs, 0.0)
-    old = torch.where(mask, old_logprobs, 0.0)
-    advantages = torch.where(mask, advantages, 0.0)
     policy = policy_term(
-        a.loss, logprobs=current, old_logprobs=old, advantages=advantages, mask=mask, eps_low=a.eps_low,
-        eps_high=a.eps_high, dual_clip=a.dual_clip, tau_positive=a.sapo_tau_positive, tau_negative=a.sapo_tau_negative,
+        a.loss, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, rows=rows,
+        eps_low=a.eps_low, eps_high=a.eps_high, dual_clip=a.dual_clip, tau_positive=a.sapo_tau_positive,
+        tau_negative=a.sapo_tau_negative,
     )  # fmt: skip
-    raw = importance_weight(old, sampler_logprobs, mask, level=a.importance_level)
+    raw = importance_weight(old_logprobs, sampler_logprobs, rows, level=a.importance_level)
     weight = raw
     if a.importance_level != "none":
         weight = bounded_weight(raw, mode=a.importance_mode, low=a.importance_low, high=a.importance_high)
-    rejected = torch.zeros(len(mask), 1, dtype=torch.bool, device=mask.device)
+    rejected = torch.zeros(rows.count, dtype=torch.bool, device=rows.ids.device)
     if a.rejection_low is not None or a.rejection_high is not None:
         low, high = a.rejection_low or 0.0, a.rejection_high or math.inf
-        rejected = ~kept_sequences(old, sampler_logprobs, mask, low=low, high=high)
-        weight = torch.where(rejected, 0.0, weight)
+        rejected = ~kept_sequences(old_logprobs, sampler_logprobs, rows, low=low, high=high)
+        weight = torch.where(rejected[rows.ids], 0.0, weight)
     total = policy.loss * weight
     kl_ref = None
     if ref_logprobs is not None and a.kl_place == "loss":
-        ref = torch.where(mask, ref_logprobs, 0.0)
-        kl_ref = estimate(current.detach(), ref, estimator=a.kl_estimator)
+        kl_ref = estimate(logprobs.detach(), ref_logprobs, estimator=a.kl_estimator)
         total = total + kl_coef * anchor_kl(
-            current, old, ref, estimator=a.kl_estimator, gradient=a.kl_gradient, clamp=a.kl_clamp
+            logprobs, old_logprobs, ref_logprobs, estimator=a.kl_estimator, gradient=a.kl_gradient, clamp=a.kl_clamp
         )
     if a.entropy_coef:
-        total = total - a.entropy_coef * torch.where(mask, entropy, 0.0)
+        total = total - a.entropy_coef * entropy
     return Terms(
         total=total, policy=policy, weight=weight, raw_weight=raw, rejected=rejected, kl_ref=kl_ref,
-        log_ratio=(current - old).detach(),
+        log_ratio=(logprobs - old_logprobs).detach(),
     )  # fmt: skip
 
 
@@ -195,21 +190,21 @@ def _policy_microbatch(
     device: torch.device,
     tally: Tally,
 ) -> None:
-    logprobs, entropy = engine.logprobs(batch)
+    tokens = trained_tokens(batch, device)
+    logprobs, entropy = (tokens.select(padded) for padded in engine.logprobs(batch))
     old = logprobs.detach() if prepared.old_logprobs is None else prepared.old_logprobs
-    mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
     terms = objective_terms(
         logprobs=logprobs, entropy=entropy, old_logprobs=old, ref_logprobs=prepared.ref_logprobs,
-        sampler_logprobs=batch.sampler_logprobs.to(device), advantages=prepared.advantages, mask=mask,
+        sampler_logprobs=tokens.sampler_logprobs, advantages=prepared.advantages, rows=tokens.rows,
         kl_coef=step.kl_coef, algorithm=algorithm,
     )  # fmt: skip
-    loss = (weights * terms.total).sum()
+    loss = (tokens.weights * terms.total).sum()
     engine.backward("policy", _checked(loss, last, engine, tally), last=last)
     with torch.no_grad():
         if int(batch.rollout_index[0]) not in tally.measured:  # once per step, not once per epoch
-            _tally_mismatch(tally, batch, old, terms, algorithm)
-        _tally_objective(tally, terms, mask, weights, entropy.detach(), algorithm)
-        _tally_uses(tally, batch, prepared.advantages, terms, algorithm)
+            _tally_mismatch(tally, batch, tokens, old, terms, algorithm)
+        _tally_objective(tally, terms, tokens.weights, entropy.detach(), algorithm)
+        _tally_uses(tally, _accounted(batch, tokens), prepared.advantages, terms, algorithm)
 
 
 def _critic_microbatch(
@@ -223,35 +218,35 @@ def _critic_microbatch(
 ) -> None:
     assert prepared.old_values is not None
     assert prepared.returns is not None
-    mask, weights = batch.completion_mask.to(device), batch.token_weights.to(device)
-    values = torch.where(mask, engine.values(critic_ids(batch).to(device)).float()[:, :-1], 0.0)
+    tokens = trained_tokens(batch, device)
+    values = tokens.select(engine.values(critic_ids(batch).to(device)).float()[:, :-1])
     token_loss, clipped = clipped_value_loss(values, prepared.old_values, prepared.returns, eps=critic.clip)
-    loss = (weights * token_loss).sum()
+    loss = (tokens.weights * token_loss).sum()
     engine.backward("critic", _checked(critic.coef * loss, last, engine, tally), last=last)
     with torch.no_grad():
-        tokens = float(mask.sum())
-        error = (prepared.returns - values)[mask].double()
-        returns = prepared.returns[mask].double()
+        count = float(values.numel())
+        error = (prepared.returns - values).double()
+        returns = prepared.returns.double()
         tally.add("value/loss", float(loss), 0)
-        tally.add("value/clip_fraction", float((clipped & mask).sum()), tokens)
-        tally.add("value/mean", float(values[mask].sum()), tokens)
-        tally.add("value/return_mean", float(returns.sum()), tokens)
-        tally.add("value/return_square", float(returns.square().sum()), tokens)
-        tally.add("value/error", float(error.sum()), tokens)
-        tally.add("value/error_square", float(error.square().sum()), tokens)
+        tally.add("value/clip_fraction", float(clipped.sum()), count)
+        tally.add("value/mean", float(values.sum()), count)
+        tally.add("value/return_mean", float(returns.sum()), count)
+        tally.add("value/return_square", float(returns.square().sum()), count)
+        tally.add("value/error", float(error.sum()), count)
+        tally.add("value/error_square", float(error.square().sum()), count)
 
 
-def _accounted(batch: Batch) -> torch.Tensor:
-    """Return [B,T] bool, true for the tokens whose uses are counted here.
+def _accounted(batch: Batch, tokens: TrainedTokens) -> torch.Tensor:
+    """Return [N] bool, true for the tokens whose uses are counted here.
 
     The driver counts the tokens of groups without spread.
     """
-    return batch.completion_mask & batch.has_spread[:, None]
+    return batch.has_spread.to(tokens.rows.ids.device)[tokens.rows.ids]
 
 
 def _tally_unused(tally: Tally, batch: Batch, advantages: torch.Tensor) -> None:
     """Count the uses of tokens in an update that did not happen."""
-    uses, without = _accounted(batch), advantages.cpu() == 0
+    uses, without = _accounted(batch, trained_tokens(batch, advantages.device)), advantages == 0
     tally.add("gradient/zero_advantage", float((uses & without).sum()), 0)
     tally.add("gradient/stopped", float((uses & ~without).sum()), 0)
 
@@ -259,13 +254,12 @@ def _tally_unused(tally: Tally, batch: Batch, advantages: torch.Tensor) -> None:
 def _tally_objective(
     tally: Tally,
     terms: Terms,
-    mask: torch.Tensor,
     weights: torch.Tensor,
     entropy: torch.Tensor,
     algorithm: AlgorithmConfig,
 ) -> None:
     """Add the objective's sums of one microbatch. The weighted terms are shares of a sum over the optimizer step."""
-    tokens = float(mask.sum())
+    tokens = float(weights.numel())
     ratio = terms.log_ratio.exp()
     shares = {
         "policy/loss": (weights * terms.policy.loss.detach() * terms.weight).sum(),
@@ -273,27 +267,28 @@ def _tally_objective(
         "policy/entropy_loss": -algorithm.entropy_coef * (weights * entropy).sum(),
     }
     means = {
-        "policy/entropy": entropy[mask].sum(),
-        "policy/clip_fraction_low": (terms.policy.clipped_low & mask).sum(),
-        "policy/clip_fraction_high": (terms.policy.clipped_high & mask).sum(),
-        "policy/ratio_mean": ratio[mask].sum(),
-        "policy/kl_old": (ratio - 1 - terms.log_ratio)[mask].sum(),
+        "policy/entropy": entropy.sum(),
+        "policy/clip_fraction_low": terms.policy.clipped_low.sum(),
+        "policy/clip_fraction_high": terms.policy.clipped_high.sum(),
+        "policy/ratio_mean": ratio.sum(),
+        "policy/kl_old": (ratio - 1 - terms.log_ratio).sum(),
     }
     if terms.kl_ref is not None:
         shares["policy/kl_ref_loss"] = (weights * terms.kl_ref).sum()
-        means["policy/kl_ref"] = terms.kl_ref[mask].sum()
+        means["policy/kl_ref"] = terms.kl_ref.sum()
     if not algorithm.entropy_coef:
         del shares["policy/entropy_loss"]
     numbers = torch.stack([value.double() for value in (*shares.values(), *means.values())]).tolist()
     for name, number in zip((*shares, *means), numbers, strict=True):
         tally.add(name, number, 0 if name in shares else tokens)
     if tokens:
-        tally.maximum("policy/ratio_max", float(ratio[mask].max()))
+        tally.maximum("policy/ratio_max", float(ratio.max()))
 
 
-def _tally_uses(tally: Tally, batch: Batch, advantages: torch.Tensor, terms: Terms, algorithm: AlgorithmConfig) -> None:
-    """Count each use of a token under the first reason that applies."""
-    left = _accounted(batch).to(advantages.device)
+def _tally_uses(
+    tally: Tally, left: torch.Tensor, advantages: torch.Tensor, terms: Terms, algorithm: AlgorithmConfig
+) -> None:
+    """Count each use of a token in `left` under the first reason that applies."""
     clipped = terms.policy.clipped_low | terms.policy.clipped_high
     if algorithm.loss == "cispo":  # it bounds the weight of a clipped token and keeps its gradient
         clipped = torch.zeros_like(clipped)
@@ -309,41 +304,42 @@ def _tally_uses(tally: Tally, batch: Batch, advantages: torch.Tensor, terms: Ter
 
 
 def _tally_mismatch(
-    tally: Tally, batch: Batch, old_logprobs: torch.Tensor, terms: Terms, algorithm: AlgorithmConfig
+    tally: Tally,
+    batch: Batch,
+    tokens: TrainedTokens,
+    old_logprobs: torch.Tensor,
+    terms: Terms,
+    algorithm: AlgorithmConfig,
 ) -> None:
     """Add the mismatch between sampler and learner logprobs, on the weights that sampled.
 
     This is the invariant that breaks first if anything is wrong.
     """
-    mask = batch.completion_mask
-    logprobs = old_logprobs.cpu()
-    difference = (logprobs - batch.sampler_logprobs)[mask].double()
-    tokens = float(difference.numel())
-    if tokens:
+    difference = (old_logprobs - tokens.sampler_logprobs).double().cpu()
+    count = float(difference.numel())
+    if count:
         token_weight = difference.exp()
-        tally.add("mismatch/mean", float(difference.abs().sum()), tokens)
-        tally.add("mismatch/square", float(difference.square().sum()), tokens)
-        tally.add("mismatch/equal_fraction", float((difference == 0).sum()), tokens)
+        tally.add("mismatch/mean", float(difference.abs().sum()), count)
+        tally.add("mismatch/square", float(difference.square().sum()), count)
+        tally.add("mismatch/equal_fraction", float((difference == 0).sum()), count)
         tally.mismatch_counts += mismatch_counts(difference.abs().numpy())
-        tally.add("mismatch/kl", float((token_weight - 1 - difference).sum()), tokens)
+        tally.add("mismatch/kl", float((token_weight - 1 - difference).sum()), count)
         largest = float(difference.abs().max())
         tally.maximum("mismatch/max", largest if largest == largest else float("inf"))
-        raw, weight = terms.raw_weight.cpu()[mask].double(), terms.weight.cpu()[mask]
+        raw, weight = terms.raw_weight.double().cpu(), terms.weight.cpu()
         if algorithm.importance_level == "none":
             raw = token_weight
-        tally.add("mismatch/importance_weight_mean", float(raw.sum()), tokens)
-        tally.add("mismatch/importance_weight_square", float(raw.square().sum()), tokens)
+        tally.add("mismatch/importance_weight_mean", float(raw.sum()), count)
+        tally.add("mismatch/importance_weight_square", float(raw.square().sum()), count)
         tally.maximum("mismatch/importance_weight_max", float(raw.max()))
         tally.maximum("mismatch/importance_weight_min_negated", -float(raw.min()))
         if algorithm.importance_level != "none":
             bounded = (raw < algorithm.importance_low) | (raw > algorithm.importance_high)
-            tally.add("mismatch/importance_weight_bounded_fraction", float(bounded.sum()), tokens)
-        tally.add("mismatch/masked_fraction", float((weight == 0).sum()), tokens)
-        rows = mask.any(1)
-        tally.add(
-            "mismatch/rejected_sequence_fraction", float((terms.rejected.cpu()[:, 0] & rows).sum()), float(rows.sum())
-        )
-    row_sums = torch.where(mask, logprobs, 0.0).sum(1).tolist()
+            tally.add("mismatch/importance_weight_bounded_fraction", float(bounded.sum()), count)
+        tally.add("mismatch/masked_fraction", float((weight == 0).sum()), count)
+        rows = tokens.rows.ids[tokens.rows.last_tokens()]
+        tally.add("mismatch/rejected_sequence_fraction", float(terms.rejected[rows].sum()), float(rows.numel()))
+    row_sums = tokens.rows.sum(old_logprobs).tolist()
     for index, value in zip(batch.rollout_index.tolist(), row_sums, strict=True):
         if index >= 0:
             tally.learner_logprob_sums[index] = value

@@ -51,7 +51,7 @@ def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, *, estimator: Estimator) -> torch.Tensor:
-    """Return the named estimator, [B,T], with autodiff's gradient."""
+    """Return the named estimator, elementwise, with autodiff's gradient."""
     return {"k1": k1, "k2": k2, "k3": k3}[estimator](logprobs, ref_logprobs)
 
 
@@ -64,13 +64,13 @@ def anchor_kl(
     gradient: Gradient,
     clamp: float | None,
 ) -> torch.Tensor:
-    """Return the KL term of the loss, [B,T]: the estimator's value with the named gradient.
+    """Return the KL term of the loss, elementwise: the estimator's value with the named gradient.
 
     `ratio_weighted` also multiplies the value by the ratio.
 
     Args:
         logprobs: with gradient.
-        old_logprobs: [B,T] of the policy that sampled, for the ratio.
+        old_logprobs: of the policy that sampled, for the ratio.
         clamp: the log ratio to the reference is clamped to +-clamp first. Beyond the bounds the estimator has no
             gradient; the ratio of `ratio_weighted` keeps its gradient. None: off.
     """

@@ -1,4 +1,6 @@
-"""The policy term of each objective, per token. Every function takes and returns [B,T]; token weights aggregate them.
+"""The policy term of each objective, per token. Token weights aggregate them.
+
+Every function takes and returns [N], the trained tokens of a microbatch.
 
 `log_ratio` is logprobs - old_logprobs, with gradient through logprobs. With one update per batch, old_logprobs are
 logprobs.detach(). Then every ratio is exactly 1, nothing is clipped, and each objective has the gradient of REINFORCE
@@ -12,14 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from grpo.objective.compatibility import PolicyLoss
+from grpo.objective.rows import Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTerm:
-    """A policy term, [B,T] each."""
+    """A policy term, [N] each."""
 
     loss: torch.Tensor
-    """With gradient; 0 off the mask."""
+    """With gradient."""
     clipped_low: torch.Tensor
     clipped_high: torch.Tensor
     """bool: the ratio left its range on the low or the high side, and the clip acted. Under CISPO such a token has a
@@ -49,14 +52,14 @@ def ppo_clip(
 
 
 def gspo(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, eps_low: float, eps_high: float
+    log_ratio: torch.Tensor, advantages: torch.Tensor, rows: Rows, *, eps_low: float, eps_high: float
 ) -> PolicyTerm:
     """Return PPO's clip on the sequence ratio, the geometric mean of the token ratios; GSPO, arXiv 2507.18071 eq. 5.
 
     This is the token form (eq. 14): each token has the sequence's ratio, with gradient through its own logprob.
     Advantages may therefore differ between tokens.
     """
-    mean = _row_mean(log_ratio, mask).detach()
+    mean = rows.mean(log_ratio.detach())[rows.ids]
     return ppo_clip(
         mean + log_ratio - log_ratio.detach(), advantages, eps_low=eps_low, eps_high=eps_high, dual_clip=None
     )
@@ -91,7 +94,7 @@ def sapo(log_ratio: torch.Tensor, advantages: torch.Tensor, *, tau_positive: flo
 
 
 def gmpo(
-    log_ratio: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, *, eps_low: float, eps_high: float
+    log_ratio: torch.Tensor, advantages: torch.Tensor, rows: Rows, *, eps_low: float, eps_high: float
 ) -> PolicyTerm:
     """Return -(geometric mean of the clipped token ratios) * A; GMPO, arXiv 2507.20673 eq. 4.
 
@@ -101,12 +104,11 @@ def gmpo(
     sign = torch.sign(advantages)
     bounded = log_ratio.clamp(-eps_low, eps_high)
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * bounded)
-    objective = _row_mean(pessimistic, mask).exp() * _row_mean(advantages, mask)
+    objective = rows.mean(pessimistic).exp() * rows.mean(advantages)
     stopped = sign * bounded < sign * log_ratio
     return PolicyTerm(
-        loss=torch.where(mask, -objective, 0.0), clipped_low=stopped & (log_ratio < 0),
-        clipped_high=stopped & (log_ratio > 0),
-    )  # fmt: skip
+        loss=-objective[rows.ids], clipped_low=stopped & (log_ratio < 0), clipped_high=stopped & (log_ratio > 0)
+    )
 
 
 def reinforce(logprobs: torch.Tensor, advantages: torch.Tensor) -> PolicyTerm:
@@ -115,36 +117,31 @@ def reinforce(logprobs: torch.Tensor, advantages: torch.Tensor) -> PolicyTerm:
     return PolicyTerm(loss=-advantages * logprobs, clipped_low=nothing, clipped_high=nothing)
 
 
-def _row_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return [B,1], the mean over the tokens of a row that are on the mask; 0 for a row without any."""
-    return torch.where(mask, values, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
 def policy_term(
     loss: PolicyLoss,
     *,
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
-    mask: torch.Tensor,
+    rows: Rows,
     eps_low: float,
     eps_high: float,
     dual_clip: float | None,
     tau_positive: float,
     tau_negative: float,
 ) -> PolicyTerm:
-    """Return the term of the named objective. All tensors are [B,T] and 0 off the mask; `logprobs` has gradient."""
+    """Return the term of the named objective. All tensors are [N]; `logprobs` has gradient."""
     log_ratio = logprobs - old_logprobs.detach()
     match loss:
         case "ppo_clip":
             return ppo_clip(log_ratio, advantages, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip)
         case "gspo":
-            return gspo(log_ratio, advantages, mask, eps_low=eps_low, eps_high=eps_high)
+            return gspo(log_ratio, advantages, rows, eps_low=eps_low, eps_high=eps_high)
         case "cispo":
             return cispo(logprobs, log_ratio, advantages, eps_low=eps_low, eps_high=eps_high)
         case "sapo":
             return sapo(log_ratio, advantages, tau_positive=tau_positive, tau_negative=tau_negative)
         case "gmpo":
-            return gmpo(log_ratio, advantages, mask, eps_low=eps_low, eps_high=eps_high)
+            return gmpo(log_ratio, advantages, rows, eps_low=eps_low, eps_high=eps_high)
         case "reinforce":
             return reinforce(logprobs, advantages)

@@ -11,11 +11,11 @@ def clipped_value_loss(
     """Return max((v - R)^2, (clip(v, v_old - eps, v_old + eps) - R)^2) / 2, as in PPO's code (arXiv 2005.12729 sec. 3).
 
     Args:
-        values: [B,T] with gradient; the other tensors have none.
+        values: [N] with gradient; the other tensors have none.
         eps: None: no clipping.
 
     Returns:
-        loss [B,T]; clipped [B,T] bool, true where the clipped square is the greater one and stops the gradient.
+        loss [N]; clipped [N] bool, true where the clipped square is the greater one and stops the gradient.
     """
     plain = (values - returns).square()
     if eps is None:

@@ -23,6 +23,7 @@ from grpo.objective.aggregation import aggregation_weights
 from grpo.objective.kl import k1, k2, k3
 from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
 from grpo.objective.policy import policy_term
+from grpo.objective.rows import Rows
 from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
 
 TOLERANCE = 1e-9
@@ -126,6 +127,16 @@ def per_row(values: Sequence[Sequence[float]], rows: Sequence[Sequence[int]]) ->
     return tensor([flat[i] for i in range(len(flat))])
 
 
+def by_token(mask: torch.Tensor) -> Rows:
+    """Rows of the tokens on a [B,T] mask."""
+    return Rows(mask.nonzero()[:, 0], len(mask))
+
+
+def padded(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[N] values of the tokens on a mask -> [B,T], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter(mask, values)
+
+
 def same(values: Sequence[float]) -> list[float]:
     """What a single rank adds up."""
     return list(values)
@@ -151,22 +162,22 @@ def advantages_of(entry: dict[str, Any], inputs: dict[str, Any]) -> torch.Tensor
         return per_row(family.batch_normalized(rewards, std_eps=params["std_eps"]), rows)
     if name in ("pass_at_k", "pass_k"):
         return per_row(family.pass_at_k(rewards, k=params["k"]), rows)
-    last = at_last_token(tensor(inputs["rewards"]), mask)
+    tokens, returns = by_token(mask), None
+    last = at_last_token(tensor(inputs["rewards"]), tokens)
     if name == "reinforce_pp":
-        raw = rewards_to_go(last, mask, gamma=params["gamma"])
+        raw = rewards_to_go(last, tokens, gamma=params["gamma"])
     elif name == "reinforce_pp_baseline":
-        raw = torch.where(mask, per_row(family.group_centered(rewards), rows)[:, None], 0.0)
+        raw = per_row(family.group_centered(rewards), rows)[tokens.ids]
     elif name == "gae":
-        values = torch.where(mask, tensor(params["value_inputs"]), 0.0)
         final = torch.full((len(mask),), float(params.get("truncated_bootstrap", 0.0)), dtype=torch.float64)
         raw, returns = generalized_advantages(
-            last, values, mask, gamma=params["gamma"], lam=params["lam"], final_values=final
-        )
-        whitened = whiten([raw], [mask], eps=WHITEN_EPS, all_sum=same)[0] if "whiten" in params else raw
-        return whitened, returns
+            last, tensor(params["value_inputs"])[mask], tokens, gamma=params["gamma"], lam=params["lam"],
+            final_values=final,
+        )  # fmt: skip
     else:
         raise UnknownEntryError(f"advantage {name}")
-    return whiten([raw], [mask], eps=WHITEN_EPS, all_sum=same)[0] if "whiten" in params else raw
+    [values] = whiten([raw], eps=WHITEN_EPS, all_sum=same) if "whiten" in params else [raw]
+    return padded(values, mask) if returns is None else (padded(values, mask), padded(returns, mask))
 
 
 def loss_of(entry: dict[str, Any], inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,15 +185,16 @@ def loss_of(entry: dict[str, Any], inputs: dict[str, Any]) -> tuple[torch.Tensor
     mask = torch.tensor(inputs["mask"]).bool()
     given = entry.get("new_logprobs", "inputs.new")
     new = tensor(inputs["new"] if given == "inputs.new" else given).requires_grad_()
-    old, sampler = (torch.where(mask, tensor(inputs[name]), 0.0) for name in ("old", "rollout"))
-    advantages = torch.where(mask, tensor(inputs["adv"])[:, None], 0.0)
+    rows = by_token(mask)
+    old, sampler = (tensor(inputs[name])[mask] for name in ("old", "rollout"))
+    advantages = tensor(inputs["adv"])[rows.ids]
     if entry["objective"] not in LOSSES or entry["aggregation"] not in AGGREGATIONS:
         raise UnknownEntryError(f"loss {entry['objective']} with {entry['aggregation']}")
     if entry["objective"] == "gmpo" and entry.get("clip_on", "log_ratio") != "log_ratio":
         raise UnknownEntryError(f"gmpo with clip_on {entry['clip_on']}")
     term = policy_term(
-        LOSSES[entry["objective"]], logprobs=torch.where(mask, new, 0.0), old_logprobs=old, advantages=advantages,
-        mask=mask, eps_low=entry.get("clip_eps_low", 0.2), eps_high=entry.get("clip_eps_high", 0.2),
+        LOSSES[entry["objective"]], logprobs=new[mask], old_logprobs=old, advantages=advantages,
+        rows=rows, eps_low=entry.get("clip_eps_low", 0.2), eps_high=entry.get("clip_eps_high", 0.2),
         dual_clip=entry.get("dual_clip_c"), tau_positive=entry.get("tau_pos", 1.0),
         tau_negative=entry.get("tau_neg", 1.05),
     )  # fmt: skip
@@ -191,15 +203,13 @@ def loss_of(entry: dict[str, Any], inputs: dict[str, Any]) -> tuple[torch.Tensor
         lengths, inputs["group"], aggregation=AGGREGATIONS[entry["aggregation"]],
         constant_length=entry.get("scale", 1.0) / len(lengths),
     )  # fmt: skip
-    token_weights = mask * tensor(weights)[:, None]
-    loss = (token_weights * term.loss * correction(entry, old, sampler, mask)).sum()
+    token_weights = tensor(weights)[rows.ids]
+    loss = (token_weights * term.loss * correction(entry, old, sampler, rows)).sum()
     [gradient] = torch.autograd.grad(loss, new)
     return loss.detach(), gradient
 
 
-def correction(
-    entry: dict[str, Any], old: torch.Tensor, sampler: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor | float:
+def correction(entry: dict[str, Any], old: torch.Tensor, sampler: torch.Tensor, rows: Rows) -> torch.Tensor | float:
     """What multiplies the policy term for sampler/learner mismatch."""
     if "importance_correction" not in entry:
         return 1.0
@@ -207,10 +217,10 @@ def correction(
     level, mode = settings["level"], settings["mode"]
     low, high = settings.get("low", settings.get("floor", 0.0)), settings.get("cap", settings.get("high"))
     if level == "geometric":
-        return kept_sequences(old, sampler, mask, low=low, high=high).double()
+        return kept_sequences(old, sampler, rows, low=low, high=high)[rows.ids].double()
     if level not in ("token", "sequence") or mode not in ("truncate", "mask") or high is None:
         raise UnknownEntryError(f"importance_correction {settings}")
-    return bounded_weight(importance_weight(old, sampler, mask, level=level), mode=mode, low=low, high=high)
+    return bounded_weight(importance_weight(old, sampler, rows, level=level), mode=mode, low=low, high=high)
 
 
 def kl_of(name: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from padded import rewards_to_go
 
 from grpo.objective.compatibility import ILLEGAL_KL, Estimator, Gradient
 from grpo.objective.kl import adapted_coefficient, anchor_kl, estimate, k1, k2, k3
 from grpo.objective.policy import reinforce
-from grpo.objective.token_advantages import rewards_to_go
 
 ALL_PAIRS: list[tuple[Estimator, Gradient]] = list(product(get_args(Estimator), get_args(Gradient)))
 LEGAL = [pair for pair in ALL_PAIRS if pair not in ILLEGAL_KL]

@@ -350,6 +350,11 @@ def test_entropy_bonus_flattens_the_policy() -> None:
     assert after[0] / after[1] > before[0] / before[1] + 0.1
 
 
+def in_row(values: torch.Tensor, batch: Batch, row: int) -> list[float]:
+    """Return the values of one row's trained tokens; `values` has those of the whole batch, row after row."""
+    return values.split(batch.completion_mask.sum(1).tolist())[row].tolist()
+
+
 def naive_advantages(
     engine: PlainEngine, row: TrainingRow, *, gamma: float, lam: float, beta: float, bootstrap: bool
 ) -> list[float]:
@@ -389,11 +394,10 @@ def test_gae_with_kl_in_the_reward_equals_its_definition(truncated: str) -> None
     for batch in laid_out.minibatches[0]:
         got = prepared[id(batch)]
         for i, index in enumerate(batch.rollout_index.tolist()):
-            mask = batch.completion_mask[i]
             expected = [(x - mean) / scale for x in naive[index]]
-            assert got.advantages[i][mask].tolist() == pytest.approx(expected, abs=1e-5)
-            returns = [a + v for a, v in zip(naive[index], got.old_values[i][mask].tolist(), strict=True)]
-            assert got.returns[i][mask].tolist() == pytest.approx(returns, abs=1e-5)
+            assert in_row(got.advantages, batch, i) == pytest.approx(expected, abs=1e-5)
+            returns = [a + v for a, v in zip(naive[index], in_row(got.old_values, batch, i), strict=True)]
+            assert in_row(got.returns, batch, i) == pytest.approx(returns, abs=1e-5)
 
 
 def test_the_critic_learns_what_states_are_worth() -> None:
@@ -424,7 +428,7 @@ def test_reinforce_pp_is_discounted_penalised_and_whitened() -> None:
     scale = math.sqrt(sum((x - mean) ** 2 for x in flat) / (len(flat) - 1) + 1e-8)
     for batch in laid_out.minibatches[0]:
         for i, index in enumerate(batch.rollout_index.tolist()):
-            got = prepared[id(batch)].advantages[i][batch.completion_mask[i]].tolist()
+            got = in_row(prepared[id(batch)].advantages, batch, i)
             assert got == pytest.approx([(x - mean) / scale for x in raw[index]], abs=1e-6)
 
 
@@ -446,7 +450,7 @@ def test_kl_in_the_reward_is_a_return_to_go_on_top_of_the_advantage() -> None:
         ids = [*row.prompt_ids, *row.completion_ids.tolist()]
         kl = [float((policy - anchor)[ids[t - 1], ids[t]]) for t in range(len(row.prompt_ids), len(ids))]
         expected = [row.advantage - 0.2 * sum(kl[t:]) for t in range(len(kl))]
-        got = prepared[id(batch)].advantages[i][batch.completion_mask[i]].tolist()
+        got = in_row(prepared[id(batch)].advantages, batch, i)
         assert got == pytest.approx(expected, abs=1e-6)
         total += sum(kl)
     assert tally.sums["policy/kl_ref"][0] == pytest.approx(total, abs=1e-6)

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from padded import importance_weight, kept_sequences
 
-from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
+from grpo.objective.mismatch import bounded_weight
 from grpo.objective.values import clipped_value_loss
 
 MASK = torch.tensor(
@@ -79,9 +80,9 @@ def test_sequences_are_kept_by_their_geometric_mean() -> None:
 
     def kept(low: float, high: float) -> list[bool]:
         result = kept_sequences(old, sampler, mask, low=low, high=high)
-        assert result.shape == (4, 1)
+        assert result.shape == (4,)
         assert result.dtype == torch.bool
-        return [bool(x) for x in result[:, 0]]
+        return [bool(x) for x in result]
 
     assert kept(0.9, 1.1) == [True, False, False, True]
     assert kept(0.9, 2.1) == [True, True, False, True]
@@ -97,7 +98,7 @@ def test_kept_sequences_equal_a_naive_loop(seed: int) -> None:
     for b in range(4):
         weights = [math.exp(float(old[b, t] - sampler[b, t])) for t in taken(b)]
         mean = math.prod(weights) ** (1 / len(weights)) if weights else 1.0
-        assert bool(result[b, 0]) == (0.8 <= mean <= 1.25)
+        assert bool(result[b]) == (0.8 <= mean <= 1.25)
     poison = torch.where(MASK, 0.0, float("nan"))
     assert torch.equal(kept_sequences(old + poison, sampler + poison, MASK, low=0.8, high=1.25), result)
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from padded import policy_term
 
 from grpo.objective.aggregation import aggregation_weights
 from grpo.objective.compatibility import LEGAL_AGGREGATIONS, Aggregation, PolicyLoss
-from grpo.objective.policy import PolicyTerm, policy_term, ppo_clip
+from grpo.objective.policy import PolicyTerm, ppo_clip
 
 EPS_LOW, EPS_HIGH, DUAL_CLIP, TAU_POSITIVE, TAU_NEGATIVE = 0.2, 0.3, 1.7, 1.0, 1.4
 OPTIONS: dict[str, Any] = {

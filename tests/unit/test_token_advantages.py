@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
+from padded import at_last_token, generalized_advantages, rewards_to_go, whiten
 
 MASK = torch.tensor(
     [
@@ -57,6 +56,16 @@ def test_rewards_to_go_by_hand() -> None:
     rewards = torch.tensor([[1.0, 0.0, 2.0, 4.0, 0.0]])
     # the hole is stepped over: 4, then 2 + 4 / 2, then 1 + 4 / 2
     assert rewards_to_go(rewards, mask, gamma=0.5).tolist() == [[3.0, 0.0, 4.0, 4.0, 0.0]]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 64, 65, 200])
+def test_rewards_to_go_of_a_long_row_equal_the_recurrence(length: int) -> None:
+    rewards, expected, carried = draw(13, length), [0.0] * length, 0.0
+    for t in reversed(range(length)):
+        carried = float(rewards[t]) + 0.99 * carried
+        expected[t] = carried
+    result = rewards_to_go(rewards[None], torch.ones(1, length, dtype=torch.bool), gamma=0.99)
+    assert result[0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def naive_gae(

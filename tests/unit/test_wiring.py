@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from padded import policy_term
 from test_learner_step import PlainEngine, lay_out, rows, step
 
 from grpo.batching.steps import TrainingRow
 from grpo.config import CriticConfig
 from grpo.learner.step import measured_kl_old
 from grpo.objective.kl import anchor_kl
-from grpo.objective.policy import policy_term
 
 LR, EPOCHS, STEP_KL_COEF = 4.0, 3, 0.3
 PLAIN: dict[str, Any] = {
