@@ -36,6 +36,8 @@ from grpo.run.signals import handlers_kept
 from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"
+BREAKPOINT = "PYTHONBREAKPOINT"
+"""Ray makes breakpoint() call its own debugger, also in this process after the session."""
 LOOK_S = 1.0
 """Seconds between two checks of a run that waits for room."""
 STILL_S = 600.0
@@ -139,7 +141,8 @@ def session(
     refuse_own_ray(config)
     refuse_silent(config, address)
     try:
-        with handlers_kept():  # Ray's own SIGTERM handler would end a waiting run silently
+        # Ray's own SIGTERM handler would end a waiting run silently
+        with handlers_kept(), _restored(BREAKPOINT):
             context = ray.init(address=address, job_config=RayJob(), log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"{named(config)}: {' '.join(str(error).split())[:300]}") from error
@@ -200,10 +203,9 @@ def _token() -> str:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables in the block, and restore the values from before it."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _restored(*names: str) -> Iterator[None]:
+    """Restore these environment variables at the end of the block."""
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:
@@ -212,6 +214,14 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables in the block."""
+    with _restored(*variables):
+        os.environ.update(variables)
+        yield
 
 
 @contextmanager
@@ -262,7 +272,8 @@ def _private_ray(node: Node, above: str) -> Iterator[None]:
     )
     try:
         with _environment({"RAY_AUTH_TOKEN": _token()}):
-            with _environment({sweeper.MARK: str(folder)}):  # inherited by everything that Ray starts
+            # MARK is inherited by everything that Ray starts
+            with _environment({sweeper.MARK: str(folder)}), _restored(BREAKPOINT):
                 ray.init(
                     address="local",
                     job_config=RayJob(),

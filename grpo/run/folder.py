@@ -3,6 +3,7 @@
 Files are written whole or not at all, and a run never writes over another run.
 
 runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/  checkpoints/  model/  tensorboard/
+              python_rewards/
 """
 
 from __future__ import annotations
@@ -271,11 +272,17 @@ class RunFolder:
         """Write summary.json; called whenever a run ends, also after a failure."""
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def close(self) -> None:
-        """Finish the queued writes and close the files. Raise the first error that was not raised before."""
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the queued writes and close the files. Raise the first error that was not raised before.
+
+        `failed`: the run has not reached its last step.
+        """
         self._writer.shutdown()
         self._metrics.close()
         self._lock.close()
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            tracker.close(failed=failed)
         for writing in self._writing:
             writing.result()
 

@@ -38,6 +38,10 @@ class Tracker(Protocol):
         """Show a table. `rows`: column in COLUMNS -> text."""
         ...
 
+    def close(self, *, failed: bool) -> None:
+        """End its threads and files. Another run of this process has a tracker of its own."""
+        ...
+
 
 def table_is_due(name: str, step: int) -> bool:
     """Return whether a samples file gets a table. `name`: name of the file, step-... or eval-..."""
@@ -101,6 +105,9 @@ class TensorBoard:
         self._board.add_text(f"samples/{name}", markdown(rows), step)
         self._board.flush()
 
+    def close(self, *, failed: bool) -> None:
+        self._board.close()
+
 
 class WandB:
     """Logs to a W&B run; W&B must be installed."""
@@ -128,6 +135,9 @@ class WandB:
     def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         data = [[row[column] for column in COLUMNS] for row in rows]
         self._run.log({f"samples/{name}": self._wandb.Table(columns=list(COLUMNS), data=data)}, step=step)
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 def make_trackers(config: Config, folder: Path, step: int) -> list[Tracker]:

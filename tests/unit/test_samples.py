@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,6 +17,7 @@ import pytest
 from test_compare import REWARDS, group
 
 from grpo.config import Config
+from grpo.run.folder import RunFolder
 from grpo.run.samples import SAMPLE_SCHEMA, Trained, part_columns, read_columns, write_groups
 from grpo.run.trackers import COLUMNS, TABLE_CHARACTERS, TABLE_EVERY, make_trackers, markdown, table_is_due, table_rows
 from grpo.types import Failed, Group, Logged
@@ -129,6 +133,26 @@ def test_tensorboard_gets_the_table(tmp_path: Path, config: Config) -> None:
     assert event.step == 3
     assert b"forty-two" in event.tensor_proto.string_val[0]
     assert [point.value for point in events.Scalars("reward/mean")] == [0.5]
+
+
+def test_trackers_are_closed_with_the_run(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run of the same process must not write to them, and no thread is left."""
+    calls: list[tuple[str, Any]] = []
+    run = SimpleNamespace(
+        log=lambda values, step: calls.append(("log", step)),
+        finish=lambda exit_code: calls.append(("finish", exit_code)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run, Error=OSError))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, wandb=True))
+    threads = set(threading.enumerate())
+    for number, failed in enumerate((False, True)):
+        (tmp_path / str(number)).mkdir()
+        folder = RunFolder(tmp_path / str(number), config)
+        folder.log_metrics(1, {"loss": 0.5})
+        folder.close(failed=failed)
+        folder.close()
+        assert set(threading.enumerate()) == threads
+    assert calls == [("log", 1), ("finish", 0), ("log", 1), ("finish", 1)]
 
 
 @pytest.fixture
