@@ -59,6 +59,10 @@ class RewardOutage(UserError):
     can be resumed (exit code 75)."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended a training or an evaluation. The message names the folder and says how to resume."""
+
+
 class EngineFailure(RuntimeError):
     """An actor failed or missed a deadline. The message names the actor, the awaited call and its last output."""
 

@@ -28,7 +28,7 @@ from grpo.config import Config, DatasetConfig, validate_gold
 from grpo.data.columns import hint
 from grpo.files import fingerprint
 from grpo.planning.shapes import refuse_outer_folder, split_problems
-from grpo.rewards import preflight
+from grpo.rewards import functions, preflight
 from grpo.rewards.imports import locate, reward_sources
 from grpo.rewards.process import secrets
 from grpo.types import Moment, Prompt, UserError
@@ -60,11 +60,18 @@ class CheckedRun:
 
 
 def check(
-    config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None, *, ids: bool = False
+    config: Config,
+    recipe: Path,
+    log_dir: Path,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    ids: bool = False,
+    written: Path | None = None,
 ) -> CheckedRun:
     """Check a loaded config against its files.
 
-    `say` receives the progress of long work. `ids`: include the token ids of the first prompt in the plan.
+    `say` receives the progress of long work. `ids`: include the token ids of the first prompt in the plan. `written`:
+    folder with the files of reward functions that were given as Python objects.
 
     Raises UserError at the first problem.
     """
@@ -81,7 +88,7 @@ def check(
     eval_prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_batch(config, train)
     check_by(config, eval_prompts)
-    files = tuple(locate(config.rewards, recipe))
+    files = tuple(locate(config.rewards, recipe, written))
     config = decide_gold(config, files)
     check_reward_sets(config, [*train, *held_out])
     updates = config.optimizer_steps_per_step
@@ -105,7 +112,12 @@ def check(
 
 
 def check_evaluation(
-    config: Config, recipe: Path, log_dir: Path, say: Callable[[str], None] = lambda _: None
+    config: Config,
+    recipe: Path,
+    log_dir: Path,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    written: Path | None = None,
 ) -> CheckedRun:
     """Check a config for evaluation only, like `check`, but without training data and learner.
 
@@ -125,7 +137,7 @@ def check_evaluation(
     config = dataclasses.replace(
         config, rewards=[dataclasses.replace(r, sets=tuple(n for n in r.sets if n in names)) for r in own]
     )
-    files = tuple(locate(config.rewards, recipe))
+    files = tuple(locate(config.rewards, recipe, written))
     config = decide_gold(config, files)
     check_reward_sets(config, held_out)
     tried = try_rewards(config, files, held_out, unsampled_by(tokenizer, ends, Moment()), log_dir, say)
@@ -368,9 +380,14 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def reward_fingerprints(files: Sequence[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each reward file together with the modules that it imports, by the option that names it."""
-    sources = {f"rewards[{i}].file": reward_sources(file) for i, file in enumerate(files)}
-    return {option: fingerprint(some) for option, some in sources.items()}
+    """Return the SHA-256 of each reward file together with the modules that it imports, by the option that names it.
+
+    For the file of a function, it is that of the function's source and of what it uses.
+    """
+    return {
+        f"rewards[{i}].file": functions.digest_of(file) or fingerprint(reward_sources(file))
+        for i, file in enumerate(files)
+    }
 
 
 def model_fingerprint(path: str) -> str:

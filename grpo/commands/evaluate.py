@@ -18,4 +18,4 @@ def evaluate_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> in
         recipe, model=model, data=parsed.data, rewards=parsed.reward, overrides=overrides
     )
     plan = check_evaluation(config, recipe)
-    return evaluate(plan, model, parsed.out)
+    return evaluate(plan, model, parsed.out).code

@@ -27,16 +27,12 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> Exi
     try:
         # the imports take seconds, and only after them is it known whether the run can be resumed
         with signals_delayed():
-            from grpo.checks import check  # noqa: PLC0415
             from grpo.lifecycle import train as lifecycle  # noqa: PLC0415
-            from grpo.run import folder as run_folder  # noqa: PLC0415
             from grpo.run import resume  # noqa: PLC0415
 
             origin = resume.find(asked.get("resume"), config, str(recipe))
-        config = check.resolve_paths(config)
-        if origin.done and origin.run is not None:
-            resume.refuse_other_run(origin.run, config, allowed)
-            print(f"{origin.run} is done: it has {run_folder.steps_done(origin.run)} steps; more of them: run.steps=N")
+        if line := lifecycle.done_before(config, origin, allowed):
+            print(line)
             return ExitCode.DONE
         plan, resumed = lifecycle.check_run(config, recipe, origin, allowed, print_progress)
     except KeyboardInterrupt:
@@ -44,7 +40,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> Exi
             raise
         print(f"grpo: interrupted before anything was started; go on with resume={origin.run}", file=sys.stderr)
         return ExitCode.RESUMABLE
-    return lifecycle.train(plan, resumed, origin, recipe, started)
+    return lifecycle.train(plan, resumed, origin, recipe, started).code
 
 
 def print_progress(text: str) -> None:

@@ -4,6 +4,7 @@
     describe  descriptions of the options, for `grpo options`
     foreign   names of the options in other trainers; aliases uses it to answer such names
     load      YAML and overrides -> Config; the only importer of omegaconf, except for `MISSING` in the schema
+    values    recipes and options as Python values
     validate  the batch algebra, ranges, and options that would have no effect
 
 All other modules see plain frozen dataclasses. Every mistake is a `UserError` that names the option, the value and the
@@ -36,6 +37,7 @@ from grpo.config.schema import (
 )
 from grpo.config.validate import refuse_own_ray, validate
 from grpo.config.validate_data import validate_gold
+from grpo.config.values import Recipe, Reward, Value, override_texts
 
 __all__ = [
     "AlgorithmConfig",
@@ -49,15 +51,19 @@ __all__ = [
     "LearnerConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Recipe",
+    "Reward",
     "RewardConfig",
     "RunConfig",
     "SamplerConfig",
     "SamplingConfig",
     "TrainSetConfig",
+    "Value",
     "dump",
     "load",
     "load_for_evaluation",
     "options_text",
+    "override_texts",
     "part_names",
     "read_dump",
     "refuse_flags",

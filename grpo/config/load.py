@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from grpo.config import aliases
 from grpo.config.schema import Config, DatasetConfig, SamplingConfig
 from grpo.config.validate import validate
+from grpo.config.values import Recipe, Reward, plain_value
 from grpo.types import UserError
 
 REPLAYABLE = "temperature"
@@ -29,20 +30,29 @@ NOT_REPLAYABLE = (
 """Sampling settings that the learner cannot apply to its own logits; refused by name in `sampling`."""
 
 
-def load(recipe: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load(
+    recipe: Recipe, overrides: typing.Sequence[str] = (), rewards: typing.Sequence[Reward] | None = None
+) -> Config:
     """Read `recipe`, apply `section.option=value` overrides, and validate everything that needs no other file.
+
+    Args:
+        recipe: A YAML file, or the same sections as a mapping, or a config.
+        rewards: Used instead of the rewards of the recipe, before the overrides.
 
     Raises UserError naming the file or option at fault.
     """
-    return _configure(_read(Path(recipe)), overrides, str(recipe))
+    tree = _tree(recipe)
+    if rewards is not None:
+        tree["rewards"] = _sections(rewards)
+    return _configure(tree, overrides, _source(recipe))
 
 
 def load_for_evaluation(
-    recipe: Path | None,
+    recipe: Recipe | None,
     *,
     model: str,
     data: typing.Sequence[str],
-    rewards: typing.Sequence[str],
+    rewards: typing.Sequence[Reward],
     overrides: typing.Sequence[str],
 ) -> Config:
     """Return the config of `grpo eval`: `recipe` or the defaults, with `model`, and with `data` and `rewards` if given.
@@ -51,7 +61,7 @@ def load_for_evaluation(
 
     Raises UserError naming the file or option at fault.
     """
-    source = "grpo eval" if recipe is None else str(recipe)
+    source = "grpo eval" if recipe is None else _source(recipe)
     unused = {
         "data": {"train": [{"path": "none.jsonl"}]},
         "algorithm": {"prompts_per_step": 1, "group_size": 2},
@@ -59,12 +69,12 @@ def load_for_evaluation(
     }
     tree = OmegaConf.create(unused)
     if recipe is not None:
-        tree = typing.cast(DictConfig, OmegaConf.merge(tree, _read(recipe)))
+        tree = typing.cast(DictConfig, OmegaConf.merge(tree, _tree(recipe)))
     OmegaConf.update(tree, "model.path", model, force_add=True)
     if data:
         OmegaConf.update(tree, "data.eval.sets", [{"path": path} for path in data], force_add=True)
     if rewards:
-        tree["rewards"] = [{"file": file} for file in rewards]
+        tree["rewards"] = _sections(rewards)
     for option, flag, what in (
         ("data.eval.sets", "--data PATH", "held-out data"),
         ("rewards", "--reward FILE", "reward"),
@@ -83,6 +93,29 @@ def read_dump(path: Path) -> Config:
     """Return the config that `dump` wrote to `path`, without validation: it was validated when it was first loaded."""
     merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
     return typing.cast(Config, OmegaConf.to_object(merged))
+
+
+def _source(recipe: Recipe) -> str:
+    """Return the name of `recipe` in error messages."""
+    return str(recipe) if isinstance(recipe, str | Path) else "recipe"
+
+
+def _sections(rewards: typing.Sequence[Reward]) -> list[dict[str, str]]:
+    """Return the section `rewards` of a recipe."""
+    return [{"file": reward} if isinstance(reward, str) else dict(reward) for reward in rewards]
+
+
+def _tree(recipe: Recipe) -> DictConfig:
+    """Return the sections of `recipe` as a tree.
+
+    Raises UserError if a file cannot be read, or if a value of a mapping is no value of an option.
+    """
+    if isinstance(recipe, str | Path):
+        return _read(Path(recipe))
+    text = dump(recipe) if isinstance(recipe, Config) else yaml.safe_dump(plain_value(recipe, "recipe"))
+    tree = OmegaConf.create(text)
+    assert isinstance(tree, DictConfig)
+    return _listed(tree)
 
 
 def _read(path: Path) -> DictConfig:

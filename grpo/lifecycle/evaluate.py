@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from grpo.cluster import session as cluster
 from grpo.config import Config
 from grpo.lifecycle import evaluation_folder
 from grpo.machine import usable_cpus
+from grpo.rewards import functions
 from grpo.rewards.pool import RewardPool
 from grpo.run.console import Console
 from grpo.run.signals import interrupt_early
@@ -21,22 +24,37 @@ from grpo.run.timeline import Timeline
 from grpo.types import ExitCode, Prompt, RewardOutage
 
 
-def check_evaluation(config: Config, recipe: Path | None) -> CheckedRun:
-    """Check the recipe and the cluster. Raises UserError."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an evaluation has ended."""
+
+    folder: Path
+    code: ExitCode
+    result: Mapping[str, Any]
+    """Content of evaluation.json; empty if the evaluation was stopped."""
+    error: Exception | None = None
+    """The error that stopped it; None if it is done, or if a signal stopped it."""
+
+
+def check_evaluation(config: Config, recipe: Path | None, written: Path | None = None) -> CheckedRun:
+    """Check the recipe and the cluster. `written`: folder with the files of reward functions that were given as Python
+    objects. Raises UserError."""
     config = check.resolve_paths(config)
     with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
         interrupt_early()  # joining a cluster has replaced our signal handlers with Ray's
-        return check.check_evaluation(config, recipe or Path("command line"), Path(log_dir))
+        return check.check_evaluation(config, recipe or Path("command line"), Path(log_dir), written=written)
 
 
-def evaluate(plan: CheckedRun, model: str, out: Path) -> ExitCode:
-    """Evaluate the prompts that have not been evaluated, and print the result. Return the exit code.
+def evaluate(plan: CheckedRun, model: str, out: Path) -> Outcome:
+    """Evaluate the prompts that have not been evaluated, and print the result.
 
     `out`: folder of the evaluations. What has been sampled is kept when the evaluation is interrupted.
     """
     key = evaluation_folder.key_of(plan, check.model_fingerprint(plan.config.model.path))
     folder = evaluation_folder.folder_of(out.expanduser().resolve(), evaluation_folder.name_of(model), key)
     with evaluation_folder.opened(folder, key, plan), Console(steps=0, log=folder / "log.txt") as console:
+        files = functions.keep(plan.config.rewards, plan.reward_files, folder)
+        plan = dataclasses.replace(plan, reward_files=files)
         left = evaluation_folder.unfinished(plan, folder, console.say)
         if not left:
             console.say(f"evaluated before: {folder}")
@@ -48,17 +66,18 @@ def evaluate(plan: CheckedRun, model: str, out: Path) -> ExitCode:
                 result = sample(plan, folder, left, console)
             except KeyboardInterrupt:
                 console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
-                return ExitCode.RESUMABLE
+                return Outcome(folder=folder, code=ExitCode.RESUMABLE, result={})
             except RewardOutage as error:
                 done, _ = evaluation_folder.survey(plan, folder)  # removes nothing: failed completions can be read
                 kept = len(done) + sum(map(len, left.values())) - len(plan.eval_prompts)
                 console.say(f"grpo: {error}")
                 console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on")
-                return ExitCode.RESUMABLE if kept else ExitCode.USAGE
+                code = ExitCode.RESUMABLE if kept else ExitCode.USAGE
+                return Outcome(folder=folder, code=code, result={}, error=error)
         for line in evaluation_folder.report(result):
             console.say(line)
         console.say(f"evaluation {folder}")
-    return ExitCode.DONE
+    return Outcome(folder=folder, code=ExitCode.DONE, result=result)
 
 
 def sample(plan: CheckedRun, folder: Path, left: Mapping[str, Sequence[Prompt]], console: Console) -> dict[str, Any]:

@@ -6,7 +6,8 @@
     run                reward workers, Ray, engines, the loop, shutdown; restarted when engines are lost
     train              summary.json and the last lines
 
-Every outcome becomes an exit code, a reason in summary.json and a last line.
+Every outcome becomes an `Outcome`, a reason in summary.json and a last line. A command returns its exit code, and
+Python callers get its error.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import sys
 import tempfile
 import time
 import traceback
@@ -33,6 +33,7 @@ from grpo.cluster.reward_workers import SpreadPool
 from grpo.config import Config
 from grpo.evaluation.statistics import paired_gain
 from grpo.metrics.health import Health, warning_line
+from grpo.rewards import functions
 from grpo.rewards.pool import RewardPool
 from grpo.run import checkpoints, resume
 from grpo.run import folder as run_folder
@@ -45,6 +46,8 @@ from grpo.run.timeline import TimedScorer, Timeline
 from grpo.sampler.settings import eval_settings, train_settings
 from grpo.types import EngineFailure, ExitCode, RewardOutage, UserError
 
+STDERR = 2
+"""File descriptor. In a notebook, sys.stderr has none."""
 PATIENCE_S = 30.0
 """Time that a cluster may take to release the resources of a failed attempt, or to notice a lost node, in seconds."""
 
@@ -60,27 +63,67 @@ class Training:
     stopper: Stopper
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a training has ended."""
+
+    run: Path
+    """The run folder."""
+    code: ExitCode
+    reason: str
+    error: Exception | None = None
+    """The error that ended it; None if it is done, or if a signal stopped it."""
+    resumable: bool = False
+    """It has a checkpoint."""
+
+
+def done_before(config: Config, origin: Origin, allowed: Sequence[str]) -> str:
+    """Return a line about the run to resume if it has no steps left, else "".
+
+    Raises UserError if it has other options.
+    """
+    if not origin.done or origin.run is None:
+        return ""
+    resume.refuse_other_run(origin.run, check.resolve_paths(config), allowed)
+    return f"{origin.run} is done: it has {run_folder.steps_done(origin.run)} steps; more of them: run.steps=N"
+
+
 def check_run(
-    config: Config, recipe: Path, origin: Origin, allowed: Sequence[str], say: Callable[[str], None]
+    config: Config,
+    recipe: Path,
+    origin: Origin,
+    allowed: Sequence[str],
+    say: Callable[[str], None],
+    written: Path | None = None,
 ) -> tuple[CheckedRun, Resumed]:
-    """Check the recipe, the cluster and the checkpoint. `say` receives the progress. Raises UserError."""
+    """Check the recipe, the cluster and the checkpoint.
+
+    Args:
+        say: Receives the progress.
+        written: Folder with the files of reward functions that were given as Python objects.
+
+    Raises UserError.
+    """
+    config = check.resolve_paths(config)
     if origin.run is None:
         run_folder.choose(config, str(recipe))  # refuses a name that is in use before the checks, which take longer
     with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
         interrupt_early()  # joining a cluster has replaced our signal handlers with Ray's
-        plan = check.check(config, recipe, Path(log_dir), say=say)
+        plan = check.check(config, recipe, Path(log_dir), say=say, written=written)
     return plan, resume.prepare(origin, plan, allowed)
 
 
-def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, started: float) -> ExitCode:
-    """Open the run folder, train, and write the summary. Return the exit code. `started`: time.monotonic()."""
+def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, started: float) -> Outcome:
+    """Open the run folder, train, and write the summary. `started`: time.monotonic()."""
     config = plan.config
     folder = open_folder(plan, resumed, origin, recipe)
+    files = functions.keep(config.rewards, plan.reward_files, folder.path)
+    plan = dataclasses.replace(plan, reward_files=files)
     with Console(steps=config.run.steps, log=folder.path / "log.txt") as console:
         # a handler may run in the middle of a console line, so it writes to stderr directly
-        stopper = Stopper(config.run.grace_s, lambda text: os.write(sys.stderr.fileno(), f"{text}\n".encode()))
+        stopper = Stopper(config.run.grace_s, lambda text: os.write(STDERR, f"{text}\n".encode()))
         training = Training(plan=plan, resumed=resumed, folder=folder, console=console, stopper=stopper)
-        code, reason = run_and_report(training)
+        outcome = run_and_report(training)
         summary = {
             "recipe": str(recipe),
             "seed": config.run.seed,
@@ -88,7 +131,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
             "fingerprints": dict(plan.fingerprints),
             **folder.facts,
             "wall_s": round(time.monotonic() - started, 3),
-            "exit_reason": reason,
+            "exit_reason": outcome.reason,
         }
         try:
             folder.write_summary(summary)
@@ -96,10 +139,10 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
             console.say(f"grpo: besides, summary.json could not be written: {error}")
         for warning in folder.facts["warnings"]:
             console.say(warning_line(warning, folder.facts["steps"]))
-        if code == ExitCode.DONE and "accuracy_gain" in folder.facts:
+        if outcome.code == ExitCode.DONE and "accuracy_gain" in folder.facts:
             console.say(accuracy_line(folder.facts))
         console.say(f"run folder {folder.path}")
-    return code
+    return outcome
 
 
 def open_folder(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path) -> RunFolder:
@@ -115,22 +158,24 @@ def open_folder(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path
     return folder
 
 
-def run_and_report(training: Training) -> tuple[ExitCode, str]:
-    """Run to any outcome and report it. Return the exit code and the reason for the summary."""
+def run_and_report(training: Training) -> Outcome:
+    """Run to any outcome and report it."""
     folder, console, stopper = training.folder, training.console, training.stopper
     stopper.install()
     code, reason, stopped, passing, full = ExitCode.INTERNAL, "failed", "", False, False
     began = training.resumed.step  # copied: the loop advances it
+    cause: Exception | None = None
     try:
         for line in (*training.plan.lines, *training.resumed.lines):
             console.say(line)
         finished = run_with_restarts(training)
         folder.close()
         if finished:
-            return ExitCode.DONE, "done"
+            return Outcome(run=folder.path, code=ExitCode.DONE, reason="done")
         stopped = f"interrupted by {stopper.asked}"
     except UserError as error:
-        code, reason, passing = ExitCode.USAGE, f"failed: {error}", isinstance(error, RewardOutage)
+        code, reason, cause = ExitCode.USAGE, f"failed: {error}", error
+        passing = isinstance(error, RewardOutage)
         console.say(f"grpo: {error}")
     except KeyboardInterrupt:  # Stopped, or an exception that Ray raises for it
         stopped = f"interrupted by {stopper.asked}"
@@ -140,10 +185,10 @@ def run_and_report(training: Training) -> tuple[ExitCode, str]:
             stopped = f"interrupted by {stopper.asked}"
             keep_traceback(folder.path)
         elif run_folder.is_disk_full(error):
-            stopped, full = f"stopped by a full disk: {error}", True
+            stopped, full, cause = f"stopped by a full disk: {error}", True, error
             run_folder.drop_unfinished(folder.path)
         else:
-            reason, passing = f"failed: {error}", isinstance(error, EngineFailure)
+            reason, passing, cause = f"failed: {error}", isinstance(error, EngineFailure), error
             console.say(f"grpo: {type(error).__name__}: {error}\n{keep_traceback(folder.path)}")
     finally:
         stopper.uninstall()
@@ -158,10 +203,10 @@ def run_and_report(training: Training) -> tuple[ExitCode, str]:
         code = ExitCode.RESUMABLE if passing and further else code
         console.say(f"grpo: the state after step {newest} is saved; {hint}")
     try:
-        folder.close()
+        folder.close(failed=True)
     except Exception as error:  # noqa: BLE001 - reported in addition to the first failure, which stays the reason
         console.say(f"grpo: besides, a file could not be written: {error}")
-    return code, reason
+    return Outcome(run=folder.path, code=code, reason=reason, error=cause, resumable=bool(every))
 
 
 def keep_traceback(path: Path) -> str:

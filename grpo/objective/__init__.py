@@ -8,6 +8,7 @@ __all__ = [
     "logprobs",
     "mismatch",
     "policy",
+    "rows",
     "token_advantages",
     "values",
 ]

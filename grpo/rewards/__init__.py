@@ -13,4 +13,4 @@ counts     counts of finished and running calls, for progress reports
 preflight  checks before a run: the files load, the functions run, the gold answers score
 """
 
-__all__ = ["counts", "imports", "pool", "preflight", "process"]
+__all__ = ["counts", "functions", "groups", "imports", "pool", "preflight", "process"]

@@ -17,8 +17,11 @@ PACKAGE = Path(__file__).parents[1]
 """This package. It is always there, and no part of a reward."""
 
 
-def locate(rewards: Sequence[RewardConfig], recipe: Path) -> list[Path]:
+def locate(rewards: Sequence[RewardConfig], recipe: Path, written: Path | None = None) -> list[Path]:
     """Find the files of `rewards`: in the working directory, else next to the recipe, else in the folder above it.
+
+    Args:
+        written: Folder with the files of functions (`grpo.rewards.functions.write`), which is searched first.
 
     Raises UserError naming the option and the file with the most similar name.
     """
@@ -26,7 +29,8 @@ def locate(rewards: Sequence[RewardConfig], recipe: Path) -> list[Path]:
     for i, reward in enumerate(rewards):
         given = Path(reward.file).expanduser()
         places = [given] if given.is_absolute() else [given, recipe.parent / given, recipe.parent.parent / given]
-        path = next((place for place in places if place.is_file()), None)
+        own = [] if written is None else [written / given]
+        path = next((place for place in own + places if place.is_file()), None)
         if path is None:
             if any(place.is_dir() for place in places):
                 raise UserError(f"rewards[{i}].file={reward.file} is a folder; it must be a Python file")

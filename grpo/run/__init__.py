@@ -7,6 +7,7 @@ __all__ = [
     "folder",
     "heartbeat",
     "progress",
+    "results",
     "resume",
     "samples",
     "saving",

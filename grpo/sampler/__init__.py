@@ -1,3 +1,3 @@
 """The sampler: prompts to completions. `vllm/` has the engine."""
 
-__all__ = ["vllm"]
+__all__ = ["settings", "vllm"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from grpo.run.signals import SIGNALS, Stopped, Stopper, handlers_kept, interrupt_early, signals_delayed
+from grpo.run.signals import HANDLED, SIGNALS, Stopped, Stopper, handlers_kept, interrupt_early, signals_delayed
 
 
 @pytest.fixture
@@ -105,3 +106,30 @@ def test_a_handler_that_is_set_in_between_goes_again() -> None:
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_handler_of_c_code_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with handlers_kept():
+        pass
+
+
+def test_in_another_thread_the_handlers_stay_as_they_are() -> None:
+    before = [signal.getsignal(number) for number in HANDLED]
+    stopper, done = Stopper(60, print), []
+
+    def run() -> None:
+        interrupt_early()
+        with signals_delayed(), handlers_kept():
+            stopper.install()
+            with stopper.finishing_steps():
+                done.append([signal.getsignal(number) for number in HANDLED])
+            stopper.uninstall()
+
+    signal.setitimer(signal.ITIMER_REAL, 600)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done == [before]
+    assert [signal.getsignal(number) for number in HANDLED] == before
+    assert signal.setitimer(signal.ITIMER_REAL, 0)[0] > 500  # the caller's own timer

@@ -59,7 +59,7 @@ def call(reward: Reward, context: bytes, items: Sequence[Item]) -> Answer:
     except BadReturnError as error:
         return {"results": [failed(*error.args)] * len(items)}
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit and KeyboardInterrupt fail this call only
-        place = user_place(error, reward.file, reward.shown)
+        place = user_place(error, reward.file, reward.shown, reward.defined)
         said = described(error) + hinted(error, reward.index, reward.withheld) + (f" at {place}" if place else "")
         return {"results": [failed("exception", said)] * len(items)}
 

@@ -44,14 +44,16 @@ def withheld_words(names: Sequence[str], index: int) -> str:
     return f"rewards see no {every}, which looks like a secret; rewards[{index}].env: [{every}] passes it on"
 
 
-def user_place(error: BaseException, file: str, shown: str) -> str | None:
-    """Return `path:line` of the last frame of `error` in the reward file or its folder, else outside OWN."""
+def user_place(error: BaseException, file: str, shown: str, defined: str = "") -> str | None:
+    """Return `path:line` of the last frame of `error` in the reward file or its folder, else in the file `defined`,
+    else outside OWN."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno or 1))
     folder = str(Path(file).parent) + os.sep
     theirs = [f for f in frames if f[0].startswith(folder) and "site-packages" not in f[0]]
     others = [f for f in frames if not f[0].startswith(OWN) and not f[0].startswith("<frozen")]
+    others = [f for f in others if f[0] == defined] or others
     if not theirs:
         return f"{others[-1][0]}:{others[-1][1]}" if others else None
     name, line = theirs[-1]

@@ -56,6 +56,8 @@ class Reward:
     """Absolute path."""
     shown: str
     """The path as the recipe gives it."""
+    defined: str
+    """File that has the source of the function; not `file` for a function by value, and for an imported one."""
     index: int
     """Index in the recipe's `rewards`."""
     unfilled: tuple[str, ...]
@@ -98,13 +100,18 @@ def load(spec: Spec) -> Reward:
         hint = nearest(spec["name"], known) or f"; it has {', '.join(known) or 'none'}"
         raise LoadError(f"{where} has no function {spec['name']}{hint}")
     code = getattr(inspect.unwrap(function), "__code__", None)
-    names, unfilled = checked_names(function, spec, f"{where}:{code.co_firstlineno}" if code else where)
+    defined = code.co_filename if code else file
+    if code:  # a function by value is defined in another file
+        shown = spec["shown"] if defined == file else defined
+        where = f"rewards[{spec['index']}]: {shown}:{code.co_firstlineno}"
+    names, unfilled = checked_names(function, spec, where)
     return Reward(
         function=function,
         names=names,
         style=spec["style"],
         file=file,
         shown=spec["shown"],
+        defined=defined,
         index=spec["index"],
         unfilled=unfilled,
         withheld=frozenset(spec["withheld"]),

@@ -1,0 +1,278 @@
+"""Reward functions that are given as Python objects. Each one becomes a reward file, so workers, checks, resume, spread
+reward nodes and submitted jobs treat it like any other reward.
+
+The file has the function by value, pickled by cloudpickle together with everything that it uses from modules that are
+not installed. Its first line has the SHA-256 of the sources and of the values that the function uses. A pickle also
+depends on line numbers and paths, so resuming compares this digest instead of the content.
+"""
+
+from __future__ import annotations
+
+import base64
+import dis
+import functools
+import hashlib
+import inspect
+import os
+import re
+import shutil
+import site
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import TypeAlias
+
+import cloudpickle
+
+from grpo.config import RewardConfig
+from grpo.rewards.process import secrets
+from grpo.types import UserError
+
+Returned: TypeAlias = float | Mapping[str, float] | Sequence[float | None] | None
+RewardFunction: TypeAlias = Callable[..., Returned | Awaitable[Returned]]
+
+FOLDER = "python_rewards"
+"""Folder of the files, in the run folder."""
+FIRST_LINE = "# Reward function by value; SHA-256 of its source and of what it uses: "
+MAX_BYTES = 1 << 25
+"""Maximum size of a pickled function. More than this is data, which belongs in a file."""
+MIN_SECRET = 8
+"""Minimum length of a secret to search for; shorter ones occur by chance."""
+INSTALLED = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    site.getusersitepackages(),
+    str(Path(__file__).parents[1]),
+)
+"""Folders whose modules every worker can import, this package among them."""
+METHODS = (FunctionType, staticmethod, classmethod, property)
+PLAIN = (str, bytes, int, float, complex, re.Pattern, type(None), type(...))
+
+
+def write(function: RewardFunction, index: int, folder: Path) -> dict[str, str]:
+    """Write the file of rewards[index] into `folder`. Return its section of a recipe.
+
+    Raises UserError if the source of the function cannot be read, or if the function cannot be pickled.
+    """
+    name = name_of(function)
+    where = f"rewards[{index}]: {name}"
+    content = pickled(function, where)
+    description = Description(where)
+    text = description.of(function)
+    if not description.sources:  # it is installed, and the workers import it
+        description.sources.append(source_of(inner(function), where))
+        text += description.sources[0]
+    for variable in secrets(os.environ):
+        value = os.environ[variable].encode()
+        if len(value) >= MIN_SECRET and value in content:
+            raise UserError(
+                f"{where} uses the value of the environment variable {variable}, which would be saved with it; read "
+                f"os.environ in the function instead, with rewards[{index}].env: [{variable}]"
+            )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    source = "\n".join(f"# {line}".rstrip() for text in description.sources for line in text.splitlines())
+    lines = textwrap.wrap(base64.b64encode(content).decode(), 100)
+    place, number = Path(FOLDER, f"{name}.py"), 1
+    while (folder / place).exists():
+        number += 1
+        place = Path(FOLDER, f"{name}_{number}.py")
+    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+    (folder / place).write_text(
+        f"{FIRST_LINE}{digest}\n#\n{source}\n\nimport base64\nimport pickle\n\n"
+        f"{name} = pickle.loads(base64.b64decode('''\n" + "\n".join(lines) + "\n'''))\n",
+        encoding="utf-8",
+    )
+    return {"file": str(place), "name": name, "style": style_of(function)}
+
+
+def name_of(function: RewardFunction) -> str:
+    """Return the name of the reward in metrics and samples: an identifier."""
+    name = inner(function).__name__
+    return "reward" if name == "<lambda>" else re.sub(r"\W", "_", name)
+
+
+def inner(function: RewardFunction) -> FunctionType | type:
+    """Return the function of a partial one, and the class of an object that can be called."""
+    if isinstance(function, functools.partial):
+        return inner(function.func)
+    return function if isinstance(function, FunctionType | type) else type(function)
+
+
+def source_of(code: FunctionType | type | CodeType, where: str) -> str:
+    """Return the source. Raises UserError if it cannot be read."""
+    try:
+        return textwrap.dedent(inspect.getsource(code))
+    except (OSError, TypeError) as error:
+        raise UserError(
+            f"{where}: its source cannot be read, and a run keeps the source of its rewards; define it in a file or in "
+            "a notebook cell"
+        ) from error
+
+
+def style_of(function: RewardFunction) -> str:
+    """Return the style of the function, by the names of its parameters."""
+    try:
+        names = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # loading it reports this
+        return "grpo"
+    return "trl" if "completions" in names else "verl" if "solution_str" in names else "grpo"
+
+
+def digest_of(file: Path) -> str | None:
+    """Return the digest in the file of a function; None for any other file."""
+    with file.open("rb") as handle:
+        line = handle.readline(200).decode(errors="replace")
+    return line.removeprefix(FIRST_LINE).strip() if line.startswith(FIRST_LINE) else None
+
+
+def keep(rewards: Sequence[RewardConfig], files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
+    """Copy the files of functions into `folder`, so that it can be read without the process that made them. Return the
+    files, with the copies."""
+    kept = []
+    for reward, file in zip(rewards, files, strict=True):
+        if digest_of(file) is None or Path(reward.file).is_absolute():
+            kept.append(file)
+            continue
+        target = folder / reward.file
+        if target.resolve() != file.resolve():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(target.name + ".partial")
+            shutil.copyfile(file, aside)
+            os.replace(aside, target)
+        kept.append(target)
+    return tuple(kept)
+
+
+def pickled(function: RewardFunction, where: str) -> bytes:
+    """Return the function by value. Raises UserError naming what cannot be pickled."""
+    try:
+        with by_value():
+            content = cloudpickle.dumps(function)
+    except Exception as error:  # whatever the values of the user raise
+        raise UserError(
+            f"{where} cannot be sent to the reward workers: {' '.join(str(error).split())[:200]}; create it inside the "
+            "function, or put the function into a file and give its path"
+        ) from error
+    if len(content) > MAX_BYTES:
+        raise UserError(
+            f"{where} uses {len(content) >> 20} MiB of data, and at most {MAX_BYTES >> 20} MiB are sent to the reward "
+            "workers; read it from a file inside the function"
+        )
+    assert isinstance(content, bytes)
+    return content
+
+
+@contextmanager
+def by_value() -> Iterator[None]:
+    """Make cloudpickle pickle the content of modules that are not installed: a worker may not find them."""
+    before = cloudpickle.list_registry_pickle_by_value()
+    local = [
+        module
+        for name, module in list(sys.modules.items())
+        if type(module) is ModuleType
+        and name == module.__name__ != "__main__"
+        and name not in before
+        and not is_installed(module)
+    ]
+    for module in local:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in local:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def is_installed(module: ModuleType) -> bool:
+    """Return whether a worker can import the module."""
+    file = getattr(module, "__file__", None)
+    if module.__name__ == "__main__":
+        return False
+    return not isinstance(file, str) or any(Path(file).is_relative_to(place) for place in INSTALLED)
+
+
+class Description:
+    """Text of a function and of what it uses that is the same in every process, for the digest.
+
+    It has the sources of functions, and the values of the globals, closures and defaults that they use.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._seen: dict[FunctionType | type | ModuleType, str] = {}
+        """What has been described, and the text that refers to it: functions may refer to each other."""
+        self.sources: list[str] = []
+        """Sources of the functions, that of the reward first."""
+
+    def of(self, value: object) -> str:
+        """Return the text of a value."""
+        if isinstance(value, FunctionType | type | ModuleType):
+            return self._of_named(value)
+        if isinstance(value, dict):
+            return f"{{{', '.join(sorted(f'{self.of(key)}: {self.of(item)}' for key, item in value.items()))}}}"
+        if isinstance(value, set | frozenset):
+            return f"{{{', '.join(sorted(map(self.of, value)))}}}"
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(map(self.of, value))}]"
+        if isinstance(value, functools.partial):
+            return self.of(["partial", value.func, value.args, value.keywords])
+        if isinstance(value, MethodType):
+            return self.of([value.__func__, value.__self__])
+        if isinstance(value, staticmethod | classmethod):
+            return self.of(value.__func__)
+        if isinstance(value, property):
+            return self.of([value.fget, value.fset])
+        if isinstance(value, PLAIN):
+            return repr(value)
+        if hasattr(value, "__dict__") and self._is_local(type(value)):
+            return self.of([type(value), vars(value)])
+        return f"{type(value).__qualname__} {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
+
+    def _of_named(self, value: FunctionType | type | ModuleType) -> str:
+        if not self._is_local(value):
+            return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+        if value in self._seen:
+            return self._seen[value]
+        self._seen[value] = f"#{len(self._seen)}"
+        if isinstance(value, FunctionType):
+            return self._of_function(value)
+        if isinstance(value, ModuleType):
+            return inspect.getsource(value)
+        methods = {name: item for name, item in vars(value).items() if isinstance(item, METHODS)}
+        values = {name: item for name, item in vars(value).items() if not name.startswith("__") and plain(item)}
+        return self.of([value.__qualname__, value.__bases__, methods, values])
+
+    def _of_function(self, function: FunctionType) -> str:
+        code = function.__code__
+        try:
+            source = source_of(code, self._where)
+            self.sources.append(source)
+        except UserError:
+            if not self.sources:  # it is the reward itself
+                raise
+            consts = self.of([one for one in code.co_consts if not isinstance(one, CodeType)])
+            source = f"{code.co_code.hex()} {code.co_names} {consts}"  # generated, as methods of dataclasses are
+        used = {name: function.__globals__[name] for name in globals_of(code) if name in function.__globals__}
+        closure = [cell.cell_contents for cell in function.__closure__ or ()]
+        return self.of([source, used, closure, function.__defaults__, function.__kwdefaults__])
+
+    @staticmethod
+    def _is_local(value: FunctionType | type | ModuleType) -> bool:
+        if isinstance(value, ModuleType):
+            return not is_installed(value)
+        module = sys.modules.get(value.__module__ or "")
+        return module is None or not is_installed(module)
+
+
+def plain(value: object) -> bool:
+    """Return whether `value` is data without code."""
+    return isinstance(value, (*PLAIN, list, tuple, dict, set, frozenset))
+
+
+def globals_of(code: CodeType) -> set[str]:
+    """Return the names of the globals that the code and the functions in it use."""
+    own = {str(op.argval) for op in dis.get_instructions(code) if op.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*(globals_of(inner) for inner in code.co_consts if isinstance(inner, CodeType)))

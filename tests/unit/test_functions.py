@@ -1,0 +1,283 @@
+"""Reward functions that are given as Python objects, loaded and called by real reward workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import linecache
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import write_recipe
+from test_rewards import items, values
+
+from grpo import config
+from grpo.checks.check import reward_fingerprints
+from grpo.cluster import upload
+from grpo.config import RewardConfig
+from grpo.rewards import functions
+from grpo.rewards.pool import RewardPool, locate
+from grpo.rewards.preflight import check_loads
+from grpo.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+BONUS = {"long enough", "also"}
+
+
+def halved(text: str) -> float:
+    return len(text) / 2
+
+
+def by_globals(completion: str, row: Mapping[str, Any]) -> float:
+    return halved(completion) + (10 if completion in BONUS else 0)
+
+
+def by_columns(completions: list[str], answer: list[str], **columns: list[Any]) -> list[float]:
+    return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+
+def compute_score(solution_str: str, ground_truth: str) -> dict[str, float]:
+    return {"score": 2.0 if solution_str == ground_truth else 0.5}
+
+
+def above(limit: int) -> Callable[..., float]:
+    def reward(completion: str, row: Mapping[str, Any]) -> float:
+        return float(len(completion) > limit)
+
+    return reward
+
+
+@dataclass
+class Scaled:
+    factor: float
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
+        return self.factor * len(completion)
+
+
+def with_factor(completion: str, row: Mapping[str, Any], *, factor: float) -> float:
+    return factor * len(completion)
+
+
+def failing(completion: str, row: Mapping[str, Any]) -> float:
+    return float(json.loads(completion))
+
+
+def section(function: Callable[..., Any], folder: Path) -> RewardConfig:
+    return RewardConfig(**functions.write(function, 0, folder))
+
+
+def score(function: Callable[..., Any], folder: Path, *texts: str) -> list[Any]:
+    """Outcomes of the function in a worker that starts in another folder."""
+    reward = section(function, folder)
+    files = locate([reward], Path("recipe.yaml"), folder)
+    with RewardPool([reward], files=files, workers=1, log_dir=folder / "logs") as pool:
+        return pool.submit(items(texts)).result(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("function", "style", "name", "expected"),
+    [
+        (by_globals, "grpo", "by_globals", [0.5, 15.5]),
+        (by_columns, "trl", "by_columns", [1.0, 0.0]),
+        (compute_score, "verl", "compute_score", [2.0, 0.5]),
+        (above(3), "grpo", "reward", [0.0, 1.0]),
+        (lambda completion, row: 3.0 * len(completion), "grpo", "reward", [3.0, 33.0]),
+        (Scaled(0.5), "grpo", "Scaled", [0.5, 5.5]),
+        (functools.partial(with_factor, factor=2.0), "grpo", "with_factor", [2.0, 22.0]),
+    ],
+)
+def test_a_function_is_called_by_its_parameters(
+    function: Callable[..., Any], style: str, name: str, expected: list[float], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir("/")  # this module cannot be imported there
+    assert values(score(function, tmp_path, "2", "long enough")) == expected
+    reward = RewardConfig(**functions.write(function, 0, tmp_path / "again"))
+    assert (reward.style, reward.name, reward.file) == (style, name, f"python_rewards/{name}.py")
+
+
+def test_an_error_names_the_line_of_the_function(tmp_path: Path) -> None:
+    line = failing.__code__.co_firstlineno + 1
+    [outcome] = score(failing, tmp_path, "{")
+    assert outcome.kind == "exception"
+    assert outcome.detail.startswith("failing: JSONDecodeError: Expecting property name")
+    assert outcome.detail.endswith(f" at {__file__}:{line}")
+
+
+def test_a_function_that_fits_no_style_is_refused_with_its_line(tmp_path: Path) -> None:
+    reward = section(halved, tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_loads([reward], locate([reward], Path("r.yaml"), tmp_path))
+    line = halved.__code__.co_firstlineno
+    assert str(caught.value).startswith(f"rewards[0]: {__file__}:{line}: halved(text: 'str') -> 'float' does not fit")
+
+
+def test_an_installed_function_is_imported_by_the_worker(tmp_path: Path) -> None:
+    reward = section(json.dumps, tmp_path)
+    [file] = locate([reward], Path("r.yaml"), tmp_path)
+    assert "# def dumps(obj, *, skipkeys=False," in file.read_text()
+    with pytest.raises(UserError, match=r"^rewards\[0\]: .*json/__init__.py:\d+: dumps\(.* does not fit style grpo"):
+        check_loads([reward], [file])
+
+
+def test_functions_of_the_same_name_have_files_of_their_own(tmp_path: Path) -> None:
+    written = [functions.write(above(n), n, tmp_path)["file"] for n in range(3)]
+    assert written == ["python_rewards/reward.py", "python_rewards/reward_2.py", "python_rewards/reward_3.py"]
+
+
+# --- what cannot be sent ---------------------------------------------------------------------------------------------
+
+
+def refused(function: Callable[..., Any], folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        functions.write(function, 2, folder)
+    return str(caught.value)
+
+
+def test_what_cannot_be_sent_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = threading.Lock()
+
+    def with_lock(completion: str, row: Mapping[str, Any]) -> float:
+        return float(lock.locked())
+
+    assert refused(with_lock, tmp_path) == (
+        "rewards[2]: with_lock cannot be sent to the reward workers: cannot pickle '_thread.lock' object; create it "
+        "inside the function, or put the function into a file and give its path"
+    )
+    space: dict[str, Any] = {}
+    exec("def typed(completion, row): return 1.0", space)
+    assert refused(space["typed"], tmp_path) == (
+        "rewards[2]: typed: its source cannot be read, and a run keeps the source of its rewards; define it in a file "
+        "or in a notebook cell"
+    )
+    assert "rewards[2]: builtin_function_or_method: its source cannot be read" in refused(len, tmp_path)
+    monkeypatch.setattr(functions, "MAX_BYTES", 1 << 20)
+    data = bytes((1 << 20) + 1)
+
+    def with_data(completion: str, row: Mapping[str, Any]) -> float:
+        return float(len(data))
+
+    assert refused(with_data, tmp_path).startswith("rewards[2]: with_data uses 1 MiB of data, and at most 1 MiB")
+    monkeypatch.setenv("JUDGE_API_KEY", "judge-31415926")
+    key = "judge-31415926"
+
+    def with_secret(completion: str, row: Mapping[str, Any]) -> float:
+        return float(key in completion)
+
+    assert refused(with_secret, tmp_path) == (
+        "rewards[2]: with_secret uses the value of the environment variable JUDGE_API_KEY, which would be saved with "
+        "it; read os.environ in the function instead, with rewards[2].env: [JUDGE_API_KEY]"
+    )
+    assert not (tmp_path / functions.FOLDER).exists()
+
+
+# --- the digest ------------------------------------------------------------------------------------------------------
+
+NOTEBOOK = """
+    import re
+    import helper
+    WORDS = {"alpha", "beta", "gamma", "delta"}
+    LIMIT = 3
+    def inner(text):
+        return sum(word in text for word in WORDS)
+    class Kind:
+        factor = 2
+        def scaled(self, value):
+            return self.factor * value
+    def mine(completion, row):
+        if not completion:
+            return mine("x", row)
+        return Kind().scaled(inner(completion) + helper.extra(completion)) if len(completion) < LIMIT else 0.0
+"""
+HELPER = "def extra(text):\n    return 0.25\n"
+DIGEST = """
+    import linecache, sys
+    from pathlib import Path
+    from grpo.rewards import functions
+    place, source = Path(sys.argv[1]), sys.argv[2]
+    sys.path.insert(0, str(place))
+    name = f"<cell {sys.argv[3]}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    exec(compile(source, name, "exec"), globals())
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        written = functions.write(mine, 0, Path(folder))
+        print(functions.digest_of(Path(folder, written["file"])))
+"""
+
+
+def digest(folder: Path, notebook: str = NOTEBOOK, helper: str = HELPER, cell: str = "1") -> str:
+    """Digest of the function `mine`, in a process of its own with another order of sets."""
+    folder.mkdir()
+    (folder / "helper.py").write_text(helper)
+    command = [sys.executable, "-c", textwrap.dedent(DIGEST), str(folder), textwrap.dedent(notebook), cell]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_digest_is_that_of_the_source_and_of_what_it_uses(tmp_path: Path) -> None:
+    first = digest(tmp_path / "a")
+    assert len(first) == 64
+    moved = "\n\n    UNUSED = 1\n" + NOTEBOOK + "    def other(text):\n        return LIMIT\n"
+    assert digest(tmp_path / "moved", moved, cell="2") == first  # other lines, path, process and unused names
+    changes = {
+        "body": ("else 0.0", "else 0.5"), "constant": ("LIMIT = 3", "LIMIT = 4"), "set": ('"beta"', '"Beta"'),
+        "function": ("word in text for", "word == text for"), "method": ("self.factor * value", "self.factor + value"),
+        "attribute": ("factor = 2", "factor = 3"),
+    }  # fmt: skip
+    for name, (old, new) in changes.items():
+        assert NOTEBOOK.count(old) == 1
+        assert digest(tmp_path / name, NOTEBOOK.replace(old, new)) != first, name
+    assert digest(tmp_path / "module", helper=HELPER.replace("0.25", "0.5")) != first
+
+
+def test_the_fingerprint_of_a_function_is_its_digest_and_travels_with_its_file(tmp_path: Path) -> None:
+    rewards = [section(by_globals, tmp_path), RewardConfig(file=str(ROOT / "reward_fns" / "arithmetic.py"))]
+    files = locate(rewards, Path("recipe.yaml"), tmp_path)
+    run = tmp_path / "run"
+    kept = functions.keep(rewards, files, run)
+    assert kept == (run / "python_rewards" / "by_globals.py", files[1])
+    assert functions.keep(rewards, kept, run) == kept
+    before = reward_fingerprints(files)
+    assert before["rewards[0].file"] == functions.digest_of(files[0])
+    assert functions.digest_of(files[1]) is None
+    assert reward_fingerprints(kept) == before
+    # the config of the run is a recipe of its own
+    assert locate(rewards[:1], run / "config.yaml") == [run / "python_rewards" / "by_globals.py"]
+    # nor does a submitted job need anything else
+    recipe = write_recipe(run, Path("hub/model"), run={"dir": "/shared/runs"}, rewards=[dataclasses.asdict(rewards[0])])
+    options, files_of_job = upload.rewards(config.load(recipe), run / "config.yaml", {})
+    assert options.rewards[0].file == "python_rewards/by_globals.py"
+    assert files_of_job == {Path("python_rewards/by_globals.py"): kept[0]}
+    source = kept[0].read_text()
+    assert "# def by_globals(completion: str, row: Mapping[str, Any]) -> float:" in source
+    assert "# def halved(text: str) -> float:" in source
+
+
+def test_a_module_that_is_not_installed_is_sent_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scoring_rules.py").write_text(
+        "import json\nSCALE = 4\ndef rule(completion, row):\n    return SCALE * len(json.dumps(completion))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rules: ModuleType = importlib.import_module("scoring_rules")
+    monkeypatch.chdir("/")
+    rules.SCALE = 5
+
+    def through_module(completion: str, row: Mapping[str, Any]) -> float:
+        return float(rules.rule(completion, row))
+
+    assert values(score(rules.rule, tmp_path, "abc")) == [25.0]
+    assert values(score(through_module, tmp_path, "abc")) == [25.0]
+    linecache.clearcache()
