@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
@@ -31,6 +30,7 @@ from grpo.planning.shapes import refuse_outer_folder, split_problems
 from grpo.rewards import functions, preflight
 from grpo.rewards.imports import locate, reward_sources
 from grpo.rewards.process import secrets
+from grpo.suggest import suggest
 from grpo.types import Moment, Prompt, UserError
 
 TRIED_ROWS = 8
@@ -465,9 +465,10 @@ def check_reward_sets(config: Config, sets: Sequence[data.PromptSet]) -> None:
     for i, reward in enumerate(config.rewards):
         for name in reward.sets:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-                close = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"rewards[{i}].sets: no data set is called {name}; there are {', '.join(names)}{close}")
+                raise UserError(
+                    f"rewards[{i}].sets: no data set is called {name}; there are {', '.join(names)}"
+                    + suggest(name, names)
+                )
     for dataset in sets:
         if not any(reward.applies_to(dataset.name) for reward in config.rewards):
             raise UserError(f"{dataset.option}: no reward is for {dataset.name}; name it in rewards[i].sets of one")

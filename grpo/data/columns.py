@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from grpo.suggest import suggest
 
 DEEPEST = 6
 """Maximum depth at which a value is searched."""
@@ -41,8 +42,7 @@ def hint(wanted: str, values: Mapping[str, Any]) -> str:
     path = nested(wanted, values)
     if path is not None:
         return f"; it is inside another: {line(wanted, path)}"
-    near = difflib.get_close_matches(wanted, values, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return suggest(wanted, [*values])
 
 
 def line(name: str, path: str) -> str:

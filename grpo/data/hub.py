@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+from grpo.suggest import suggest
 
 PROBE_TIMEOUT_S = 5.0
 FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv")
@@ -26,8 +27,7 @@ def nearest_path(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f"; its folder {parent} does not exist either"
-    near = difflib.get_close_matches(path.name, sorted(p.name for p in parent.iterdir()), n=1, cutoff=0.5)
-    return f"; did you mean {parent / near[0]}?" if near else ""
+    return suggest(path.name, {other.name: str(other) for other in sorted(parent.iterdir())})
 
 
 def one_line(error: BaseException) -> str:

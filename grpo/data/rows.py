@@ -7,7 +7,6 @@ and reports a malformed line without its number.
 from __future__ import annotations
 
 import codecs
-import difflib
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from typing import Any
 
 from grpo.data.disguise import FIRST_BYTES, PARQUET, disguise_of
 from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
+from grpo.suggest import suggest
 from grpo.types import UserError
 
 FORMATS = "a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id (FOLDER:config, owner/name:config)"
@@ -249,8 +249,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _nearest_of(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"it has {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"it has {', '.join(names)}{suggest(name, names)}"
 
 
 def _number(values: Sequence[Mapping[str, Any]], name: str) -> list[Row]:

@@ -5,7 +5,6 @@ The numbers themselves are computed in `grpo.metrics.measures`; docs/metrics.md 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from grpo.config import Config
 from grpo.data import Cursor, MixedCursor
 from grpo.metrics import measures
 from grpo.objective.compatibility import GROUP_RELATIVE
+from grpo.suggest import suggest
 from grpo.types import Group, StepResult, UserError
 
 
@@ -105,9 +105,7 @@ def refuse_unknown_best(best: str | None, names: Collection[str]) -> None:
     """Raise UserError, with the nearest name, if `best`, the value of `run.keep_best`, is not in `names`."""
     if best is None or best in names:
         return
-    near = difflib.get_close_matches(best, names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"run.keep_best={best} is no metric of this run{hint}")
+    raise UserError(f"run.keep_best={best} is no metric of this run{suggest(best, names)}")
 
 
 def timings(

@@ -4,13 +4,13 @@ change in one is a change of the reward."""
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.machinery
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grpo.config import RewardConfig
+from grpo.suggest import suggest
 from grpo.types import UserError
 
 PACKAGE = Path(__file__).parents[1]
@@ -34,9 +34,8 @@ def locate(rewards: Sequence[RewardConfig], recipe: Path, written: Path | None =
         if path is None:
             if any(place.is_dir() for place in places):
                 raise UserError(f"rewards[{i}].file={reward.file} is a folder; it must be a Python file")
-            nearby = {p.name: p for place in places if place.parent.is_dir() for p in place.parent.glob("*.py")}
-            near = difflib.get_close_matches(given.name, nearby, n=1, cutoff=0.4)
-            hint = f"; did you mean {nearby[near[0]]}?" if near else ""
+            nearby = {p.name: str(p) for place in places if place.parent.is_dir() for p in place.parent.glob("*.py")}
+            hint = suggest(given.name, nearby)
             if recipe.name == "config.yaml":  # the copy in a run folder
                 hint += "; go to the directory that the run was started in, or give another one with --reward FILE"
             raise UserError(f"rewards[{i}].file={reward.file} does not exist{hint}")

@@ -7,7 +7,6 @@ Receives weights in one transaction (`begin_sync`, `load_bucket`, `finish_sync`)
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import logging
 import math
@@ -27,6 +26,7 @@ from grpo import sockets
 from grpo.config import Config
 from grpo.sampler.vllm import transfer
 from grpo.sampler.vllm.worker import merge_reports
+from grpo.suggest import suggest
 from grpo.sync.probe import Probe
 from grpo.sync.weights import Bucket, SyncReport
 from grpo.types import SampledBlock, SampleRequest, SamplingSettings, UserError
@@ -158,9 +158,7 @@ def engine_arguments(config: Config, transport: str, index: int) -> EngineArgs:
     known = [f.name for f in dataclasses.fields(EngineArgs)]
     for name in config.sampler.engine:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"sampler.engine.{name} is no argument of vLLM's EngineArgs{hint}")
+            raise UserError(f"sampler.engine.{name} is no argument of vLLM's EngineArgs{suggest(name, known)}")
     options: dict[str, Any] = {}
     if not config.on_gpu or config.sampler.kv_cache_gib is not None:
         options["kv_cache_memory_bytes"] = int((config.sampler.kv_cache_gib or 0.25) * 2**30)
