@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grpo import config, data
 from grpo.checks import check
-from grpo.config import Config
+from grpo.config import Config, OnSubmit
 from grpo.rewards.imports import PACKAGE, imported, locate, modules
 from grpo.types import UserError
 
@@ -56,23 +56,22 @@ def refuse_local(options: Config, resume: str | None) -> None:
             f"cluster.address={options.cluster.address}: a submitted run joins the cluster of --address; leave it out"
         )
     config.refuse_own_ray(options)
-    named = {"model.path": options.model.path}
-    if options.critic.path is not None:
-        named["critic.path"] = options.critic.path
-    for option, sets in (("data.train", options.data.train), ("data.eval.sets", options.data.eval.sets)):
-        named |= {f"{option}[{i}].path": one.path for i, one in enumerate(sets)}
-    for option, value in named.items():
+    for option, value in config.values(options):
+        declared = config.declaration(option)
+        submit = declared.submit if declared else None
+        if value is None or submit not in (OnSubmit.SHARED, OnSubmit.SHARED_OR_HUB) or os.path.isabs(value):
+            continue
+        if submit is OnSubmit.SHARED:
+            raise UserError(
+                f"{option}={value} would be a folder of the job's own, which is removed after it: give the whole path "
+                "of one that every node sees"
+            )
         bare = Path(value.rpartition(":")[0] or value)  # the path in FOLDER:config
-        if not os.path.isabs(value) and (data.is_path(value) or Path(value).exists() or bare.exists()):
+        if data.is_path(value) or Path(value).exists() or bare.exists():
             raise UserError(
                 f"{option}={value} does not travel with the job: put it where every node sees it and give its whole "
                 f"path (here it is {os.path.abspath(os.path.expanduser(value))}), or a hub id"
             )
-    if not os.path.isabs(options.run.dir):
-        raise UserError(
-            f"run.dir={options.run.dir} would be a folder of the job's own, which is removed after it: give the whole "
-            "path of one that every node sees"
-        )
     if resume not in (None, "auto") and not os.path.isabs(resume or ""):
         raise UserError(f"resume={resume}: give auto, or the whole path of a folder that every node sees")
 

@@ -1,11 +1,14 @@
 """Options and their defaults: build a frozen `Config` from a recipe (YAML) and `key=value` overrides.
 
-    schema    all options, with types, defaults and meanings
+    schema    all options: beside each its type, default, meaning, bounds, use, and treatment on resume and submit
+    declare   what a field of the schema can declare
+    options   the declarations by the full names of the options
     describe  descriptions of the options, for `grpo options`
     foreign   names of the options in other trainers; aliases uses it to answer such names
     load      YAML and overrides -> Config; the only importer of omegaconf, except for `MISSING` in the schema
-    values    recipes and options as Python values
-    validate  the batch algebra, ranges, and options that would have no effect
+    python    recipes and options as Python values
+    rules     the declared bounds, and options that would have no effect
+    validate  the batch algebra and other rules between options
 
 All other modules see plain frozen dataclasses. Every mistake is a `UserError` that names the option, the value and the
 nearest valid value.
@@ -14,8 +17,11 @@ nearest valid value.
 from __future__ import annotations
 
 from grpo.config.aliases import written
+from grpo.config.declare import OnResume, OnSubmit
 from grpo.config.describe import options_text
 from grpo.config.load import dump, load, load_for_evaluation, read_dump, refuse_flags, refuse_unknown
+from grpo.config.options import declaration, general, values
+from grpo.config.python import Recipe, Reward, Value, override_texts
 from grpo.config.schema import (
     AlgorithmConfig,
     ClusterConfig,
@@ -37,7 +43,6 @@ from grpo.config.schema import (
 )
 from grpo.config.validate import refuse_own_ray, validate
 from grpo.config.validate_data import validate_gold
-from grpo.config.values import Recipe, Reward, Value, override_texts
 
 __all__ = [
     "AlgorithmConfig",
@@ -50,6 +55,8 @@ __all__ = [
     "EvalSetConfig",
     "LearnerConfig",
     "ModelConfig",
+    "OnResume",
+    "OnSubmit",
     "OptimizerConfig",
     "Recipe",
     "Reward",
@@ -59,7 +66,9 @@ __all__ = [
     "SamplingConfig",
     "TrainSetConfig",
     "Value",
+    "declaration",
     "dump",
+    "general",
     "load",
     "load_for_evaluation",
     "options_text",
@@ -71,5 +80,6 @@ __all__ = [
     "refuse_unknown",
     "validate",
     "validate_gold",
+    "values",
     "written",
 ]

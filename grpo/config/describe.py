@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
+import functools
 import itertools
 import re
 import textwrap
@@ -18,23 +18,13 @@ import yaml
 from omegaconf import MISSING
 
 from grpo.config import schema
+from grpo.config.options import Option, item_class, options
+from grpo.suggest import suggest
 from grpo.types import UserError
 
 WIDTH = 120
 """Maximum width of a line, in columns."""
 INDENT = "    "
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """Description of one option."""
-
-    name: str
-    """Full name, with `[i]` for an index into a list."""
-    kind: str
-    default: str
-    """Default as written in a recipe, or "required" if there is none."""
-    meaning: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +43,7 @@ def options_text(asked: str = "") -> str:
 
     Raises UserError if `asked` is neither a section nor an option.
     """
-    found = [*sections(schema.Config, "")]
+    found = [*sections()]
     if not asked:
         every = [line for section in found for line in section_lines(section, examples=False)]
         return "\n".join([*every, "grpo options SECTION shows examples, too: grpo options algorithm"])
@@ -61,15 +51,14 @@ def options_text(asked: str = "") -> str:
     inside = [s for s in found if plain(s.name) == name or plain(s.name).startswith(f"{name}.")]
     if inside:
         return "\n".join(line for section in inside for line in section_lines(section, examples=True)).rstrip()
-    options = [o for s in found for o in s.options if name in (plain(o.name), o.name.rpartition(".")[2])]
-    if options:
-        return "\n".join(line for option in options for line in option_lines(option))
+    asked_for = [o for s in found for o in s.options if name in (plain(o.name), o.name.rpartition(".")[2])]
+    if asked_for:
+        return "\n".join(line for option in asked_for for line in (*option_lines(option), *treatment_lines(option)))
     known = {plain(section.name): section.name for section in found}
     known |= {plain(o.name): o.name for s in found for o in s.options}
     known |= {o.name.rpartition(".")[2]: o.name for s in found for o in s.options}
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean {known[near[0]]}?" if near else f"sections: {', '.join(s.name for s in found)}"
-    raise UserError(f"no section and no option is called {asked}; {hint}")
+    hint = suggest(name, known) or f"; sections: {', '.join(s.name for s in found)}"
+    raise UserError(f"no section and no option is called {asked}{hint}")
 
 
 def plain(name: str) -> str:
@@ -78,33 +67,29 @@ def plain(name: str) -> str:
     return re.sub(r"\[\w*\]|\.\d+(?=\.|$)", "", name.strip().rstrip("."))
 
 
-def sections(cls: type, prefix: str) -> Iterator[Section]:
-    """Yield every section below `cls`, each with its direct options."""
-    hints, texts = typing.get_type_hints(cls), field_texts(cls)
-    options, below = [], []
-    for f in dataclasses.fields(cls):
-        kind, name = hints[f.name], f"{prefix}{f.name}"
-        items = typing.get_args(kind) if typing.get_origin(kind) is list else ()
-        if dataclasses.is_dataclass(kind):
-            below.append((typing.cast(type, kind), name))
-        elif items and dataclasses.is_dataclass(items[0]):
-            below.append((typing.cast(type, items[0]), f"{name}[i]"))
-        else:
-            options.append(
-                Option(name=name, kind=kind_text(kind), default=default_text(f), meaning=texts.get(f.name, ""))
-            )
+def sections() -> Iterator[Section]:
+    """Yield every section with its direct options."""
+    yield from _sections(schema.Config, "")
+
+
+def _sections(cls: type, prefix: str) -> Iterator[Section]:
+    hints = typing.get_type_hints(cls)
     if prefix:
         meaning, _, examples = (cls.__doc__ or "").partition("\n\n")
         yield Section(
             name=prefix.rstrip("."),
             meaning=in_yaml(meaning),
             examples=tuple(line.strip() for line in examples.splitlines() if plain(prefix) in line),
-            options=tuple(options),
+            options=tuple(options()[f"{prefix}{name}"] for name in hints if f"{prefix}{name}" in options()),
         )
-    for inner, name in below:
-        yield from sections(inner, f"{name}.")
+    for name, kind in hints.items():
+        if dataclasses.is_dataclass(kind):
+            yield from _sections(typing.cast(type, kind), f"{prefix}{name}.")
+        elif item := item_class(kind):
+            yield from _sections(item, f"{prefix}{name}[i].")
 
 
+@functools.cache
 def field_texts(cls: type) -> dict[str, str]:
     """Return the docstring below each field of `cls` and its base classes, read from the source."""
     tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
@@ -138,9 +123,8 @@ def kind_text(kind: Any) -> str:
     return {str: "text", int: "integer", float: "number", bool: "true | false"}.get(kind, "value")
 
 
-def default_text(field: dataclasses.Field[Any]) -> str:
+def default_text(default: Any) -> str:
     """Return a default as a recipe would write it."""
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if default == MISSING:
         return "required"
     if isinstance(default, float):
@@ -164,9 +148,22 @@ def section_lines(section: Section, *, examples: bool) -> Iterator[str]:
 
 
 def option_lines(option: Option) -> Iterator[str]:
-    """Yield the lines of an option: name, default and type, then the meaning."""
-    line = f"{option.name} = {option.default}   ({option.kind})"
+    """Yield the lines of an option: name, default, type and bounds, then its meaning and what uses it."""
+    bound = f", {option.bound.words}" if option.bound else ""
+    line = f"{option.name} = {default_text(option.default)}   ({kind_text(option.kind)}{bound})"
     yield from textwrap.wrap(line, WIDTH, subsequent_indent=INDENT, break_on_hyphens=False)
-    yield from textwrap.wrap(
-        option.meaning, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False
-    )
+    used = " and ".join(rule.condition(option.name) for rule in option.only_with)
+    meaning = field_texts(option.section).get(option.name.rpartition(".")[2], "")
+    yield from indented(f"{meaning} Used only with {used}." if used else meaning)
+
+
+def treatment_lines(option: Option) -> Iterator[str]:
+    """Yield the lines on how a resume and a submitted run treat an option."""
+    yield from indented(f"On resume: {option.resume.value}.")
+    if option.submit:
+        yield from indented(f"On submit: {option.submit.value}.")
+
+
+def indented(text: str) -> list[str]:
+    """Return the lines of a text below an option."""
+    return textwrap.wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False)

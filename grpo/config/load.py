@@ -17,9 +17,11 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import aliases
+from grpo.config.options import general, item_class, options
+from grpo.config.python import Recipe, Reward, plain_value
 from grpo.config.schema import Config, DatasetConfig, SamplingConfig
 from grpo.config.validate import validate
-from grpo.config.values import Recipe, Reward, plain_value
+from grpo.suggest import suggest
 from grpo.types import UserError
 
 REPLAYABLE = "temperature"
@@ -124,8 +126,7 @@ def _read(path: Path) -> DictConfig:
     Raises UserError if it does not exist, is not valid YAML, or is not a mapping.
     """
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        hint = suggest(path.name, {other.name: str(other) for other in path.parent.glob("*.yaml")})
         raise UserError(f"recipe {path} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
     try:
         tree = OmegaConf.load(path)
@@ -149,7 +150,7 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a mapping, or a mapping for a list
         option = str(getattr(error, "full_key", None) or "")
         reason = str(error).split("\n")[0]
         if "Missing mandatory" in reason or "MissingMandatoryValue" in type(error).__name__:
@@ -199,7 +200,7 @@ def _override(tree: DictConfig, text: str) -> DictConfig:
         raise UserError(f"override {text!r} is not of the form section.option=value" + (f"; {said}" if said else ""))
     bracketed = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
     index = re.match(r"([\w.]+)\[(\d+)\]", bracketed)
-    if index and _item_class(_kind(index[1])):
+    if index and item_class(_kind(index[1])):
         found = OmegaConf.select(tree, index[1])
         count = len(found) if isinstance(found, ListConfig) else 0
         if int(index[2]) >= count:
@@ -207,7 +208,7 @@ def _override(tree: DictConfig, text: str) -> DictConfig:
     try:
         kind = _kind(bracketed)
         value = None if raw == "null" else _value(kind, raw)
-        OmegaConf.update(tree, bracketed, value, merge=_item_class(kind) is None, force_add=True)
+        OmegaConf.update(tree, bracketed, value, merge=item_class(kind) is None, force_add=True)
     except Exception as error:  # an invalid list index or an unparsable value, from omegaconf or yaml
         raise UserError(f"override {text!r}: {' '.join(str(error).split())}") from error
     return tree
@@ -219,7 +220,7 @@ def _value(kind: Any, raw: str) -> Any:
     Strings are not parsed as YAML, since templates are seldom valid YAML. Nor are paths given instead of a list of
     data sets.
     """
-    if kind in (str, str | None) or (_item_class(kind) and not raw.startswith(("[", "{"))):
+    if kind in (str, str | None) or (item_class(kind) and not raw.startswith(("[", "{"))):
         return raw
     return OmegaConf.from_dotlist([f"value={raw}"])["value"]
 
@@ -229,7 +230,7 @@ def _kind(key: str) -> Any:
     kind: Any = Config
     for part in re.sub(r"\[(\d+)\]", r".\1", key).split("."):
         if part.isdigit():
-            kind = _item_class(kind)
+            kind = item_class(kind)
         elif dataclasses.is_dataclass(kind):
             kind = typing.get_type_hints(kind).get(part)
         elif typing.get_origin(kind) is dict:
@@ -237,14 +238,6 @@ def _kind(key: str) -> Any:
         else:
             return None
     return kind
-
-
-def _item_class(kind: Any) -> type | None:
-    """Return the item class if `kind` is a list of dataclasses, else None."""
-    if typing.get_origin(kind) is not list:
-        return None
-    [item] = typing.get_args(kind)
-    return typing.cast(type, item) if dataclasses.is_dataclass(item) else None
 
 
 def _names(cls: type) -> list[str]:
@@ -261,7 +254,7 @@ def _answer_others(tree: Any, source: str) -> None:
 def refuse_flags(tokens: typing.Sequence[str]) -> None:
     """Raise UserError for options given as flags: ours are written `section.option=value`; those of other trainers are
     answered."""
-    ours = {option.replace("[i]", "[0]") for option, _ in _options(Config, "")}
+    ours = {option.replace("[i]", "[0]") for option in options()}
     said = []
     for name, value in aliases.flags(list(tokens)):
         option = name.replace("-", "_")
@@ -284,9 +277,9 @@ def _unknown(node: Any, cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield from _leaves(name, value)
         elif dataclasses.is_dataclass(inner):
             yield from _unknown(value, typing.cast(type, inner), f"{name}.")
-        elif item_class := _item_class(inner):
+        elif below := item_class(inner):
             for i, item in enumerate(value if isinstance(value, list) else []):
-                yield from _unknown(item, item_class, f"{name}[{i}].")
+                yield from _unknown(item, below, f"{name}[{i}].")
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -300,7 +293,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 @functools.cache
 def _own_names() -> frozenset[str]:
     """Return the last parts of all option names."""
-    return frozenset(option.rpartition(".")[2] for option, _ in _options(Config, ""))
+    return frozenset(option.rpartition(".")[2] for option in options())
 
 
 def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
@@ -316,17 +309,17 @@ def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
                 f"would be wrong; data.eval accepts top_p, top_k and min_p"
             )
         if key not in hints:
-            raise UserError(f"{source}: unknown option {name}; {_nearest(str(key), cls, prefix)}")
+            raise UserError(f"{source}: unknown option {name}{_nearest(str(key), cls, prefix)}")
         inner = hints[key]
         if dataclasses.is_dataclass(inner):
             _check_keys(value, typing.cast(type, inner), f"{name}.", source)
-        elif item_class := _item_class(inner):
+        elif below := item_class(inner):
             if not isinstance(value, list) and value != MISSING:
-                shape = f"a list of {{{', '.join(_names(item_class)[:3])}, ...}}"
-                shape = f"a path or {shape}" if issubclass(item_class, DatasetConfig) else shape
+                shape = f"a list of {{{', '.join(_names(below)[:3])}, ...}}"
+                shape = f"a path or {shape}" if issubclass(below, DatasetConfig) else shape
                 raise UserError(f"{source}: {name} must be {shape}, not {value!r}")
             for i, item in enumerate(value if isinstance(value, list) else []):
-                _check_keys(item, item_class, f"{name}[{i}].", source)
+                _check_keys(item, below, f"{name}[{i}].", source)
         else:
             _check_texts(value, inner, name, source)
 
@@ -357,20 +350,21 @@ def _misfit(node: Any, cls: type, prefix: str) -> str | None:
     for key, value in node.items():
         if dataclasses.is_dataclass(hints[key]):
             found = _misfit(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
-        elif (item_class := _item_class(hints[key])) and isinstance(value, list):
-            items = (_misfit(item, item_class, f"{prefix}{key}[{i}].") for i, item in enumerate(value))
+        elif (below := item_class(hints[key])) and isinstance(value, list):
+            items = (_misfit(item, below, f"{prefix}{key}[{i}].") for i, item in enumerate(value))
             found = next((item for item in items if item), None)
         else:
             found = None
             try:
                 OmegaConf.merge(OmegaConf.structured(cls), {key: value})
-            except OmegaConfBaseException:
+            except (OmegaConfBaseException, TypeError):
                 choices = [str(choice) for choice in typing.get_args(hints[key])]
                 if typing.get_origin(hints[key]) is typing.Literal:
                     hint = _nearest_choice(f"{prefix}{key}", value, choices)
                     found = f"{prefix}{key} must be one of {', '.join(choices)}, not {value!r}{hint}"
                 else:
-                    wanted = next(f.type for f in dataclasses.fields(cls) if f.name == key)
+                    kind = hints[key]
+                    wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
                     found = f"{prefix}{key} must be of type {wanted}, not {value!r}"
         if found:
             return found
@@ -382,26 +376,22 @@ def _nearest_choice(option: str, value: Any, choices: list[str]) -> str:
     near = [choice for choice in choices if str(value).replace("-", "_") in choice]
     if not near and (said := aliases.answer_value(option, value)):
         return f"; {said}"
-    near = near or difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else ""
+    return suggest(str(value), near or choices)
 
 
 def _nearest(key: str, cls: type, prefix: str) -> str:
-    """Return `did you mean ...?` with the nearest option: one of exactly this name, then the nearest in this section,
+    """Return `; did you mean ...?` with the nearest option: one of exactly this name, then the nearest in this section,
     then the nearest of all. An option of another trainer is suggested if it is more similar."""
     everywhere: dict[str, str] = {}
-    for option, _ in sorted(_options(Config, ""), key=lambda o: _shared(o[0], prefix), reverse=True):
+    for option in sorted(options(), key=lambda option: _shared(option, prefix), reverse=True):
         everywhere.setdefault(option.rpartition(".")[2], option)
-    here = difflib.get_close_matches(key, _names(cls), n=1, cutoff=0.5)
+    here = suggest(key, {name: f"{prefix}{name}" for name in _names(cls)})
     other = aliases.nearest(key) if not (prefix and here) else None
     if other and not any(difflib.SequenceMatcher(None, own, key).ratio() >= other[1] for own in everywhere):
-        return f"did you mean {aliases.meaning(other[0], frozenset())}?"
+        return f"; did you mean {aliases.meaning(other[0], frozenset())}?"
     if key not in everywhere and here:
-        return f"did you mean {prefix}{here[0]}?"
-    far = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.6)
-    if far:
-        return f"did you mean {everywhere[far[0]]}?"
-    return f"{prefix.rstrip('.') or 'a recipe'} has {', '.join(_names(cls))}"
+        return here
+    return suggest(key, everywhere) or f"; {prefix.rstrip('.') or 'a recipe'} has {', '.join(_names(cls))}"
 
 
 def _shared(option: str, prefix: str) -> int:
@@ -411,23 +401,7 @@ def _shared(option: str, prefix: str) -> int:
 
 def refuse_unknown(name: str, source: str) -> None:
     """Raise UserError unless `name` is an option or a section, with or without a list index."""
-    options = [option for option, _ in _options(Config, "")]
-    parts = {option[:end] for option in options for end in (*(m.start() for m in re.finditer(r"[.\[]", option)), None)}
-    sections = parts | {part + "[i]" for part in parts if any(o.startswith(part + "[i]") for o in options)}
-    general = re.sub(r"\[\d+\]", "[i]", name)
-    if general not in sections:
-        near = difflib.get_close_matches(general, sorted(sections), n=1, cutoff=0.4)
-        raise UserError(f"{source}: unknown option {name}{f'; did you mean {near[0]}?' if near else ''}")
-
-
-def _options(cls: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Yield (full name, field) of every option below `cls`, including options of list items."""
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        kind, item_class = hints[f.name], _item_class(hints[f.name])
-        if dataclasses.is_dataclass(kind):
-            yield from _options(typing.cast(type, kind), f"{prefix}{f.name}.")
-        elif item_class:
-            yield from _options(item_class, f"{prefix}{f.name}[i].")
-        else:
-            yield f"{prefix}{f.name}", f
+    sections = {option[: end.start()] for option in options() for end in re.finditer(r"\.|\[|$", option)}
+    sections |= {f"{option.partition('[i]')[0]}[i]" for option in options() if "[i]" in option}
+    if general(name) not in sections:
+        raise UserError(f"{source}: unknown option {name}{suggest(general(name), sorted(sections))}")

@@ -1,4 +1,4 @@
-"""The algorithm's choices, their legal combinations, and the options that each choice uses.
+"""The algorithm's choices and their legal combinations.
 
 Recipes are validated against these tables.
 """
@@ -48,18 +48,3 @@ ILLEGAL_KL: dict[tuple[Estimator, Gradient], str] = {
 REWARD_KL: tuple[Estimator, ...] = ("k1",)
 """In the reward the estimator itself is not differentiated, so only its score-function gradient remains. For k1 this is
 the whole gradient of the KL. For k2 and k3 the missing part nearly cancels the remaining one."""
-
-LOSSES_USING_OPTION: dict[str, tuple[PolicyLoss, ...]] = {
-    "eps_low": ("ppo_clip", "gspo", "cispo", "gmpo"),
-    "eps_high": ("ppo_clip", "gspo", "cispo", "gmpo"),
-    "dual_clip": ("ppo_clip",),
-    "sapo_tau_positive": ("sapo",),
-    "sapo_tau_negative": ("sapo",),
-}
-ADVANTAGES_USING_OPTION: dict[str, tuple[Advantage, ...]] = {
-    "std_eps": ("group_normalized", "batch_normalized"),
-    "pass_k": ("pass_at_k",),
-    "gamma": ("reinforce_pp", "gae"),
-    "gae_lambda": ("gae",),
-}
-"""Options of `algorithm` that only some choices use. With any other choice they must keep their default."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo.config import OnResume, declaration, general
 from grpo.files import FileRecord, seal
 from grpo.types import UserError
 
@@ -195,28 +196,16 @@ def _rating(folder: Path, metric: str) -> float:
 
 # --- resuming with different settings ---------------------------------------------------------------------------------
 
-FREE = (
-    "run.name", "run.dir", "run.steps", "run.save_every", "run.save_last", "run.save_model", "run.keep_last",
-    "run.keep_every", "run.keep_best", "run.verify_every", "run.trace", "run.prometheus", "run.tensorboard",
-    "run.wandb", "run.wandb_project", "run.grace_s", "cluster", "data.eval.every", "model.path", "critic.path",
-    "sampler",
-    *(
-        f"{sets}[i].{name}" for sets in ("data.train", "data.eval.sets")
-        for name in ("path", "split", "name", "columns", "between", "limit")
-    ),
-    "data.contaminated", "data.overlap_ngram", "data.answer_column", "data.gold_template", "rewards[i].gold",
-)  # fmt: skip
-"""Options that do not affect the numbers of a run, or whose content is compared by fingerprint."""
-
-FLOAT_ORDER = ("learner", "cluster.learner_ranks", "cluster.device", "cluster.tensor_parallel")
-"""Options that change the order of additions: the resumed run is equal up to rounding."""
-
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return option -> (value in the checkpoint, value now) for the options that differ."""
+    """Return option -> (value in the checkpoint, value now) for the options that differ.
+
+    An option that the checkpoint does not have, because it is newer than the checkpoint, had its default.
+    """
     out: dict[str, tuple[Any, Any]] = {}
     for key in [*old, *(key for key in new if key not in old)]:
-        before, now = old.get(key), new.get(key)
+        now = new.get(key)
+        before = old[key] if key in old else _default(f"{prefix}{key}", now)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             out |= differences(before, now, f"{prefix}{key}.")
         elif (one := _items(before)) and (other := _items(now)) and len(one) == len(other):
@@ -227,15 +216,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return out
 
 
+def _default(option: str, now: Any) -> Any:
+    """Return the default of an option, and no options or items for a section or a list of sections."""
+    declared = declaration(option)
+    if declared and declared.name == general(option):
+        return declared.plain_default
+    return {} if isinstance(now, Mapping) else [] if isinstance(now, list) else None
+
+
 def _items(value: Any) -> list[Mapping[str, Any]]:
     """Return the sections of a list of sections, such as data.train and rewards; an empty list for other values."""
     return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
 
 
 def _within(option: str, names: Sequence[str]) -> bool:
-    any_item = re.sub(r"\[\d+\]", "[i]", option)
     return any(
-        whole == name or whole.startswith((f"{name}.", f"{name}[")) for whole in (option, any_item) for name in names
+        whole == name or whole.startswith((f"{name}.", f"{name}["))
+        for whole in (option, general(option))
+        for name in names
     )
 
 
@@ -270,14 +268,16 @@ def compare_options(before: Mapping[str, Any], config: Mapping[str, Any], allowe
     schedules = {config["optimizer"]["schedule"], config["critic"]["optimizer"]["schedule"]}
     notes = []
     for option, (old, now) in differences(before, config).items():
+        declared = declaration(option)
+        resume = declared.resume if declared else OnResume.SAME
         stretched = option == "run.steps" and schedules != {"constant"}
         if _within(option, allowed):
             notes.append(f"{option} is {now}, was {old}, as allowed")
-        elif stretched or not _within(option, (*FREE, *FLOAT_ORDER)):
+        elif stretched or resume is OnResume.SAME:
             why = "; the learning-rate schedule would be another" if stretched else ""
             raise UserError(
                 f"{option}={now} was {old} in the run to be resumed{why}: put it back, or go on with it: allow={option}"
             )
-        elif _within(option, FLOAT_ORDER):
+        elif resume is OnResume.ROUNDING:
             notes.append(f"{option} is {now}, was {old}: equal up to the order of additions, not bit for bit")
     return notes

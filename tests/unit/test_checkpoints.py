@@ -364,6 +364,21 @@ def test_data_sets_are_compared_one_by_one(tmp_path: Path) -> None:
         compare(manifest, config_of(tmp_path, "data.train=[a]", "data.eval.sets=[c,d]"), {"data.train": "1"}, [])
 
 
+def test_an_option_that_is_newer_than_the_checkpoint_had_its_default(tmp_path: Path) -> None:
+    manifest = manifest_of(config_of(tmp_path))
+    for option, section in (("betas", "optimizer"), ("mask_truncated", "algorithm"), ("clip", "critic")):
+        del manifest.config[section][option]
+    del manifest.config["data"]["eval"]
+    assert compare(manifest, config_of(tmp_path), {}, []) == []
+    now = config_of(tmp_path, "algorithm.mask_truncated=true")
+    with pytest.raises(UserError, match=r"algorithm\.mask_truncated=True was False .*allow=algorithm\.mask_truncated$"):
+        compare(manifest, now, {}, [])
+    gae = "algorithm.advantage=gae"
+    manifest = manifest_of(config_of(tmp_path, gae, "critic.clip=null"))  # null is a value, not a missing option
+    with pytest.raises(UserError, match=r"critic\.clip=0\.2 was None "):
+        compare(manifest, config_of(tmp_path, gae), {}, [])
+
+
 def test_learner_layouts_go_on_up_to_float_order(tmp_path: Path) -> None:
     now = config_of(tmp_path, "cluster.learner_ranks=2", "learner.zero_stage=3")
     notes = compare(manifest_of(config_of(tmp_path)), now, {}, [])

@@ -15,8 +15,7 @@ import pytest
 
 from grpo import config as module
 from grpo.commands.cli import main, make_parser, split_resume_options
-from grpo.config.describe import kind_text, options_text, sections
-from grpo.config.schema import Config
+from grpo.config.describe import default_text, field_texts, kind_text, options_text, sections
 from grpo.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +26,7 @@ algorithm: {prompts_per_step: 32, group_size: 4}
 rewards: [{file: reward.py}]
 run: {steps: 3}
 """
-SECTIONS = {section.name: section for section in sections(Config, "")}
+SECTIONS = {section.name: section for section in sections()}
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -36,8 +35,9 @@ def test_every_section_and_option_says_what_it_is(name: str) -> None:
     assert section.meaning.endswith(".")
     assert section.examples or name == "critic.optimizer"  # of which critic has one
     for option in section.options:
-        assert re.search(r"[.]$", option.meaning), option.name
-        assert "None" not in option.meaning + option.default
+        meaning = field_texts(option.section)[option.name.rpartition(".")[2]]
+        assert re.search(r"[.]$", meaning), option.name
+        assert "None" not in meaning + default_text(option.default)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -57,10 +57,10 @@ def test_a_default_is_written_as_a_recipe_takes_it(tmp_path: Path) -> None:
     recipe.write_text(RECIPE)
     sets = ["data.train=[{path: rows.jsonl}]", "data.eval.sets=test.jsonl"]
     defaults = {
-        option.name.replace("[i]", "[0]"): option.default
+        option.name.replace("[i]", "[0]"): default_text(option.default)
         for section in SECTIONS.values()
         for option in section.options
-        if option.default != "required"
+        if default_text(option.default) != "required"
     }
     assert (defaults["data.template"], defaults["run.name"]) == ("'{question}'", "null")
     for name in ("data.template", "data.gold_template"):  # an override takes a text as it stands, without quotes
@@ -92,7 +92,60 @@ def test_a_section_is_shown_with_examples_and_what_is_in_it() -> None:
     assert options_text("algorithm.loss").splitlines() == [
         "algorithm.loss = ppo_clip   (ppo_clip | gspo | cispo | sapo | gmpo | reinforce)",
         "    The policy loss.",
+        "    On resume: must have the value of the checkpoint, unless allow= names it.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "algorithm.dual_clip",
+            [
+                "algorithm.dual_clip = null   (number | null, above 1)",
+                "    Upper bound of the ratio when the advantage is negative (dual-clip PPO). null: off. Used only "
+                "with",
+                "    algorithm.loss=ppo_clip.",
+                "    On resume: must have the value of the checkpoint, unless allow= names it.",
+            ],
+        ),
+        (
+            "critic.coef",
+            [
+                "critic.coef = 1   (number, above 0)",
+                "    Coefficient of the value loss. Used only with algorithm.advantage=gae.",
+                "    On resume: must have the value of the checkpoint, unless allow= names it.",
+            ],
+        ),
+        (
+            "rewards[0].file",
+            [
+                "rewards[i].file = required   (text)",
+                "    Python file. Relative paths are resolved against the working directory, then against the folder "
+                "of the recipe.",
+                "    On resume: must have the value of the checkpoint, unless allow= names it.",
+                "    On submit: the file is sent with the job.",
+            ],
+        ),
+        (
+            "zero_stage",
+            [
+                "learner.zero_stage = 2   (integer, between 0 and 3)",
+                "    ZeRO stage. 0 shards nothing (float32 only), 1 shards optimizer states, 2 also gradients, 3 also "
+                "weights.",
+                "    On resume: may change; the run is equal up to the order of additions, not bit for bit.",
+            ],
+        ),
+    ],
+)
+def test_an_option_says_its_bounds_its_use_and_how_it_is_treated(name: str, lines: list[str]) -> None:
+    assert options_text(name).splitlines() == lines
+
+
+def test_two_conditions_of_use_are_joined() -> None:
+    text = " ".join(options_text("kl_clamp").split())
+    assert "Used only with algorithm.kl_coef and algorithm.kl_place=loss." in text
+    assert "Used only with" not in options_text("data.eval.sets.path")  # without a set there is no such option
 
 
 def test_an_option_is_found_by_its_own_name_and_by_its_place_in_a_list() -> None:
