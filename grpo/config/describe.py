@@ -149,12 +149,21 @@ def section_lines(section: Section, *, examples: bool) -> Iterator[str]:
 
 def option_lines(option: Option) -> Iterator[str]:
     """Yield the lines of an option: name, default, type and bounds, then its meaning and what uses it."""
-    bound = f", {option.bound.words}" if option.bound else ""
-    line = f"{option.name} = {default_text(option.default)}   ({kind_text(option.kind)}{bound})"
+    line = f"{option.name} = {default_text(option.default)}   ({type_text(option)})"
     yield from textwrap.wrap(line, WIDTH, subsequent_indent=INDENT, break_on_hyphens=False)
+    yield from indented(meaning_text(option))
+
+
+def type_text(option: Option) -> str:
+    """Return an option's type and bounds in words."""
+    return kind_text(option.kind) + (f", {option.bound.words}" if option.bound else "")
+
+
+def meaning_text(option: Option) -> str:
+    """Return an option's meaning and what uses it."""
     used = " and ".join(rule.condition(option.name) for rule in option.only_with)
     meaning = field_texts(option.section).get(option.name.rpartition(".")[2], "")
-    yield from indented(f"{meaning} Used only with {used}." if used else meaning)
+    return f"{meaning} Used only with {used}." if used else meaning
 
 
 def treatment_lines(option: Option) -> Iterator[str]:

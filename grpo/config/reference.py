@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 from grpo import types
-from grpo.config.describe import Section, in_yaml, sections
-from grpo.config.schema import Config
+from grpo.config.describe import Section, default_text, in_yaml, meaning_text, sections, type_text
 from grpo.types import ExitCode
 
 OPTIONS_HEAD = """\
@@ -44,7 +43,7 @@ A scheduler should repeat a command only after 75, and with `resume=auto`. How r
 
 def options_page() -> str:
     """Return the text of docs/options.md."""
-    return OPTIONS_HEAD + "".join(f"\n{_section_text(section)}\n" for section in sections(Config, ""))
+    return OPTIONS_HEAD + "".join(f"\n{_section_text(section)}\n" for section in sections())
 
 
 def exit_codes_page() -> str:
@@ -58,10 +57,11 @@ def _section_text(section: Section) -> str:
     lines = [f"## {section.name}", "", _linked(section.meaning), ""]
     if section.examples:
         lines += ["```bash", *(f"grpo train RECIPE {example}" for example in section.examples), "```", ""]
-    lines += ["| option | type | default | meaning |", "|---|---|---|---|"]
+    lines += ["| option | type | default | meaning | on resume |", "|---|---|---|---|---|"]
     for option in section.options:
-        default = option.default if option.default == "required" else f"`{option.default}`"
-        cells = (f"`{option.name}`", option.kind, default, _linked(option.meaning))
+        default = default_text(option.default)
+        default = default if default == "required" else f"`{default}`"
+        cells = (f"`{option.name}`", type_text(option), default, _linked(meaning_text(option)), option.resume.value)
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines)
 
