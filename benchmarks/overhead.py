@@ -146,7 +146,7 @@ class BareLearner:
         seconds = {}
         for tokens in self.budgets:
             started = time.perf_counter()
-            for minibatch in step.minibatches:
+            for minibatch in step.minibatches * step.epochs:
                 self.gradient(minibatch, tokens)
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()

@@ -284,11 +284,16 @@ class RankStep:
     """Work of one learner rank in one driver step."""
 
     minibatches: tuple[tuple[Batch, ...], ...]
-    """[optimizer steps][microbatches]; the same shape on every rank. Epochs are unrolled."""
+    """[optimizer steps of an epoch][microbatches]; the same shape on every rank."""
+    epochs: int
+    """Number of passes over the minibatches."""
     kl_coef: float
     """Coefficient of the KL to the reference in this step."""
-    multiple_updates: bool
-    """True if weights change before the last minibatch is used, so that old logprobs must be computed first."""
+
+    @property
+    def multiple_updates(self) -> bool:
+        """Return true if weights change before the last minibatch is used: then old logprobs are computed first."""
+        return len(self.minibatches) * self.epochs > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

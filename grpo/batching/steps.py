@@ -83,11 +83,7 @@ def rank_steps(
                 _minibatch(rows, ranks, tokens_per_microbatch, aggregation, constant_length)
             ):
                 per_rank[rank].append(batches)
-    updates = len(per_rank[0]) * epochs
-    return [
-        RankStep(minibatches=tuple(batches) * epochs, kl_coef=kl_coef, multiple_updates=updates > 1)
-        for batches in per_rank
-    ]
+    return [RankStep(minibatches=tuple(batches), epochs=epochs, kl_coef=kl_coef) for batches in per_rank]
 
 
 def _minibatch(

@@ -32,11 +32,6 @@ class Prepared:
     """`old_values` and `returns` are None if there is no critic."""
 
 
-def unique_batches(step: RankStep) -> list[Batch]:
-    """Return each microbatch once; later epochs repeat the microbatches of the first."""
-    return list({id(batch): batch for minibatch in step.minibatches for batch in minibatch}.values())
-
-
 @torch.no_grad()
 def prepare(
     step: RankStep,
@@ -45,9 +40,9 @@ def prepare(
     critic: CriticConfig,
     device: torch.device,
     tally: Tally,
-) -> dict[int, Prepared]:
-    """Return id(microbatch) -> its `Prepared` tensors. A collective."""
-    batches = unique_batches(step)
+) -> list[list[Prepared]]:
+    """Return the `Prepared` tensors of each microbatch, [minibatches][microbatches] as in `step`. A collective."""
+    batches = [batch for minibatch in step.minibatches for batch in minibatch]
     tokens = [trained_tokens(batch, device) for batch in batches]
     in_reward = algorithm.kl_coef > 0 and algorithm.kl_place == "reward"
     old: list[torch.Tensor | None] = [None] * len(batches)
@@ -77,8 +72,8 @@ def prepare(
         ]
     if algorithm.advantage in WHITENED:
         advantages = whiten(advantages, eps=WHITEN_EPS, all_sum=engine.all_sum)
-    return {
-        id(batch): Prepared(
+    in_order = (
+        Prepared(
             advantages=advantages[i],
             # with one update the ratio must be exactly 1: use the update's own logprobs, not those of a second pass
             old_logprobs=old[i] if step.multiple_updates else None,
@@ -86,8 +81,9 @@ def prepare(
             old_values=values[i],
             returns=returns[i],
         )
-        for i, batch in enumerate(batches)
-    }
+        for i in range(len(batches))
+    )
+    return [[next(in_order) for _ in minibatch] for minibatch in step.minibatches]
 
 
 def kl_penalty(

@@ -10,7 +10,7 @@ import torch
 
 from grpo.config import AlgorithmConfig, CriticConfig
 from grpo.learner.prepare import Prepared, critic_ids, prepare
-from grpo.learner.protocol import StepEngine
+from grpo.learner.protocol import Model, StepEngine
 from grpo.learner.tally import Tally
 from grpo.learner.tokens import TrainedTokens, trained_tokens
 from grpo.metrics.measures import mismatch_counts
@@ -34,16 +34,23 @@ def run_step(
     """
     tally = Tally()
     prepared = prepare(step, engine, algorithm, critic, device, tally)
+    uses = list(zip(step.minibatches, prepared, strict=True)) * step.epochs
     updates = left_out = skipped = values_skipped = 0
-    for minibatch in step.minibatches:
+    measured: set[int] = set()  # minibatches whose mismatch is in the tally: once per step, not once per epoch
+    for number, (minibatch, ready) in enumerate(uses):
         limit = algorithm.max_kl_old
-        if updates and limit is not None and measured_kl_old(minibatch, prepared, engine, device) > limit:
-            left_out = len(step.minibatches) - updates - skipped
+        if updates and limit is not None and measured_kl_old(minibatch, ready, engine, device) > limit:
+            left_out = len(uses) - number
             break
-        trained, valued = _update(minibatch, prepared, step, engine, algorithm, critic, device, tally)
+        position = number % len(step.minibatches)
+        trained, valued = _update(
+            minibatch, ready, step, engine, algorithm, critic, device, tally, measure=position not in measured
+        )
+        if trained:
+            measured.add(position)
         updates, skipped, values_skipped = updates + trained, skipped + (not trained), values_skipped + (not valued)
-    for batch in (batch for minibatch in step.minibatches[updates + skipped :] for batch in minibatch):
-        _tally_unused(tally, batch, prepared[id(batch)].advantages)
+    for minibatch, ready in uses[len(uses) - left_out :]:
+        _tally_unused(tally, minibatch, ready)
     tally.extremes["policy/updates"] = float(updates)
     tally.extremes["policy/stopped_minibatches"] = float(left_out)
     tally.extremes["optim/skipped_updates"] = float(skipped)
@@ -54,68 +61,81 @@ def run_step(
 
 def _update(
     minibatch: Sequence[Batch],
-    prepared: dict[int, Prepared],
+    prepared: Sequence[Prepared],
     step: RankStep,
     engine: StepEngine,
     algorithm: AlgorithmConfig,
     critic: CriticConfig,
     device: torch.device,
     tally: Tally,
+    *,
+    measure: bool,
 ) -> tuple[bool, bool]:
     """Run one optimizer step of the policy and, if there is one, the critic. Return whether the policy was updated, and
-    whether no update of the critic was skipped."""
-    policy, value = Tally(measured=tally.learner_logprob_sums), Tally()
-    for position, batch in enumerate(minibatch):
-        last = position == len(minibatch) - 1
-        _policy_microbatch(batch, prepared[id(batch)], last, step, engine, algorithm, device, policy)
-    for position, batch in enumerate(minibatch if algorithm.advantage == "gae" else ()):
-        last = position == len(minibatch) - 1
-        _critic_microbatch(batch, prepared[id(batch)], last, engine, critic, device, value)
-    policy.add("optim/grad_norm", engine.optimizer_step("policy"), 1)
-    trained = math.isfinite(policy.sums["optim/grad_norm"][0])
-    valued = True
+    whether no update of the critic was skipped.
+
+    `measure`: add the mismatch between sampler and learner to the tally.
+    """
+    policy, value = Tally(), Tally()
+    pairs = list(zip(minibatch, prepared, strict=True))
+    lost = 0
+    for position, (batch, ready) in enumerate(pairs, 1):
+        last = position == len(pairs)
+        lost = _policy_microbatch(
+            batch, ready, step, engine, algorithm, device, policy, last=last, lost=lost, measure=measure
+        )
+    lost = 0
+    for position, (batch, ready) in enumerate(pairs if algorithm.advantage == "gae" else (), 1):
+        last = position == len(pairs)
+        lost = _critic_microbatch(batch, ready, engine, critic, device, value, last=last, lost=lost)
+    norm = engine.optimizer_step("policy")
+    policy.add("optim/grad_norm", norm, 1)
+    trained, valued = math.isfinite(norm), True
     if algorithm.advantage == "gae":
-        value.add("value/grad_norm", engine.optimizer_step("critic"), 1)
-        valued = math.isfinite(value.sums["value/grad_norm"][0])
+        norm = engine.optimizer_step("critic")
+        value.add("value/grad_norm", norm, 1)
+        valued = math.isfinite(norm)
     if trained:
         tally.absorb(policy)
     else:
-        for batch in minibatch:
-            _tally_unused(tally, batch, prepared[id(batch)].advantages)
+        _tally_unused(tally, minibatch, prepared)
     if valued:
         tally.absorb(value)
     if not (trained and valued):
-        engine.set_aside(minibatch, [prepared[id(batch)] for batch in minibatch], step.kl_coef)
+        engine.set_aside(minibatch, prepared, step.kl_coef)
     return trained, valued
 
 
-def _checked(loss: torch.Tensor, last: bool, engine: StepEngine, tally: Tally) -> torch.Tensor:
-    """Return `loss`, or NaN for the last microbatch of an update if any loss of the update on any rank was not finite.
+def _backward(model: Model, loss: torch.Tensor, engine: StepEngine, *, last: bool, lost: int) -> int:
+    """Accumulate the gradient of `loss`. Return `lost`, plus 1 if the loss is not finite.
 
-    The NaN makes every rank's gradient NaN, so that the optimizer steps on no rank.
+    If any loss of the update is not finite on any rank, the last microbatch's loss is NaN on every rank. This makes
+    every rank's gradient NaN, so that the optimizer steps on no rank.
+
+    Args:
+        lost: number of earlier losses of the update that were not finite on this rank.
     """
-    if not bool(torch.isfinite(loss)):
-        tally.add("not_finite", 1, 0)
-    if last and engine.all_sum([tally.sums.pop("not_finite", [0.0])[0]])[0]:
-        return loss * math.nan
-    return loss
+    lost += not bool(torch.isfinite(loss))
+    if last and engine.all_sum([lost])[0]:
+        loss = loss * math.nan
+    engine.backward(model, loss, last=last)
+    return lost
 
 
 @torch.no_grad()
 def measured_kl_old(
-    minibatch: Sequence[Batch], prepared: dict[int, Prepared], engine: StepEngine, device: torch.device
+    minibatch: Sequence[Batch], prepared: Sequence[Prepared], engine: StepEngine, device: torch.device
 ) -> float:
     """Return the KL (k3) from the policy at the step's start to the current one, per token of `minibatch` on all ranks.
 
     A collective. It runs a separate forward pass, so that a minibatch that will not be used accumulates no gradient.
     """
     total = count = 0.0
-    for batch in minibatch:
+    for batch, ready in zip(minibatch, prepared, strict=True):
         logprobs, _ = engine.logprobs(batch)
-        old = prepared[id(batch)].old_logprobs
-        assert old is not None
-        total += float(k3(old, trained_tokens(batch, device).select(logprobs)).double().sum())
-        count += float(old.numel())
+        assert ready.old_logprobs is not None
+        total += float(k3(ready.old_logprobs, trained_tokens(batch, device).select(logprobs)).double().sum())
+        count += float(ready.old_logprobs.numel())
     total, count = engine.all_sum([total, count])
     return total / count if count else 0.0
 
@@ -183,13 +203,17 @@ def objective_terms(
 def _policy_microbatch(
     batch: Batch,
     prepared: Prepared,
-    last: bool,
     step: RankStep,
     engine: StepEngine,
     algorithm: AlgorithmConfig,
     device: torch.device,
     tally: Tally,
-) -> None:
+    *,
+    last: bool,
+    lost: int,
+    measure: bool,
+) -> int:
+    """Run forward and backward of the policy on one microbatch, and tally it. Returns `lost` as `_backward` does."""
     tokens = trained_tokens(batch, device)
     logprobs, entropy = (tokens.select(padded) for padded in engine.logprobs(batch))
     old = logprobs.detach() if prepared.old_logprobs is None else prepared.old_logprobs
@@ -198,31 +222,34 @@ def _policy_microbatch(
         sampler_logprobs=tokens.sampler_logprobs, advantages=prepared.advantages, rows=tokens.rows,
         kl_coef=step.kl_coef, algorithm=algorithm,
     )  # fmt: skip
-    loss = (tokens.weights * terms.total).sum()
-    engine.backward("policy", _checked(loss, last, engine, tally), last=last)
+    lost = _backward("policy", (tokens.weights * terms.total).sum(), engine, last=last, lost=lost)
     with torch.no_grad():
-        if int(batch.rollout_index[0]) not in tally.measured:  # once per step, not once per epoch
+        if measure:
             _tally_mismatch(tally, batch, tokens, old, terms, algorithm)
         _tally_objective(tally, terms, tokens.weights, entropy.detach(), algorithm)
         _tally_uses(tally, _accounted(batch, tokens), prepared.advantages, terms, algorithm)
+    return lost
 
 
 def _critic_microbatch(
     batch: Batch,
     prepared: Prepared,
-    last: bool,
     engine: StepEngine,
     critic: CriticConfig,
     device: torch.device,
     tally: Tally,
-) -> None:
+    *,
+    last: bool,
+    lost: int,
+) -> int:
+    """Run forward and backward of the critic on one microbatch, and tally it. Returns `lost` as `_backward` does."""
     assert prepared.old_values is not None
     assert prepared.returns is not None
     tokens = trained_tokens(batch, device)
     values = tokens.select(engine.values(critic_ids(batch).to(device)).float()[:, :-1])
     token_loss, clipped = clipped_value_loss(values, prepared.old_values, prepared.returns, eps=critic.clip)
     loss = (tokens.weights * token_loss).sum()
-    engine.backward("critic", _checked(critic.coef * loss, last, engine, tally), last=last)
+    lost = _backward("critic", critic.coef * loss, engine, last=last, lost=lost)
     with torch.no_grad():
         count = float(values.numel())
         error = (prepared.returns - values).double()
@@ -234,6 +261,7 @@ def _critic_microbatch(
         tally.add("value/return_square", float(returns.square().sum()), count)
         tally.add("value/error", float(error.sum()), count)
         tally.add("value/error_square", float(error.square().sum()), count)
+    return lost
 
 
 def _accounted(batch: Batch, tokens: TrainedTokens) -> torch.Tensor:
@@ -244,11 +272,13 @@ def _accounted(batch: Batch, tokens: TrainedTokens) -> torch.Tensor:
     return batch.has_spread.to(tokens.rows.ids.device)[tokens.rows.ids]
 
 
-def _tally_unused(tally: Tally, batch: Batch, advantages: torch.Tensor) -> None:
+def _tally_unused(tally: Tally, minibatch: Sequence[Batch], prepared: Sequence[Prepared]) -> None:
     """Count the uses of tokens in an update that did not happen."""
-    uses, without = _accounted(batch, trained_tokens(batch, advantages.device)), advantages == 0
-    tally.add("gradient/zero_advantage", float((uses & without).sum()), 0)
-    tally.add("gradient/stopped", float((uses & ~without).sum()), 0)
+    for batch, ready in zip(minibatch, prepared, strict=True):
+        uses = _accounted(batch, trained_tokens(batch, ready.advantages.device))
+        without = ready.advantages == 0
+        tally.add("gradient/zero_advantage", float((uses & without).sum()), 0)
+        tally.add("gradient/stopped", float((uses & ~without).sum()), 0)
 
 
 def _tally_objective(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,8 +25,6 @@ class Tally:
         default_factory=lambda: np.zeros(len(MISMATCH_EDGES) + 1, dtype=np.int64)
     )
     """Numbers of tokens by |learner - sampler| logprob, in the bins of MISMATCH_EDGES."""
-    measured: Container[int] = ()
-    """Indices of rollouts whose mismatch has already been measured."""
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add to a metric's sum and count.

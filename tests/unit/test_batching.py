@@ -87,11 +87,13 @@ def test_the_sampled_end_token_is_a_target() -> None:
     assert batch.token_weights[batch.completion_mask].tolist() == [1.0]
 
 
-def test_epochs_repeat_the_same_batches() -> None:
+def test_epochs_are_passes_over_the_same_minibatches() -> None:
     [step] = lay_out([[row(0, [1], [2])], [row(1, [1], [3])]], epochs=3)
-    assert len(step.minibatches) == 6
-    assert step.minibatches[0] is step.minibatches[2] is step.minibatches[4]
+    assert [[int(batch.rollout_index) for batch in minibatch] for minibatch in step.minibatches] == [[0], [1]]
+    assert step.epochs == 3
     assert step.multiple_updates
+    [once] = lay_out([[row(0, [1], [2])]], epochs=2)
+    assert once.multiple_updates
 
 
 def test_one_minibatch_and_one_epoch_is_a_single_update() -> None:

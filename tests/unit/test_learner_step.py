@@ -159,6 +159,18 @@ def test_old_logprobs_are_those_of_the_step_start() -> None:
     assert tally.sums["policy/kl_old"][0] > 1e-3  # later updates see a moved policy
 
 
+def test_a_minibatch_whose_first_update_was_skipped_is_measured_in_the_next_epoch() -> None:
+    engine = PlainEngine()
+    made = rows(engine)
+    factors = iter([math.nan, 1.0, 1.0])
+    engine.model.weight.register_hook(lambda gradient: gradient * next(factors))
+    tally = step(engine, lay_out([made], epochs=3))
+    assert tally.extremes["optim/skipped_updates"] == 1
+    assert tally.extremes["policy/updates"] == 2
+    assert tally.sums["mismatch/mean"][1] == sum(len(row.completion_ids) for row in made)
+    assert set(tally.learner_logprob_sums) == {row.rollout_index for row in made}
+
+
 def test_truncated_importance_weights_are_counted() -> None:
     engine = PlainEngine()
     made = rows(engine)
@@ -224,6 +236,29 @@ def test_one_update_that_is_not_finite_leaves_the_others_alone(lost: int) -> Non
     assert tally.sums["policy/loss"] == expected.sums["policy/loss"]
     uses = sum(len(row.completion_ids) for row in halves[lost])
     assert tally.sums["gradient/stopped"] == [uses, 0]
+
+
+def test_a_loss_that_is_not_finite_makes_the_last_loss_of_its_update_nan() -> None:
+    """On ranks without the fault the gradient would otherwise be finite."""
+    losses: list[float] = []
+
+    class Records(PlainEngine):
+        def backward(self, model: str, loss: torch.Tensor, *, last: bool) -> None:
+            losses.append(float(loss.detach()))
+            super().backward(model, loss, last=last)
+
+    engine = Records()
+    made = sorted(rows(engine), key=lambda row: -row.positions)
+    made[0] = dataclasses.replace(made[0], advantage=math.nan)  # in the first microbatch
+    step(engine, lay_out([made, rows(engine, seed=7)], budget=6))
+    at = engine.boundaries.index(True)
+    assert at > 1
+    assert [math.isfinite(loss) for loss in losses] == [
+        False,
+        *[True] * (at - 1),
+        False,
+        *[True] * (len(losses) - at - 1),
+    ]
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_moves_nothing() -> None:
@@ -391,8 +426,7 @@ def test_gae_with_kl_in_the_reward_equals_its_definition(truncated: str) -> None
     flat = [x for values in naive.values() for x in values]
     mean = sum(flat) / len(flat)
     scale = math.sqrt(sum((x - mean) ** 2 for x in flat) / (len(flat) - 1) + 1e-8)
-    for batch in laid_out.minibatches[0]:
-        got = prepared[id(batch)]
+    for batch, got in zip(laid_out.minibatches[0], prepared[0], strict=True):
         for i, index in enumerate(batch.rollout_index.tolist()):
             expected = [(x - mean) / scale for x in naive[index]]
             assert in_row(got.advantages, batch, i) == pytest.approx(expected, abs=1e-5)
@@ -426,9 +460,9 @@ def test_reinforce_pp_is_discounted_penalised_and_whitened() -> None:
     flat = [x for values in raw.values() for x in values]
     mean = sum(flat) / len(flat)
     scale = math.sqrt(sum((x - mean) ** 2 for x in flat) / (len(flat) - 1) + 1e-8)
-    for batch in laid_out.minibatches[0]:
+    for batch, ready in zip(laid_out.minibatches[0], prepared[0], strict=True):
         for i, index in enumerate(batch.rollout_index.tolist()):
-            got = in_row(prepared[id(batch)].advantages, batch, i)
+            got = in_row(ready.advantages, batch, i)
             assert got == pytest.approx([(x - mean) / scale for x in raw[index]], abs=1e-6)
 
 
@@ -441,7 +475,7 @@ def test_kl_in_the_reward_is_a_return_to_go_on_top_of_the_advantage() -> None:
     algorithm = settings(kl_coef=0.2, kl_place="reward", kl_estimator="k1")
     tally = Tally()
     prepared = prepare(laid_out, engine, algorithm, CriticConfig(), CPU, tally)
-    [batch] = laid_out.minibatches[0]
+    [[batch]], [[ready]] = laid_out.minibatches, prepared
     policy = torch.log_softmax(engine.model.weight.detach(), -1)
     anchor = torch.log_softmax(engine.reference.weight, -1)
     total = 0.0
@@ -450,7 +484,7 @@ def test_kl_in_the_reward_is_a_return_to_go_on_top_of_the_advantage() -> None:
         ids = [*row.prompt_ids, *row.completion_ids.tolist()]
         kl = [float((policy - anchor)[ids[t - 1], ids[t]]) for t in range(len(row.prompt_ids), len(ids))]
         expected = [row.advantage - 0.2 * sum(kl[t:]) for t in range(len(kl))]
-        got = in_row(prepared[id(batch)].advantages, batch, i)
+        got = in_row(ready.advantages, batch, i)
         assert got == pytest.approx(expected, abs=1e-6)
         total += sum(kl)
     assert tally.sums["policy/kl_ref"][0] == pytest.approx(total, abs=1e-6)

@@ -180,5 +180,5 @@ def test_the_trust_region_is_measured_over_all_ranks_and_forwards() -> None:
             )
             total += np.exp(now - old) - 1 - (now - old)
             count += 1
-    measured = measured_kl_old(laid_out.minibatches[0], prepared, engine, torch.device("cpu"))
+    measured = measured_kl_old(laid_out.minibatches[0], prepared[0], engine, torch.device("cpu"))
     assert measured == pytest.approx(5.0 * total / count, rel=1e-6)
