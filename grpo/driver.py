@@ -403,7 +403,7 @@ def count_skipped(loop: Loop, result: StepResult, step: int, before: int) -> int
 
     Raises NonFiniteError when the number reaches MAX_SKIPPED.
     """
-    updates = int(sum(result.extremes.get(f"{model}/skipped_updates", 0) for model in ("optim", "value")))
+    updates = int(sum(result.maxima.get(f"{model}/skipped_updates", 0) for model in ("optim", "value")))
     if not updates:
         return 0
     said = (

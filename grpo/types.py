@@ -304,8 +304,10 @@ class StepResult:
     """Optimizer steps taken since the start of the run."""
     metrics: Mapping[str, tuple[float, float]]
     """name -> (sum, count); the logged value is sum / count."""
-    extremes: Mapping[str, float]
-    """name -> maximum over tokens."""
+    maxima: Mapping[str, float]
+    """name -> maximum over tokens and ranks."""
+    minima: Mapping[str, float]
+    """name -> minimum over tokens and ranks."""
     learner_logprob_sums: Mapping[int, float]
     """rollout index -> sum of learner logprobs over its completion, at the start of the step."""
     mismatch_counts: NDArray[np.int64]

@@ -112,7 +112,7 @@ class Engines:
         residual = put_to_sleep(self.fleet, keep_weights=False)
         pending = [learner.step.remote(step) for learner, step in zip(self.fleet.learners, steps, strict=True)]
         result: StepResult = self._watch.wait(pending, "the learner's step", self._timeout)[0]
-        return replace(result, extremes={**result.extremes, **residual})
+        return replace(result, maxima={**result.maxima, **residual})
 
     def publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> Callable[[], SyncResult]:
         """Start the weight sync from the learner to every sampler. The returned function waits until it is verified."""

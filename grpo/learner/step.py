@@ -51,11 +51,11 @@ def run_step(
         updates, skipped, values_skipped = updates + trained, skipped + (not trained), values_skipped + (not valued)
     for minibatch, ready in uses[len(uses) - left_out :]:
         _tally_unused(tally, minibatch, ready)
-    tally.extremes["policy/updates"] = float(updates)
-    tally.extremes["policy/stopped_minibatches"] = float(left_out)
-    tally.extremes["optim/skipped_updates"] = float(skipped)
+    tally.maxima["policy/updates"] = float(updates)
+    tally.maxima["policy/stopped_minibatches"] = float(left_out)
+    tally.maxima["optim/skipped_updates"] = float(skipped)
     if algorithm.advantage == "gae":
-        tally.extremes["value/skipped_updates"] = float(values_skipped)
+        tally.maxima["value/skipped_updates"] = float(values_skipped)
     return tally
 
 
@@ -362,7 +362,7 @@ def _tally_mismatch(
         tally.add("mismatch/importance_weight_mean", float(raw.sum()), count)
         tally.add("mismatch/importance_weight_square", float(raw.square().sum()), count)
         tally.maximum("mismatch/importance_weight_max", float(raw.max()))
-        tally.maximum("mismatch/importance_weight_min_negated", -float(raw.min()))
+        tally.minimum("mismatch/importance_weight_min", float(raw.min()))
         if algorithm.importance_level != "none":
             bounded = (raw < algorithm.importance_low) | (raw > algorithm.importance_high)
             tally.add("mismatch/importance_weight_bounded_fraction", float(bounded.sum()), count)

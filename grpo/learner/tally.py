@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -12,14 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from grpo.metrics.measures import MISMATCH_EDGES
+from grpo.types import StepResult
 
 
 @dataclass(slots=True)
 class Tally:
-    """Sums, counts and maxima by metric name."""
+    """Sums, counts, maxima and minima by metric name."""
 
     sums: dict[str, list[float]] = field(default_factory=dict)
-    extremes: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    minima: dict[str, float] = field(default_factory=dict)
     learner_logprob_sums: dict[int, float] = field(default_factory=dict)
     mismatch_counts: NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(len(MISMATCH_EDGES) + 1, dtype=np.int64)
@@ -36,14 +38,19 @@ class Tally:
         pair[1] += count
 
     def maximum(self, name: str, value: float) -> None:
-        self.extremes[name] = max(value, self.extremes.get(name, value))
+        self.maxima[name] = max(value, self.maxima.get(name, value))
+
+    def minimum(self, name: str, value: float) -> None:
+        self.minima[name] = min(value, self.minima.get(name, value))
 
     def absorb(self, other: Tally) -> None:
-        """Merge the sums, counts and maxima of `other` into this tally."""
+        """Merge the sums, counts, maxima and minima of `other` into this tally."""
         for name, (total, count) in other.sums.items():
             self.add(name, total, count)
-        for name, value in other.extremes.items():
+        for name, value in other.maxima.items():
             self.maximum(name, value)
+        for name, value in other.minima.items():
+            self.minimum(name, value)
         self.learner_logprob_sums |= other.learner_logprob_sums
         self.mismatch_counts += other.mismatch_counts
 
@@ -52,7 +59,22 @@ class Tally:
         """Add the block's duration, in seconds, to this rank's total. The logged value is the slowest rank's."""
         started = _clock(device)
         yield
-        self.extremes[name] = self.extremes.get(name, 0.0) + _clock(device) - started
+        self.maxima[name] = self.maxima.get(name, 0.0) + _clock(device) - started
+
+
+def merge(tallies: Sequence[Tally], optimizer_steps: int) -> StepResult:
+    """Return the ranks' sums added up. A quantity that every rank has in full (norm, lr) is averaged by its count."""
+    merged = Tally()
+    for tally in tallies:
+        merged.absorb(tally)
+    return StepResult(
+        optimizer_steps=optimizer_steps,
+        metrics={name: (total, count) for name, (total, count) in merged.sums.items()},
+        maxima=merged.maxima,
+        minima=merged.minima,
+        learner_logprob_sums=merged.learner_logprob_sums,
+        mismatch_counts=merged.mismatch_counts,
+    )
 
 
 def _clock(device: torch.device) -> float:

@@ -174,7 +174,7 @@ def learner_metrics(result: StepResult) -> dict[str, float]:
     square = pairs.pop("mismatch/importance_weight_square", None)
     mismatch = pairs.pop("mismatch/square", None)
     out = value_metrics(pairs)
-    updates = result.extremes.get("policy/updates", 0.0)
+    updates = result.maxima.get("policy/updates", 0.0)
     for name, (total, count) in pairs.items():
         if name.startswith("gradient/"):
             out[name] = total
@@ -189,11 +189,7 @@ def learner_metrics(result: StepResult) -> dict[str, float]:
     if square is not None and square[0] > 0:
         weight_sum, count = pairs["mismatch/importance_weight_mean"]
         out["mismatch/effective_sample_fraction"] = weight_sum**2 / (count * square[0])
-    for name, number in result.extremes.items():
-        if name.endswith("_negated"):
-            out[name.removesuffix("_negated")] = -number
-        else:
-            out[name] = number
+    out |= {**result.maxima, **result.minima}
     if "policy/clip_fraction_low" in out:
         out["policy/clip_fraction"] = out["policy/clip_fraction_low"] + out["policy/clip_fraction_high"]
     return out

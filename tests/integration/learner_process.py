@@ -69,7 +69,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
             out = {
                 "critic": critic,
                 "state": state, "grad_norm": result.metrics["optim/grad_norm"], "metrics": dict(result.metrics),
-                "extremes": dict(result.extremes),
+                "maxima": dict(result.maxima),
             }  # fmt: skip
             torch.save(out, f"{job['out']}-{number}.pt")
         learner.destroy()

@@ -48,7 +48,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
             return found
 
         def numbers(result):
-            both = dict(result.metrics) | dict(result.extremes)
+            both = dict(result.metrics) | dict(result.maxima) | dict(result.minima)
             return {name: value for name, value in both.items() if not name.startswith("time/")}
 
         folder = Path(job["out"]) / str(number)

@@ -348,10 +348,10 @@ def test_an_update_that_is_not_finite_moves_nothing_on_any_rank(
         assert all(torch.equal(poisoned["state"][name], t) for name, t in without["state"].items()), stage
         assert poisoned["metrics"]["optim/lr"] == without["metrics"]["optim/lr"]
         assert poisoned["metrics"]["optim/grad_norm"] == without["metrics"]["optim/grad_norm"]
-        assert poisoned["extremes"]["optim/skipped_updates"] == 1
-        assert without["extremes"]["optim/skipped_updates"] == 0
+        assert poisoned["maxima"]["optim/skipped_updates"] == 1
+        assert without["maxima"]["optim/skipped_updates"] == 0
         assert all(math.isfinite(total) for total, _ in poisoned["metrics"].values())
-        assert all(math.isfinite(value) for value in poisoned["extremes"].values())
+        assert all(math.isfinite(value) for value in poisoned["maxima"].values())
         dump = tmp_path / f"dumps-{ranks}" / str(2 * stage) / "step-000001-1"
         lines = replay(dump)
         assert lines[0] == f"{dump}: {ranks} ranks, float32 on cpu"

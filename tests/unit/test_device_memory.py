@@ -139,7 +139,12 @@ class BookingLearner:
         self._ledger.unbook("activations")
         self._ledger.book(activations=self._step)  # which torch keeps for the next step
         return StepResult(
-            optimizer_steps=1, metrics={}, extremes={}, learner_logprob_sums={}, mismatch_counts=np.zeros(1, np.int64)
+            optimizer_steps=1,
+            metrics={},
+            maxima={},
+            minima={},
+            learner_logprob_sums={},
+            mismatch_counts=np.zeros(1, np.int64),
         )
 
     def read_probe(self, probe: Probe) -> Reading:

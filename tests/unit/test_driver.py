@@ -131,7 +131,7 @@ class TablePolicy:
         tally = run_step(steps[0], self, self.config.algorithm, self.config.critic, torch.device("cpu"))
         metrics = {name: (pair[0], pair[1]) for name, pair in tally.sums.items()}
         return StepResult(
-            optimizer_steps=1, metrics=metrics, extremes=tally.extremes,
+            optimizer_steps=1, metrics=metrics, maxima=tally.maxima, minima=tally.minima,
             learner_logprob_sums=tally.learner_logprob_sums, mismatch_counts=tally.mismatch_counts,
         )  # fmt: skip
 
@@ -1084,7 +1084,7 @@ def test_a_critic_that_is_never_updated_stops_the_run(tmp_path: Path) -> None:
 
     def step(rank_steps: Sequence[Any]) -> StepResult:
         result = plain(rank_steps)
-        return dataclasses.replace(result, extremes={**result.extremes, "value/skipped_updates": 1.0})
+        return dataclasses.replace(result, maxima={**result.maxima, "value/skipped_updates": 1.0})
 
     policy.step = step  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="step 3: loss or gradient of 1 updates were not finite"):
@@ -1197,7 +1197,7 @@ def test_the_mismatch_gate(tmp_path: Path) -> None:
     def result(*differences: float) -> StepResult:
         squares = sum(d * d for d in differences)
         return StepResult(
-            optimizer_steps=1, metrics={"mismatch/square": (squares, float(len(differences)))}, extremes={},
+            optimizer_steps=1, metrics={"mismatch/square": (squares, float(len(differences)))}, maxima={}, minima={},
             learner_logprob_sums={}, mismatch_counts=mismatch_counts(np.abs(differences)),
         )  # fmt: skip
 

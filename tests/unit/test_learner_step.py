@@ -131,7 +131,7 @@ def test_one_update_equals_reinforce_written_out() -> None:
             loss = loss - row.advantage * logprob / tokens
     loss.backward()
     tally = step(engine, lay_out([made]))
-    assert tally.extremes["policy/updates"] == 1
+    assert tally.maxima["policy/updates"] == 1
     torch.testing.assert_close(engine.model.weight.detach(), (before - before.grad).detach(), atol=1e-7, rtol=0)
     assert tally.sums["policy/clip_fraction_low"] == [0.0, tokens]
     assert tally.sums["policy/ratio_mean"] == [tokens, tokens]
@@ -151,7 +151,7 @@ def test_old_logprobs_are_those_of_the_step_start() -> None:
     engine = PlainEngine(lr=5.0)
     made = rows(engine, count=8)
     tally = step(engine, lay_out([made[:4], made[4:]], epochs=2))
-    assert tally.extremes["policy/updates"] == 4
+    assert tally.maxima["policy/updates"] == 4
     tokens = sum(len(row.completion_ids) for row in made)
     assert tally.sums["mismatch/mean"][0] / tokens < 1e-6  # measured before any update, and once per token
     assert tally.sums["mismatch/mean"][1] == tokens
@@ -165,8 +165,8 @@ def test_a_minibatch_whose_first_update_was_skipped_is_measured_in_the_next_epoc
     factors = iter([math.nan, 1.0, 1.0])
     engine.model.weight.register_hook(lambda gradient: gradient * next(factors))
     tally = step(engine, lay_out([made], epochs=3))
-    assert tally.extremes["optim/skipped_updates"] == 1
-    assert tally.extremes["policy/updates"] == 2
+    assert tally.maxima["optim/skipped_updates"] == 1
+    assert tally.maxima["policy/updates"] == 2
     assert tally.sums["mismatch/mean"][1] == sum(len(row.completion_ids) for row in made)
     assert set(tally.learner_logprob_sums) == {row.rollout_index for row in made}
 
@@ -179,23 +179,25 @@ def test_truncated_importance_weights_are_counted() -> None:
     tally = step(engine, lay_out([made]), importance_level="token")
     fraction = tally.sums["mismatch/importance_weight_bounded_fraction"]
     assert fraction == [len(made[0].completion_ids), tokens]
+    assert tally.maxima["mismatch/importance_weight_max"] == pytest.approx(math.e, rel=1e-5)
+    assert tally.minima["mismatch/importance_weight_min"] == pytest.approx(1.0, rel=1e-5)
 
 
 def test_forwards_without_gradient_are_timed() -> None:
     engine = PlainEngine()
     made = rows(engine)
     tally = step(engine, lay_out([made]))
-    assert not any(name.startswith("time/") for name in tally.extremes)
+    assert not any(name.startswith("time/") for name in tally.maxima)
     tally = step(engine, lay_out([made], epochs=2, kl_coef=0.1), kl_coef=0.1)
-    assert tally.extremes["time/old_logprobs_s"] > 0
-    assert tally.extremes["time/ref_logprobs_s"] > 0
+    assert tally.maxima["time/old_logprobs_s"] > 0
+    assert tally.maxima["time/ref_logprobs_s"] > 0
 
 
 def test_temperature_is_replayed() -> None:
     for temperature, small in ((0.6, True), (1.0, False)):
         engine = PlainEngine(temperature=temperature)
         tally = step(engine, lay_out([rows(engine, temperature=0.6)]))
-        assert (tally.extremes["mismatch/max"] < 1e-6) is small
+        assert (tally.maxima["mismatch/max"] < 1e-6) is small
 
 
 def test_logprob_sums_come_back_per_rollout() -> None:
@@ -215,7 +217,7 @@ def test_a_loss_that_is_not_finite_moves_nothing() -> None:
     tally = step(engine, lay_out([made]))
     assert torch.equal(engine.model.weight.nan_to_num(7.0), before.nan_to_num(7.0))
     assert [sorted(rows) for rows in engine.kept] == [[row.rollout_index for row in made]]
-    assert tally.extremes == {"optim/skipped_updates": 1, "policy/updates": 0, "policy/stopped_minibatches": 0}
+    assert tally.maxima == {"optim/skipped_updates": 1, "policy/updates": 0, "policy/stopped_minibatches": 0}
     assert tally.sums == {
         "gradient/zero_advantage": [0, 0], "gradient/stopped": [sum(len(row.completion_ids) for row in made), 0],
     }  # fmt: skip
@@ -232,7 +234,7 @@ def test_one_update_that_is_not_finite_leaves_the_others_alone(lost: int) -> Non
     expected = step(other, lay_out([halves[1 - lost]], budget=6))
     assert torch.equal(engine.model.weight, other.model.weight)
     assert len(engine.kept) == 1
-    assert tally.extremes["policy/updates"] == tally.extremes["optim/skipped_updates"] == 1
+    assert tally.maxima["policy/updates"] == tally.maxima["optim/skipped_updates"] == 1
     assert tally.sums["policy/loss"] == expected.sums["policy/loss"]
     uses = sum(len(row.completion_ids) for row in halves[lost])
     assert tally.sums["gradient/stopped"] == [uses, 0]
@@ -280,8 +282,8 @@ def test_a_critic_that_is_not_finite_stops_itself_only() -> None:
     tally = step(engine, lay_out([made]), advantage="gae")
     assert not torch.equal(engine.model.weight, before)
     assert torch.equal(engine.critic.weight, torch.zeros(VOCABULARY, 1, dtype=torch.float64))
-    assert tally.extremes["optim/skipped_updates"] == 0
-    assert tally.extremes["value/skipped_updates"] == 1
+    assert tally.maxima["optim/skipped_updates"] == 0
+    assert tally.maxima["value/skipped_updates"] == 1
     assert len(engine.kept) == 1
     assert "value/loss" not in tally.sums
 
@@ -328,16 +330,16 @@ def test_the_trust_region_ends_a_step_and_counts_what_it_left() -> None:
     free, bound = PlainEngine(lr=4.0), PlainEngine(lr=4.0)
     whole = step(free, lay_out([made[:4], made[4:]], epochs=2))
     ended = step(bound, lay_out([made[:4], made[4:]], epochs=2), max_kl_old=1e-6)
-    assert whole.extremes["policy/updates"] == 4
-    assert ended.extremes["policy/updates"] == 1
-    assert ended.extremes["policy/stopped_minibatches"] == 3
+    assert whole.maxima["policy/updates"] == 4
+    assert ended.maxima["policy/updates"] == 1
+    assert ended.maxima["policy/stopped_minibatches"] == 3
     tokens = [len(row.completion_ids) for row in made]
     assert uses(ended)["stopped"] == 2 * sum(tokens) - sum(tokens[:4])
     alone = PlainEngine(lr=4.0)
     step(alone, lay_out([made[:4]]))
     torch.testing.assert_close(bound.model.weight, alone.model.weight)  # exactly the first update and no trace of more
     wide = step(PlainEngine(lr=4.0), lay_out([made[:4], made[4:]], epochs=2), max_kl_old=1e6)
-    assert wide.extremes["policy/updates"] == 4
+    assert wide.maxima["policy/updates"] == 4
 
 
 def test_tokens_without_advantage_are_not_counted_as_stopped() -> None:
@@ -345,7 +347,7 @@ def test_tokens_without_advantage_are_not_counted_as_stopped() -> None:
     made = rows(engine, count=8)
     made[4:] = [dataclasses.replace(row, advantage=0.0) for row in made[4:]]
     ended = step(engine, lay_out([made[:4], made[4:]]), max_kl_old=1e-6)
-    assert ended.extremes["policy/stopped_minibatches"] == 1
+    assert ended.maxima["policy/stopped_minibatches"] == 1
     table = uses(ended)
     assert table.get("stopped", 0) == 0
     assert table["zero_advantage"] == sum(len(row.completion_ids) for row in made[4:])

@@ -133,7 +133,8 @@ def test_learner_sums_become_means_and_shares() -> None:
             "mismatch/square": (0.08, 2.0),
             "policy/kl_ref": (0.0, 0.0),
         },
-        extremes={"policy/updates": 2.0, "mismatch/max": 0.1, "mismatch/importance_weight_min_negated": -0.5},
+        maxima={"policy/updates": 2.0, "mismatch/max": 0.1},
+        minima={"mismatch/importance_weight_min": 0.5},
         learner_logprob_sums={},
         mismatch_counts=mismatch_counts(np.asarray([0.0] + 97 * [1e-4] + [0.02, 0.5])),
     )
@@ -143,6 +144,7 @@ def test_learner_sums_become_means_and_shares() -> None:
     assert numbers["policy/clip_fraction"] == pytest.approx(0.3)
     assert numbers["mismatch/effective_sample_fraction"] == pytest.approx(64 / (4 * 20))
     assert numbers["mismatch/importance_weight_min"] == 0.5
+    assert numbers["mismatch/max"] == 0.1
     assert numbers["mismatch/rms"] == pytest.approx(0.2)
     assert 0.02 <= numbers["mismatch/q99"] < 0.02 * 1.06  # of a hundred tokens the second largest
     assert "policy/kl_ref" not in numbers  # nothing was observed

@@ -34,7 +34,7 @@ from grpo.learner.prepare import Prepared
 from grpo.learner.probe import Perturbation, read_probe
 from grpo.learner.protocol import Model
 from grpo.learner.step import run_step
-from grpo.learner.tally import Tally
+from grpo.learner.tally import merge
 from grpo.learner.zero import setup, state
 from grpo.sync.probe import Probe, Reading, group_members
 from grpo.sync.weights import buckets_of
@@ -219,9 +219,7 @@ class Learner:
         learning_rate = float(self._engine.optimizer.param_groups[0]["lr"])
         tally = run_step(step, self, self._config.algorithm, self._config.critic, self.device)
         tally.add("optim/lr", learning_rate, 1)
-        tallies: list[Tally | None] = [tally]
-        if self.world_size > 1:
-            tallies = self.gathered(tally)
+        tallies = self.gathered(tally) if self.world_size > 1 else [tally]
         self._steps += 1
         self._move_reference()
         return merge(tallies, self._optimizer_steps)
@@ -423,30 +421,6 @@ class Learner:
 def whole_numel(parameter: Any) -> int:
     """Return the number of elements of a parameter, also if ZeRO 3 keeps only a shard of it on this rank."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def merge(tallies: Sequence[Tally | None], optimizer_steps: int) -> StepResult:
-    """Return the ranks' sums added up. A quantity that every rank has in full (norm, lr) is averaged by its count."""
-    sums: dict[str, tuple[float, float]] = {}
-    extremes: dict[str, float] = {}
-    logprob_sums: dict[int, float] = {}
-    counts = Tally().mismatch_counts
-    for tally in tallies:
-        assert tally is not None
-        for name, (total, count) in tally.sums.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + total, before[1] + count)
-        for name, value in tally.extremes.items():
-            extremes[name] = max(value, extremes.get(name, value))
-        logprob_sums |= tally.learner_logprob_sums
-        counts += tally.mismatch_counts
-    return StepResult(
-        optimizer_steps=optimizer_steps,
-        metrics=sums,
-        extremes=extremes,
-        learner_logprob_sums=logprob_sums,
-        mismatch_counts=counts,
-    )
 
 
 def copy_other_files(source: str, target: Path) -> None:
