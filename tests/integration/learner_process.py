@@ -23,13 +23,14 @@ def main(rank: int, ranks: int, job: dict) -> None:
     from grpo.batching.steps import rank_steps
     from grpo.learner.zero import setup
     from grpo.learner.zero.engine import Learner
+    from grpo.learner.zero.weights import weights_of
 
     class Unscaled(Learner):
         """What the learner would be without the world-size factor."""
 
         def backward(self, model, loss, *, last):
-            self._engine.set_gradient_accumulation_boundary(last)
-            self._engine.backward(loss)
+            self.models.policy.set_gradient_accumulation_boundary(last)
+            self.models.policy.backward(loss)
 
     base = config_module.load(job["recipe"], [f"cluster.learner_ranks={ranks}"])
     device = setup.init_process_group(base, rank, FileStore(job["store"], ranks))
@@ -61,7 +62,11 @@ def main(rank: int, ranks: int, job: dict) -> None:
         for _ in range(case["driver_steps"]):
             result = learner.step(steps[rank])
         state = {name: tensor.clone() for name, tensor in learner.weights()}
-        critic = None if learner._critic is None else dict(learner._weights_of(learner._critic))
+        critic = (
+            None
+            if learner.models.critic is None
+            else dict(weights_of(learner.models.critic, config.learner.zero_stage))
+        )
         critic = critic and {name: tensor.clone() for name, tensor in critic.items()}
         if case["save"]:
             learner.save(Path(case["save"]))

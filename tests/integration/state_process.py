@@ -24,6 +24,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
     from grpo.batching.steps import rank_steps
     from grpo.learner.zero import setup
     from grpo.learner.zero.engine import Learner
+    from grpo.learner.zero.weights import weights_of
 
     base = config_module.load(job["recipe"], [f"cluster.learner_ranks={ranks}"])
     device = setup.init_process_group(base, rank, FileStore(job["store"], ranks))
@@ -43,8 +44,9 @@ def main(rank: int, ranks: int, job: dict) -> None:
 
         def state_of(learner):
             found = {f"policy.{name}": t.clone() for name, t in learner.weights()}
-            if learner._critic is not None:
-                found |= {f"critic.{name}": t.clone() for name, t in learner._weights_of(learner._critic)}
+            if learner.models.critic is not None:
+                critic = weights_of(learner.models.critic, learner._config.learner.zero_stage)
+                found |= {f"critic.{name}": t.clone() for name, t in critic}
             return found
 
         def numbers(result):

@@ -43,10 +43,10 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     def run(config: Any, folder: Path, *, turns: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         learner = Learner(config, 0, device, folder)
-        said: dict[str, Any] = {"optimizer": type(learner._engine.basic_optimizer).__name__}
+        said: dict[str, Any] = {"optimizer": type(learner.models.policy.basic_optimizer).__name__}
         learner.step(steps_of(config))
         before = weights(learner)
-        places = [p.data_ptr() for p in learner._engine.module.parameters()]
+        places = [p.data_ptr() for p in learner.models.policy.module.parameters()]
         with learner.perturbation(0, 1) as perturb:
             perturb(0.1)
             moved = weights(learner)
@@ -54,7 +54,8 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
             if turns:
                 learner.offload()
                 said["elsewhere"] = all(
-                    p.data_ptr() != place for p, place in zip(learner._engine.module.parameters(), places, strict=True)
+                    p.data_ptr() != place
+                    for p, place in zip(learner.models.policy.module.parameters(), places, strict=True)
                 )
                 learner.reload()
                 said["kept"] = same(moved, weights(learner))
