@@ -6,10 +6,13 @@ first weight sync proves that sampler and learner compute the same. docs/familie
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from grpo.config import Config
 from grpo.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 TRAINED = frozenset(
     {
@@ -46,7 +49,7 @@ REFUSED_ON_CPU: dict[str, str] = {
 there the first weight sync decides."""
 
 
-def refuse(config: Config, settings: Any) -> None:
+def refuse(config: Config, settings: PreTrainedConfig) -> None:
     """Raise UserError if training the model's family is known to fail. `settings`: the model's config.json."""
     own = settings.get_text_config()
     where = f"model.path: models whose config.json has model_type={own.model_type} cannot be trained"

@@ -10,15 +10,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from grpo.checks import families
 from grpo.config import Config, dump
 from grpo.learner.paper import check_models
 from grpo.types import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def check_trained(config: Config, settings: Any, say: Callable[[str], None]) -> None:
+
+def check_trained(config: Config, settings: PreTrainedConfig, say: Callable[[str], None]) -> None:
     """Check that the model can be trained. `settings`: the model's config.json; `say` is called before slow checks.
 
     Raises UserError with the error that the run would fail with when its engines start.
@@ -28,7 +31,7 @@ def check_trained(config: Config, settings: Any, say: Callable[[str], None]) -> 
     check_models(config)
 
 
-def check_served(config: Config, settings: Any, say: Callable[[str], None]) -> None:
+def check_served(config: Config, settings: PreTrainedConfig, say: Callable[[str], None]) -> None:
     """Check that vLLM can serve the model. Skipped if tests train its family and no `sampler.engine` options are set.
 
     Raises UserError with vLLM's objection.

@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo.checks import check
 from grpo.checks.check import CheckedRun
+from grpo.checks.model_folder import model_fingerprint
 from grpo.cluster import engines
 from grpo.cluster import session as cluster
 from grpo.config import Config
@@ -50,7 +51,7 @@ def evaluate(plan: CheckedRun, model: str, out: Path) -> Outcome:
 
     `out`: folder of the evaluations. What has been sampled is kept when the evaluation is interrupted.
     """
-    key = evaluation_folder.key_of(plan, check.model_fingerprint(plan.config.model.path))
+    key = evaluation_folder.key_of(plan, model_fingerprint(plan.config.model.path))
     folder = evaluation_folder.folder_of(out.expanduser().resolve(), evaluation_folder.name_of(model), key)
     with evaluation_folder.opened(folder, key, plan), Console(steps=0, log=folder / "log.txt") as console:
         files = functions.keep(plan.config.rewards, plan.reward_files, folder)

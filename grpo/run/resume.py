@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from grpo.checks.check import CheckedRun, model_fingerprint
+from grpo.checks.check import CheckedRun
+from grpo.checks.model_folder import model_fingerprint
 from grpo.config import Config
 from grpo.data import start_cursor
 from grpo.run import checkpoints

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from grpo import config as module
 from grpo import data
-from grpo.checks.check import CheckedRun, check, check_critic, check_model
+from grpo.checks.check import CheckedRun, check
+from grpo.checks.model_folder import check_critic, check_model
 from grpo.commands.cli import make_parser
 from grpo.types import Prompt, UserError
 

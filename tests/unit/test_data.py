@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import grpo.data.hub
-from grpo.checks.check import check_model
+from grpo.checks.model_folder import check_model
 from grpo.config import DataConfig, load
 from grpo.data import (
     Cursor,
