@@ -32,14 +32,8 @@ print(json.dumps([str(run.path), run.accuracy, *(last[name].tolist() for name in
 `inspect` can read."""
 
 
-@pytest.mark.parametrize(
-    ("mode", "steps"),
-    [
-        ("failing", 2),
-        pytest.param("twice", 2, marks=pytest.mark.slow),
-        pytest.param("interrupted", 6, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "steps"), [("failing", 2), ("twice", 2), ("interrupted", 6)])
 def test_trainings_leave_the_process_as_it_was(
     mode: str, steps: int, make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import linecache
+import os
 import subprocess
 import sys
 import textwrap
@@ -222,7 +223,8 @@ def digest(folder: Path, notebook: str = NOTEBOOK, helper: str = HELPER, cell: s
     folder.mkdir()
     (folder / "helper.py").write_text(helper)
     command = [sys.executable, "-c", textwrap.dedent(DIGEST), str(folder), textwrap.dedent(notebook), cell]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONHASHSEED": cell}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
