@@ -74,7 +74,7 @@ def _below(cls: type, prefix: str, above: tuple[Mark, ...]) -> Iterator[Option]:
                 default=f.default if f.default_factory is dataclasses.MISSING else f.default_factory(),
                 bound=next((mark for mark in marks if isinstance(mark, Bound)), None),
                 only_with=tuple(
-                    mark for mark in marks if isinstance(mark, OnlyWith) and not name.startswith(mark.option)
+                    mark for mark in marks if isinstance(mark, OnlyWith) and not name.startswith(f"{mark.option}[")
                 ),
                 resume=next((mark for mark in marks if isinstance(mark, OnResume)), OnResume.SAME),
                 submit=next((mark for mark in marks if isinstance(mark, OnSubmit)), None),

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo.suggest import suggest
 from grpo.types import UserError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -320,9 +319,10 @@ def gpu_of(
 def _not_known(name: str | None, seen: tuple[str, float] | None, missing: list[str]) -> str:
     """Return the error message for an unknown GPU."""
     near = [known for known in GPUS if name and known.startswith(name.lower())]
+    near = near or difflib.get_close_matches((name or "").lower(), GPUS, n=1, cutoff=0.7)
     what = f"--gpu {name}" if seen is None and name else f"the GPU here is {name}" if name else "--gpu is missing"
     why = "it is not known" if name else "torch sees no GPU on this machine"
-    hint = f"; did you mean {' or '.join(near)}?" if near else suggest((name or "").lower(), GPUS.keys())
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return (
         f"{what}: {why}{hint}; known are {', '.join(GPUS)}; for another one give {', '.join(missing)} of its data sheet"
     )
