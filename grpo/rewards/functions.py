@@ -95,9 +95,11 @@ def name_of(function: RewardFunction) -> str:
 
 
 def inner(function: RewardFunction) -> FunctionType | type:
-    """Return the function of a partial one, and the class of an object that can be called."""
+    """Return the function of a partial one or of a method, and the class of an object that can be called."""
     if isinstance(function, functools.partial):
         return inner(function.func)
+    if isinstance(function, MethodType):
+        return inner(function.__func__)
     return function if isinstance(function, FunctionType | type) else type(function)
 
 

@@ -65,6 +65,9 @@ class Scaled:
     def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
         return self.factor * len(completion)
 
+    def by_method(self, completions: list[str], **columns: list[Any]) -> list[float]:
+        return [self.factor + len(text) for text in completions]
+
 
 def with_factor(completion: str, row: Mapping[str, Any], *, factor: float) -> float:
     return factor * len(completion)
@@ -95,6 +98,7 @@ def score(function: Callable[..., Any], folder: Path, *texts: str) -> list[Any]:
         (above(3), "grpo", "reward", [0.0, 1.0]),
         (lambda completion, row: 3.0 * len(completion), "grpo", "reward", [3.0, 33.0]),
         (Scaled(0.5), "grpo", "Scaled", [0.5, 5.5]),
+        (Scaled(0.5).by_method, "trl", "by_method", [1.5, 11.5]),
         (functools.partial(with_factor, factor=2.0), "grpo", "with_factor", [2.0, 22.0]),
     ],
 )
