@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result import print_result
-from grpo.rewards.preflight import corrupt
+from grpo.rewards.golds import corrupt
 
 SETS = {"gsm8k": ["gsm8k_train", "gsm8k_test", "svamp_test"], "math_answer": ["math500_test", "math_train", "amc23"]}
 

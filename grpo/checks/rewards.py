@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo import data
 from grpo.config import Config, validate_gold
 from grpo.files import fingerprint
-from grpo.rewards import functions, preflight
+from grpo.rewards import functions, golds, preflight
 from grpo.rewards.imports import reward_sources
 from grpo.suggest import suggest
 from grpo.types import Moment, UserError
@@ -50,7 +50,7 @@ def decide_gold(config: Config, files: Sequence[Path]) -> Config:
     Raises UserError if `data.gold_template` then has no effect.
     """
     decided = [
-        dataclasses.replace(reward, gold=preflight.declares_gold(file)) if reward.gold is None else reward
+        dataclasses.replace(reward, gold=golds.declares_gold(file)) if reward.gold is None else reward
         for reward, file in zip(config.rewards, files, strict=True)
     ]
     config = dataclasses.replace(config, rewards=decided)
@@ -69,7 +69,7 @@ def reward_fingerprints(files: Sequence[Path]) -> dict[str, str]:
     }
 
 
-def unsampled_by(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], moment: Moment) -> preflight.Unsampled:
+def unsampled_by(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], moment: Moment) -> golds.Unsampled:
     """Return how to pass rewards completions that were not sampled.
 
     The token ids of a text end with the first of `ends`. A text that the vocabulary cannot encode has only that id.
@@ -81,14 +81,14 @@ def unsampled_by(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], moment
         except Exception:  # noqa: BLE001 - tokenizers raises bare Exception if the vocabulary has no unknown token
             return [*ends[:1]]
 
-    return preflight.Unsampled(encode=encode, moment=moment)
+    return golds.Unsampled(encode=encode, moment=moment)
 
 
 def try_rewards(
     config: Config,
     files: Sequence[Path],
     sets: Sequence[data.PromptSet],
-    unsampled: preflight.Unsampled,
+    unsampled: golds.Unsampled,
     log_dir: Path,
     say: Callable[[str], None],
 ) -> list[str]:
@@ -105,7 +105,7 @@ def try_rewards(
         unsampled=unsampled,
         log_dir=log_dir,
     )
-    report += preflight.try_golds(
+    report += golds.try_golds(
         config.rewards,
         files,
         prompts,

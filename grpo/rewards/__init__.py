@@ -10,7 +10,8 @@ worker     child side: answers calls one by one; started by its path
 child      what the worker runs: loads the files, makes the calls, notices what they change
 imports    reward files and what they import
 counts     counts of finished and running calls, for progress reports
-preflight  checks before a run: the files load, the functions run, the gold answers score
+preflight  checks before a run: the files load, the functions run
+golds      checks before a run: the gold answers score
 """
 
-__all__ = ["counts", "functions", "groups", "imports", "pool", "preflight", "process"]
+__all__ = ["counts", "functions", "golds", "groups", "imports", "pool", "preflight", "process"]

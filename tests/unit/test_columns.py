@@ -15,7 +15,8 @@ from grpo.config import TrainSetConfig
 from grpo.data import Row, map_columns
 from grpo.data.columns import hint, nested
 from grpo.data.template import render_template
-from grpo.rewards.preflight import gold_text, nested_hint
+from grpo.rewards.golds import gold_text
+from grpo.rewards.preflight import nested_hint
 from grpo.types import Prompt, UserError
 
 VERL: dict[str, Any] = {

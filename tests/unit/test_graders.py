@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from grpo.config import RewardConfig
+from grpo.rewards.golds import corrupt
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.pool import RewardPool
-from grpo.rewards.preflight import corrupt
 from grpo.types import Failed, Scored
 
 ROOT = Path(__file__).resolve().parents[2]

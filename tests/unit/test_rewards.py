@@ -19,11 +19,12 @@ import psutil
 import pytest
 
 from grpo.config import RewardConfig
-from grpo.rewards import preflight
+from grpo.rewards import golds as golds_module
+from grpo.rewards.golds import Unsampled, corrupt, declares_gold, try_golds
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.imports import locate
 from grpo.rewards.pool import RewardPool
-from grpo.rewards.preflight import Unsampled, check_loads, corrupt, declares_gold, try_golds, try_out
+from grpo.rewards.preflight import check_loads, try_out
 from grpo.rewards.process import parse_answer, parse_greeting
 from grpo.types import Failed, Logged, Moment, Prompt, Scored, UserError
 
@@ -1010,8 +1011,8 @@ def test_the_gold_answer_stands_behind_reasoning_that_the_prompt_has_begun() -> 
     for given, template, written in (
         (plain, "{answer}", "2"), (begun, "{answer}", "</think>2"), (begun, "so</think>{answer}", "so</think>2"),
     ):  # fmt: skip
-        assert preflight.gold_text(given, "rewards[0]", template, "answer") == written
-        assert preflight.gold_texts(given, "rewards[0]", template, "answer")[0] == written
+        assert golds_module.gold_text(given, "rewards[0]", template, "answer") == written
+        assert golds_module.gold_texts(given, "rewards[0]", template, "answer")[0] == written
 
 
 def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path) -> None:
@@ -1264,16 +1265,16 @@ def test_a_gold_answer_that_cannot_be_read_is_an_error_that_names_its_row(write:
 def test_of_large_sets_an_even_share_of_the_golds_is_tried(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "MAX_GOLDS", 4)
-    monkeypatch.setattr(preflight, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(golds_module, "MAX_GOLDS", 4)
+    monkeypatch.setattr(golds_module, "SAY_EVERY_S", 0.0)
     said: list[str] = []
     reward = write("def f(completion, row): return float(row['n'] in (0, 2, 5))", gold=True)
     assert golds(reward, tmp_path, {"a": [{"answer": "7", "n": i} for i in range(10)]}, say=said.append) == [
         "f on a: warning: 3 of 4 gold answers score above 0 (of 10 rows, evenly spread); not those of a.jsonl:8"
     ]
     assert said[-1] == "rewards[0]: f on a: 4 of 4 gold answers scored"
-    assert preflight.evenly_spread(range(10), 10) == range(10)
-    assert preflight.evenly_spread(range(10), 3) == [0, 3, 6]
+    assert golds_module.evenly_spread(range(10), 10) == range(10)
+    assert golds_module.evenly_spread(range(10), 3) == [0, 3, 6]
 
 
 def test_rewards_are_tried_on_the_sets_that_they_are_for(write: Write, tmp_path: Path) -> None:
