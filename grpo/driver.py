@@ -23,13 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from grpo.batching.rows import Credit, advantages_of, members_needed, training_rows
 from grpo.batching.steps import rank_steps
 from grpo.config import Config
 from grpo.data import sample_seed
 from grpo.evaluation.metrics import eval_metrics, eval_names
 from grpo.evaluation.statistics import Evaluation, evaluate_groups
-from grpo.metrics import measures
+from grpo.metrics.guards import MismatchError, NonFiniteError, count_skipped, guard_mismatch
 from grpo.metrics.health import Health
 from grpo.metrics.step import (
     Learned,
@@ -48,20 +51,9 @@ from grpo.run.progress import Progress
 from grpo.run.samples import Trained
 from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
-from grpo.sync.probe import Probe, Spread, make_probe
+from grpo.sync.probe import Probe, make_probe
 from grpo.sync.transaction import SyncResult
-from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, StepResult, UserError
-
-
-class MismatchError(RuntimeError):
-    """Sampler and learner disagree about the sampled tokens: the learner would train on data that was not sampled."""
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient was NaN or infinite in `MAX_SKIPPED` consecutive steps."""
-
-
-MAX_SKIPPED = 3
+from grpo.types import EngineFailure, Group, Moment, Prompt, RankStep, SamplingSettings, StepResult, UserError
 
 
 class EngineGroup(SamplerGroup, Protocol):
@@ -95,10 +87,9 @@ class Loop:
     scorer: Scorer
     folder: RunFolder
     reporter: Reporter
-    decode: Callable[[Sequence[Any]], list[str]]
-    train_settings: Any
-    """Sampling settings of training; like `eval_settings`, in the form that the sampler expects."""
-    eval_settings: Any
+    decode: Callable[[Sequence[NDArray[np.int32]]], list[str]]
+    train_settings: SamplingSettings
+    eval_settings: SamplingSettings
     progress: Progress
     saver: Saver
     stopping: Callable[[], bool]
@@ -234,7 +225,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     if not sampled.groups and not sampled.unused:
         return None
     learned = learn(loop, sampled, step)
-    at.skipped = count_skipped(loop, learned.result, step, at.skipped)
+    at.skipped = count_skipped(learned.result, step, at.skipped, run=loop.folder.path, say=loop.reporter.say)
     guard_mismatch(learned.result, config, at.noise)
     synced = time.monotonic()
     every = config.run.verify_every
@@ -376,44 +367,6 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], moment: Moment, attempt: 
 def watch(loop: Loop, what: str, completions: int) -> Watch:
     """Return the samplers and the scorer, with a heartbeat while the driver waits for them."""
     return Watch(what, completions, sampler=loop.engines, scorer=loop.scorer, say=loop.reporter.say)
-
-
-def guard_mismatch(result: StepResult, config: Config, noise: Spread) -> None:
-    """Raise MismatchError when sampler and learner disagree by more than rounding explains. The weights are then not
-    published.
-
-    The limit is algorithm.max_mismatch. By default it is the limit from the `noise` of the last weight sync, divided by
-    a temperature below 1, which enlarges the mismatch.
-    """
-    bar = config.algorithm.max_mismatch
-    if bar is None:
-        bar = noise.allowed().rms / min(1.0, config.sampling.temperature)
-    rms = measures.learner_metrics(result).get("mismatch/rms", 0.0)
-    if not rms <= bar:
-        raise MismatchError(
-            f"the logprobs of the sampled tokens differ by {rms:.3g} between sampler and learner (root mean square; "
-            f"allowed {bar:.3g}): weights, tokens or sampling settings differ between the two. algorithm.max_mismatch "
-            "sets the bar; without it the learner's rounding noise does (docs/weight-check.md)"
-        )
-
-
-def count_skipped(loop: Loop, result: StepResult, step: int, before: int) -> int:
-    """Return the number of consecutive steps, including this one, with an update that was skipped because loss or
-    gradient was not finite.
-
-    Raises NonFiniteError when the number reaches MAX_SKIPPED.
-    """
-    updates = int(sum(result.maxima.get(f"{model}/skipped_updates", 0) for model in ("optim", "value")))
-    if not updates:
-        return 0
-    said = (
-        f"step {step}: loss or gradient of {updates} updates were not finite; they moved no weight, and what they were "
-        f"made of is in {loop.folder.path / 'nonfinite'} (see grpo replay)"
-    )
-    if before + 1 >= MAX_SKIPPED:
-        raise NonFiniteError(f"{said}; so it was in {MAX_SKIPPED} steps in a row")
-    loop.reporter.say(said)
-    return before + 1
 
 
 def eval_is_due(config: Config, step: int) -> bool:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grpo.config import AlgorithmConfig, Config
 from grpo.data import sample_seed
@@ -29,6 +30,7 @@ from grpo.types import (
     Rollout,
     SampledBlock,
     SampleRequest,
+    SamplingSettings,
     Scored,
     UserError,
 )
@@ -45,7 +47,7 @@ def may_pass(outcome: Scored | Failed) -> bool:
 class SamplerGroup(Protocol):
     """Source of completions; implemented by `grpo.cluster.engines.Engines`."""
 
-    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]: ...
+    def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]: ...
 
     def outstanding(self) -> dict[str, int]:
         """Return sampler name -> number of completions of the last `sample` that it has not yet returned."""
@@ -78,10 +80,10 @@ def collect(
     *,
     sampler: SamplerGroup,
     scorer: Scorer,
-    settings: Any,
+    settings: SamplingSettings,
     samples_per_prompt: int,
     seed_of: Callable[[Prompt, int], int | None],
-    decode: Callable[[Sequence[Any]], list[str]],
+    decode: Callable[[Sequence[NDArray[np.int32]]], list[str]],
     moment: Moment,
     reward_timeout_s: float,
     when_scored: Callable[[Group], object] = lambda group: None,

@@ -6,12 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 from grpo.rewards.counts import SLOW_S, Counted
 from grpo.rewards.groups import RewardItem
 from grpo.rollout.collect import SamplerGroup, Scorer
-from grpo.types import Failed, SampledBlock, SampleRequest, Scored
+from grpo.types import Failed, SampledBlock, SampleRequest, SamplingSettings, Scored
 
 HEARTBEAT_S = 30.0
 """Seconds between two lines."""
@@ -45,7 +44,7 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
-    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]:
+    def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
         """Sample `requests` and count the completions."""
         for block in self._sampler.sample(requests, settings):
             self._sampled += len(block.lengths)

@@ -15,6 +15,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
     from grpo.checks import check
     from grpo.cluster import engines as engine_group
     from grpo.cluster import session as cluster
+    from grpo.metrics import guards
     from grpo.metrics.health import Health
     from grpo.rewards.pool import RewardPool
     from grpo.run.console import Console
@@ -73,7 +74,7 @@ def main(recipe: Path, folder: Path) -> dict[str, Any]:
             error = ""
             try:
                 driver.train(loop)
-            except driver.MismatchError as mismatch:
+            except guards.MismatchError as mismatch:
                 error = str(mismatch)
             run.close()
             lines = [json.loads(line) for line in (folder / how / "metrics.jsonl").read_text().splitlines()]

@@ -23,10 +23,11 @@ from grpo import config as module
 from grpo.batching.rows import training_rows
 from grpo.batching.steps import rank_steps
 from grpo.config import Config, RewardConfig
-from grpo.driver import Loop, MismatchError, NonFiniteError, guard_mismatch, train
+from grpo.driver import Loop, train
 from grpo.evaluation.metrics import eval_names
 from grpo.files import FileRecord, seal
 from grpo.learner.step import run_step
+from grpo.metrics.guards import MismatchError, NonFiniteError, guard_mismatch
 from grpo.metrics.health import Health
 from grpo.metrics.measures import mismatch_counts
 from grpo.metrics.step import Learned, Sampled, refuse_unknown_best, throughput, timings
