@@ -1,6 +1,9 @@
 """Two-digit addition: create the data and the tiny base model of `recipes/arithmetic_cpu.yaml`.
 
     python recipes/arithmetic.py            # writes recipes/tiny/arithmetic/, seconds to a minute on two cores
+    python -m grpo.recipes.arithmetic       # the same where the package is installed
+
+The folder is made below the working directory, where the recipe looks for it.
 
 Each problem is `a+b=` with 10 <= a, b <= 99. The digits of the answer are reversed (units first), because carries
 become known in that order. The 8,100 problems are split by hash into files that share no problem:
@@ -195,7 +198,7 @@ def make(folder: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "arithmetic")
+    parser.add_argument("--out", type=Path, default=Path("recipes", "tiny", "arithmetic"))
     build(parser.parse_args().out, version_of(__file__), make)
 
 

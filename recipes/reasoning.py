@@ -28,8 +28,10 @@ import json
 import sys
 from pathlib import Path
 
-import arithmetic
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # run by -m, Python would search the working directory instead
+import arithmetic
 
 DIGITS = 4
 SPLITS = {"pretrain": 20000, "dev": 128, "train": 8000, "eval": 500}
@@ -115,7 +117,7 @@ def answers_only(batches: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "reasoning")
+    parser.add_argument("--out", type=Path, default=Path("recipes", "tiny", "reasoning"))
     parser.add_argument("--untrained", action="store_true", help="the model as it is initialised, in seconds")
     parser.add_argument("--answers-only", action="store_true", help="also train on the answers alone and say how well")
     a = parser.parse_args()

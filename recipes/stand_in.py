@@ -27,11 +27,12 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from grpo.commands import cli
-from grpo.config import load
+from grpo.config import find_recipe, load
 from grpo.config.schema import EvalSetConfig, SamplerConfig, TrainSetConfig
 from grpo.data import is_path
 
-TINY = Path(__file__).resolve().parent / "tiny" / "stand_in"
+TINY = Path("recipes", "tiny", "stand_in").absolute()
+"""Below the working directory, as what the other scripts make."""
 STEPS, TOKENS, PROMPT_TOKENS = 2, 12, 2048
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 ANSWERS = [
@@ -244,7 +245,7 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=find_recipe)
     parser.add_argument("more", nargs="*", help="further overrides, as section.option=value")
     given = parser.parse_args()
     make()

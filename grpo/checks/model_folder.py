@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from grpo import data
+from grpo import builtin, data
 from grpo.config import Config
 from grpo.files import fingerprint
 from grpo.planning.shapes import refuse_outer_folder, split_problems
@@ -33,10 +33,9 @@ def check_model(config: Config) -> PreTrainedConfig:
     """
     path = Path(config.model.path)
     if not path.is_dir() and data.is_path(config.model.path):
-        script = Path("recipes", path.parent.name).with_suffix(".py")
-        made_here = path.parent.parent.name == "tiny" and script.exists()
+        made_by = builtin.script_command(path.parent.name) if path.parent.parent.name == "tiny" else None
         close = "" if path.exists() else data.nearest_path(path)
-        hint = f"; make it with: python {script}" if made_here else close
+        hint = f"; make it with: {made_by}" if made_by else close
         raise UserError(f"model.path={config.model.path} is not a folder{hint}")
     refuse_adapter("model.path", config.model.path)
     model = read_config(config, "model.path", config.model.path)

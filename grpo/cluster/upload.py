@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from grpo import config, data
+from grpo import builtin, config, data
 from grpo.checks import check
 from grpo.config import Config, OnSubmit
 from grpo.rewards.imports import PACKAGE, imported, locate, modules
@@ -79,17 +79,18 @@ def refuse_local(options: Config, resume: str | None) -> None:
 def rewards(options: Config, recipe: Path, files: Mapping[Path, Path]) -> tuple[Config, dict[Path, Path]]:
     """Return (the config with the reward paths of the job, a mapping from path in the job to source file).
 
-    The mapping extends `files` with the files that the rewards need. Relative paths are unchanged, so that the options
-    are the same wherever the run is resumed.
+    The mapping extends `files` with the files that the rewards need. Names of built-in ones and relative paths are
+    unchanged, so that the options are the same wherever the run is resumed.
 
     Raises UserError if two different files would get the same path.
     """
     found, changed = dict(files), []
     for i, (reward, file) in enumerate(zip(options.rewards, locate(options.rewards, recipe), strict=True)):
-        place = Path(reward.file)
+        by_name = file == builtin.find("reward_fns", reward.file)
+        place = Path(PACKAGE.name, "reward_fns", file.name) if by_name else Path(reward.file)
         if place.is_absolute() or ".." in place.parts or place.parts[0].startswith("~"):
             place = Path("rewards", str(i), file.name)
-        changed.append(dataclasses.replace(reward, file=str(place)))
+        changed.append(reward if by_name else dataclasses.replace(reward, file=str(place)))
         for target, source in {place: file, **imported(file, place.parent)}.items():
             if found.setdefault(target, source).read_bytes() != source.read_bytes():
                 raise UserError(f"rewards[{i}].file={reward.file}: {source} and {found[target]} would both be {target}")

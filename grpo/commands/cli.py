@@ -12,10 +12,10 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from grpo import config as config_module
 from grpo.commands.parser import make_parser, split_resume_options
+from grpo.commands.train import print_progress
 from grpo.run.signals import interrupt_early
 from grpo.types import ExitCode, UserError
 
@@ -111,6 +111,10 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         from grpo.commands.plan import plan_command  # noqa: PLC0415
 
         return plan_command(parsed, overrides)
+    if parsed.command in ("check", "eval"):  # grpo train does it when a signal can be answered
+        from grpo.checks.environment import check_environment  # noqa: PLC0415
+
+        check_environment(print_progress)
     if parsed.command == "eval":
         from grpo.commands.evaluate import evaluate_command  # noqa: PLC0415
 
@@ -122,8 +126,8 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     asked, overrides = split_resume_options(overrides)
     if parsed.command == "submit" and parsed.queue:
         overrides.append("cluster.queue=true")
-    recipe = Path(parsed.recipe)
-    config = config_module.load(parsed.recipe, overrides)
+    recipe = config_module.find_recipe(parsed.recipe)
+    config = config_module.load(recipe, overrides)
     if parsed.command == "check":
         if asked:
             raise UserError(f"{next(iter(asked))}= is for grpo train")

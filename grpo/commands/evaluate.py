@@ -13,7 +13,7 @@ from grpo.lifecycle.evaluation_folder import model_of
 def evaluate_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Evaluate a model, and print its results. Return the exit code."""
     model, recipe = model_of(parsed.model)
-    recipe = parsed.recipe or recipe
+    recipe = config_module.find_recipe(parsed.recipe) if parsed.recipe else recipe
     config = config_module.load_for_evaluation(
         recipe, model=model, data=parsed.data, rewards=parsed.reward, overrides=overrides
     )

@@ -23,8 +23,8 @@ def make_parser() -> argparse.ArgumentParser:
             "More of a command: grpo COMMAND --help",
             "",
             "examples:",
-            "  grpo check recipes/arithmetic_cpu.yaml",
-            "  grpo train recipes/arithmetic_cpu.yaml run.steps=10 algorithm.group_size=8",
+            "  grpo check arithmetic_cpu",
+            "  grpo train arithmetic_cpu run.steps=10 algorithm.group_size=8",
             "  grpo options algorithm",
         ),
     )
@@ -32,9 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     words = "check a recipe and run it"
     examples = (
-        "train recipes/arithmetic_cpu.yaml run.steps=20",
-        "train recipes/arithmetic_cpu.yaml run.name=a run.save_every=20 resume=auto",
-        "train recipes/arithmetic_cpu.yaml resume=runs/a run.steps=200",
+        "train arithmetic_cpu run.steps=20",
+        "train arithmetic_cpu run.name=a run.save_every=20 resume=auto",
+        "train arithmetic_cpu resume=runs/a run.steps=200",
     )
     command = add_command(commands, "train", words, *examples, notes=(
         "resume=auto goes on from the last checkpoint of the run of this name, or starts it; resume=PATH from a run",
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     add_recipe(command)
     words = "do everything that can be known before an engine starts, and print the plan"
-    command = add_command(commands, "check", words, "check recipes/arithmetic_cpu.yaml sampling.max_tokens=64")
+    command = add_command(commands, "check", words, "check arithmetic_cpu sampling.max_tokens=64")
     add_recipe(command)
     command.add_argument("--ids", action="store_true", help="show the token ids of the first prompt, too")
     add_looking_commands(commands)
@@ -75,7 +75,7 @@ def add_command(
 
 def add_recipe(command: argparse.ArgumentParser, overrides: str | None = None) -> None:
     """Add the arguments for a recipe and its overrides."""
-    command.add_argument("recipe", help="a YAML file, see recipes/")
+    command.add_argument("recipe", help="a YAML file, or the name of a built-in recipe")
     command.add_argument("overrides", nargs="*", metavar="section.option=value", help=overrides)
 
 
@@ -84,7 +84,7 @@ def add_looking_commands(commands: Any) -> None:
     words = "evaluate a model on held-out data: avg@k, pass@k, maj@k with intervals; cached and resumable"
     examples = (
         "eval runs/a data.eval.samples_per_prompt=16",
-        "eval Qwen/Qwen2.5-0.5B-Instruct --data test.jsonl --reward reward_fns/math_answer.py",
+        "eval Qwen/Qwen2.5-0.5B-Instruct --data test.jsonl --reward math_answer",
     )
     command = add_command(commands, "eval", words, *examples)
     command.add_argument("model", help="a folder in Hugging Face layout, a hub id, or a run's folder (its final model)")
@@ -103,9 +103,7 @@ def add_looking_commands(commands: Any) -> None:
     command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
     words = "predict memory on each GPU, seconds of a step and hours of a run, on paper: no GPU, no download"
     notes = ("Exit code 0 when it fits, 2 when not. What is reckoned, and how far off it is: docs/scale.md",)
-    command = add_command(
-        commands, "plan", words, "plan recipes/gsm8k_qwen2.5_7b.yaml --gpu h100 --gpus-per-node 4", notes=notes
-    )
+    command = add_command(commands, "plan", words, "plan gsm8k_qwen2.5_7b --gpu h100 --gpus-per-node 4", notes=notes)
     add_recipe(command)
     command.add_argument("--gpu", metavar="NAME", help="kind of GPU, e.g. h100, a100-80 (the one in this machine)")
     for flag, metavar, what in (

@@ -27,6 +27,9 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> Exi
     try:
         # the imports take seconds, and only after them is it known whether the run can be resumed
         with signals_delayed():
+            from grpo.checks.environment import check_environment  # noqa: PLC0415 - before the rest is imported
+
+            check_environment(print_progress)
             from grpo.lifecycle import train as lifecycle  # noqa: PLC0415
             from grpo.run import resume  # noqa: PLC0415
 

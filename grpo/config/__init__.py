@@ -19,7 +19,7 @@ from __future__ import annotations
 from grpo.config.aliases import written
 from grpo.config.declare import OnResume, OnSubmit
 from grpo.config.describe import options_text
-from grpo.config.load import dump, load, load_for_evaluation, read_dump, refuse_flags, refuse_unknown
+from grpo.config.load import dump, find_recipe, load, load_for_evaluation, read_dump, refuse_flags, refuse_unknown
 from grpo.config.options import declaration, general, values
 from grpo.config.python import Recipe, Reward, Value, override_texts
 from grpo.config.schema import (
@@ -68,6 +68,7 @@ __all__ = [
     "Value",
     "declaration",
     "dump",
+    "find_recipe",
     "general",
     "load",
     "load_for_evaluation",

@@ -16,6 +16,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo import builtin
 from grpo.config import aliases
 from grpo.config.options import general, item_class, options
 from grpo.config.python import Recipe, Reward, plain_value
@@ -38,7 +39,7 @@ def load(
     """Read `recipe`, apply `section.option=value` overrides, and validate everything that needs no other file.
 
     Args:
-        recipe: A YAML file, or the same sections as a mapping, or a config.
+        recipe: A YAML file, the name of a built-in recipe, the same sections as a mapping, or a config.
         rewards: Used instead of the rewards of the recipe, before the overrides.
 
     Raises UserError naming the file or option at fault.
@@ -47,6 +48,12 @@ def load(
     if rewards is not None:
         tree["rewards"] = _sections(rewards)
     return _configure(tree, overrides, _source(recipe))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Return `recipe` if it is a file, else the built-in recipe of that name, else `recipe`."""
+    path = Path(recipe)
+    return path if path.is_file() else builtin.find("recipes", str(recipe)) or path
 
 
 def load_for_evaluation(
@@ -113,7 +120,7 @@ def _tree(recipe: Recipe) -> DictConfig:
     Raises UserError if a file cannot be read, or if a value of a mapping is no value of an option.
     """
     if isinstance(recipe, str | Path):
-        return _read(Path(recipe))
+        return _read(find_recipe(recipe))
     text = dump(recipe) if isinstance(recipe, Config) else yaml.safe_dump(plain_value(recipe, "recipe"))
     tree = OmegaConf.create(text)
     assert isinstance(tree, DictConfig)
@@ -126,7 +133,10 @@ def _read(path: Path) -> DictConfig:
     Raises UserError if it does not exist, is not valid YAML, or is not a mapping.
     """
     if not path.is_file():
-        hint = suggest(path.name, {other.name: str(other) for other in path.parent.glob("*.yaml")})
+        hint = builtin.listing("recipes", str(path)) + (
+            suggest(path.name, {other.name: str(other) for other in path.parent.glob("*.yaml")})
+            or builtin.suggest("recipes", str(path))
+        )
         raise UserError(f"recipe {path} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
     try:
         tree = OmegaConf.load(path)

@@ -378,15 +378,16 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
-    """A reward function: your own Python function, or one of reward_fns/ (docs/graders.md).
+    """A reward function: your own Python function, or a built-in one (docs/graders.md).
 
-    'rewards=[{file: reward_fns/math_answer.py}]'
-    'rewards=[{file: reward_fns/math_answer.py}, {file: mine.py, name: polite, weight: 0.2}]'
+    'rewards=[{file: math_answer}]'
+    'rewards=[{file: math_answer}, {file: mine.py, name: polite, weight: 0.2}]'
     rewards[0].timeout_s=60 rewards[0].weight=0.5
     """
 
     file: Annotated[str, OnSubmit.PACKED] = MISSING
-    """Python file. Relative paths are resolved against the working directory, then against the folder of the recipe."""
+    """Python file, or the name of a built-in reward function, such as `gsm8k`. Relative paths are resolved against the
+    working directory, then against the folder of the recipe."""
     name: str | None = None
     """Name of the function in the file. None: the name of the file without its suffix."""
     weight: float = 1.0

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from grpo import builtin
 from grpo.config import RewardConfig
 from grpo.suggest import suggest
 from grpo.types import UserError
@@ -18,7 +19,8 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def locate(rewards: Sequence[RewardConfig], recipe: Path, written: Path | None = None) -> list[Path]:
-    """Find the files of `rewards`: in the working directory, else next to the recipe, else in the folder above it.
+    """Find the files of `rewards`: in the working directory, else next to the recipe, else in the folder above it, else
+    the built-in reward function of that name.
 
     Args:
         written: Folder with the files of functions (`grpo.rewards.functions.write`), which is searched first.
@@ -31,11 +33,15 @@ def locate(rewards: Sequence[RewardConfig], recipe: Path, written: Path | None =
         places = [given] if given.is_absolute() else [given, recipe.parent / given, recipe.parent.parent / given]
         own = [] if written is None else [written / given]
         path = next((place for place in own + places if place.is_file()), None)
+        path = path or builtin.find("reward_fns", reward.file)
         if path is None:
             if any(place.is_dir() for place in places):
                 raise UserError(f"rewards[{i}].file={reward.file} is a folder; it must be a Python file")
             nearby = {p.name: str(p) for place in places if place.parent.is_dir() for p in place.parent.glob("*.py")}
-            hint = suggest(given.name, nearby)
+            own_file, named = suggest(given.name, nearby), builtin.suggest("reward_fns", reward.file)
+            listing = builtin.listing("reward_fns", reward.file)
+            first = named or own_file if listing and f"{reward.file}.py" not in nearby else own_file or named
+            hint = listing + first
             if recipe.name == "config.yaml":  # the copy in a run folder
                 hint += "; go to the directory that the run was started in, or give another one with --reward FILE"
             raise UserError(f"rewards[{i}].file={reward.file} does not exist{hint}")

@@ -110,6 +110,18 @@ def test_a_reward_beside_the_recipe_keeps_its_path(here: Path, tmp_path: Path) -
     assert (tmp_path / "job" / "reward.py").read_bytes() == (tmp_path / "recipes" / "reward.py").read_bytes()
 
 
+def test_a_built_in_reward_keeps_its_name_and_travels_in_the_package(here: Path, tmp_path: Path) -> None:
+    """test_wheel finds it in the job by this name."""
+    by_path = str(ROOT / "reward_fns" / "format.py")
+    recipe = written(here, rewards=[{"file": "gsm8k"}, {"file": by_path}])  # type: ignore[arg-type]
+    assert packed(recipe, tmp_path / "job") == {"mine.yaml", "rewards/1/format.py"}
+    there = tmp_path / "job" / "grpo" / "reward_fns"
+    assert [path.name for path in there.iterdir()] == ["gsm8k.py"]
+    assert (there / "gsm8k.py").read_bytes() == (ROOT / "reward_fns" / "gsm8k.py").read_bytes()
+    rewards = config_module.load(tmp_path / "job" / "mine.yaml").rewards
+    assert [reward.file for reward in rewards] == ["gsm8k", "rewards/1/format.py"]
+
+
 def test_what_lies_beside_a_reward_s_link_is_what_lies_beside_the_file(here: Path, tmp_path: Path) -> None:
     """As where the worker looks for it."""
     (tmp_path / "real").mkdir()
