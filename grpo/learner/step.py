@@ -78,16 +78,16 @@ def _update(
     """
     policy, value = Tally(), Tally()
     pairs = list(zip(minibatch, prepared, strict=True))
-    lost = 0
+    not_finite = 0
     for position, (batch, ready) in enumerate(pairs, 1):
         last = position == len(pairs)
-        lost = _policy_microbatch(
-            batch, ready, step, engine, algorithm, device, policy, last=last, lost=lost, measure=measure
+        not_finite = _policy_microbatch(
+            batch, ready, step, engine, algorithm, device, policy, last=last, not_finite=not_finite, measure=measure
         )
-    lost = 0
+    not_finite = 0
     for position, (batch, ready) in enumerate(pairs if algorithm.advantage == "gae" else (), 1):
         last = position == len(pairs)
-        lost = _critic_microbatch(batch, ready, engine, critic, device, value, last=last, lost=lost)
+        not_finite = _critic_microbatch(batch, ready, engine, critic, device, value, last=last, not_finite=not_finite)
     norm = engine.optimizer_step("policy")
     policy.add("optim/grad_norm", norm, 1)
     trained, valued = math.isfinite(norm), True
@@ -106,20 +106,20 @@ def _update(
     return trained, valued
 
 
-def _backward(model: Model, loss: torch.Tensor, engine: StepEngine, *, last: bool, lost: int) -> int:
-    """Accumulate the gradient of `loss`. Return `lost`, plus 1 if the loss is not finite.
+def _backward(model: Model, loss: torch.Tensor, engine: StepEngine, *, last: bool, not_finite: int) -> int:
+    """Accumulate the gradient of `loss`. Return `not_finite`, plus 1 if the loss is not finite.
 
     If any loss of the update is not finite on any rank, the last microbatch's loss is NaN on every rank. This makes
     every rank's gradient NaN, so that the optimizer steps on no rank.
 
     Args:
-        lost: number of earlier losses of the update that were not finite on this rank.
+        not_finite: number of earlier losses of the update that were not finite on this rank.
     """
-    lost += not bool(torch.isfinite(loss))
-    if last and engine.all_sum([lost])[0]:
+    not_finite += not bool(torch.isfinite(loss))
+    if last and engine.all_sum([not_finite])[0]:
         loss = loss * math.nan
     engine.backward(model, loss, last=last)
-    return lost
+    return not_finite
 
 
 @torch.no_grad()
@@ -210,10 +210,10 @@ def _policy_microbatch(
     tally: Tally,
     *,
     last: bool,
-    lost: int,
+    not_finite: int,
     measure: bool,
 ) -> int:
-    """Run forward and backward of the policy on one microbatch, and tally it. Returns `lost` as `_backward` does."""
+    """Run forward and backward of the policy on one microbatch, and tally it; return what `_backward` returns."""
     tokens = trained_tokens(batch, device)
     logprobs, entropy = (tokens.select(padded) for padded in engine.logprobs(batch))
     old = logprobs.detach() if prepared.old_logprobs is None else prepared.old_logprobs
@@ -222,13 +222,13 @@ def _policy_microbatch(
         sampler_logprobs=tokens.sampler_logprobs, advantages=prepared.advantages, rows=tokens.rows,
         kl_coef=step.kl_coef, algorithm=algorithm,
     )  # fmt: skip
-    lost = _backward("policy", (tokens.weights * terms.total).sum(), engine, last=last, lost=lost)
+    not_finite = _backward("policy", (tokens.weights * terms.total).sum(), engine, last=last, not_finite=not_finite)
     with torch.no_grad():
         if measure:
             _tally_mismatch(tally, batch, tokens, old, terms, algorithm)
         _tally_objective(tally, terms, tokens.weights, entropy.detach(), algorithm)
         _tally_uses(tally, _accounted(batch, tokens), prepared.advantages, terms, algorithm)
-    return lost
+    return not_finite
 
 
 def _critic_microbatch(
@@ -240,16 +240,16 @@ def _critic_microbatch(
     tally: Tally,
     *,
     last: bool,
-    lost: int,
+    not_finite: int,
 ) -> int:
-    """Run forward and backward of the critic on one microbatch, and tally it. Returns `lost` as `_backward` does."""
+    """Run forward and backward of the critic on one microbatch, and tally it; return what `_backward` returns."""
     assert prepared.old_values is not None
     assert prepared.returns is not None
     tokens = trained_tokens(batch, device)
     values = tokens.select(engine.values(critic_ids(batch).to(device)).float()[:, :-1])
     token_loss, clipped = clipped_value_loss(values, prepared.old_values, prepared.returns, eps=critic.clip)
     loss = (tokens.weights * token_loss).sum()
-    lost = _backward("critic", critic.coef * loss, engine, last=last, lost=lost)
+    not_finite = _backward("critic", critic.coef * loss, engine, last=last, not_finite=not_finite)
     with torch.no_grad():
         count = float(values.numel())
         error = (prepared.returns - values).double()
@@ -261,7 +261,7 @@ def _critic_microbatch(
         tally.add("value/return_square", float(returns.square().sum()), count)
         tally.add("value/error", float(error.sum()), count)
         tally.add("value/error_square", float(error.square().sum()), count)
-    return lost
+    return not_finite
 
 
 def _accounted(batch: Batch, tokens: TrainedTokens) -> torch.Tensor:
