@@ -289,7 +289,7 @@ def learner_alone(day: Day, length: int) -> Figures:
     shape = shape_of(str(model))
     flops = 3 * (2 * shape.multiplied + 2 * shape.layers * shape.queries * length)  # half of the attention is masked
     on_gpu, gpu = device.type == "cuda", this_gpu(day.device)
-    attention = learner._engine.module.config._attn_implementation
+    attention = learner.models.policy.module.config._attn_implementation
     destroy_process_group()
     return {
         "tokens_per_s": tokens_per_s, "attention": attention,

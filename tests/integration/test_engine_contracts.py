@@ -25,7 +25,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.v1.executor.abstract import SLEEP_TAGS
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.sample import gumbel, sampler, states
-from grpo.sampler import transfer
+from grpo.sampler.vllm import transfer
 
 arguments = dict(model=sys.argv[1], skip_tokenizer_init=True, max_model_len=32, load_format="safetensors")
 on, off = (EngineArgs(async_scheduling=value, **arguments).create_engine_config() for value in (True, False))

@@ -155,7 +155,7 @@ def test_too_much_is_refused_with_the_largest_file(here: Path, tmp_path: Path) -
     (here / "reward.py").write_text("import large\ndef reward(completion, row):\n    return 1.0\n")
     (here / "large.py").write_text(f"WORDS = '{'x' * 11 * 2**20}'\n")
     with pytest.raises(
-        UserError, match=r"^11\.\d MiB would travel, and the limit is 10: the largest .*large.py \(11.0 MiB"
+        UserError, match=r"^1[12]\.\d MiB would travel, and the limit is 10: the largest .*large.py \(11.0 MiB"
     ):
         packed(recipe, tmp_path / "job")
     assert not list((tmp_path / "job").iterdir())
