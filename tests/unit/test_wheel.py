@@ -19,7 +19,7 @@ from pathlib import Path
 from grpo import builtin
 from grpo.cluster.upload import pack
 from grpo.config import load
-from grpo.rewards.pool import locate
+from grpo.rewards.imports import locate
 
 recipe, job = Path(sys.argv[1]), Path(sys.argv[2])
 job.mkdir()
