@@ -142,6 +142,8 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
         if outcome.code == ExitCode.DONE and "accuracy_gain" in folder.facts:
             console.say(accuracy_line(folder.facts))
         console.say(f"run folder {folder.path}")
+        for line in folder.close_trackers(failed=outcome.code != ExitCode.DONE):
+            console.say(f"grpo: besides, {line}")
     return outcome
 
 
@@ -203,7 +205,7 @@ def run_and_report(training: Training) -> Outcome:
         code = ExitCode.RESUMABLE if passing and further else code
         console.say(f"grpo: the state after step {newest} is saved; {hint}")
     try:
-        folder.close(failed=True)
+        folder.close()
     except Exception as error:  # noqa: BLE001 - reported in addition to the first failure, which stays the reason
         console.say(f"grpo: besides, a file could not be written: {error}")
     return Outcome(run=folder.path, code=code, reason=reason, error=cause, resumable=bool(every))

@@ -210,6 +210,7 @@ class RunFolder:
         """Go back to `step`, which has a checkpoint, and remove the data written after it."""
         self._writer.shutdown()
         self._metrics.close()
+        self.close_trackers(failed=False)
         truncate_after(self.path, step)
         self._open(config, step)
         self.facts = {"steps": step, "warnings": []} | {
@@ -272,19 +273,27 @@ class RunFolder:
         """Write summary.json; called whenever a run ends, also after a failure."""
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def close(self, *, failed: bool = False) -> None:
-        """Finish the queued writes and close the files. Raise the first error that was not raised before.
-
-        `failed`: the run has not reached its last step.
-        """
+    def close(self) -> None:
+        """Finish the queued writes and close the files. Raise the first error that was not raised before."""
         self._writer.shutdown()
         self._metrics.close()
         self._lock.close()
-        trackers, self._trackers = self._trackers, []
-        for tracker in trackers:
-            tracker.close(failed=failed)
         for writing in self._writing:
             writing.result()
+
+    def close_trackers(self, *, failed: bool) -> list[str]:
+        """Close the trackers, and return a line about each that could not be closed: its error is no error of the run.
+
+        W&B uploads what is left, which may take long. `failed`: the run has not reached its last step.
+        """
+        trackers, self._trackers = self._trackers, []
+        errors = []
+        for tracker in trackers:
+            try:
+                tracker.close(failed=failed)
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported; the run itself has ended
+                errors.append(f"a tracker could not be closed: {type(error).__name__}: {error}")
+        return errors
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from grpo import builtin
 from grpo.config import RewardConfig, find_recipe, load
-from grpo.rewards.pool import locate
+from grpo.rewards.imports import locate
 from grpo.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,8 @@ from grpo.checks.check import reward_fingerprints
 from grpo.cluster import upload
 from grpo.config import RewardConfig
 from grpo.rewards import functions
-from grpo.rewards.pool import RewardPool, locate
+from grpo.rewards.imports import locate
+from grpo.rewards.pool import RewardPool
 from grpo.rewards.preflight import check_loads
 from grpo.types import UserError
 

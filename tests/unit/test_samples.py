@@ -149,10 +149,24 @@ def test_trackers_are_closed_with_the_run(tmp_path: Path, config: Config, monkey
         (tmp_path / str(number)).mkdir()
         folder = RunFolder(tmp_path / str(number), config)
         folder.log_metrics(1, {"loss": 0.5})
-        folder.close(failed=failed)
         folder.close()
+        folder.close()
+        assert folder.close_trackers(failed=failed) == []
+        assert folder.close_trackers(failed=failed) == []
         assert set(threading.enumerate()) == threads
     assert calls == [("log", 1), ("finish", 0), ("log", 1), ("finish", 1)]
+    (tmp_path / "2").mkdir()
+    folder = RunFolder(tmp_path / "2", config)
+    folder.rewind(config, 0)  # engines were lost: the trackers are opened again
+    assert calls[4:] == [("finish", 0)]
+    folder.close()
+
+    def finish(exit_code: int) -> None:
+        raise ConnectionError("no network")
+
+    run.finish = finish
+    assert folder.close_trackers(failed=False) == ["a tracker could not be closed: ConnectionError: no network"]
+    assert set(threading.enumerate()) == threads
 
 
 @pytest.fixture

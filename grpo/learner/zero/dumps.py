@@ -20,7 +20,10 @@ def write_dump(
 ) -> None:
     """Write one rank's inputs of an update to `folder`, which is created."""
     tensors = {
-        f"{i}/{field.name}": getattr(part, field.name).contiguous().cpu()
+        f"{i}/{field.name}": getattr(part, field.name)
+        .contiguous()
+        .cpu()
+        .clone()  # a filler shares tensors, which safetensors refuses
         for i, parts in enumerate(zip(minibatch, prepared, strict=True))
         for part in parts
         for field in dataclasses.fields(part)
