@@ -7,13 +7,14 @@ Only the names in `__all__` are promised. They are imported when they are used, 
 """
 
 import os
-from typing import TYPE_CHECKING
 
 # Ray reads these variables on import. Clusters authenticate by token unless the user configures otherwise.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+# type checkers take it for true; typing itself is not imported, which a typing.py in the working directory would shadow
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from grpo.lifecycle.api import Run, UserError, evaluate, load_config, train
 
