@@ -3,12 +3,15 @@ reward nodes and submitted jobs treat it like any other reward.
 
 The file has the function by value, pickled by cloudpickle together with everything that it uses from modules that are
 not installed. Its first line has the SHA-256 of the sources and of the values that the function uses. A pickle also
-depends on line numbers and paths, so resuming compares this digest instead of the content.
+depends on line numbers and paths, so resuming compares this digest instead of the content. Its second line has the
+SHA-256 of the other lines, so that an edited file is refused.
 """
 
 from __future__ import annotations
 
+import ast
 import base64
+import copyreg
 import dis
 import functools
 import hashlib
@@ -23,7 +26,7 @@ import textwrap
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TypeAlias
 
 import cloudpickle
@@ -38,6 +41,7 @@ RewardFunction: TypeAlias = Callable[..., Returned | Awaitable[Returned]]
 FOLDER = "python_rewards"
 """Folder of the files, in the run folder."""
 FIRST_LINE = "# Reward function by value; SHA-256 of its source and of what it uses: "
+SECOND_LINE = "# SHA-256 of the other lines: "
 MAX_BYTES = 1 << 25
 """Maximum size of a pickled function. More than this is data, which belongs in a file."""
 MIN_SECRET = 8
@@ -48,7 +52,8 @@ INSTALLED = (
     str(Path(__file__).parents[1]),
 )
 """Folders whose modules every worker can import, this package among them."""
-METHODS = (FunctionType, staticmethod, classmethod, property)
+Cached: TypeAlias = functools._lru_cache_wrapper
+METHODS = (FunctionType, staticmethod, classmethod, property, Cached)
 PLAIN = (str, bytes, int, float, complex, re.Pattern, type(None), type(...))
 
 
@@ -80,11 +85,17 @@ def write(function: RewardFunction, index: int, folder: Path) -> dict[str, str]:
         number += 1
         place = Path(FOLDER, f"{name}_{number}.py")
     (folder / place).parent.mkdir(parents=True, exist_ok=True)
-    (folder / place).write_text(
-        f"{FIRST_LINE}{digest}\n#\n{source}\n\nimport base64\nimport pickle\n\n"
-        f"{name} = pickle.loads(base64.b64decode('''\n" + "\n".join(lines) + "\n'''))\n",
-        encoding="utf-8",
+    version = ".".join(map(str, sys.version_info[:2]))
+    first = f"{FIRST_LINE}{digest}\n"
+    body = (
+        f"#\n{source}\n\nimport base64\nimport pickle\nimport sys\n\n"
+        f"if '%d.%d' % sys.version_info[:2] != '{version}':\n"
+        f"    raise RuntimeError('{name} was saved by Python {version} and cannot be loaded by Python %d.%d; '\n"
+        f"                       'use Python {version}, or write a reward file' % sys.version_info[:2])\n"
+        f"{name} = pickle.loads(base64.b64decode('''\n" + "\n".join(lines) + "\n'''))\n"
     )
+    check = hashlib.sha256((first + body).encode()).hexdigest()
+    (folder / place).write_text(f"{first}{SECOND_LINE}{check}\n{body}", encoding="utf-8")
     return {"file": str(place), "name": name, "style": style_of(function)}
 
 
@@ -95,16 +106,18 @@ def name_of(function: RewardFunction) -> str:
 
 
 def inner(function: RewardFunction) -> FunctionType | type:
-    """Return the function of a partial one or of a method, and the class of an object that can be called."""
+    """Return the function of a partial or cached one or of a method, and the class of an object that can be called."""
     if isinstance(function, functools.partial):
         return inner(function.func)
     if isinstance(function, MethodType):
         return inner(function.__func__)
+    if isinstance(function, Cached):
+        return inner(function.__wrapped__)
     return function if isinstance(function, FunctionType | type) else type(function)
 
 
 def source_of(code: FunctionType | type | CodeType, where: str) -> str:
-    """Return the source. Raises UserError if it cannot be read."""
+    """Return the source, for a lambda that of its whole statement. Raises UserError if it cannot be read."""
     try:
         return textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError) as error:
@@ -112,6 +125,31 @@ def source_of(code: FunctionType | type | CodeType, where: str) -> str:
             f"{where}: its source cannot be read, and a run keeps the source of its rewards; define it in a file or in "
             "a notebook cell"
         ) from error
+
+
+def lambda_source(code: CodeType) -> str | None:
+    """Return the source of a lambda without the rest of its statement; None if the position of the lambda is unknown.
+
+    It is the innermost lambda of the file that has all instructions in its body.
+    """
+    places = [
+        (line, column, end, end_column)
+        for line, end, column, end_column in code.co_positions()
+        if line is not None and end is not None and column is not None and end_column is not None
+        if (line, column) < (end, end_column)
+    ]
+    text = "".join(inspect.findsource(code)[0])
+    try:
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Lambda)]
+    except SyntaxError:
+        return None
+    fitting = []
+    for node in nodes:
+        start = (node.body.lineno, node.body.col_offset)
+        end = (node.body.end_lineno or 0, node.body.end_col_offset or 0)
+        if places and all(start <= place[:2] and place[2:] <= end for place in places):
+            fitting.append((start, node))
+    return ast.get_source_segment(text, max(fitting, key=lambda one: one[0])[1]) if fitting else None
 
 
 def style_of(function: RewardFunction) -> str:
@@ -124,10 +162,18 @@ def style_of(function: RewardFunction) -> str:
 
 
 def digest_of(file: Path) -> str | None:
-    """Return the digest in the file of a function; None for any other file."""
+    """Return the digest in the file of a function; None for any other file.
+
+    Raises UserError if the file is not as `write` wrote it.
+    """
     with file.open("rb") as handle:
-        line = handle.readline(200).decode(errors="replace")
-    return line.removeprefix(FIRST_LINE).strip() if line.startswith(FIRST_LINE) else None
+        first, second = handle.readline(200), handle.readline(200)
+        if not first.startswith(FIRST_LINE.encode()):
+            return None
+        check = hashlib.sha256(first + handle.read()).hexdigest()
+    if second != f"{SECOND_LINE}{check}\n".encode():
+        raise UserError(f"{file} has a pickled function and was edited; write a reward file instead")
+    return first.decode().removeprefix(FIRST_LINE).strip()
 
 
 def keep(rewards: Sequence[RewardConfig], files: Sequence[Path], folder: Path) -> tuple[Path, ...]:
@@ -135,7 +181,8 @@ def keep(rewards: Sequence[RewardConfig], files: Sequence[Path], folder: Path) -
     files, with the copies."""
     kept = []
     for reward, file in zip(rewards, files, strict=True):
-        if digest_of(file) is None or Path(reward.file).is_absolute():
+        given = Path(reward.file).expanduser()
+        if digest_of(file) is None or given.is_absolute() or ".." in given.parts:
             kept.append(file)
             continue
         target = folder / reward.file
@@ -169,7 +216,10 @@ def pickled(function: RewardFunction, where: str) -> bytes:
 
 @contextmanager
 def by_value() -> Iterator[None]:
-    """Make cloudpickle pickle the content of modules that are not installed: a worker may not find them."""
+    """Make cloudpickle pickle the content of modules that are not installed: a worker may not find them.
+
+    This includes functions with functools.lru_cache, which pickle would import.
+    """
     before = cloudpickle.list_registry_pickle_by_value()
     local = [
         module
@@ -181,11 +231,26 @@ def by_value() -> Iterator[None]:
     ]
     for module in local:
         cloudpickle.register_pickle_by_value(module)
+    copyreg.pickle(Cached, reduce_cached)
     try:
         yield
     finally:
+        del copyreg.dispatch_table[Cached]
         for module in local:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+def reduce_cached(function: Cached[Returned]) -> str | tuple[Callable[..., Cached[Returned]], tuple[RewardFunction]]:
+    """Return how to pickle a cached function: by its name if a worker can import it, else with an empty cache."""
+    if not is_local(function.__wrapped__):
+        return function.__qualname__
+    return functools.lru_cache(**function.cache_parameters()), (function.__wrapped__,)
+
+
+def is_local(value: RewardFunction | type) -> bool:
+    """Return whether `value` is from a module that a worker may not find."""
+    module = sys.modules.get(value.__module__ or "")
+    return module is None or not is_installed(module)
 
 
 def is_installed(module: ModuleType) -> bool:
@@ -206,6 +271,8 @@ class Description:
         self._where = where
         self._seen: dict[FunctionType | type | ModuleType, str] = {}
         """What has been described, and the text that refers to it: functions may refer to each other."""
+        self._containers: dict[int, tuple[object, str]] = {}
+        """The same for lists, mappings and instances by their ids. The values keep the ids from being used again."""
         self.sources: list[str] = []
         """Sources of the functions, that of the reward first."""
 
@@ -213,28 +280,41 @@ class Description:
         """Return the text of a value."""
         if isinstance(value, FunctionType | type | ModuleType):
             return self._of_named(value)
+        is_instance = hasattr(value, "__dict__") and is_local(type(value))
+        if is_instance or isinstance(value, list | dict):
+            if id(value) in self._containers:
+                return self._containers[id(value)][1]
+            self._containers[id(value)] = (value, f"@{len(self._containers)}")
         if isinstance(value, dict):
-            return f"{{{', '.join(sorted(f'{self.of(key)}: {self.of(item)}' for key, item in value.items()))}}}"
+            items = sorted(((self.of(key), item) for key, item in value.items()), key=lambda pair: pair[0])
+            return f"{{{', '.join(f'{key}: {self.of(item)}' for key, item in items)}}}"
         if isinstance(value, set | frozenset):
             return f"{{{', '.join(sorted(map(self.of, value)))}}}"
         if isinstance(value, list | tuple):
             return f"[{', '.join(map(self.of, value))}]"
+        if isinstance(value, PLAIN):
+            return repr(value)
+        if (text := self._of_wrapper(value)) is not None:
+            return text
+        if is_instance:
+            return self.of([type(value), vars(value)])
+        return f"{type(value).__qualname__} {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
+
+    def _of_wrapper(self, value: object) -> str | None:
         if isinstance(value, functools.partial):
             return self.of(["partial", value.func, value.args, value.keywords])
         if isinstance(value, MethodType):
             return self.of([value.__func__, value.__self__])
+        if isinstance(value, Cached):
+            return self.of(["cached", value.__wrapped__, value.cache_parameters()])
         if isinstance(value, staticmethod | classmethod):
             return self.of(value.__func__)
         if isinstance(value, property):
             return self.of([value.fget, value.fset])
-        if isinstance(value, PLAIN):
-            return repr(value)
-        if hasattr(value, "__dict__") and self._is_local(type(value)):
-            return self.of([type(value), vars(value)])
-        return f"{type(value).__qualname__} {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
+        return None
 
     def _of_named(self, value: FunctionType | type | ModuleType) -> str:
-        if not self._is_local(value):
+        if is_installed(value) if isinstance(value, ModuleType) else not is_local(value):
             return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
         if value in self._seen:
             return self._seen[value]
@@ -251,22 +331,31 @@ class Description:
         code = function.__code__
         try:
             source = source_of(code, self._where)
-            self.sources.append(source)
+            if code.co_name == "<lambda>":
+                own = lambda_source(code)
+                self.sources.append(own or source)
+                source = own or self._of_code(code)
+            else:
+                self.sources.append(source)
         except UserError:
             if not self.sources:  # it is the reward itself
                 raise
-            consts = self.of([one for one in code.co_consts if not isinstance(one, CodeType)])
-            source = f"{code.co_code.hex()} {code.co_names} {consts}"  # generated, as methods of dataclasses are
+            source = self._of_code(code)  # generated, as methods of dataclasses are
         used = {name: function.__globals__[name] for name in globals_of(code) if name in function.__globals__}
-        closure = [cell.cell_contents for cell in function.__closure__ or ()]
+        closure = [contents(cell) for cell in function.__closure__ or ()]
         return self.of([source, used, closure, function.__defaults__, function.__kwdefaults__])
 
-    @staticmethod
-    def _is_local(value: FunctionType | type | ModuleType) -> bool:
-        if isinstance(value, ModuleType):
-            return not is_installed(value)
-        module = sys.modules.get(value.__module__ or "")
-        return module is None or not is_installed(module)
+    def _of_code(self, code: CodeType) -> str:
+        consts = [self._of_code(one) if isinstance(one, CodeType) else self.of(one) for one in code.co_consts]
+        return f"{code.co_code.hex()} {code.co_names} {consts}"
+
+
+def contents(cell: CellType) -> object:
+    """Return the value of a variable of a closure, or "empty" if none has been assigned."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return "empty"
 
 
 def plain(value: object) -> bool:

@@ -273,6 +273,152 @@ def test_the_fingerprint_of_a_function_is_its_digest_and_travels_with_its_file(t
     assert "# def halved(text: str) -> float:" in source
 
 
+def test_an_edited_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / section(halved, tmp_path).file
+    written = file.read_text()
+    first, second, rest = written.split("\n", 2)
+    assert functions.digest_of(file) == first.removeprefix(functions.FIRST_LINE)
+    for edited in (
+        written.replace("# def halved", "# def doubled"),
+        written[:-1],
+        written + "halved = len\n",
+        first[:-1] + "z\n" + second + "\n" + rest,
+        first + "\n" + rest,
+    ):
+        assert edited != written
+        file.write_text(edited)
+        with pytest.raises(UserError) as caught:
+            reward_fingerprints([file])
+        assert str(caught.value) == f"{file} has a pickled function and was edited; write a reward file instead"
+
+
+def test_the_file_of_a_function_needs_the_same_python(tmp_path: Path) -> None:
+    file = tmp_path / section(halved, tmp_path).file
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert file.read_text().count(f"Python {here}") == 2
+    code = f"import sys; sys.version_info = (3, 9, 1); exec(open({str(file)!r}).read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        f"RuntimeError: halved was saved by Python {here} and cannot be loaded by Python 3.9; use Python {here}, or "
+        "write a reward file"
+    )
+
+
+def test_a_path_above_the_run_folder_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = section(halved, tmp_path / "runs" / "old").file
+    file, run = tmp_path / "runs" / "old" / name, tmp_path / "runs" / "deep" / "new"
+    for given in (f"../old/{name}", f"x/../../old/{name}", f"~/runs/old/{name}"):
+        assert functions.keep([RewardConfig(file=given)], [file], run) == (file,)
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["old"]
+
+
+# --- the digests of lambdas, of what refers to itself, and of caches --------------------------------------------------
+
+
+def test_the_digest_of_a_lambda_is_that_of_its_own_text(tmp_path: Path) -> None:
+    """A statement has other parts, which differ between a call and the call that resumes."""
+    cells = """
+        mine = id and (lambda completion, row: 1.0 if row else LIMIT)
+        mine, resume = (lambda completion, row: 1.0 if row else LIMIT), (lambda completion, row: 2.0)
+        mine = (lambda: (lambda completion, row: 1.0 if row else LIMIT))()
+        mine = dict(resume=len, rewards=[lambda: 2.0, lambda completion, row: 1.0 if row else LIMIT])["rewards"][1]
+        mine = lambda completion, row: 1.0 if row else LIMIT + 1
+        mine = lambda completion, row=None: 1.0 if row else LIMIT
+    """
+    lines = textwrap.dedent(cells).strip().splitlines()
+    first, *same, changed, parameters = [
+        digest(tmp_path / str(i), "LIMIT = 1\n" + line + "\n") for i, line in enumerate(lines)
+    ]
+    assert same == [first] * 3
+    assert len({first, changed, parameters, digest(tmp_path / "constant", "LIMIT = 2\n" + lines[0])}) == 4
+
+
+def test_a_lambda_without_positions_is_described_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "lambda_source", lambda code: None)
+    some = [lambda c, row: [x + 1 for x in c], lambda c, row: [x + 2 for x in c], lambda c, row: [x + 1 for x in c]]
+    first, other, same = (functions.digest_of(tmp_path / section(one, tmp_path).file) for one in some)
+    assert first == same != other
+
+
+@dataclass(eq=False)
+class Node:
+    label: str
+    parent: Node | None = None
+    children: list[Any] = dataclasses.field(default_factory=list)
+
+    def __call__(self, completion: str, row: Mapping[str, Any]) -> float:
+        return float(len(completion) + len(self.children))
+
+
+def tree(label: str) -> Node:
+    root = Node("root")
+    root.children = [Node("leaf", root), Node(label, root), root.children]
+    root.children.append(root.children)
+    return root
+
+
+def test_values_may_refer_to_themselves(tmp_path: Path) -> None:
+    digests = [functions.digest_of(tmp_path / section(tree(label), tmp_path).file) for label in "aab"]
+    assert digests[0] == digests[1] != digests[2]
+    loop: dict[str, Any] = {}
+    loop["loop"] = [loop]
+
+    def with_loop(completion: str, row: Mapping[str, Any]) -> float:
+        return float(len(completion) + len(loop["loop"][0]) + unset())
+
+    assert values(score(tree("a"), tmp_path / "tree", "abc")) == [7.0]
+    unassigned = functions.Description("x").of(with_loop)
+
+    def unset() -> int:
+        return 2
+
+    assert functions.Description("x").of(with_loop) != unassigned
+    assert values(score(with_loop, tmp_path / "loop", "abc")) == [6.0]
+
+
+SHARED = """
+    def common(text):
+        return len(text)
+    def first(text):
+        return common(text)
+    def second(text):
+        return common(text)
+    def third(text):
+        return common(text)
+    def mine(completion, row):
+        return first(completion) + second(completion) + third(completion)
+"""
+
+
+def test_the_digest_does_not_depend_on_the_order_of_names(tmp_path: Path) -> None:
+    """Names are in a set, whose order follows the hash seed. What they share is described with the first."""
+    assert len({digest(tmp_path / cell, SHARED, cell=cell) for cell in "12345"}) == 1
+
+
+def test_a_cached_function_is_sent_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "import functools\n"
+        "@functools.lru_cache(maxsize=7, typed=True)\n"
+        "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n"
+        "@functools.cache\n"
+        "def compute_score(solution_str, ground_truth):\n    return fib(len(solution_str)) + len(str(ground_truth))\n"
+        "def rule(completion, row):\n    return float(fib(len(completion)) + fib.cache_parameters()['maxsize'])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    digests = []
+    for name, text in (("cached_rules", source), ("cached_other", source.replace("n < 2", "n < 3"))):
+        (tmp_path / f"{name}.py").write_text(text)
+        rules: ModuleType = importlib.import_module(name)
+        digests.append(functions.digest_of(tmp_path / section(rules.rule, tmp_path).file))
+    assert digests[0] != digests[1]
+    rules = importlib.import_module("cached_rules")
+    monkeypatch.chdir("/")
+    assert values(score(rules.rule, tmp_path / "rule", "abcdef")) == [8.0 + 7]
+    reward = section(rules.compute_score, tmp_path)
+    assert (reward.name, reward.style) == ("compute_score", "verl")
+    assert values(score(rules.compute_score, tmp_path / "cached", "abcdef")) == [8.0 + len("2")]
+
+
 def test_a_module_that_is_not_installed_is_sent_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scoring_rules.py").write_text(
         "import json\nSCALE = 4\ndef rule(completion, row):\n    return SCALE * len(json.dumps(completion))\n"
