@@ -121,7 +121,10 @@ def _tree(recipe: Recipe) -> DictConfig:
     """
     if isinstance(recipe, str | Path):
         return _read(find_recipe(recipe))
-    text = dump(recipe) if isinstance(recipe, Config) else yaml.safe_dump(plain_value(recipe, "recipe"))
+    if isinstance(recipe, Config):
+        text = yaml.safe_dump(_literal(plain_value(dataclasses.asdict(recipe), "recipe")))
+    else:
+        text = yaml.safe_dump(plain_value(recipe, "recipe"))
     tree = OmegaConf.create(text)
     assert isinstance(tree, DictConfig)
     return _listed(tree)

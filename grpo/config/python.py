@@ -13,23 +13,31 @@ from grpo.types import UserError
 Value: TypeAlias = "str | Path | int | float | bool | Sequence[Value] | Mapping[str, Value] | None"
 """Value of an option or of a section."""
 Recipe: TypeAlias = "str | Path | Mapping[str, Value] | Config"
-"""Path of a YAML file, its content as a mapping, or a loaded config."""
+"""Path of a YAML file, the name of a built-in recipe, its content as a mapping, or a loaded config."""
 Reward: TypeAlias = "str | Mapping[str, str]"
 """Path of a reward file, or its section in a recipe."""
 Plain: TypeAlias = "str | int | float | bool | list[Plain] | dict[str, Plain] | None"
 
 
 def plain_value(value: Value, where: str) -> Plain:
-    """Return `value` as YAML and JSON have it. `where`: its name in error messages.
+    """Return `value` as YAML and JSON have it. Instances of subclasses of str, int and float, such as numpy.float64 or
+    the members of an IntEnum, become plain ones. `where`: the name of the value in error messages.
 
     Raises UserError naming a value of another type.
     """
-    if value is None or isinstance(value, str | int | float):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain_value(item, f"{where}.{key}") for key, item in value.items()}
+        keys = [str.__str__(key) if isinstance(key, str) else str(key) for key in value]
+        return {key: plain_value(item, f"{where}.{key}") for key, item in zip(keys, value.values(), strict=True)}
     if isinstance(value, list | tuple):
         return [plain_value(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise UserError(f"{where}: {value!r:.100} is a {type(value).__name__}, which is no value of an option")

@@ -57,7 +57,7 @@ def load_config(recipe: Recipe, overrides: Mapping[str, Value] | None = None) ->
     """Return the config of a recipe: the value of every option, validated as far as no other file is needed.
 
     Args:
-        recipe: Path of a YAML file, its content as a mapping, or a config.
+        recipe: Path of a YAML file, the name of a built-in recipe, the sections as a mapping, or a config.
         overrides: `section.option` -> value, as in {"run.steps": 10, "rewards[0].weight": 0.5}.
 
     Raises UserError naming the file or option at fault.
@@ -79,7 +79,7 @@ def train(
     it is in the main thread.
 
     Args:
-        recipe: Path of a YAML file, its content as a mapping, or a config.
+        recipe: Path of a YAML file, the name of a built-in recipe, the sections as a mapping, or a config.
         overrides: `section.option` -> value, as in {"run.steps": 10, "rewards[0].weight": 0.5}.
         rewards: Used instead of the rewards of the recipe: functions, or paths of reward files. Functions are sent by
             value to the reward workers. Their style (grpo, trl or verl) is that of their parameters.
@@ -92,6 +92,8 @@ def train(
         Exception: The error that has ended the run. Its notes name the run folder.
     """
     started = time.monotonic()
+    _refuse_single("rewards", rewards)
+    _refuse_single("allow", allow)
     with _only_one(), tempfile.TemporaryDirectory(prefix="grpo-rewards-") as written:
         for name in allow:
             config_module.refuse_unknown(name, f"allow={name}")
@@ -134,6 +136,8 @@ def evaluate(
 
     Raises UserError, KeyboardInterrupt and others like `train`.
     """
+    _refuse_single("data", data)
+    _refuse_single("rewards", rewards)
     with _only_one(), tempfile.TemporaryDirectory(prefix="grpo-rewards-") as written:
         path, recipe_of_run = model_of(str(model.path if isinstance(model, Run) else model))
         chosen = recipe_of_run if recipe is None else recipe
@@ -188,8 +192,15 @@ def _written(rewards: Sequence[RewardFunction | str | Path], folder: Path) -> li
     return sections
 
 
+def _refuse_single(name: str, values: Sequence[RewardFunction | str | Path] | None) -> None:
+    """Raise UserError for a value instead of a list of values: the letters of a string would be its items."""
+    if isinstance(values, str | Path) or callable(values):
+        shown = repr(str(values)) if isinstance(values, str | Path) else "function"
+        raise UserError(f"{name} is a list: give {name}=[{shown}]")
+
+
 def _path_of(recipe: Recipe) -> Path:
-    return Path(recipe) if isinstance(recipe, str | Path) else UNNAMED
+    return config_module.find_recipe(recipe) if isinstance(recipe, str | Path) else UNNAMED
 
 
 def _finished(outcome: training.Outcome) -> Run:

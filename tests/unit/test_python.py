@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import json
 import os
 import subprocess
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +22,7 @@ import yaml
 import grpo
 from grpo.config import override_texts
 from grpo.lifecycle import api
+from grpo.lifecycle import evaluate as evaluation
 from grpo.lifecycle import train as training
 from grpo.types import EngineFailure, ExitCode, Interrupted, UserError
 
@@ -77,6 +81,41 @@ def test_a_wrong_value_is_named() -> None:
     assert override_texts({"a": "b=c", "d": [1, {"e": "\u00e9"}]}) == ["a=b=c", 'd=[1, {"e": "\u00e9"}]']
 
 
+class Layout(enum.StrEnum):
+    KEY = "layout"
+    COLOCATED = "colocated"
+
+
+class Steps(enum.IntEnum):
+    FEW = 3
+
+
+class Plain(enum.Enum):
+    ONE = 1
+
+
+def test_values_of_subclasses_become_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    tree = yaml.safe_load(RECIPE.read_text())
+    tree["optimizer"]["lr"] = np.float64(1e-3)
+    tree["run"]["steps"] = Steps.FEW
+    tree["run"]["name"] = np.str_("mine")
+    tree["cluster"] = {Layout.KEY: Layout.COLOCATED}
+    config = grpo.load_config(tree)
+    read = (config.optimizer.lr, config.run.steps, config.run.name, config.cluster.layout)
+    assert read == (0.001, 3, "mine", "colocated")
+    assert [type(value) for value in read] == [float, int, str, str]
+    assert override_texts({"a": np.float64(0.5), "b": Steps.FEW, "c": Layout.COLOCATED, "d": [True, Steps.FEW]}) == [
+        "a=0.5", "b=3", "c=colocated", "d=[true, 3]",
+    ]  # fmt: skip
+    changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=np.float64(0.25)))
+    assert grpo.load_config(changed).optimizer.lr == 0.25
+    for value, kind in ((np.int64(3), "int64"), (np.bool_(True), "bool_?"), (Plain.ONE, "Plain")):
+        tree["run"]["steps"] = value
+        with pytest.raises(UserError, match=rf"^recipe.run.steps: .* is a {kind}, which is no value of an option$"):
+            grpo.load_config(tree)
+
+
 # --- what is refused before anything starts --------------------------------------------------------------------------
 
 
@@ -114,6 +153,39 @@ def test_rewards_are_functions_or_paths_and_take_the_place_of_the_recipes(
         grpo.train(recipe, allow=["run.steps"])
     with pytest.raises(UserError, match=r"allow=run.stepps: unknown option run.stepps; did you mean run.steps\?"):
         grpo.train(recipe, allow=["run.stepps"], resume="auto")
+
+
+def test_a_value_instead_of_a_list_is_refused(make_recipe: Callable[..., Path]) -> None:
+    recipe = make_recipe(Path("/nowhere/model"))
+    calls: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+        (grpo.train, {"rewards": "math_answer"}, "rewards is a list: give rewards=['math_answer']"),
+        (grpo.train, {"rewards": Path("a.py")}, "rewards is a list: give rewards=['a.py']"),
+        (grpo.train, {"rewards": length}, "rewards is a list: give rewards=[function]"),
+        (grpo.train, {"allow": "rewards", "resume": "auto"}, "allow is a list: give allow=['rewards']"),
+        (grpo.evaluate, {"data": "test.jsonl"}, "data is a list: give data=['test.jsonl']"),
+        (grpo.evaluate, {"rewards": "math_answer"}, "rewards is a list: give rewards=['math_answer']"),
+    ]
+    for call, given, text in calls:
+        with pytest.raises(UserError) as caught:
+            call(*([recipe] if call is grpo.train else ["/nowhere/model", recipe]), **given)
+        assert str(caught.value) == text
+
+
+def test_a_built_in_recipe_gives_its_own_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on the command line: the suffix of deepscaler_1.5b_8k would be .5b_8k."""
+    seen: list[Path | None] = []
+
+    def checked(config: Any, recipe: Path | None, *rest: Any) -> Any:
+        seen.append(recipe)
+        raise UserError("seen")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "check_run", checked)
+    monkeypatch.setattr(evaluation, "check_evaluation", checked)
+    for call in (grpo.train, lambda recipe: grpo.evaluate("hub/model", recipe, data=["a.jsonl"])):
+        with pytest.raises(UserError, match="seen"):
+            call("deepscaler_1.5b_8k")
+    assert seen == [ROOT / "recipes" / "deepscaler_1.5b_8k.yaml"] * 2
 
 
 def test_one_training_at_a_time(make_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
