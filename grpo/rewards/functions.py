@@ -16,6 +16,7 @@ import dis
 import functools
 import hashlib
 import inspect
+import linecache
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ import sysconfig
 import textwrap
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TypeAlias
@@ -48,6 +50,8 @@ MIN_SECRET = 8
 """Minimum length of a secret to search for; shorter ones occur by chance."""
 INSTALLED = (
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *site.getsitepackages(),
+    *site.getsitepackages([sys.base_prefix]),
     site.getusersitepackages(),
     str(Path(__file__).parents[1]),
 )
@@ -341,13 +345,44 @@ class Description:
             if not self.sources:  # it is the reward itself
                 raise
             source = self._of_code(code)  # generated, as methods of dataclasses are
+        self._refuse_edited(function)
         used = {name: function.__globals__[name] for name in globals_of(code) if name in function.__globals__}
         closure = [contents(cell) for cell in function.__closure__ or ()]
         return self.of([source, used, closure, function.__defaults__, function.__kwdefaults__])
 
+    def _refuse_edited(self, function: FunctionType) -> None:
+        """Raise UserError if the file of the function has changed since it was imported: its source is another's."""
+        code, names = function.__code__, function.__globals__
+        file = names.get("__file__")
+        if type(names.get("__loader__")) is not SourceFileLoader or code.co_filename != file:
+            return  # a notebook cell, generated code, or a module that its loader has changed
+        try:
+            compiled = compile("".join(linecache.getlines(file)), file, "exec", dont_inherit=True)
+        except SyntaxError:
+            same = False
+        else:
+            place, text = (code.co_qualname, code.co_firstlineno), self._of_code(code)
+            same = any(
+                (one.co_qualname, one.co_firstlineno) == place and self._of_code(one) == text
+                for one in nested(compiled)
+            )
+        if not same:
+            raise UserError(
+                f"{self._where}: {file} was edited after {function.__qualname__} was imported from it; reload the "
+                f"module {names['__name__']}, or restart Python"
+            )
+
     def _of_code(self, code: CodeType) -> str:
         consts = [self._of_code(one) if isinstance(one, CodeType) else self.of(one) for one in code.co_consts]
         return f"{code.co_code.hex()} {code.co_names} {consts}"
+
+
+def nested(code: CodeType) -> Iterator[CodeType]:
+    """Yield all code objects in `code`."""
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield one
+            yield from nested(one)
 
 
 def contents(cell: CellType) -> object:

@@ -8,6 +8,7 @@ import importlib
 import json
 import linecache
 import os
+import site
 import subprocess
 import sys
 import textwrap
@@ -374,6 +375,38 @@ def test_values_may_refer_to_themselves(tmp_path: Path) -> None:
 
     assert functions.Description("x").of(with_loop) != unassigned
     assert values(score(with_loop, tmp_path / "loop", "abc")) == [6.0]
+
+
+def test_a_module_that_was_edited_after_its_import_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "def extra():\n    return 0.5\ndef rule(completion, row):\n    return extra() + len([c for c in completion])\n"
+    )
+    file = tmp_path / "edited_rules.py"
+    file.write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rules: ModuleType = importlib.import_module("edited_rules")
+    first = functions.digest_of(tmp_path / section(rules.rule, tmp_path).file)
+    for changed in (
+        source.replace("0.5", "0.125"),
+        source.replace("c for c", "c+c for c"),
+        "# moved\n" + source,
+        source.replace("return 0.5", "return (0.5"),
+    ):
+        file.write_text(changed)
+        assert refused(rules.rule, tmp_path).endswith(
+            f"{file} was edited after {'extra' if '0.125' in changed else 'rule'} was imported from it; reload the "
+            "module edited_rules, or restart Python"
+        )
+    file.write_text(source.replace("0.5", "0.125"))
+    importlib.reload(rules)
+    assert functions.digest_of(tmp_path / section(rules.rule, tmp_path).file) != first
+    linecache.clearcache()
+
+
+def test_packages_of_the_python_below_a_virtual_environment_are_installed() -> None:
+    """The workers of a virtual environment with system packages import them there."""
+    assert set(site.getsitepackages([sys.base_prefix])) <= set(functions.INSTALLED)
+    assert set(site.getsitepackages()) <= set(functions.INSTALLED)
 
 
 SHARED = """
