@@ -110,3 +110,9 @@ def test_no_module_is_in_a_circle_of_imports() -> None:
     while leaves := {module for module, targets in graph.items() if not targets & graph.keys()}:
         graph = {module: targets for module, targets in graph.items() if module not in leaves}
     assert graph == {}
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports them by their base names, and leaves out the second."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
