@@ -24,7 +24,7 @@ check() { # WHAT INTERPRETER [AND WHAT TO DO]
 }
 [ -z "${PYTHON:-}" ] || check "PYTHON=$PYTHON" "$PYTHON"
 
-fingerprint() { cat "locks/$1.txt" pyproject.toml | sha256sum | cut -c1-16; }
+fingerprint() { cat "locks/$1.txt" pyproject.toml setup.py | sha256sum | cut -c1-16; }
 installed() { [ "$(cat ".venv/.installed-$1" 2>/dev/null)" = "$(fingerprint "$1")" ]; }
 case "$lock" in
   gpu*) larger=gpu-dev others="cpu dev" ;;

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arithmetic import locked
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -30,6 +29,9 @@ from grpo.commands import cli
 from grpo.config import find_recipe, load
 from grpo.config.schema import EvalSetConfig, SamplerConfig, TrainSetConfig
 from grpo.data import is_path
+
+sys.path.insert(0, str(Path(__file__).parent))  # run by -m, Python would search the working directory instead
+from arithmetic import locked
 
 TINY = Path("recipes", "tiny", "stand_in").absolute()
 """Below the working directory, as what the other scripts make."""

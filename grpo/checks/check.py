@@ -37,6 +37,8 @@ class CheckedRun:
     """A checked run, ready to start."""
 
     config: Config
+    given: Config
+    """The config before `rewards[i].gold` was decided, for the run folder."""
     tokenizer: PreTrainedTokenizerBase
     prompts: tuple[Prompt, ...]
     eval_prompts: tuple[Prompt, ...]
@@ -80,13 +82,14 @@ def check(
     check_batch(config, train)
     check_by(config, eval_prompts)
     files = tuple(locate(config.rewards, recipe, written))
-    config = decide_gold(config, files)
+    given, config = config, decide_gold(config, files)
     check_reward_sets(config, [*train, *held_out])
     updates = config.optimizer_steps_per_step
     unsampled = unsampled_by(tokenizer, ends, Moment(max_steps=config.run.steps * updates))
     tried = try_rewards(config, files, [*train, *held_out], unsampled, log_dir, say)
     return CheckedRun(
         config=config,
+        given=given,
         tokenizer=tokenizer,
         prompts=prompts,
         eval_prompts=eval_prompts,
@@ -129,12 +132,13 @@ def check_evaluation(
         config, rewards=[dataclasses.replace(r, sets=tuple(n for n in r.sets if n in names)) for r in own]
     )
     files = tuple(locate(config.rewards, recipe, written))
-    config = decide_gold(config, files)
+    given, config = config, decide_gold(config, files)
     check_reward_sets(config, held_out)
     tried = try_rewards(config, files, held_out, unsampled_by(tokenizer, ends, Moment()), log_dir, say)
     sizes = ", ".join(f"{dataset.name} ({len(dataset.prompts)} prompts)" for dataset in held_out)
     return CheckedRun(
         config=config,
+        given=given,
         tokenizer=tokenizer,
         prompts=(),
         eval_prompts=prompts,

@@ -118,7 +118,7 @@ def session(
         say: Called with what a run with `cluster.queue` waits for.
     """
     address = cluster_address(config)
-    if (address is not None or log_dir is not None) and ray.is_initialized():
+    if ray.is_initialized():
         raise UserError("Ray is running in this process already: call ray.shutdown() first")
     if address is None:
         if config.cluster.queue:

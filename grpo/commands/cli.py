@@ -111,10 +111,6 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
         from grpo.commands.plan import plan_command  # noqa: PLC0415
 
         return plan_command(parsed, overrides)
-    if parsed.command in ("check", "eval"):  # grpo train does it when a signal can be answered
-        from grpo.checks.environment import check_environment  # noqa: PLC0415
-
-        check_environment(print_progress)
     if parsed.command == "eval":
         from grpo.commands.evaluate import evaluate_command  # noqa: PLC0415
 
@@ -131,6 +127,9 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
     if parsed.command == "check":
         if asked:
             raise UserError(f"{next(iter(asked))}= is for grpo train")
+        from grpo.checks.environment import check_environment  # noqa: PLC0415
+
+        check_environment(print_progress)  # before the command imports what it checks
         from grpo.commands.check import check_command  # noqa: PLC0415
 
         return check_command(config, recipe, ids=parsed.ids)

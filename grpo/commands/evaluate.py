@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from grpo import config as config_module
-from grpo.lifecycle.evaluate import check_evaluation, evaluate
-from grpo.lifecycle.evaluation_folder import model_of
+from grpo.checks.environment import check_environment
+from grpo.commands.train import print_progress
+from grpo.lifecycle.model_names import model_of
 
 
 def evaluate_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -17,5 +18,8 @@ def evaluate_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> in
     config = config_module.load_for_evaluation(
         recipe, model=model, data=parsed.data, rewards=parsed.reward, overrides=overrides
     )
+    check_environment(print_progress)
+    from grpo.lifecycle.evaluate import check_evaluation, evaluate  # noqa: PLC0415 - imports what is checked above
+
     plan = check_evaluation(config, recipe)
     return evaluate(plan, model, parsed.out).code

@@ -91,7 +91,8 @@ def add_looking_commands(commands: Any) -> None:
     command.add_argument("overrides", nargs="*", metavar="section.option=value")
     command.add_argument("--recipe", type=Path, help="take data, template, rewards and settings from it (a run's own)")
     command.add_argument("--data", action="append", default=[], metavar="PATH", help="in the place of data.eval.sets")
-    command.add_argument("--reward", action="append", default=[], metavar="FILE", help="in the place of rewards")
+    words = "in the place of rewards: a file, or the name of a built-in reward"
+    command.add_argument("--reward", action="append", default=[], metavar="FILE", help=words)
     command.add_argument("--out", type=Path, default=Path("evals"), help="where evaluations are kept (evals/)")
     words = "hold two runs, or two evaluations, against each other: options, graders, held-out accuracy, metrics"
     command = add_command(commands, "compare", words, "compare runs/a runs/b", "compare runs/a runs/b --step 50")

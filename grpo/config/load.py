@@ -122,9 +122,10 @@ def _tree(recipe: Recipe) -> DictConfig:
     if isinstance(recipe, str | Path):
         return _read(find_recipe(recipe))
     if isinstance(recipe, Config):
-        text = yaml.safe_dump(_literal(plain_value(dataclasses.asdict(recipe), "recipe")))
+        sections = _literal(plain_value(dataclasses.asdict(recipe), "recipe"))
     else:
-        text = yaml.safe_dump(plain_value(recipe, "recipe"))
+        sections = plain_value(recipe, "recipe")
+    text = yaml.dump(sections, Dumper=Dumper)
     tree = OmegaConf.create(text)
     assert isinstance(tree, DictConfig)
     return _listed(tree)
@@ -174,9 +175,20 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
     return config
 
 
+class Dumper(yaml.SafeDumper):
+    """Writes YAML for OmegaConf, which reads more texts as numbers than PyYAML does: 70e8761, as a git hash may be."""
+
+
+Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def dump(config: Config) -> str:
     """Return the resolved config as YAML; loading it gives the same config."""
-    return yaml.safe_dump(_literal(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.dump(_literal(dataclasses.asdict(config)), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _literal(tree: Any) -> Any:

@@ -385,7 +385,7 @@ class RewardConfig:
     rewards[0].timeout_s=60 rewards[0].weight=0.5
     """
 
-    file: Annotated[str, OnSubmit.PACKED] = MISSING
+    file: Annotated[str, OnResume.CONTENT, OnSubmit.PACKED] = MISSING
     """Python file, or the name of a built-in reward function, such as `gsm8k`. Relative paths are resolved against the
     working directory, then against the folder of the recipe."""
     name: str | None = None

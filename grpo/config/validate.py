@@ -173,7 +173,7 @@ def _validate_gpus(c: Config) -> None:
 
 
 def _validate_rewards(c: Config) -> None:
-    need(len(c.rewards) > 0, "rewards is empty: give at least one {file: reward_fns/x.py}")
+    need(len(c.rewards) > 0, "rewards is empty: give at least one {file: my_reward.py}")
     need(
         any(reward.weight for reward in c.rewards),
         "rewards[0].weight: no reward has a weight other than 0, so nothing would be learned; nearest: 1.0",

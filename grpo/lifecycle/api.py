@@ -23,7 +23,7 @@ from grpo.cluster.session import write_to_stderr
 from grpo.config import Config, Recipe, Reward, Value
 from grpo.lifecycle import evaluate as evaluation
 from grpo.lifecycle import train as training
-from grpo.lifecycle.evaluation_folder import model_of
+from grpo.lifecycle.model_names import model_of
 from grpo.rewards import functions
 from grpo.rewards.functions import RewardFunction
 from grpo.run import resume as resuming

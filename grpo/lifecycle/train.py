@@ -150,10 +150,10 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
 def open_folder(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path) -> RunFolder:
     """Create the run folder, or reopen it at the step from which the run continues."""
     if origin.run is None:
-        folder = run_folder.create(plan.config, str(recipe))
+        folder = run_folder.create(plan.given, str(recipe))
     else:
         run, seen = origin.run, origin.state
-        folder = run_folder.reopen(run, plan.config, resumed.step, lambda: resume.state_of(run) == seen)
+        folder = run_folder.reopen(run, plan.given, resumed.step, lambda: resume.state_of(run) == seen)
         folder.facts |= resumed.progress.accuracies()
     if plan.dropped:
         run_folder.write_text(folder.path / "dropped_prompts.txt", "\n".join(plan.dropped) + "\n")

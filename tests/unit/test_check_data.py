@@ -20,6 +20,9 @@ from grpo import data
 from grpo.checks.check import CheckedRun, check
 from grpo.checks.model_folder import check_critic, check_model
 from grpo.commands.cli import make_parser
+from grpo.lifecycle.train import open_folder
+from grpo.run.progress import Progress
+from grpo.run.resume import Origin, Resumed
 from grpo.types import Prompt, UserError
 
 
@@ -201,7 +204,14 @@ def test_the_file_decides_whether_gold_answers_are_tried(planned: Callable[..., 
     reward.write_text(f"GOLD = True\n{source}")
     with pytest.raises(UserError, match=r"cannot read the gold answer of a\.jsonl:31: .*; mend the data, or go on"):
         planned(*one, "rewards.0.gold=null", a=rows)
-    assert planned(*one, "rewards.0.gold=null", a=rows[:30]).config.rewards[0].gold is True
+    plan = planned(*one, "rewards.0.gold=null", a=rows[:30])
+    assert plan.config.rewards[0].gold is True
+    resumed = Resumed(progress=Progress.start(plan.config, plan.prompts), folder=None, manifest=None, lines=())
+    folder = open_folder(plan, resumed, Origin(), Path("recipe.yaml"))
+    folder.close()
+    kept = module.read_dump(folder.path / "config.yaml")
+    assert kept.rewards[0].gold is None  # as the recipe has it
+    assert kept == plan.given
     assert planned(*one, "rewards.0.gold=false", a=rows).config.rewards[0].gold is False
 
 

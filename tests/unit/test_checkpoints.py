@@ -408,6 +408,16 @@ def test_changed_content_is_refused_until_it_is_named(tmp_path: Path) -> None:
         compare(manifest, config, {**same, "data.eval.sets": "new"}, [])
 
 
+def test_a_reward_file_may_be_named_by_another_path_if_its_content_is_the_same(tmp_path: Path) -> None:
+    """As recipes do that name a built-in reward, which earlier versions of them named by its path."""
+    file = "rewards[0].file"
+    manifest = manifest_of(config_of(tmp_path, "rewards.0.file=reward_fns/countdown.py"), {file: "r"})
+    now = config_of(tmp_path, "rewards.0.file=countdown")
+    assert compare(manifest, now, {file: "r"}, []) == []
+    with pytest.raises(UserError, match=r"the content of rewards\[0\]\.file has changed .* \(by rewards\[0\]\.file\)"):
+        compare(manifest, now, {file: "other"}, [])
+
+
 def test_what_is_allowed_need_not_differ(tmp_path: Path) -> None:
     """A scheduler starts, resumes and requeues a run with one command line."""
     config = config_of(tmp_path)

@@ -467,6 +467,24 @@ def test_a_dumped_config_loads_as_it_was(template: str, recipe: Path, tmp_path: 
     assert load(path) == changed
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["70e8761", "1e5", "-1.5E3", "1_0e4", ".5e3", "1.e9", "0x1f", "017", "1:30", "1_000", "+12", ".inf", ".NaN", "true",
+     "off", "~", "null", "2026-01-31", "70e", "e5"],
+)  # fmt: skip
+def test_a_text_that_looks_like_another_value_stays_a_text(name: str, recipe: Path, tmp_path: Path) -> None:
+    """In a dumped config, as a key and as a value, and in a recipe that is given as a mapping."""
+    loaded = load(recipe)
+    [train] = loaded.data.train
+    data = dataclasses.replace(loaded.data, train=[dataclasses.replace(train, columns={name: "x"})], template=name)
+    changed = dataclasses.replace(loaded, data=data, run=dataclasses.replace(loaded.run, name=name))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(changed))
+    assert load(path) == changed
+    tree = yaml.safe_load(recipe.read_text())
+    assert load({**tree, "run": {**tree["run"], "name": name}}).run.name == name
+
+
 def test_what_the_sampler_gives_vllm_itself_cannot_be_given_twice() -> None:
     """Else it would be refused, in other words, by a process on another node."""
     tree = ast.parse((Path(module.__file__).parents[1] / "sampler" / "vllm" / "engine.py").read_text())

@@ -124,7 +124,8 @@ def test_a_section_is_shown_with_examples_and_what_is_in_it() -> None:
                 "    Python file, or the name of a built-in reward function, such as `gsm8k`. Relative paths are "
                 "resolved against the",
                 "    working directory, then against the folder of the recipe.",
-                "    On resume: must have the value of the checkpoint, unless allow= names it.",
+                "    On resume: may change; the content that it selects must be that of the checkpoint, unless allow= "
+                "names it.",
                 "    On submit: the file is sent with the job.",
             ],
         ),

@@ -36,18 +36,49 @@ def broken_torchvision(folder: Path) -> None:
 def test_a_broken_torchvision_is_named_before_transformers_finds_it(
     make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    recipe = make_recipe(make_model("qwen2"))
+    model = make_model("qwen2")
+    recipe = make_recipe(model)
     broken_torchvision(tmp_path / "packages")
     said = (
         f"grpo: torchvision 0.28.0 cannot be imported ({OPERATOR}); torch is {version('torch')}, and torchvision is "
         "not needed: pip uninstall torchvision\n"
     )
-    for command in ("check", "train"):
-        ended = subprocess.run(
-            [sys.executable, "-m", "grpo", command, str(recipe)], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'packages'}"},
-        )  # fmt: skip
-        assert (ended.returncode, ended.stderr, ended.stdout) == (2, said, "")
+    evaluation = ["eval", str(model), "--data", "test.jsonl", "--reward", "gsm8k"]
+    for arguments in (["check", str(recipe)], ["train", str(recipe)], evaluation):
+        assert refusal(arguments, tmp_path) == said
+
+
+def refusal(arguments: list[str], folder: Path) -> str:
+    """What a command that is refused prints, run in `folder` with the packages there on its path."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "grpo", *arguments], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder / 'packages'}"},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (2, "")
+    return ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check", "typo.yaml"], "grpo: recipe typo.yaml does not exist"),
+        (
+            ["check", "arithmetic_cpu", "run.stpes=1"],
+            f"grpo: {ROOT}/recipes/arithmetic_cpu.yaml: unknown option run.stpes",
+        ),
+        (["check", "arithmetic_cpu", "resume=auto"], "grpo: resume= is for grpo train"),
+        (["eval", ""], "grpo: the model is empty"),
+        (["eval", "m"], "grpo: grpo eval names no held-out data"),
+        (["eval", "m", "--data", "a.jsonl", "--reward", "gsm8k", "run.stpes=1"], "grpo: grpo eval: unknown option"),
+    ],
+)
+def test_a_mistake_in_the_command_is_reported_before_large_packages_are_imported(
+    arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    for name in ("torch", "transformers", "ray"):
+        (tmp_path / "packages" / name).mkdir(parents=True)
+        (tmp_path / "packages" / name / "__init__.py").write_text("raise SystemExit('imported')\n")
+    assert refusal(arguments, tmp_path).startswith(said)
 
 
 def test_what_can_be_imported_is_not_refused() -> None:

@@ -13,6 +13,7 @@ from conftest import write_recipe
 from grpo import config
 from grpo.checks import check
 from grpo.lifecycle import evaluation_folder as evaluating
+from grpo.lifecycle.model_names import model_of
 from grpo.run import folder as run_folder
 from grpo.types import UserError
 
@@ -115,14 +116,14 @@ def test_a_run_s_name_that_is_misspelt_is_no_hub_id(tmp_path: Path, monkeypatch:
     run = tmp_path / "runs" / "addition"
     (run / "model").mkdir(parents=True)
     (run / "config.yaml").touch()
-    assert evaluating.model_of(str(run)) == (str(run / "model"), run / "config.yaml")
+    assert model_of(str(run)) == (str(run / "model"), run / "config.yaml")
     with pytest.raises(UserError, match=r"runs/adition does not exist; did you mean .*runs/addition\?"):
-        evaluating.model_of(str(run.with_name("adition")))
+        model_of(str(run.with_name("adition")))
     with pytest.raises(UserError, match="the model is empty"):
-        evaluating.model_of("")
+        model_of("")
     monkeypatch.chdir(run.parent)  # beside runs, a hub id without an owner is one
-    assert evaluating.model_of("gpt2") == ("gpt2", None)
-    assert evaluating.model_of("owner/name") == ("owner/name", None)
+    assert model_of("gpt2") == ("gpt2", None)
+    assert model_of("owner/name") == ("owner/name", None)
 
 
 def test_a_place_where_nothing_can_be_kept_is_named(tmp_path: Path) -> None:

@@ -143,6 +143,15 @@ def test_functions_of_the_same_name_have_files_of_their_own(tmp_path: Path) -> N
     assert written == ["python_rewards/reward.py", "python_rewards/reward_2.py", "python_rewards/reward_3.py"]
 
 
+def test_resuming_compares_a_function_not_the_name_of_its_file(tmp_path: Path) -> None:
+    rewards = [RewardConfig(**functions.write(above(n), 0, tmp_path)) for n in (1, 1, 2)]
+    first, other_file, other_function = (
+        reward_fingerprints(locate([reward], Path("r.yaml"), tmp_path)) for reward in rewards
+    )
+    assert rewards[0].file != rewards[1].file
+    assert first == other_file != other_function
+
+
 # --- what cannot be sent ---------------------------------------------------------------------------------------------
 
 

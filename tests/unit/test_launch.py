@@ -208,7 +208,8 @@ class Clone:
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder / "clone", folder / "bin"
         shutil.copytree(ROOT / "locks", self.folder / "locks")
-        shutil.copy(ROOT / "pyproject.toml", self.folder)
+        for name in ("pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, self.folder)
         (self.folder / "launch").mkdir()
         shutil.copy(LAUNCH / "setup.sh", self.folder / "launch")
         self.bin.mkdir()
@@ -272,6 +273,11 @@ def test_setup_takes_the_newest_python_that_runs(clone: Clone) -> None:
     (clone.folder / ".venv" / ".installed-dev").write_text("an older lock")
     assert "Python 3.12 (.venv/bin/python): " in clone.setup("dev").stdout
     assert [line[:4] for line in clone.asked()] == ["3.12"]
+    for name in ("locks/dev.txt", "pyproject.toml", "setup.py"):
+        with (clone.folder / name).open("a") as file:
+            file.write("# another version\n")
+        assert "installing locks/dev.txt" in clone.setup("dev").stdout, name
+        assert clone.setup("dev").stdout == ""
 
 
 def test_setup_takes_an_older_python_where_torch_is_to_be_had_for_that_one(clone: Clone) -> None:
@@ -430,6 +436,29 @@ def test_what_is_missing_is_said(arguments: list[str], words: str, tmp_path: Pat
     ended = subprocess.run(["bash", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 2
     assert words in ended.stderr
+
+
+def test_local_leaves_the_recipe_to_grpo_submit(tmp_path: Path) -> None:
+    """A built-in recipe is a name, not a file; a missing one is reported by the command."""
+    script, bin_folder = tmp_path / "launch" / "local.sh", tmp_path / "bin"
+    script.parent.mkdir()
+    bin_folder.mkdir()
+    shutil.copy(LAUNCH / "local.sh", script)
+    (bin_folder / "ray").write_text(
+        f"#!{sys.executable}\nimport socket, sys, time\n"
+        "[port] = [int(a.partition('=')[2]) for a in sys.argv if a.startswith('--dashboard-port=')]\n"
+        "listening = socket.create_server(('127.0.0.1', port))\ntime.sleep(60)\n"
+    )
+    (bin_folder / "grpo").write_text('#!/bin/sh\necho "$@"\nexit 2\n')
+    (bin_folder / "python").symlink_to(sys.executable)
+    for name in ("ray", "grpo"):
+        (bin_folder / name).chmod(0o755)
+    ended = subprocess.run(
+        ["bash", str(script), "arithmetic_cpu", "run.steps=2"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=60, env={"PATH": f"{bin_folder}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout.startswith("submit arithmetic_cpu run.steps=2 --address http://127.0.0.1:")
 
 
 def test_a_time_limit_before_the_run_is_said(tmp_path: Path) -> None:

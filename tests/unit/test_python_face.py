@@ -211,7 +211,9 @@ def test_one_training_at_a_time(make_recipe: Callable[..., Path], monkeypatch: p
     assert errors == [busy, busy]
 
 
-def test_a_ray_of_the_caller_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_ray_of_the_caller_is_left_alone(checked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`checked`: it is found by the checks, before there is a run folder."""
     from grpo.cluster import session
 
     def never() -> None:
@@ -222,7 +224,7 @@ def test_a_ray_of_the_caller_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(session.ray, "shutdown", never)
     with (
         pytest.raises(UserError, match=r"^Ray is running in this process already: call ray.shutdown\(\) first"),
-        session.session(grpo.load_config(RECIPE), tmp_path),
+        session.session(grpo.load_config(RECIPE), None if checked else tmp_path),
     ):
         raise AssertionError("not refused")
 

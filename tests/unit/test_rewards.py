@@ -20,6 +20,7 @@ import pytest
 
 from grpo.config import RewardConfig
 from grpo.rewards import golds as golds_module
+from grpo.rewards.child.errors import user_place
 from grpo.rewards.golds import Unsampled, corrupt, declares_gold, try_golds
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.imports import locate
@@ -413,6 +414,20 @@ def test_rewards_of_our_own_style_log_a_value_of_their_completion(write: Write, 
         Logged(columns={"f/read": "AB"}, metrics={"f/metric/length": (2.0, 1)}),
         Logged(columns={"f/read": "C"}, metrics={"f/metric/length": (1.0, 1)}),
     ]
+
+
+def test_an_error_in_a_library_is_at_the_line_of_the_reward_that_called_it(tmp_path: Path) -> None:
+    """A built-in reward is itself in site-packages; an environment may be in the folder of a reward."""
+    for folder in (tmp_path / "site-packages" / "grpo" / "reward_fns", tmp_path / "mine"):
+        library = folder / ".venv" / "site-packages" / "library.py"
+        library.parent.mkdir(parents=True)
+        file = folder / "graded.py"
+        names: dict[str, Any] = {}
+        exec(compile("def call():\n    raise ValueError('bad')\n", str(library), "exec"), names)
+        exec(compile("def score():\n    value = 1\n    return call()\n", str(file), "exec"), names)
+        with pytest.raises(ValueError, match="bad") as caught:
+            names["score"]()
+        assert user_place(caught.value, str(file), "graded") == "graded.py:3"
 
 
 def test_half_surrogate_pairs_are_replaced_in_what_a_reward_says(write: Write, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_a_script_that_uses_another_writes_below_the_working_directory(site: Pat
     before = {path for path in site.rglob("*") if "__pycache__" not in path.parts}
     python(site, empty, "-m", "grpo.recipes.reasoning", "--untrained")
     assert (empty / "recipes" / "tiny" / "reasoning" / "base" / "config.json").is_file()
+    assert "stand-ins" in python(site, empty, "-m", "grpo.recipes.stand_in", "--help")
     assert {path for path in site.rglob("*") if "__pycache__" not in path.parts} == before
 
 

@@ -51,7 +51,7 @@ def user_place(error: BaseException, file: str, shown: str, defined: str = "") -
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno or 1))
     folder = str(Path(file).parent) + os.sep
-    theirs = [f for f in frames if f[0].startswith(folder) and "site-packages" not in f[0]]
+    theirs = [f for f in frames if f[0].startswith(folder) and "site-packages" not in f[0][len(folder) :]]
     others = [f for f in frames if not f[0].startswith(OWN) and not f[0].startswith("<frozen")]
     others = [f for f in others if f[0] == defined] or others
     if not theirs:
