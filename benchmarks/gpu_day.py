@@ -287,7 +287,9 @@ def learner_alone(day: Day, length: int) -> Figures:
         seconds.append(time.perf_counter() - started)
     tokens_per_s = len(rows) * length / statistics.median(seconds[1:])
     shape = shape_of(str(model))
-    flops = 3 * (2 * shape.multiplied + 2 * shape.layers * shape.queries * length)  # half of the attention is masked
+    attention = 2 * shape.layers * shape.queries * length  # half of it is masked
+    projection = 2 * shape.embedding * (length - half) / length  # only completions are projected to the vocabulary
+    flops = 3 * (2 * shape.body + attention + projection)
     on_gpu, gpu = device.type == "cuda", this_gpu(day.device)
     attention = learner.models.policy.module.config._attn_implementation
     destroy_process_group()

@@ -225,10 +225,11 @@ def sampling_seconds(
 
 def pass_seconds(shape: Shape, gpu: Gpu, lengths: Lengths, *, rows: float, ranks: int, passes: float) -> float:
     """Return the seconds of `passes` forward passes over the rows, shared by the ranks; a backward pass counts as
-    two."""
+    two. Only the tokens of completions are projected to the vocabulary."""
     tokens = lengths.prompt + lengths.completion
-    flops = 2 * shape.multiplied + 2 * shape.layers * shape.queries * tokens  # scores and weighted sums, half masked
-    return passes * flops * rows * tokens / (LEARNER_SHARE * gpu.flops * ranks)
+    attention = 2 * shape.layers * shape.queries * tokens  # scores and weighted sums, half masked
+    flops = (2 * shape.body + attention) * tokens + 2 * shape.embedding * lengths.completion
+    return passes * flops * rows / (LEARNER_SHARE * gpu.flops * ranks)
 
 
 def exchange_bytes(shape: Shape, *, stage: int, ranks: int, width: int, microbatches: float, updates: float) -> float:
