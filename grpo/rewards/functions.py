@@ -276,7 +276,7 @@ class Description:
         self._seen: dict[FunctionType | type | ModuleType, str] = {}
         """What has been described, and the text that refers to it: functions may refer to each other."""
         self._containers: dict[int, tuple[object, str]] = {}
-        """The same for lists, mappings and instances by their ids. The values keep the ids from being used again."""
+        """The same for lists, mappings and attributes by their ids. The values keep the ids from being used again."""
         self.sources: list[str] = []
         """Sources of the functions, that of the reward first."""
 
@@ -284,8 +284,7 @@ class Description:
         """Return the text of a value."""
         if isinstance(value, FunctionType | type | ModuleType):
             return self._of_named(value)
-        is_instance = hasattr(value, "__dict__") and is_local(type(value))
-        if is_instance or isinstance(value, list | dict):
+        if isinstance(value, list | dict):
             if id(value) in self._containers:
                 return self._containers[id(value)][1]
             self._containers[id(value)] = (value, f"@{len(self._containers)}")
@@ -300,7 +299,7 @@ class Description:
             return repr(value)
         if (text := self._of_wrapper(value)) is not None:
             return text
-        if is_instance:
+        if hasattr(value, "__dict__") and is_local(type(value)):
             return self.of([type(value), vars(value)])
         return f"{type(value).__qualname__} {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
 

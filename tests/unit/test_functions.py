@@ -343,6 +343,12 @@ def test_the_digest_of_a_lambda_is_that_of_its_own_text(tmp_path: Path) -> None:
     assert len({first, changed, parameters, digest(tmp_path / "constant", "LIMIT = 2\n" + lines[0])}) == 4
 
 
+def test_the_file_of_a_lambda_has_its_source_alone(tmp_path: Path) -> None:
+    _, reward = None, lambda completion, row: [float(len(completion))][0]
+    source = (tmp_path / section(reward, tmp_path).file).read_text().splitlines()[3]
+    assert source == "# lambda completion, row: [float(len(completion))][0]"
+
+
 def test_a_lambda_without_positions_is_described_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "lambda_source", lambda code: None)
     some = [lambda c, row: [x + 1 for x in c], lambda c, row: [x + 2 for x in c], lambda c, row: [x + 1 for x in c]]
