@@ -24,6 +24,14 @@ READ_BYTES = 16e9
 shared file system."""
 
 
+def _made_by(path: Path) -> str | None:
+    """Return the command that makes a missing model, if it is that of a built-in recipe, or the result of one."""
+    if path.parent.parent.name == "tiny":
+        return builtin.script_command(path.parent.name)
+    trains = path.name == "model" and builtin.find("recipes", path.parent.name) is not None
+    return f"grpo train {path.parent.name}" if trains else None
+
+
 def check_model(config: Config) -> PreTrainedConfig:
     """Check the model at `model.path` and return its config.
 
@@ -33,7 +41,7 @@ def check_model(config: Config) -> PreTrainedConfig:
     """
     path = Path(config.model.path)
     if not path.is_dir() and data.is_path(config.model.path):
-        made_by = builtin.script_command(path.parent.name) if path.parent.parent.name == "tiny" else None
+        made_by = _made_by(path)
         close = "" if path.exists() else data.nearest_path(path)
         hint = f"; make it with: {made_by}" if made_by else close
         raise UserError(f"model.path={config.model.path} is not a folder{hint}")

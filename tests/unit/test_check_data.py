@@ -269,6 +269,8 @@ def test_rows_that_stand_there_twice_are_said_of_all_sets_together(planned: Call
     [
         ("recipes/tiny/reasoning/base", "; make it with: python recipes/reasoning.py"),
         ("recipes/tiny/arithmetic/base", "; make it with: python recipes/arithmetic.py"),
+        ("runs/smollm2_word_problems/model", "; make it with: grpo train smollm2_word_problems"),
+        ("runs/mine/model", "; its folder runs/mine does not exist either"),
         ("./qwne", "; did you mean qwen?"),
         ("./no/qwen", "; its folder no does not exist either"),
         ("./file", ""),
