@@ -37,6 +37,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["COLUMNS"] = "1000"
 
 
+@pytest.fixture(autouse=True)
+def environment_restored() -> Iterator[None]:
+    """Restore the environment after each test: many files share one process, and code under test sets variables."""
+    before = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 SEED = os.environ.setdefault("GRPO_TEST_SEED", str(random.randrange(10**6)))
 """Seed of the instants at which tests kill something. Worker processes of pytest-xdist inherit it."""
 

@@ -6,6 +6,7 @@ the fault is done to real processes, and the driver goes on to wait. NOTES.json 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -56,7 +57,8 @@ def fill_disk(folder: Path) -> None:
 def to_all(number: int) -> None:
     """To every process of the run, as schedulers send it."""
     for process in psutil.Process().children(recursive=True):
-        process.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself since it was listed
+            process.send_signal(number)
     os.kill(os.getpid(), number)
 
 
