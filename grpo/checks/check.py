@@ -23,13 +23,10 @@ from grpo.checks.prompts import check_batch, check_by, check_token_ids, read_dat
 from grpo.checks.rewards import check_reward_sets, decide_gold, reward_fingerprints, try_rewards, unsampled_by
 from grpo.config import Config, DatasetConfig
 from grpo.rewards.imports import locate
-from grpo.rewards.process import secrets
+from grpo.rewards.process import MIN_SECRET, secrets
 from grpo.types import Moment, Prompt, UserError
 
 T = TypeVar("T", bound=DatasetConfig)
-
-MIN_SECRET = 8
-"""Minimum length of a secret to search for, in characters; shorter ones occur by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,8 +33,8 @@ from grpo.types import UserError
 class LogprobHead:
     """Replaces the projection's `forward`: hidden [B,T,H] -> [B,T,2] logprob of the target and entropy.
 
-    Only the wanted positions are projected. Most tokens of a batch are prompts, whose logprobs nobody uses, and for a
-    small model the projection costs as much as all layers.
+    Only the wanted positions are projected: nobody uses the logprobs of prompts, and the projection has a large share
+    of a small model's weights (28 of the 135 million of SmolLM2-135M).
     """
 
     def __init__(self, head: torch.nn.Module, *, float32_head: bool, change: LogitChange = UNCHANGED) -> None:

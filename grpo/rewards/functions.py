@@ -34,7 +34,7 @@ from typing import TypeAlias
 import cloudpickle
 
 from grpo.config import RewardConfig
-from grpo.rewards.process import secrets
+from grpo.rewards.process import MIN_SECRET, secrets
 from grpo.types import UserError
 
 Returned: TypeAlias = float | Mapping[str, float] | Sequence[float | None] | None
@@ -46,8 +46,6 @@ FIRST_LINE = "# Reward function by value; SHA-256 of its source and of what it u
 SECOND_LINE = "# SHA-256 of the other lines: "
 MAX_BYTES = 1 << 25
 """Maximum size of a pickled function. More than this is data, which belongs in a file."""
-MIN_SECRET = 8
-"""Minimum length of a secret to search for; shorter ones occur by chance."""
 INSTALLED = (
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
     *site.getsitepackages(),

@@ -33,6 +33,8 @@ START_S = 120.0
 """Seconds that a worker may take to load the reward files."""
 REAPER_S = 10.0
 """Seconds that a reaper may take to kill its worker and everything below it."""
+MIN_SECRET = 8
+"""Minimum length of a secret to search for, in characters; shorter ones occur by chance."""
 SECRET_NAME = re.compile(
     r"TOKENS?(_|$)|SECRET|PASSW|PASSPHRASE|(^|_|SSH|DB)PASS(_|$)|_PWD$"
     r"|(^|_|API|PRIVATE|ACCESS|ENCRYPTION|SIGNING)KEYS?(_|$)|CREDENTIAL|AUTH(_|$)|AUTHORIZATION|COOKIE"
