@@ -44,6 +44,19 @@ def processes(*words: str) -> list[psutil.Process]:
     return [p for p in living if any(word in " ".join(p.cmdline()) for word in words)]
 
 
+VICTIMS = {"sampler": "SamplerActor", "learner": "LearnerActor", "reward": "rewards/worker.py"}
+"""First word of a fault -> a word of the command line of the process that it strikes."""
+
+
+def await_process(word: str, seconds: float = 60) -> None:
+    """Return once a process of this run has `word` in its command line: Ray names an actor's process only when the
+    actor's constructor begins, which can be after the driver began to wait for it."""
+    deadline = time.monotonic() + seconds
+    while not processes(word):
+        assert time.monotonic() < deadline, f"no process of this run has {word!r} in its command line"
+        time.sleep(0.05)
+
+
 def fill_disk(folder: Path) -> None:
     with (folder / FILLER).open("wb") as out:
         try:
@@ -68,12 +81,12 @@ def twice(number: int) -> None:
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
-    "sampler killed": lambda: processes("SamplerActor")[-1].kill(),
-    "sampler hung": lambda: processes("SamplerActor")[-1].suspend(),
-    "learner killed": lambda: processes("LearnerActor")[-1].kill(),
-    "learner hung": lambda: processes("LearnerActor")[-1].suspend(),
-    "reward worker killed": lambda: processes("rewards/worker.py")[-1].kill(),
-    "reward worker hung": lambda: processes("rewards/worker.py")[-1].suspend(),
+    "sampler killed": lambda: processes(VICTIMS["sampler"])[-1].kill(),
+    "sampler hung": lambda: processes(VICTIMS["sampler"])[-1].suspend(),
+    "learner killed": lambda: processes(VICTIMS["learner"])[-1].kill(),
+    "learner hung": lambda: processes(VICTIMS["learner"])[-1].suspend(),
+    "reward worker killed": lambda: processes(VICTIMS["reward"])[-1].kill(),
+    "reward worker hung": lambda: processes(VICTIMS["reward"])[-1].suspend(),
     "node lost": lambda: [p.kill() for p in processes("raylet/raylet", "SamplerActor", "LearnerActor")],
     "driver killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -89,6 +102,8 @@ def main(fault: str, phase: str, notes: Path, arguments: list[str]) -> int:
     seen = 0
 
     def strike() -> None:
+        if fault.split()[0] in VICTIMS:
+            await_process(VICTIMS[fault.split()[0]])
         family = [(p.pid, p.create_time()) for p in psutil.Process().children(recursive=True)]
         notes.write_text(json.dumps({"at": time.time(), "family": family}))
         FAULTS[fault]()
