@@ -107,7 +107,12 @@ def connect(learner: LearnerActor, ends: list[str]) -> list[Any]:
     return peers
 
 
-@pytest.mark.parametrize("ends", [["raises"], ["receives", "raises"], ["raises", "receives"]])
+def in_full(*cases: list[str]) -> list[Any]:
+    """Return the cases, marked for `--full`."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("ends", [["receives", "raises"], *in_full(["raises"], ["raises", "receives"])])
 def test_a_sampler_that_raises_ends_the_sync_with_its_error(local_ray: None, ends: list[str]) -> None:
     learner, peers = connected(ends)
     started = time.monotonic()
@@ -118,7 +123,7 @@ def test_a_sampler_that_raises_ends_the_sync_with_its_error(local_ray: None, end
         ray.kill(peer)
 
 
-@pytest.mark.parametrize("ends", [["dies"], ["receives", "dies"]])
+@pytest.mark.parametrize("ends", [["receives", "dies"], *in_full(["dies"])])
 def test_a_sampler_that_dies_ends_the_sync_with_its_death(local_ray: None, ends: list[str]) -> None:
     learner, peers = connected(ends)
     started = time.monotonic()
@@ -129,7 +134,7 @@ def test_a_sampler_that_dies_ends_the_sync_with_its_death(local_ray: None, ends:
         ray.kill(peer)
 
 
-@pytest.mark.parametrize("ends", [["never joins"], ["receives", "never joins"]])
+@pytest.mark.parametrize("ends", [["receives", "never joins"], *in_full(["never joins"])])
 def test_a_sampler_that_cannot_join_ends_the_rendezvous(local_ray: None, ends: list[str]) -> None:
     started = time.monotonic()
     with pytest.raises(ray.exceptions.RayTaskError, match="no way to the learner"):

@@ -1,4 +1,7 @@
-"""How runs end when they are not allowed to finish: named, with the right exit code, and with nothing left behind."""
+"""How runs end when they are not allowed to finish: named, with the right exit code, and with nothing left behind.
+
+The other ends of the default suite are in tests/faults and test_resume.py.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,15 @@ def alive(processes: list[psutil.Process]) -> list[str]:
 @pytest.mark.parametrize(
     ("strike", "code", "words"),
     [
-        ("kill sampler", None, "sampler-0 died"),  # while it samples, the learner's state can be saved
+        # while it samples, the learner's state can be saved
+        pytest.param("kill sampler", None, "sampler-0 died", marks=pytest.mark.slow),
         pytest.param("SIGTERM", 75, "grpo: interrupted by SIGTERM; go on with resume=", marks=pytest.mark.slow),
-        ("SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; go on with resume="),
+        pytest.param(
+            "SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; go on with resume=", marks=pytest.mark.slow
+        ),
         pytest.param("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; go on with resume=", marks=pytest.mark.slow),
         ("Ctrl-C thrice", None, "grpo: interrupted by SIGINT; "),
-        ("SIGKILL", -signal.SIGKILL, ""),
+        pytest.param("SIGKILL", -signal.SIGKILL, "", marks=pytest.mark.slow),
     ],
 )
 def test_an_end_in_mid_run(

@@ -38,6 +38,10 @@ CASES: dict[str, dict[str, Any]] = {
     "3 critic": {"stage": 3, "algorithm": {"advantage": "gae"}},
 }
 STAGES = ["0", "1", "2", "3"]
+BY_DEFAULT = {1: STAGES, 2: [*STAGES, "3 bfloat16", "3 offloaded", "2 moving reference", "3 critic"]}
+"""Ranks -> cases of the default suite."""
+IN_FULL = {ranks: [name for name in CASES if name not in cases] for ranks, cases in BY_DEFAULT.items()}
+"""Ranks -> further cases of `--full`."""
 
 
 def run(folder: Path, recipe: Path, ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,33 +100,32 @@ def capture(root: Path, model: Path, ranks: int, cases: list[str]) -> Captured:
 
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> dict[int, Captured]:
-    """ranks -> what they captured: two ranks in every case, one at each stage."""
+    """ranks -> what they captured in the cases of the default suite."""
     return {
         ranks: capture(tmp_path_factory.mktemp(f"ranks-{ranks}"), make_model("llama"), ranks, cases)
-        for ranks, cases in ((1, STAGES), (2, [*CASES]))
+        for ranks, cases in BY_DEFAULT.items()
     }
 
 
 @pytest.fixture(scope="module")
-def captured_alone(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Captured:
-    """What one rank captured in the cases that `captured` lacks."""
-    cases = [name for name in CASES if name not in STAGES]
-    return capture(tmp_path_factory.mktemp("alone"), make_model("llama"), 1, cases)
+def captured_in_full(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> dict[int, Captured]:
+    """ranks -> what they captured in the other cases."""
+    return {
+        ranks: capture(tmp_path_factory.mktemp(f"full-{ranks}"), make_model("llama"), ranks, cases)
+        for ranks, cases in IN_FULL.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("ranks", "case"),
     [
-        *((1, case) for case in STAGES),
-        *(pytest.param(1, case, marks=pytest.mark.slow) for case in CASES if case not in STAGES),
-        *((2, case) for case in CASES),
+        *((ranks, case) for ranks, cases in BY_DEFAULT.items() for case in cases),
+        *(pytest.param(ranks, case, marks=pytest.mark.slow) for ranks, cases in IN_FULL.items() for case in cases),
     ],
 )
 def test_it_goes_on_bit_for_bit(request: pytest.FixtureRequest, ranks: int, case: str) -> None:
-    if ranks == 1 and case not in STAGES:
-        _, folder, results = request.getfixturevalue("captured_alone")
-    else:
-        _, folder, results = request.getfixturevalue("captured")[ranks]
+    fixture = "captured" if case in BY_DEFAULT[ranks] else "captured_in_full"
+    _, folder, results = request.getfixturevalue(fixture)[ranks]
     result = results[case]
     assert result["resumed"] == result["straight"]
     for name, tensor in result["straight_state"].items():
@@ -159,20 +162,25 @@ def test_another_learning_rate_counts_from_the_first_step_on(captured: Any, tmp_
     assert [a[0] / a[1] for a in after] == pytest.approx([5 * b[0] / b[1] for b in before])  # from 1e-2, same schedule
 
 
-def test_other_ranks_and_stages_go_on_from_it(captured: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source_ranks", "source", "ranks"),
+    [(2, 2, 1), pytest.param(2, 3, 1, marks=pytest.mark.slow), pytest.param(1, 0, 2, marks=pytest.mark.slow)],
+)
+def test_other_ranks_and_stages_go_on_from_it(
+    source_ranks: int, source: int, ranks: int, captured: Any, tmp_path: Path
+) -> None:
     """From 2 ranks at ZeRO 2 to 1 rank at each stage and back: what is restored is equal bit for bit, and what follows
     is equal up to the order of additions."""
-    for source_ranks, source, ranks in ((2, 2, 1), (2, 3, 1), (1, 0, 2)):
-        _, folder, results = captured[source_ranks]
-        cases = [{"stage": stage, "restore": str(folder / str(source))} for stage in range(4)]
-        target = tmp_path / f"{source_ranks}-{source}-{ranks}"
-        (recipe_of_target, _, _) = captured[ranks]
-        made = run(target, recipe_of_target, ranks, cases)
-        wanted = whole(folder / str(source), "rank-*.safetensors")
-        expected = list(results.values())[source]["straight_state"]
-        for stage, result in enumerate(made):
-            got = whole(target / "out" / str(stage), "again-*.bin")
-            assert got.keys() == wanted.keys()
-            assert all(torch.equal(got[name], wanted[name]) for name in wanted), (source, stage)
-            for name, tensor in result["resumed_state"].items():
-                assert torch.allclose(tensor, expected[name], rtol=1e-4, atol=2e-5), (source, stage, name)
+    _, folder, results = captured[source_ranks]
+    cases = [{"stage": stage, "restore": str(folder / str(source))} for stage in range(4)]
+    target = tmp_path / "job"
+    (recipe_of_target, _, _) = captured[ranks]
+    made = run(target, recipe_of_target, ranks, cases)
+    wanted = whole(folder / str(source), "rank-*.safetensors")
+    expected = list(results.values())[source]["straight_state"]
+    for stage, result in enumerate(made):
+        got = whole(target / "out" / str(stage), "again-*.bin")
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted), (source, stage)
+        for name, tensor in result["resumed_state"].items():
+            assert torch.allclose(tensor, expected[name], rtol=1e-4, atol=2e-5), (source, stage, name)

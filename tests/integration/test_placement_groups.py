@@ -127,6 +127,7 @@ def test_a_sampler_sits_on_the_gpus_of_its_ranks(placed: Any) -> None:
     assert found["after"] == WHOLE
 
 
+@pytest.mark.slow
 def test_the_largest_are_placed_first(placed: Any) -> None:
     """Two ranks that take a node each, and a sampler that is small enough for the head: Ray, asked for the sampler
     first, would put it on the node that has the most."""

@@ -256,13 +256,18 @@ def loaded_by_vllm(folder: Path) -> float:
     return json.loads(line.removeprefix("RESULT "))["loaded"]
 
 
+@pytest.mark.slow
 def test_vllm_loads_the_final_model(first_run: Any) -> None:
     assert loaded_by_vllm(first_run[0] / "model") < 1e-4
 
 
 @pytest.mark.parametrize(
     ("family", "stage", "ranks", "minibatches"),
-    [("llama", 3, 2, 1), ("qwen3", 2, 1, 1), pytest.param("qwen2", 1, 1, 2, marks=pytest.mark.slow)],
+    [
+        ("llama", 3, 2, 1),
+        pytest.param("qwen3", 2, 1, 1, marks=pytest.mark.slow),
+        pytest.param("qwen2", 1, 1, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_families_stages_and_a_hostile_generation_config(
     family: str,
@@ -432,6 +437,7 @@ def lengths(completions, completion_ids, trainer_state, log_extra, log_metric, *
 """
 
 
+@pytest.mark.slow
 def test_a_reward_written_for_trl_sees_the_sampled_ids_and_logs(
     make_model: Callable[..., Path], make_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ def run(model: Path, *, fixed: bool | str) -> dict[str, Any]:
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_sync_is_complete_and_verified(family: str, make_model: Callable[..., Path]) -> None:
     result = run(make_model(family), fixed=True)
     assert result["first"] < 1e-4
