@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,15 +42,6 @@ def train(
     return folder, json.loads((folder / "summary.json").read_text()), metrics, done.stdout
 
 
-def ray_processes() -> set[int]:
-    names = ("raylet", "gcs_server")
-    return {
-        p.pid
-        for p in psutil.process_iter(["name", "status"])
-        if p.info["name"] in names and p.info["status"] != "zombie"
-    }
-
-
 @pytest.fixture(scope="module")
 def arithmetic_recipe(arithmetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = yaml.safe_load((ROOT / "recipes" / "arithmetic_cpu.yaml").read_text())
@@ -64,12 +56,24 @@ def arithmetic_recipe(arithmetic: Path, tmp_path_factory: pytest.TempPathFactory
 SECRETS = {"HF_TOKEN": "hf-secret-31415", "WANDB_API_KEY": "wandb-secret-31415", "JUDGE_PASSWORD": "judge-secret-31415"}
 
 
-def listening(found: set[str], done: threading.Event) -> None:
-    """Note the addresses that processes below this one listen on, until `done`."""
+def watch_ray(addresses: set[str], ray: set[psutil.Process], done: threading.Event) -> None:
+    """Note the addresses that processes below this one listen on, and Ray's servers among them, until `done`."""
     while not done.wait(0.5):
-        below = {p.pid for p in psutil.Process().children(recursive=True)}
-        sockets = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in below]
-        found.update(c.laddr.ip for c in sockets)
+        below = psutil.Process().children(recursive=True)
+        pids = {process.pid for process in below}
+        sockets = [c for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.pid in pids]
+        addresses.update(c.laddr.ip for c in sockets)
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name() in ("raylet", "gcs_server"):
+                    ray.add(process)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +84,17 @@ def listened() -> set[str]:
 
 @pytest.fixture(scope="module")
 def first_run(arithmetic_recipe: Path, listened: set[str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]], str]:
-    before, done = ray_processes(), threading.Event()
-    watcher = threading.Thread(target=listening, args=(listened, done))
+    ray: set[psutil.Process] = set()
+    done = threading.Event()
+    watcher = threading.Thread(target=watch_ray, args=(listened, ray, done))
     watcher.start()
     try:
         result = train(arithmetic_recipe, **SECRETS)
     finally:
         done.set()
         watcher.join()
-    assert ray_processes() <= before
+    assert {process.name() for process in ray if is_alive(process)} == set()
+    assert len(ray) >= 2  # they were seen
     return result
 
 
