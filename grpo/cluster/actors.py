@@ -226,16 +226,16 @@ class LearnerActor:
         return BroadcastSender(host, workers, samplers, timeout_s, self._learner.device)
 
     def step(self, step: RankStep) -> StepResult:
-        self._learner.reload()
+        self._learner.models.reload()
         return self._learner.step(step)
 
     def offload(self) -> None:
-        self._learner.offload()
+        self._learner.models.offload()
 
     def publish(self, policy_version: int, probe: Probe, full_check: bool, timeout_s: float) -> SyncResult:
         """Run one verified sync, see `grpo.sync.transaction.publish`. A collective of all ranks."""
         end = SyncEnd(
-            learner=self._learner,
+            learner=self._learner.synced,
             samplers=RemoteSamplers(self._samplers, self._sender, timeout_s),
             sender=self._sender,
             sending=self._sending,
@@ -246,11 +246,11 @@ class LearnerActor:
         return publish(end, policy_version, probe, dtype=self._config.model.dtype, full_check=full_check)
 
     def save(self, folder: str) -> None:
-        self._learner.reload()
+        self._learner.models.reload()
         self._learner.save(Path(folder))
 
     def capture(self, folder: str) -> dict[str, Any]:
-        self._learner.reload()
+        self._learner.models.reload()
         return self._learner.capture(Path(folder) / f"rank-{self._rank}.safetensors")
 
     def state_bytes(self) -> int:

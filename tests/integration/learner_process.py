@@ -25,12 +25,14 @@ def main(rank: int, ranks: int, job: dict) -> None:
     from grpo.learner.zero.engine import Learner
     from grpo.learner.zero.weights import weights_of
 
-    class Unscaled(Learner):
-        """What the learner would be without the world-size factor."""
+    def unscale(learner):
+        """Make the backward passes what they would be without the world-size factor."""
 
-        def backward(self, model, loss, *, last):
-            self.models.policy.set_gradient_accumulation_boundary(last)
-            self.models.policy.backward(loss)
+        def backward(model, loss, *, last):
+            learner.models.policy.set_gradient_accumulation_boundary(last)
+            learner.models.policy.backward(loss)
+
+        learner.step_engine.backward = backward
 
     base = config_module.load(job["recipe"], [f"cluster.learner_ranks={ranks}"])
     device = setup.init_process_group(base, rank, FileStore(job["store"], ranks))
@@ -48,7 +50,9 @@ def main(rank: int, ranks: int, job: dict) -> None:
             critic=critic,
             algorithm=dataclasses.replace(base.algorithm, aggregation=case["aggregation"], **case["algorithm"]),
         )
-        learner = (Unscaled if case["unscaled"] else Learner)(config, rank, device, Path(job["dumps"]) / str(number))
+        learner = Learner(config, rank, device, Path(job["dumps"]) / str(number))
+        if case["unscaled"]:
+            unscale(learner)
         taken = [
             dataclasses.replace(row, advantage=float("nan")) if row.rollout_index in case["poisoned"] else row
             for row in (rows[i] for i in case["rows"] or range(len(rows)))
@@ -61,7 +65,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
         )  # fmt: skip
         for _ in range(case["driver_steps"]):
             result = learner.step(steps[rank])
-        state = {name: tensor.clone() for name, tensor in learner.weights()}
+        state = {name: tensor.clone() for name, tensor in learner.synced.weights()}
         critic = (
             None
             if learner.models.critic is None

@@ -43,7 +43,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
         )[rank:rank + 1]  # fmt: skip
 
         def state_of(learner):
-            found = {f"policy.{name}": t.clone() for name, t in learner.weights()}
+            found = {f"policy.{name}": t.clone() for name, t in learner.synced.weights()}
             if learner.models.critic is not None:
                 critic = weights_of(learner.models.critic, learner._config.learner.zero_stage)
                 found |= {f"critic.{name}": t.clone() for name, t in critic}

@@ -36,7 +36,7 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
         )[0]  # fmt: skip
 
     def weights(learner: Learner) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in learner.weights()}
+        return {name: tensor.clone() for name, tensor in learner.synced.weights()}
 
     def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
         return all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
@@ -47,22 +47,22 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
         learner.step(steps_of(config))
         before = weights(learner)
         places = [p.data_ptr() for p in learner.models.policy.module.parameters()]
-        with learner.perturbation(0, 1) as perturb:
+        with learner.synced.perturbation(0, 1) as perturb:
             perturb(0.1)
             moved = weights(learner)
             said["perturbed"] = not same(before, moved)
             if turns:
-                learner.offload()
+                learner.models.offload()
                 said["elsewhere"] = all(
                     p.data_ptr() != place
                     for p, place in zip(learner.models.policy.module.parameters(), places, strict=True)
                 )
-                learner.reload()
+                learner.models.reload()
                 said["kept"] = same(moved, weights(learner))
         said["restored"] = same(before, weights(learner))
         if turns:
-            learner.offload()  # a checkpoint and a model are written by a learner that has been away
-            learner.reload()
+            learner.models.offload()  # a checkpoint and a model are written by a learner that has been away
+            learner.models.reload()
         state = learner.capture(folder / "state.safetensors")
         learner.captured(wait=True)
         learner.step(steps_of(config))
@@ -70,8 +70,8 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
         learner.destroy()
         other = Learner(config, 0, device, folder)
         if turns:
-            other.offload()
-            other.reload()
+            other.models.offload()
+            other.models.reload()
         other.restore([folder / "state.safetensors"], state)
         said["resumed"] = same(before, weights(other))
         other.step(steps_of(config))

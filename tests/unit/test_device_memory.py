@@ -112,11 +112,12 @@ class BookingSampler:
 
 
 class BookingLearner:
-    """Stands for `grpo.learner.zero.engine.Learner`, one rank."""
+    """Stands for `grpo.learner.zero.engine.Learner`, one rank, and for its `models` and its `synced` policy."""
 
     device = torch.device("cpu")
 
     def __init__(self, ledger: Ledger, parts: Parts, perturbed: float) -> None:
+        self.models = self.synced = self
         self._ledger, self._states = ledger, states(parts)
         self._step = sum(parts.values()) - self._states
         self._perturbed = perturbed

@@ -11,22 +11,36 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
+from grpo.config import Config
 from grpo.learner.zero.models import Models
+from grpo.learner.zero.ranks import Ranks
 from grpo.learner.zero.weights import weights_of
+
+Tensors = dict[str, torch.Tensor]
 
 OTHER_FILES = (".json", ".jinja", ".model", ".txt")
 
 
-def save(models: Models, folder: Path, *, source: str, zero_stage: int, rank: int) -> None:
+def save(models: Models, folder: Path, config: Config, ranks: Ranks) -> None:
     """Write the policy as a Hugging Face folder (model, config, tokenizer files), with the critic in `critic/`.
 
-    Rank 0 writes to a folder with the suffix `.partial`, and then renames it. A collective; the other ranks do not wait
-    for the files. `source`: the folder or hub id of the model that the run started from.
+    A collective, which returns when the folder is complete.
     """
+    zero_stage, rank = config.learner.zero_stage, ranks.rank
     policy = _weights_on_cpu(models.policy, zero_stage, rank)
     critic = None if models.critic is None else _weights_on_cpu(models.critic, zero_stage, rank)
-    if rank != 0:
-        return
+    if rank == 0:
+        _write(models, folder, config.model.path, policy, critic)
+    if ranks.count > 1:
+        ranks.barrier()
+
+
+def _write(models: Models, folder: Path, source: str, policy: Tensors, critic: Tensors | None) -> None:
+    """Write the model folder of the weights `policy` and `critic` to a folder with the suffix `.partial`, and then
+    rename it.
+
+    `source`: the folder or hub id of the model that the run started from.
+    """
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     # a model's sampling settings may fail transformers' checks: generation_config.json is copied unchanged
@@ -39,7 +53,7 @@ def save(models: Models, folder: Path, *, source: str, zero_stage: int, rank: in
     os.replace(aside, folder)
 
 
-def _weights_on_cpu(engine: Any, zero_stage: int, rank: int) -> dict[str, torch.Tensor]:
+def _weights_on_cpu(engine: Any, zero_stage: int, rank: int) -> Tensors:
     """Return the weights on the CPU at rank 0, and nothing on other ranks. A collective."""
     tensors = {}
     for name, tensor in weights_of(engine, zero_stage):

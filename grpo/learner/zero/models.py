@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from transformers import PreTrainedModel
 
 from grpo.config import AlgorithmConfig, Config
 from grpo.learner import heads
@@ -16,10 +17,11 @@ from grpo.learner.zero import setup
 from grpo.learner.zero.weights import drop_gathered
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Models:
     """Policy, critic and reference of one rank."""
 
+    device: torch.device
     policy: Any
     head: LogprobHead
     critic: Any
@@ -27,6 +29,10 @@ class Models:
     reference: Any
     """An engine at ZeRO 3, else a plain model; None without a KL term."""
     reference_head: LogprobHead | None
+    reference_home: str | torch.device
+    """Where a plain reference is between steps: host memory with `learner.reference_offload`, else the device."""
+    offloaded: bool = False
+    """`offload` has left the device to the sampler."""
 
     def trained(self) -> dict[str, Any]:
         """Return the engines by name."""
@@ -38,6 +44,30 @@ class Models:
     @property
     def reference_module(self) -> Any:
         return getattr(self.reference, "module", self.reference)
+
+    def offload(self) -> None:
+        """Offload states and weights to host memory, which leaves the GPU memory to the sampler.
+
+        A sharded reference stays. Pinned memory gains nothing on CPU and is used nevertheless: parameters then get new
+        storage as they do on GPUs, so that tests on CPU find code that keeps the old storage.
+        """
+        if self.offloaded:
+            return
+        for engine in self.trained().values():
+            engine.offload_states(pin_memory=True)
+        if isinstance(self.reference, PreTrainedModel):
+            self.reference.to("cpu")
+        self.offloaded = True
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        if not self.offloaded:
+            return
+        for engine in self.trained().values():
+            engine.reload_states()
+        if isinstance(self.reference, PreTrainedModel):
+            self.reference.to(self.reference_home)
+        self.offloaded = False
 
 
 def build(config: Config, device: torch.device) -> Models:
@@ -54,12 +84,16 @@ def build(config: Config, device: torch.device) -> Models:
             values.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         critic = setup.train_engine(config, values, config.critic.optimizer)
     reference, reference_head = None, None
+    reference_home = "cpu" if config.learner.reference_offload else device
     if config.algorithm.kl_coef > 0:
-        reference, reference_head = _load_reference(config, device)
-    return Models(policy=policy, head=head, critic=critic, reference=reference, reference_head=reference_head)
+        reference, reference_head = _load_reference(config, reference_home)
+    return Models(
+        device=device, policy=policy, head=head, critic=critic, reference=reference, reference_head=reference_head,
+        reference_home=reference_home,
+    )  # fmt: skip
 
 
-def _load_reference(config: Config, device: torch.device) -> tuple[Any, LogprobHead]:
+def _load_reference(config: Config, home: str | torch.device) -> tuple[Any, LogprobHead]:
     """Load a frozen copy of the starting policy: sharded at ZeRO 3, else whole on every rank."""
     model = heads.load_policy(config).eval().requires_grad_(False)
     head = heads.install(model, config)
@@ -68,7 +102,7 @@ def _load_reference(config: Config, device: torch.device) -> tuple[Any, LogprobH
             model=model, config=setup.reference_config(config), dist_init_required=False
         )
         return reference, head
-    return model.to("cpu" if config.learner.reference_offload else device), head
+    return model.to(home), head
 
 
 def reference_moves(models: Models, algorithm: AlgorithmConfig) -> bool:
