@@ -1,6 +1,7 @@
 """Reward functions are user code. They run in worker processes that can be killed, and can only return numbers.
 
-pool       parent side: takes groups, returns Scored | Failed, enforces deadlines, replaces workers
+pool       parent side: takes groups, returns Scored | Failed
+pump       the pool's thread: gives out jobs, enforces deadlines, replaces workers
 groups     one group: its calls and jobs, its answers, its outcomes
 job_queue  jobs that wait for a worker
 workers    the started workers of a pool

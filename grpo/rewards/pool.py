@@ -1,21 +1,12 @@
 """Pool of reward workers that can be killed: takes groups of completions, returns `Scored | Failed` for each.
 
 One thread, the pump, serves all workers. A job is a few calls on completions of one group. A worker has one job at a
-time and answers each call separately.
-
-The deadline of a job's first call is measured from when the job was sent. The deadline of each later call is measured
-from when the previous answer was read. The parent may read late when it is busy, but never early, and it reads once
-more before it kills. So no call gets less than its time. A call that misses its deadline is killed with everything that
-it has started. Only that call fails: the rest of its job goes to a fresh worker.
+time and answers each call separately. Other threads submit groups and read the counts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import selectors
-import socket
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -23,14 +14,12 @@ from pathlib import Path
 
 from grpo.config import RewardConfig, part_names
 from grpo.rewards.counts import Counted, Counter
-from grpo.rewards.groups import Job, RewardItem, make_group
+from grpo.rewards.groups import RewardItem, make_group
 from grpo.rewards.job_queue import JobQueue
-from grpo.rewards.process import START_S, Part, failed, parse_answer, parse_greeting, scrubbed, spec_of, withheld
-from grpo.rewards.workers import Worker, Workers
-from grpo.types import Failed, FailureKind, Scored, UserError
-
-MAX_FAILED_STARTS = 3
-"""Consecutive failed starts that are retried, once the files have been loaded."""
+from grpo.rewards.process import scrubbed, spec_of, withheld
+from grpo.rewards.pump import Pump
+from grpo.rewards.workers import Workers
+from grpo.types import Failed, Scored
 
 
 class RewardPool:
@@ -65,26 +54,10 @@ class RewardPool:
             for i, (reward, file) in enumerate(zip(rewards, files, strict=True))
         ]
         log_dir.mkdir(parents=True, exist_ok=True)
-        self._count = workers
-        self._queue = JobQueue()
-        self._selector = selectors.DefaultSelector()
-        self._workers = Workers(
-            specs,
-            environment=environment,
-            memory_gib=max(reward.memory_gib for reward in rewards),
-            log_dir=log_dir,
-            selector=self._selector,
-        )
-        self._closing = self._has_worked = False
-        """`_has_worked`: the files have been loaded at least once."""
-        self._failed_starts = 0
-        self._counter = Counter()
-        self._wake_end, self._wake = socket.socketpair()
-        for end in (self._wake_end, self._wake):
-            end.setblocking(False)
-        self._selector.register(self._wake_end, selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._pump, name="rewards", daemon=True)
-        self._thread.start()
+        memory_gib = max(reward.memory_gib for reward in rewards)
+        self._workers = Workers(specs, environment=environment, memory_gib=memory_gib, log_dir=log_dir)
+        self._queue, self._counter = JobQueue(), Counter()
+        self._pump = Pump(self._workers, workers, self._queue, self._counter)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -104,7 +77,7 @@ class RewardPool:
         group, jobs = make_group(items, self._rewards, self._names)
         if jobs:
             self._queue.put(jobs)
-            self._wake_up()
+            self._pump.wake_up()
         else:
             self._counter.add(scored=len(items), failed=len(items))
             group.future.set_result([group.outcome(i) for i in range(len(items))])
@@ -118,147 +91,4 @@ class RewardPool:
 
     def close(self) -> None:
         """Kill every worker and cancel the futures that are not done. A second call does nothing."""
-        if self._closing:
-            return
-        self._closing = True
-        self._wake_up()
-        self._thread.join()
-        self._stop(RuntimeError("the reward pool is closed"), cancel=True)
-        self._workers.kill()
-        self._selector.close()
-        self._wake.close()
-        self._wake_end.close()
-
-    def _wake_up(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: wake-ups are already pending
-            self._wake.send(b"x")
-
-    # --- the pump's thread -------------------------------------------------------------------------------------------
-
-    def _pump(self) -> None:
-        try:
-            for number in range(self._count):
-                self._workers.start(number)
-            while not self._closing:
-                for key, events in self._selector.select(timeout=self._patience()):
-                    if key.data is None:
-                        self._wake_end.recv(4096)
-                        continue
-                    if events & selectors.EVENT_WRITE:
-                        self._workers.flush(key.data)
-                    if events & selectors.EVENT_READ:
-                        self._receive(key.data)
-                for number, worker in self._workers.numbered():
-                    self._watch(number, worker)
-                self._hand_out()
-        except BaseException as error:  # raised again, after every waiting future has received it
-            stopped = RuntimeError(f"the reward pool stopped: {type(error).__name__}: {error}")
-            stopped.__cause__ = error
-            self._stop(stopped)
-            raise
-
-    def _patience(self) -> float:
-        """Return the seconds until the next deadline, at most 1.
-
-        A death that leaves the socket open is only found by polling.
-        """
-        now = time.monotonic()
-        left = [w.since + limit - now for _, w in self._workers.numbered() if (limit := w.limit_s()) is not None]
-        return max(0.0, min([*left, 1.0]))
-
-    def _watch(self, number: int, worker: Worker) -> None:
-        """Handle a worker that has missed its deadline or died."""
-        if not worker.overdue() and not worker.process.exited():
-            return
-        self._receive(number)  # an answer sent in time counts, however late it is read
-        if self._workers.get(number) is not worker:
-            return
-        if worker.process.exited():
-            self._lose(number, timed_out=False)
-        elif worker.overdue():
-            self._lose(number, timed_out=True)
-
-    def _hand_out(self) -> None:
-        """Give each idle worker a job."""
-        for number, worker in self._workers.numbered():
-            if not worker.ready or worker.job is not None:
-                continue
-            job = self._queue.take()
-            if job is None:
-                return
-            self._workers.give(number, job)
-
-    def _receive(self, number: int) -> None:
-        """Process what a worker has sent: any number of answers, or the end of its stream."""
-        worker = self._workers[number]
-        lines, more = worker.process.receive()
-        try:
-            for line in lines:
-                if not worker.ready:
-                    greeting = parse_greeting(line)
-                    if greeting.error is not None:
-                        self._stop(UserError(greeting.error))
-                        break
-                    worker.ready = self._has_worked = True
-                    self._failed_starts = 0
-                elif worker.job is not None:
-                    name, (_, items) = worker.job.name, worker.job.running
-                    parts, changed = parse_answer(line, name, len(items))
-                    self._answer(worker, worker.job, parts)
-                    worker.job = worker.job if worker.job.calls else None
-                    if changed is not None:  # its later answers are dropped and their calls repeated
-                        return self._replace(number, f"{name} has changed {changed}")
-                else:
-                    raise ValueError("nothing was asked")
-                worker.since = time.monotonic()
-        except (ValueError, RecursionError):  # invalid: a reward function has written to the socket
-            more = False
-        if not more:
-            self._lose(number, timed_out=False)
-
-    def _answer(self, worker: Worker, job: Job, parts: Sequence[Part]) -> None:
-        """Record the answer to the running call of the worker's `job`."""
-        scored, failed = job.group.add(job.calls.popleft(), parts)
-        self._counter.add(scored=scored, failed=failed, seconds=time.monotonic() - worker.since)
-        if job.group.missing == 0:
-            job.group.finish()
-
-    def _lose(self, number: int, *, timed_out: bool) -> None:
-        """Replace a worker that died or must be killed: fail its running call and requeue the rest of its job."""
-        worker = self._workers.take_out(number)
-        ending = worker.process.kill(patience_s=0.0 if timed_out else 0.2)
-        if self._queue.stopped:
-            return  # a file did not load, and all waiting futures have failed
-        if not worker.ready:
-            self._failed_starts += 1
-            if self._has_worked and self._failed_starts <= MAX_FAILED_STARTS:  # the files do load
-                self._workers.start(number)
-                return
-            ending = f"took longer than {START_S:g} s" if timed_out else ending
-            prints = self._workers.log(number)
-            self._stop(UserError(f"the reward files did not load: a worker {ending}; its prints are in {prints}"))
-            return
-        if worker.job is not None:
-            kind: FailureKind = "timeout" if timed_out else "worker_died"
-            detail = f"ran longer than {worker.job.timeout_s:g} s (timeout_s)" if timed_out else f"the worker {ending}"
-            part = Part(value=failed(worker.job.name, kind, detail))
-            self._answer(worker, worker.job, [part] * len(worker.job.running[1]))
-        self._requeue(worker)
-        self._workers.start(number)
-
-    def _replace(self, number: int, why: str) -> None:
-        """Replace a worker whose surroundings a call has changed, so that a fresh one makes the next call."""
-        worker = self._workers.take_out(number)
-        worker.process.kill()
-        with self._workers.log(number).open("a", encoding="utf-8") as log:
-            log.write(f"replaced: {why}\n")
-        self._requeue(worker)
-        self._workers.start(number)
-
-    def _requeue(self, worker: Worker) -> None:
-        if worker.job is not None and worker.job.calls:
-            self._queue.put_back(worker.job)
-
-    def _stop(self, error: Exception, *, cancel: bool = False) -> None:
-        """Stop scoring for good: fail or cancel every waiting future. The first error is kept for later calls."""
-        self._queue.stop(error, [job for _, job in self._workers.jobs()], cancel=cancel)
+        self._pump.close()

@@ -1,4 +1,4 @@
-"""The worker processes of a reward pool: start, give a job, take out. Only the pool's thread changes them."""
+"""The worker processes of a reward pool: start, give a job, take out. Only the pump changes them."""
 
 from __future__ import annotations
 
@@ -39,16 +39,11 @@ class Workers:
     """The workers by number. Their sockets are registered with `selector`, with the number as data."""
 
     def __init__(
-        self,
-        specs: Sequence[Spec],
-        *,
-        environment: Mapping[str, str],
-        memory_gib: float,
-        log_dir: Path,
-        selector: selectors.BaseSelector,
+        self, specs: Sequence[Spec], *, environment: Mapping[str, str], memory_gib: float, log_dir: Path
     ) -> None:
         self._specs, self._environment, self._memory_gib = specs, environment, memory_gib
-        self._log_dir, self._selector = log_dir, selector
+        self._log_dir = log_dir
+        self.selector = selectors.DefaultSelector()
         self._started: dict[int, Worker] = {}
 
     def __getitem__(self, number: int) -> Worker:
@@ -77,12 +72,12 @@ class Workers:
         )
         self._started[number] = Worker(process=process, since=time.monotonic())
         unsent = selectors.EVENT_WRITE if process.has_unsent else 0
-        self._selector.register(process.socket, selectors.EVENT_READ | unsent, number)
+        self.selector.register(process.socket, selectors.EVENT_READ | unsent, number)
 
     def take_out(self, number: int) -> Worker:
         """Remove a worker, which still has to be killed."""
         worker = self._started.pop(number)
-        self._selector.unregister(worker.process.socket)
+        self.selector.unregister(worker.process.socket)
         return worker
 
     def give(self, number: int, job: Job) -> None:
@@ -91,17 +86,18 @@ class Workers:
         worker.job, worker.since = job, time.monotonic()
         worker.process.send(job.message())
         if worker.process.has_unsent:
-            self._selector.modify(worker.process.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, number)
+            self.selector.modify(worker.process.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, number)
 
     def flush(self, number: int) -> None:
         """Send more of what a worker's socket has not accepted yet."""
         process = self._started[number].process
         process.flush()
         if not process.has_unsent:
-            self._selector.modify(process.socket, selectors.EVENT_READ, number)
+            self.selector.modify(process.socket, selectors.EVENT_READ, number)
 
-    def kill(self) -> None:
-        """Kill every worker."""
+    def close(self) -> None:
+        """Kill every worker and close the selector."""
         for worker in self._started.values():
             worker.process.kill()
         self._started.clear()
+        self.selector.close()
