@@ -34,14 +34,7 @@ from grpo.evaluation.metrics import eval_metrics, eval_names
 from grpo.evaluation.statistics import Evaluation, evaluate_groups
 from grpo.metrics.guards import MismatchError, NonFiniteError, count_skipped, guard_mismatch
 from grpo.metrics.health import Health
-from grpo.metrics.step import (
-    Learned,
-    Sampled,
-    refuse_unknown_best,
-    step_metrics,
-    throughput,
-    timings,
-)
+from grpo.metrics.step import Learned, Sampled, refuse_unknown_best, step_metrics, throughput, timings
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
 from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget, eval_seed
@@ -333,12 +326,8 @@ def next_kl_coef(kl_coef: float, metrics: Mapping[str, float], config: Config) -
 def moment_of(loop: Loop, step: int) -> Moment:
     """Return the position in the run before prompts are drawn, for completions of `step`."""
     at, updates = loop.progress, loop.config.optimizer_steps_per_step
-    return Moment(
-        step=step,
-        global_step=at.step * updates,
-        max_steps=loop.config.run.steps * updates,
-        epoch=at.cursor.epochs,
-    )
+    total = loop.config.run.steps * updates
+    return Moment(step=step, global_step=at.step * updates, max_steps=total, epoch=at.cursor.epochs)
 
 
 def rollouts_of(loop: Loop, prompts: Sequence[Prompt], moment: Moment, attempt: int) -> Collected:
@@ -350,23 +339,22 @@ def rollouts_of(loop: Loop, prompts: Sequence[Prompt], moment: Moment, attempt: 
             return None
         return sample_seed(config.run.seed, moment.step, prompt.prompt_id, index, attempt)
 
-    with watch(loop, f"step {moment.step}", len(prompts) * config.algorithm.group_size) as watched:
+    return sample_and_score(
+        loop, f"step {moment.step}", prompts, loop.train_settings, config.algorithm.group_size, seed_of, moment
+    )
+
+
+def sample_and_score(
+    loop: Loop, what: str, prompts: Sequence[Prompt], settings: SamplingSettings, samples_per_prompt: int,
+    seed_of: Callable[[Prompt, int], int | None], moment: Moment,
+) -> Collected:  # fmt: skip
+    """Sample and score groups, with a heartbeat named `what` while the driver waits for them."""
+    completions, say = len(prompts) * samples_per_prompt, loop.reporter.say
+    with Watch(what, completions, sampler=loop.engines, scorer=loop.scorer, say=say) as both:
         return collect(
-            prompts,
-            sampler=watched,
-            scorer=watched,
-            settings=loop.train_settings,
-            samples_per_prompt=config.algorithm.group_size,
-            seed_of=seed_of,
-            decode=loop.decode,
-            moment=moment,
-            reward_timeout_s=config.cluster.step_timeout_s,
-        )
-
-
-def watch(loop: Loop, what: str, completions: int) -> Watch:
-    """Return the samplers and the scorer, with a heartbeat while the driver waits for them."""
-    return Watch(what, completions, sampler=loop.engines, scorer=loop.scorer, say=loop.reporter.say)
+            prompts, sampler=both, scorer=both, settings=settings, samples_per_prompt=samples_per_prompt,
+            seed_of=seed_of, decode=loop.decode, moment=moment, reward_timeout_s=loop.config.cluster.step_timeout_s,
+        )  # fmt: skip
 
 
 def eval_is_due(config: Config, step: int) -> bool:
@@ -382,21 +370,15 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     """
     config = loop.config
     groups: dict[str, tuple[Group, ...]] = {}
+
+    def seed_of(prompt: Prompt, index: int) -> int:
+        return eval_seed(config, prompt, index)
+
     for name in dict.fromkeys(prompt.dataset for prompt in loop.eval_prompts):
         prompts = [prompt for prompt in loop.eval_prompts if prompt.dataset == name]
         each = config.data.eval.samples_of(name)
-        with watch(loop, f"step {step}, evaluation on {name}", len(prompts) * each) as watched:
-            groups[name] = collect(
-                prompts,
-                sampler=watched,
-                scorer=watched,
-                settings=loop.eval_settings,
-                samples_per_prompt=each,
-                seed_of=lambda prompt, index: eval_seed(config, prompt, index),
-                decode=loop.decode,
-                moment=moment_of(loop, step),
-                reward_timeout_s=config.cluster.step_timeout_s,
-            ).groups
+        what, moment = f"step {step}, evaluation on {name}", moment_of(loop, step)
+        groups[name] = sample_and_score(loop, what, prompts, loop.eval_settings, each, seed_of, moment).groups
     every = [group for some in groups.values() for group in some]
     loop.folder.write_samples(f"eval-{step:06d}", step, every)
     enforce_failure_budget(every, config.algorithm)

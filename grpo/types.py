@@ -302,6 +302,8 @@ class StepResult:
 
     optimizer_steps: int
     """Optimizer steps taken since the start of the run."""
+    skipped_updates: int
+    """Updates of this step, of the policy or the critic, that were not finite and moved no weight."""
     metrics: Mapping[str, tuple[float, float]]
     """name -> (sum, count); the logged value is sum / count."""
     maxima: Mapping[str, float]

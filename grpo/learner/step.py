@@ -53,6 +53,7 @@ def run_step(
         _tally_unused(tally, minibatch, ready)
     tally.maxima["policy/updates"] = float(updates)
     tally.maxima["policy/stopped_minibatches"] = float(left_out)
+    tally.skipped_updates = skipped + values_skipped
     tally.maxima["optim/skipped_updates"] = float(skipped)
     if algorithm.advantage == "gae":
         tally.maxima["value/skipped_updates"] = float(values_skipped)

@@ -27,6 +27,8 @@ class Tally:
         default_factory=lambda: np.zeros(len(MISMATCH_EDGES) + 1, dtype=np.int64)
     )
     """Numbers of tokens by |learner - sampler| logprob, in the bins of MISMATCH_EDGES."""
+    skipped_updates: int = 0
+    """Updates of policy and critic that were not finite; the same on every rank."""
 
     def add(self, name: str, total: float, count: float) -> None:
         """Add to a metric's sum and count.
@@ -44,7 +46,7 @@ class Tally:
         self.minima[name] = min(value, self.minima.get(name, value))
 
     def absorb(self, other: Tally) -> None:
-        """Merge the sums, counts, maxima and minima of `other` into this tally."""
+        """Merge `other` into this tally."""
         for name, (total, count) in other.sums.items():
             self.add(name, total, count)
         for name, value in other.maxima.items():
@@ -53,6 +55,7 @@ class Tally:
             self.minimum(name, value)
         self.learner_logprob_sums |= other.learner_logprob_sums
         self.mismatch_counts += other.mismatch_counts
+        self.skipped_updates = max(self.skipped_updates, other.skipped_updates)
 
     @contextmanager
     def timed(self, name: str, device: torch.device) -> Iterator[None]:
@@ -69,6 +72,7 @@ def merge(tallies: Sequence[Tally], optimizer_steps: int) -> StepResult:
         merged.absorb(tally)
     return StepResult(
         optimizer_steps=optimizer_steps,
+        skipped_updates=merged.skipped_updates,
         metrics={name: (total, count) for name, (total, count) in merged.sums.items()},
         maxima=merged.maxima,
         minima=merged.minima,

@@ -46,7 +46,7 @@ def count_skipped(result: StepResult, step: int, before: int, *, run: Path, say:
 
     Raises NonFiniteError when the number reaches MAX_SKIPPED.
     """
-    updates = int(sum(result.maxima.get(f"{model}/skipped_updates", 0) for model in ("optim", "value")))
+    updates = result.skipped_updates
     if not updates:
         return 0
     said = (

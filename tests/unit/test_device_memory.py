@@ -141,6 +141,7 @@ class BookingLearner:
         self._ledger.book(activations=self._step)  # which torch keeps for the next step
         return StepResult(
             optimizer_steps=1,
+            skipped_updates=0,
             metrics={},
             maxima={},
             minima={},

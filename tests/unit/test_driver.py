@@ -27,6 +27,7 @@ from grpo.driver import Loop, train
 from grpo.evaluation.metrics import eval_names
 from grpo.files import FileRecord, seal
 from grpo.learner.step import run_step
+from grpo.learner.tally import merge
 from grpo.metrics.guards import MismatchError, NonFiniteError, guard_mismatch
 from grpo.metrics.health import Health
 from grpo.metrics.measures import mismatch_counts
@@ -130,11 +131,7 @@ class TablePolicy:
         self.calls.append("step")
         self.kl_coefs.append(steps[0].kl_coef)
         tally = run_step(steps[0], self, self.config.algorithm, self.config.critic, torch.device("cpu"))
-        metrics = {name: (pair[0], pair[1]) for name, pair in tally.sums.items()}
-        return StepResult(
-            optimizer_steps=1, metrics=metrics, maxima=tally.maxima, minima=tally.minima,
-            learner_logprob_sums=tally.learner_logprob_sums, mismatch_counts=tally.mismatch_counts,
-        )  # fmt: skip
+        return merge([tally], optimizer_steps=1)
 
     def publish(self, policy_version: int, probe: Any, *, full_check: bool) -> Any:
         self.calls.append("publish")
@@ -1085,7 +1082,7 @@ def test_a_critic_that_is_never_updated_stops_the_run(tmp_path: Path) -> None:
 
     def step(rank_steps: Sequence[Any]) -> StepResult:
         result = plain(rank_steps)
-        return dataclasses.replace(result, maxima={**result.maxima, "value/skipped_updates": 1.0})
+        return dataclasses.replace(result, skipped_updates=1)
 
     policy.step = step  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="step 3: loss or gradient of 1 updates were not finite"):
@@ -1198,8 +1195,8 @@ def test_the_mismatch_gate(tmp_path: Path) -> None:
     def result(*differences: float) -> StepResult:
         squares = sum(d * d for d in differences)
         return StepResult(
-            optimizer_steps=1, metrics={"mismatch/square": (squares, float(len(differences)))}, maxima={}, minima={},
-            learner_logprob_sums={}, mismatch_counts=mismatch_counts(np.abs(differences)),
+            optimizer_steps=1, skipped_updates=0, metrics={"mismatch/square": (squares, float(len(differences)))},
+            maxima={}, minima={}, learner_logprob_sums={}, mismatch_counts=mismatch_counts(np.abs(differences)),
         )  # fmt: skip
 
     def config(*overrides: str) -> Config:

@@ -123,6 +123,7 @@ def test_staleness_counts_versions() -> None:
 def test_learner_sums_become_means_and_shares() -> None:
     result = StepResult(
         optimizer_steps=4,
+        skipped_updates=0,
         metrics={
             "policy/loss": (0.6, 0.0),
             "policy/entropy": (30.0, 10.0),
