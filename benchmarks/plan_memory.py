@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.result import print_result
 from grpo import config as config_module
 from grpo.config import Config
-from grpo.planning.estimate import learner_memory, sampler_memory
+from grpo.planning.memory import learner_memory, sampler_memory
 from grpo.planning.shapes import shape_of
 
 SIZES = {

@@ -371,7 +371,7 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     config = loop.config
     groups: dict[str, tuple[Group, ...]] = {}
 
-    def seed_of(prompt: Prompt, index: int) -> int:
+    def seed_of(prompt: Prompt, index: int) -> int | None:
         return eval_seed(config, prompt, index)
 
     for name in dict.fromkeys(prompt.dataset for prompt in loop.eval_prompts):

@@ -8,7 +8,8 @@ from itertools import product
 from typing import Literal
 
 from grpo.config import Config, validate, written
-from grpo.planning.estimate import Estimate, Lengths, Parts, estimate
+from grpo.planning.estimate import Estimate, Lengths, estimate
+from grpo.planning.memory import Parts
 from grpo.planning.shapes import Gpu, Shape, shape_of
 from grpo.types import UserError
 

@@ -22,16 +22,8 @@ from test_plan import config_of
 
 from grpo.cluster import actors, engines, fleet, remote_samplers, watch
 from grpo.config import Config
-from grpo.planning.estimate import (
-    Lengths,
-    Parts,
-    estimate,
-    learner_memory,
-    perturbed_bytes,
-    sampler_memory,
-    states,
-    transfer_bytes,
-)
+from grpo.planning.estimate import Lengths, estimate
+from grpo.planning.memory import Parts, learner_memory, perturbed_bytes, sampler_memory, states, transfer_bytes
 from grpo.planning.shapes import GPUS, shape_of
 from grpo.sync import transaction, transport
 from grpo.sync.probe import Probe, Reading, Spread

@@ -22,18 +22,20 @@ from grpo.planning.estimate import (
     REST,
     Estimate,
     Lengths,
-    Parts,
-    activation_bytes,
     estimate,
     exchange_bytes,
+    pass_seconds,
+    sampling_seconds,
+)  # fmt: skip
+from grpo.planning.memory import (
+    Parts,
+    activation_bytes,
     head_bytes,
     layer_bytes,
     learner_memory,
     model_states,
-    pass_seconds,
     sampler_memory,
-    sampling_seconds,
-)  # fmt: skip
+)
 from grpo.planning.report import LEARNING, changes, in_flight, layouts, quicker
 from grpo.planning.shapes import GPUS, KNOWN, Shape, gpu_of, known_as, model_inside, shape_of, split_problems
 from grpo.types import UserError
