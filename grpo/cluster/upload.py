@@ -16,6 +16,8 @@ from grpo.rewards.imports import PACKAGE, imported, locate, modules
 from grpo.types import UserError
 
 MIB = 2**20
+DATA = ("py.typed", "config/foreign.yaml")
+"""Files of the package besides its modules."""
 LIMIT_MIB = 10
 """Maximum total size of all files before compression."""
 
@@ -29,7 +31,7 @@ def pack(options: Config, recipe: Path, folder: Path, resume: str | None = None)
     """
     refuse_local(options, resume)
     check.refuse_secrets(options)
-    own = {file.relative_to(PACKAGE.parent): file for file in (*modules(PACKAGE), PACKAGE / "py.typed")}
+    own = {file.relative_to(PACKAGE.parent): file for file in (*modules(PACKAGE), *(PACKAGE / name for name in DATA))}
     options, files = rewards(options, recipe, own)
     if recipe.name in {place.parts[0] for place in files}:
         raise UserError(f"{recipe}: something else that travels is called {recipe.name}; give the recipe another name")

@@ -4,7 +4,7 @@
     declare   what a field of the schema can declare
     options   the declarations by the full names of the options
     describe  descriptions of the options, for `grpo options`
-    foreign   names of the options in other trainers; aliases uses it to answer such names
+    foreign   names of the options in other trainers, from foreign.yaml; aliases uses it to answer such names
     load      YAML and overrides -> Config; the only importer of omegaconf, except for `MISSING` in the schema
     python    recipes and options as Python values
     rules     the declared bounds, and options that would have no effect

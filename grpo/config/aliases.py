@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import yaml
 
-from grpo.config.foreign import LEAVE, NO, TABLE, Alias
+from grpo.config.foreign import LEAVE, NO, Alias, table
 
 TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF", "open_instruct": "open-instruct"}
 VERL_SECTIONS = (
@@ -28,7 +28,7 @@ LIKE = 0.85
 def _index() -> dict[str, tuple[Alias, tuple[str, ...]]]:
     """Return a mapping from name to (its alias, the trainers that use the name)."""
     found: dict[str, tuple[Alias, tuple[str, ...]]] = {}
-    for alias in (alias for topic in TABLE.values() for alias in topic):
+    for alias in (alias for topic in table().values() for alias in topic):
         for field in (*TRAINERS, "words"):
             for name in names_of(alias, field):
                 known = found.get(name, (alias, ()))[1]
@@ -38,8 +38,8 @@ def _index() -> dict[str, tuple[Alias, tuple[str, ...]]]:
 
 def names_of(alias: Alias, field: str) -> list[str]:
     """Return the names of an alias in one trainer, with `~` expanded."""
-    names: str = getattr(alias, field)
-    return [name.replace("~", "actor_rollout_ref.") for name in names.split()]
+    names: Sequence[str] = getattr(alias, field)
+    return [name.replace("~", "actor_rollout_ref.") for name in names]
 
 
 def answer(name: str, value: object, own: frozenset[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Generate docs/migrating.md from the table in `grpo.config.foreign`:
+"""Generate docs/migrating.md from foreign.yaml:
 
 python -m grpo.config.migrating > docs/migrating.md
 """
@@ -9,7 +9,7 @@ import re
 import sys
 
 from grpo.config.aliases import TRAINERS, answer, joined, written
-from grpo.config.foreign import LEAVE, NO, TABLE, Alias
+from grpo.config.foreign import LEAVE, NO, Alias, table
 
 HEAD = """\
 <!-- python -m grpo.config.migrating > docs/migrating.md -->
@@ -34,7 +34,7 @@ sets: [data.md](data.md#columns).
 def page() -> str:
     """Return the text of docs/migrating.md."""
     lines = []
-    for topic, aliases in TABLE.items():
+    for topic, aliases in table().items():
         lines += ["", f"## {topic}", "", "| here | TRL | verl | OpenRLHF | open-instruct |", "|---|---|---|---|---|"]
         lines += [_row(alias) for alias in aliases if any(getattr(alias, field) for field in TRAINERS)]
     return HEAD.format(example="\n".join(_example())) + "\n".join(lines) + "\n"
@@ -49,7 +49,7 @@ def _example() -> list[str]:
 
 
 def _row(alias: Alias) -> str:
-    names = ["<br>".join(f"`{name}`" for name in getattr(alias, field).split()) for field in TRAINERS]
+    names = ["<br>".join(f"`{name}`" for name in getattr(alias, field)) for field in TRAINERS]
     return f"| {' | '.join([_here(alias), *names])} |"
 
 

@@ -73,7 +73,7 @@ def test_the_recipe_its_reward_and_the_package_travel_and_nothing_else(here: Pat
     assert packed(recipe, tmp_path / "job", "run.seed=7") == {"mine.yaml", "reward.py"}
     loaded = config_module.load(tmp_path / "job" / "mine.yaml")
     assert loaded == config_module.load(recipe, ["run.seed=7"])
-    package = {str(p.relative_to(ROOT)) for p in (*(ROOT / "grpo").rglob("*.py"), ROOT / "grpo" / "py.typed")}
+    package = {str(p.relative_to(ROOT)) for s in ("py", "typed", "yaml") for p in (ROOT / "grpo").rglob(f"*.{s}")}
     assert {str(p.relative_to(tmp_path / "job")) for p in (tmp_path / "job" / "grpo").rglob("*.*")} == package
 
 

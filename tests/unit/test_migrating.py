@@ -10,13 +10,13 @@ from documented import ROOT, SMALL
 
 from grpo.commands.cli import main
 from grpo.config import aliases, load, migrating, options_text, refuse_flags
-from grpo.config.foreign import LEAVE, NO, TABLE, Alias
+from grpo.config.foreign import LEAVE, NO, Alias, table
 from grpo.types import UserError
 
 OWN = {line.split(" = ")[0] for line in options_text().splitlines()}
 SECTIONS = {"data.train", "data.eval.sets", "rewards"}
 """Lists, which are options without a value of their own."""
-ALIASES = [alias for topic in TABLE.values() for alias in topic]
+ALIASES = [alias for topic in table().values() for alias in topic]
 
 
 def refusal(tmp_path: Path, *overrides: str, more: str = "") -> str:
@@ -157,6 +157,15 @@ def test_flags_are_answered(flags: str, said: str, tmp_path: Path, capsys: pytes
 
 def test_flags_that_nobody_knows_are_left_to_the_parser() -> None:
     refuse_flags(["--nonsense", "3"])
+
+
+def test_the_table_holds_texts_only() -> None:
+    """In YAML, an unquoted true, null, 1 or -1 is no text."""
+    for alias in ALIASES:
+        names = [name for field in (*aliases.TRAINERS, "words") for name in getattr(alias, field)]
+        assert names
+        assert {type(text) for text in (alias.here, alias.why, *alias.values, *alias.values.values(), *names)} == {str}
+        assert alias.here or alias.values or alias.why
 
 
 def test_every_name_stands_in_the_table_once() -> None:

@@ -74,7 +74,7 @@ def python(site: Path, folder: Path, *arguments: str, code: int = 0) -> str:
 
 def test_the_recipes_and_rewards_are_in_the_package(wheel: Path) -> None:
     found = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith("grpo-")}
-    expected = {str(file.relative_to(ROOT)) for file in (*(ROOT / "grpo").rglob("*.py"), ROOT / "grpo" / "py.typed")}
+    expected = {str(f.relative_to(ROOT)) for s in ("py", "typed", "yaml") for f in (ROOT / "grpo").rglob(f"*.{s}")}
     for folder, suffixes in (("recipes", ("py", "yaml")), ("reward_fns", ("py",))):
         expected |= {f"grpo/{folder}/{f.name}" for s in suffixes for f in (ROOT / folder).glob(f"*.{s}")}
     assert found == expected
