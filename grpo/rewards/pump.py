@@ -64,7 +64,8 @@ class Pump:
             for number in range(self._count):
                 self._workers.start(number)
             while not self._closing:
-                for key, events in self._workers.selector.select(timeout=self._patience()):
+                # at least once a second: a death that leaves the socket open is only found by polling
+                for key, events in self._workers.selector.select(timeout=min(1.0, self._workers.deadline_s())):
                     if key.data is None:
                         self._wake_end.recv(4096)
                         continue
@@ -81,15 +82,6 @@ class Pump:
             self._stop(stopped)
             raise
 
-    def _patience(self) -> float:
-        """Return the seconds until the next deadline, at most 1.
-
-        A death that leaves the socket open is only found by polling.
-        """
-        now = time.monotonic()
-        left = [w.since + limit - now for _, w in self._workers.numbered() if (limit := w.limit_s()) is not None]
-        return max(0.0, min([*left, 1.0]))
-
     def _watch(self, number: int, worker: Worker) -> None:
         """Handle a worker that has missed its deadline or died."""
         if not worker.overdue() and not worker.process.exited():
@@ -97,10 +89,8 @@ class Pump:
         self._receive(number)  # an answer sent in time counts, however late it is read
         if self._workers.get(number) is not worker:
             return
-        if worker.process.exited():
-            self._lose(number, timed_out=False)
-        elif worker.overdue():
-            self._lose(number, timed_out=True)
+        if (exited := worker.process.exited()) or worker.overdue():
+            self._lose(number, timed_out=not exited)
 
     def _hand_out(self) -> None:
         """Give each idle worker a job."""

@@ -6,6 +6,7 @@ import selectors
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from grpo.rewards.child.loading import Spec
@@ -61,6 +62,13 @@ class Workers:
         for worker in list(self._started.values()):
             if (job := worker.job) is not None:
                 yield worker, job
+
+    def deadline_s(self) -> float:
+        """Return the seconds until the next deadline of a worker: 0 if it has passed, infinity if all are idle."""
+        now, started = time.monotonic(), self._started.values()
+        return max(
+            0.0, min((w.since + limit - now for w in started if (limit := w.limit_s()) is not None), default=inf)
+        )
 
     def log(self, number: int) -> Path:
         """Return the file that a worker's output is appended to."""
