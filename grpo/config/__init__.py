@@ -1,11 +1,12 @@
 """Options and their defaults: build a frozen `Config` from a recipe (YAML) and `key=value` overrides.
 
-    schema    all options: beside each its type, default, meaning, bounds, use, and treatment on resume and submit
+    schema    all options: beside each its type, default, meaning, bounds, use, and treatment on resume and submit;
+              schema_data and schema_algorithm have the sections of these names
     declare   what a field of the schema can declare
     options   the declarations by the full names of the options
     describe  descriptions of the options, for `grpo options`
     foreign   names of the options in other trainers, from foreign.yaml; aliases uses it to answer such names
-    load      YAML and overrides -> Config; the only importer of omegaconf, except for `MISSING` in the schema
+    load      YAML and overrides -> Config; the only importer of omegaconf, except for `MISSING` in the schemas
     python    recipes and options as Python values
     rules     the declared bounds, and options that would have no effect
     validate  the batch algebra and other rules between options
@@ -23,24 +24,18 @@ from grpo.config.load import dump, find_recipe, load, load_for_evaluation, read_
 from grpo.config.options import declaration, general, values
 from grpo.config.python import Recipe, Reward, Value, override_texts
 from grpo.config.schema import (
-    AlgorithmConfig,
     ClusterConfig,
     Config,
-    CriticConfig,
-    DataConfig,
-    DatasetConfig,
-    EvalConfig,
-    EvalSetConfig,
     LearnerConfig,
     ModelConfig,
-    OptimizerConfig,
     RewardConfig,
     RunConfig,
     SamplerConfig,
     SamplingConfig,
-    TrainSetConfig,
     part_names,
 )
+from grpo.config.schema_algorithm import AlgorithmConfig, CriticConfig, OptimizerConfig
+from grpo.config.schema_data import DataConfig, DatasetConfig, EvalConfig, EvalSetConfig, TrainSetConfig
 from grpo.config.validate import refuse_own_ray, validate
 from grpo.config.validate_data import validate_gold
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import inspect
 import itertools
 import re
 import textwrap
 import types
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import MISSING
 
-from grpo.config import schema
 from grpo.config.options import Option, item_class, options
+from grpo.config.schema import Config
 from grpo.suggest import suggest
 from grpo.types import UserError
 
@@ -69,7 +69,7 @@ def plain(name: str) -> str:
 
 def sections() -> Iterator[Section]:
     """Yield every section with its direct options."""
-    yield from _sections(schema.Config, "")
+    yield from _sections(Config, "")
 
 
 def _sections(cls: type, prefix: str) -> Iterator[Section]:
@@ -92,12 +92,11 @@ def _sections(cls: type, prefix: str) -> Iterator[Section]:
 @functools.cache
 def field_texts(cls: type) -> dict[str, str]:
     """Return the docstring below each field of `cls` and its base classes, read from the source."""
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
-    bodies = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
     found = {}
-    for base in reversed(cls.__mro__):
-        body = bodies.get(base.__name__, [])
-        for field, text in itertools.pairwise(body):
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        [node] = ast.parse(inspect.getsource(base)).body
+        assert isinstance(node, ast.ClassDef)
+        for field, text in itertools.pairwise(node.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 found[ast.unparse(field.target)] = in_yaml(str(text.value.value))
     return found

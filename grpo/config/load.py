@@ -20,7 +20,8 @@ from grpo import builtin
 from grpo.config import aliases
 from grpo.config.options import general, item_class, options
 from grpo.config.python import Recipe, Reward, plain_value
-from grpo.config.schema import Config, DatasetConfig, SamplingConfig
+from grpo.config.schema import Config, SamplingConfig
+from grpo.config.schema_data import DatasetConfig
 from grpo.config.validate import validate
 from grpo.suggest import suggest
 from grpo.types import UserError

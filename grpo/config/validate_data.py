@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from datetime import date
 
 from grpo.config.rules import inert, need
-from grpo.config.schema import (
-    Config,
-    DatasetConfig,
-    TrainSetConfig,
-)
+from grpo.config.schema import Config
+from grpo.config.schema_data import DatasetConfig, TrainSetConfig
 
 
 def validate_data(c: Config) -> None:

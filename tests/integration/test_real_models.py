@@ -25,8 +25,8 @@ from grpo.config import (
     ModelConfig,
     RewardConfig,
     RunConfig,
+    TrainSetConfig,
 )
-from grpo.config.schema import TrainSetConfig
 from grpo.config.validate import validate
 from grpo.types import UserError
 

@@ -15,8 +15,7 @@ from documented import RECIPES, ROOT, blocks, completed
 from transformers import AutoTokenizer
 
 from benchmarks import recipe_hours
-from grpo.config import Config, load
-from grpo.config.schema import EvalConfig
+from grpo.config import Config, EvalConfig, load
 from grpo.run.checkpoints import differences
 
 
