@@ -94,9 +94,8 @@ def learner_memory(config: Config, shape: Shape) -> tuple[Parts, Parts]:
     how = {"stage": c.zero_stage, "ranks": ranks, "width": width}
     device, host = model_states(shape.parameters, moments=moments, offload=c.offload, **how)
     if a.advantage == "gae":
-        body = shape.parameters - (0 if shape.tied else shape.embedding)
         moments = 2 if config.critic.optimizer.name == "adamw" else 0
-        of_critic = model_states(body, moments=moments, offload=c.offload, **how)
+        of_critic = model_states(shape.body + shape.embedding, moments=moments, offload=c.offload, **how)
         device["critic"], host["critic"] = (sum(part.values()) for part in of_critic)
     if a.kl_coef > 0:
         where = host if c.reference_offload or c.offload == "parameters" else device

@@ -1,7 +1,7 @@
 """Sizes of models and data-sheet values of GPUs.
 
-The shape of a model comes from the config.json of its folder. For hub ids it comes from `KNOWN`, which has the numbers
-of their config.json.
+The config of a model is the config.json of its folder, for hub ids an entry of `KNOWN`. transformers builds the model
+without weights, and its parameters are counted.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+from grpo.data import one_line
 from grpo.types import UserError
 
-FAMILIES = ("qwen2", "qwen3", "llama")
-"""Model types whose parameters are counted exactly here."""
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads")  # fmt: skip
 VOCAB_PADDING = 64
 """vLLM's DEFAULT_VOCAB_PADDING_SIZE."""
 
@@ -25,7 +27,6 @@ VOCAB_PADDING = 64
 class Shape:
     """A dense decoder with gated feed-forward layers and grouped-query attention."""
 
-    family: str
     vocab: int
     hidden: int
     intermediate: int
@@ -33,8 +34,13 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    tied: bool
-    """Embedding and vocabulary projection share one matrix."""
+    body: int
+    """Parameters of the layers and the last norm."""
+    embedding: int
+    head: int
+    """Parameters of the vocabulary projection. 0: it is tied to the embedding."""
+    kv_head: int
+    """Parameters of the keys and values of one key-value head, in all layers; included in `body`."""
 
     @property
     def queries(self) -> int:
@@ -47,65 +53,41 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     @property
-    def embedding(self) -> int:
-        return self.vocab * self.hidden
-
-    @property
-    def body(self) -> int:
-        """Return the number of parameters of the layers and the last norm."""
-        attention = 2 * self.hidden * (self.queries + self.keys)
-        if self.family == "qwen2":
-            attention += self.queries + 2 * self.keys  # biases
-        if self.family == "qwen3":
-            attention += 2 * self.head_dim  # norms of queries and keys
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.layers * layer + self.hidden
-
-    @property
     def parameters(self) -> int:
-        return self.body + self.embedding * (1 if self.tied else 2)
+        return self.body + self.embedding + self.head
 
     @property
     def multiplied(self) -> int:
-        """Return the number of parameters that a token is multiplied with: all except the embedding, which is a
-        lookup."""
-        return self.body + self.embedding
+        """Return the number of parameters that a token is multiplied with; the embedding is a lookup."""
+        return self.body + (self.head or self.embedding)
 
     def over(self, parts: int) -> Shape:
         """Return the total shape on `parts` GPUs that share every layer. If there are more GPUs than key-value heads,
         each GPU has a copy of one head."""
-        return replace(self, kv_heads=max(self.kv_heads, parts))
+        more = max(0, parts - self.kv_heads) * self.kv_head
+        return replace(self, kv_heads=max(self.kv_heads, parts), body=self.body + more)
 
     def kv_bytes(self, itemsize: int) -> int:
         """Return the bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.keys * itemsize
 
 
-def _known(sizes: str, *, family: str = "qwen2", tied: bool = False, head_dim: int = 128) -> Shape:
-    vocab, hidden, intermediate, layers, heads, kv_heads = map(int, sizes.split())
-    return Shape(
-        family=family, vocab=vocab, hidden=hidden, intermediate=intermediate, layers=layers, heads=heads,
-        kv_heads=kv_heads, head_dim=head_dim, tied=tied,
-    )  # fmt: skip
-
-
-_QWEN_1_5B = _known("151936 1536 8960 28 12 2", tied=True)
-_QWEN_7B = _known("152064 3584 18944 28 28 4")
-
-KNOWN = {
-    "Qwen/Qwen2.5-0.5B": _known("151936 896 4864 24 14 2", tied=True, head_dim=64),
-    "Qwen/Qwen2.5-1.5B": _QWEN_1_5B,
-    "Qwen/Qwen2.5-Math-1.5B": _QWEN_1_5B,
-    "Qwen/Qwen2.5-3B": _known("151936 2048 11008 36 16 2", tied=True),
-    "Qwen/Qwen2.5-7B": _QWEN_7B,
-    "Qwen/Qwen2.5-Math-7B": _QWEN_7B,
-    "Qwen/Qwen2.5-32B": _known("152064 5120 27648 64 40 8"),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _known("151936 1536 8960 28 12 2"),
-    "meta-llama/Llama-3.1-8B": _known("128256 4096 14336 32 32 8", family="llama"),
-    "allenai/Llama-3.1-Tulu-3-8B-DPO": _known("128264 4096 14336 32 32 8", family="llama"),
+KNOWN: dict[str, dict[str, Json]] = {
+    hub_id: {"model_type": family, "tie_word_embeddings": tied, **dict(zip(SIZES, sizes, strict=True))}
+    for hub_id, family, tied, *sizes in (
+        ("Qwen/Qwen2.5-0.5B", "qwen2", True, 151936, 896, 4864, 24, 14, 2),
+        ("Qwen/Qwen2.5-1.5B", "qwen2", True, 151936, 1536, 8960, 28, 12, 2),
+        ("Qwen/Qwen2.5-Math-1.5B", "qwen2", True, 151936, 1536, 8960, 28, 12, 2),
+        ("Qwen/Qwen2.5-3B", "qwen2", True, 151936, 2048, 11008, 36, 16, 2),
+        ("Qwen/Qwen2.5-7B", "qwen2", False, 152064, 3584, 18944, 28, 28, 4),
+        ("Qwen/Qwen2.5-Math-7B", "qwen2", False, 152064, 3584, 18944, 28, 28, 4),
+        ("Qwen/Qwen2.5-32B", "qwen2", False, 152064, 5120, 27648, 64, 40, 8),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "qwen2", False, 151936, 1536, 8960, 28, 12, 2),
+        ("meta-llama/Llama-3.1-8B", "llama", False, 128256, 4096, 14336, 32, 32, 8),
+        ("allenai/Llama-3.1-Tulu-3-8B-DPO", "llama", False, 128264, 4096, 14336, 32, 32, 8),
+    )
 }
-"""Shapes by hub id: vocabulary, hidden, intermediate, layers, heads and key-value heads from its config.json. The
-Instruct models of Qwen2.5 have the shapes of their base models."""
+"""What counts in the config.json of a hub id. The Instruct models of Qwen2.5 have the sizes of their base models."""
 
 
 def split_problems(
@@ -171,77 +153,95 @@ def model_inside(folder: Path) -> Path | None:
 def shape_of(path: str) -> Shape:
     """Return the shape of the model at `path`, a folder or a hub id.
 
-    Raises UserError if the model is unknown, or if its family is not in FAMILIES.
+    Raises UserError if the model is unknown, or if the formulas of a plan do not apply to it.
     """
-    folder = Path(path).expanduser()
-    if (folder / "config.json").is_file():
-        return _read(folder / "config.json")
+    file = Path(path).expanduser() / "config.json"
+    if file.is_file():
+        return _count(str(file), _read(file))
     refuse_outer_folder("model.path", path)
-    found = KNOWN.get(path.removesuffix("-Instruct"))
-    if found is None:
-        near = difflib.get_close_matches(path, KNOWN, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"model.path={path}: no folder with a config.json, and no model whose sizes are known here; give one of "
-            f"the same size, e.g. model.path={near}; known are {', '.join(KNOWN)}"
-        )
-    return found
+    if (name := path.removesuffix("-Instruct")) in KNOWN:
+        return _count(path, KNOWN[name])
+    near = difflib.get_close_matches(path, KNOWN, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"model.path={path}: no folder with a config.json, and no model whose sizes are known here; give one of the "
+        f"same size, e.g. model.path={near}; known are {', '.join(KNOWN)}"
+    )
 
 
-def _read(file: Path) -> Shape:
-    settings = _planned(file)
-
-    def size(name: str) -> int:
-        value = settings[name]
-        if type(value) is not int or value < 1:  # true is an int
-            raise UserError(f"{file}: {name}={json.dumps(value)} must be a whole number, at least 1")
-        return value
-
+def _read(file: Path) -> dict[str, Json]:
+    """Read a config.json. Raises UserError if it is damaged, or of a quantized model."""
     try:
-        hidden, heads = size("hidden_size"), size("num_attention_heads")
-        kv_heads = heads if settings.get("num_key_value_heads") is None else size("num_key_value_heads")
-        own = settings.get("head_dim") is not None
-        if hidden % heads and not own:
-            raise UserError(
-                f"{file}: num_attention_heads={heads} must divide hidden_size={hidden}: there is no head_dim"
-            )
-        if heads % kv_heads:
-            raise UserError(f"{file}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
-        return Shape(
-            family=settings["model_type"],
-            vocab=size("vocab_size"),
-            hidden=hidden,
-            intermediate=size("intermediate_size"),
-            layers=size("num_hidden_layers"),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=size("head_dim") if own else hidden // heads,
-            tied=settings.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise UserError(f"{file} lacks {error.args[0]}") from error
-
-
-def _planned(file: Path) -> dict[str, Any]:
-    """Read a config.json.
-
-    Raises UserError if it is damaged, or if the parameters of such a model are not counted here.
-    """
-    try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8"))
+        settings: Json = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{file} must hold a mapping, as save_pretrained writes it, not {json.dumps(settings)[:40]}")
     if "model_type" not in settings:
         raise UserError(f"{file} lacks model_type")
-    if settings["model_type"] not in FAMILIES:
-        raise UserError(f"{file}: model_type={settings['model_type']} is not planned; there are {', '.join(FAMILIES)}")
-    for name in ("attention_bias", "mlp_bias"):
-        if settings.get(name):
-            raise UserError(f"{file}: {name}=true is not planned: its parameters are not counted")
     if settings.get("quantization_config"):
         raise UserError(f"{file}: quantization_config is not planned: weights are counted whole, in model.dtype")
     return settings
+
+
+def _refuse_sizes(where: str, settings: dict[str, Json], names: dict[str, str]) -> None:
+    """Raise UserError for sizes that no model has. `names`: the attribute map of the config's class."""
+    found: dict[str, int] = {}
+    for name in (*SIZES, "head_dim"):
+        stored = names.get(name, name)
+        value = settings.get(stored)
+        if value is None and name in ("num_key_value_heads", "head_dim"):
+            continue
+        if stored not in settings:
+            raise UserError(f"{where} lacks {stored}")
+        if type(value) is not int or value < 1:  # true is an int
+            raise UserError(f"{where}: {stored}={json.dumps(value)} must be a whole number, at least 1")
+        found[name] = value
+    hidden, heads = found["hidden_size"], found["num_attention_heads"]
+    if hidden % heads and "head_dim" not in found:
+        raise UserError(f"{where}: num_attention_heads={heads} must divide hidden_size={hidden}: there is no head_dim")
+    if heads % (kv_heads := found.get("num_key_value_heads", heads)):
+        raise UserError(f"{where}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
+
+
+def _count(where: str, settings: dict[str, Json]) -> Shape:
+    """Return the shape of the model of a config.json, from transformers' modules without weights.
+
+    A second model has twice the key-value heads: what it has in addition are the parameters of keys and values.
+    Raises UserError for sizes that no model has, and for models to which the formulas of a plan do not apply.
+    """
+    import torch  # noqa: PLC0415 - these take seconds to import
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: PLC0415
+
+    kind = settings["model_type"]
+    refused = f"{where}: model_type={kind} is not planned"
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=1, cutoff=0.0)[0]
+        raise UserError(f"{refused}: transformers has no such model; nearest: {near}")
+    _refuse_sizes(where, settings, CONFIG_MAPPING[kind].attribute_map)
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(settings)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        wider = CONFIG_MAPPING[kind].from_dict({**settings, "num_key_value_heads": 2 * kv_heads})
+        with torch.device("meta"):
+            model, more = (AutoModelForCausalLM.from_config(c, attn_implementation="eager") for c in (config, wider))
+        embedding, projection = model.get_input_embeddings().weight, model.get_output_embeddings()
+        head = 0 if projection.weight is embedding else sum(p.numel() for p in projection.parameters())
+    except Exception as error:  # a model's code may raise anything
+        raise UserError(f"{refused}: transformers does not build it: {one_line(error)}") from error
+    kv_head = (more.num_parameters() - model.num_parameters()) // kv_heads
+    # parameters for each key or value, besides those for the hidden state: a bias is 1, a norm of the keys 0.5
+    beyond = kv_head / (2 * config.num_hidden_layers * head_dim) - config.hidden_size
+    if any(p.dim() > 2 for p in model.parameters()) or not 0 <= beyond <= 1.5 or config.get_text_config() is not config:
+        raise UserError(
+            f"{refused}: a plan is for text models with dense layers that all have keys and values of "
+            "num_key_value_heads, not for experts, convolutions, states or compressed keys"
+        )
+    return Shape(
+        vocab=config.vocab_size, hidden=config.hidden_size, intermediate=config.intermediate_size,
+        layers=config.num_hidden_layers, heads=config.num_attention_heads, kv_heads=kv_heads, head_dim=head_dim,
+        body=model.num_parameters() - embedding.numel() - head, embedding=embedding.numel(), head=head, kv_head=kv_head,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

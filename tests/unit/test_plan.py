@@ -15,7 +15,7 @@ import torch
 import transformers
 from documented import RECIPES, ROOT
 
-from benchmarks import recipe_hours
+from benchmarks import recipe_hours, tiny_families
 from grpo.commands.cli import main
 from grpo.config import Config, load
 from grpo.planning.estimate import (
@@ -37,13 +37,15 @@ from grpo.planning.memory import (
     sampler_memory,
 )
 from grpo.planning.report import LEARNING, changes, in_flight, layouts, quicker
-from grpo.planning.shapes import GPUS, KNOWN, Shape, gpu_of, known_as, model_inside, shape_of, split_problems
+from grpo.planning.shapes import GPUS, Shape, gpu_of, known_as, model_inside, shape_of, split_problems
 from grpo.types import UserError
 
 SMALL = Shape(
-    family="llama", vocab=100, hidden=8, intermediate=20, layers=2, heads=4, kv_heads=2, head_dim=4, tied=False
-)
-"""A layer: 8 x 16 queries, 8 x 8 keys, 8 x 8 values, 16 x 8 back; 3 x 8 x 20; two norms of 8."""
+    vocab=100, hidden=8, intermediate=20, layers=2, heads=4, kv_heads=2, head_dim=4, body=1768, embedding=800, head=800,
+    kv_head=128,
+)  # fmt: skip
+"""A layer: 8 x 16 queries, 8 x 8 keys, 8 x 8 values, 16 x 8 back; 3 x 8 x 20; two norms of 8. In each
+of two layers, 8 x 4 for the keys of a head and as many for its values."""
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
@@ -62,28 +64,84 @@ def test_parameters_are_those_of_transformers(family: str, tied: bool, make_mode
     [
         ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
         ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
+        ("Qwen/Qwen2.5-Math-1.5B", 1_543_714_304),
         ("Qwen/Qwen2.5-3B", 3_085_938_688),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
         ("Qwen/Qwen2.5-Math-7B", 7_615_616_512),
         ("Qwen/Qwen2.5-32B", 32_763_876_352),
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1_777_088_000),
         ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("allenai/Llama-3.1-Tulu-3-8B-DPO", 8_030_261_248 + 2 * 8 * 4096),  # eight more tokens, untied
     ],
 )
 def test_known_models_have_the_parameters_of_their_weights_on_the_hub(name: str, parameters: int) -> None:
     assert shape_of(name).parameters == parameters
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_known_models_are_counted_as_transformers_counts_them(name: str) -> None:
-    shape = KNOWN[name]
-    config = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[shape.family](
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    assert shape.parameters == sum(p.numel() for p in model.parameters())
+def write_config(folder: Path, **settings: Any) -> str:
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def test_a_small_model_of_the_hub_in_its_folder(tmp_path: Path) -> None:
+    """SmolLM2-135M: 134,515,008 parameters on the hub, of which the tied embedding has 49,152 x 576."""
+    shape = shape_of(write_config(
+        tmp_path, model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    ))  # fmt: skip
+    assert (shape.parameters, shape.embedding, shape.head) == (134_515_008, 28_311_552, 0)
+    assert shape.multiplied == shape.parameters  # the embedding is the projection, too
+
+
+GEMMA2 = {
+    "model_type": "gemma2", "vocab_size": 100, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_other_families_by_hand(tmp_path: Path) -> None:
+    """Gemma 2 has heads of their own width and four norms in a layer; attention_bias adds one to each of four
+    projections."""
+    shape = shape_of(write_config(tmp_path, **GEMMA2))
+    layer = 16 * 32 + 2 * 16 * 16 + 32 * 16 + 3 * 16 * 20 + 4 * 16
+    assert (shape.body, shape.embedding, shape.head, shape.head_dim) == (2 * layer + 16, 1600, 0, 8)
+    assert (shape.queries, shape.keys, shape.kv_head) == (32, 16, 2 * 2 * 16 * 8)
+    assert shape.over(4).parameters - shape.parameters == 2 * (2 * 2 * 16 * 8)
+    biased = shape_of(write_config(tmp_path, **GEMMA2, attention_bias=True))
+    assert biased.body - shape.body == 2 * (32 + 16 + 16 + 16)
+    # untied: the projection is counted once more, and the embedding is a lookup
+    untied = shape_of(write_config(tmp_path, **(GEMMA2 | {"tie_word_embeddings": False})))
+    assert (untied.head, untied.parameters) == (1600, shape.parameters + 1600)
+    assert untied.multiplied == shape.multiplied == shape.body + 1600
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_moe",  # experts
+        "minicpm3",  # compressed keys and values
+        "zamba2",  # states
+        "gpt_neox",  # keys and values of all heads: there are no num_key_value_heads to count them by
+    ],
+)
+def test_models_for_which_the_formulas_do_not_hold(family: str, tmp_path: Path) -> None:
+    settings = tiny_families.settings_of(family, 100)
+    settings.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"model_type={family} is not planned: a plan is for text models with dense"):
+        shape_of(str(tmp_path))
+
+
+def test_a_model_without_attention_is_not_planned(tmp_path: Path) -> None:
+    tiny_families.settings_of("mamba", 100).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lacks num_attention_heads"):
+        shape_of(str(tmp_path))
+
+
+def test_a_config_that_transformers_refuses(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model_type=vit is not planned: transformers does not build it: .*ViTConfig"):
+        shape_of(write_config(tmp_path, **(GEMMA2 | {"model_type": "vit"})))
+    with pytest.raises(UserError, match="model_type=qwen22 is not planned: transformers has no such model; nearest: q"):
+        shape_of(write_config(tmp_path, **(GEMMA2 | {"model_type": "qwen22"})))
 
 
 def test_a_small_shape_by_hand() -> None:
@@ -98,7 +156,6 @@ def test_what_cannot_be_planned_is_said(make_model: Callable[..., Path], tmp_pat
     settings = json.loads((make_model("qwen2") / "config.json").read_text())
     for change, words in (
         ({"model_type": "mixtral"}, "model_type=mixtral is not planned"),
-        ({"attention_bias": True}, "attention_bias=true"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not planned: weights are counted"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
@@ -141,7 +198,10 @@ SIZES = {
         ({"head_dim": 0}, "head_dim=0 must be a whole number, at least 1"),
         ({"num_attention_heads": 6}, "num_attention_heads=6 must divide hidden_size=16: there is no head_dim"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
-        ({"model_type": ["llama"]}, "model_type=['llama'] is not planned; there are qwen2, qwen3, llama"),
+        (
+            {"model_type": ["llama"]},
+            "model_type=['llama'] is not planned: transformers has no such model; nearest: llama",
+        ),
     ],
 )
 def test_sizes_that_no_model_has(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -156,7 +216,7 @@ def test_sizes_that_may_be_left_out(tmp_path: Path) -> None:
     for change, (kv_heads, head_dim) in (
         ({}, (2, 4)),
         ({"num_key_value_heads": None, "head_dim": None}, (4, 4)),
-        ({"num_attention_heads": 6, "head_dim": 8}, (2, 8)),
+        ({"num_attention_heads": 6, "head_dim": 8, "model_type": "qwen3"}, (2, 8)),
     ):
         (tmp_path / "config.json").write_text(json.dumps(SIZES | change))
         shape = shape_of(str(tmp_path))
@@ -304,7 +364,7 @@ def total(parts: Parts) -> float:
 
 
 def test_memory_grows_with_tokens_and_falls_with_the_stage() -> None:
-    shape = KNOWN["Qwen/Qwen2.5-Math-7B"]
+    shape = shape_of("Qwen/Qwen2.5-Math-7B")
 
     def taken(*overrides: str) -> float:
         return total(learner_memory(config_of("math_drgrpo_7b", *APART, *overrides), shape)[0])
@@ -321,7 +381,7 @@ def test_memory_grows_with_tokens_and_falls_with_the_stage() -> None:
 
 
 def test_a_kv_cache_takes_what_its_share_leaves() -> None:
-    config, shape = config_of("math_drgrpo_7b"), KNOWN["Qwen/Qwen2.5-Math-7B"]
+    config, shape = config_of("math_drgrpo_7b"), shape_of("Qwen/Qwen2.5-Math-7B")
     parts = sampler_memory(config, shape, 80e9)
     assert total(parts) - parts["transfer"] == pytest.approx(0.8 * 80e9)
     fixed = sampler_memory(config_of("math_drgrpo_7b", "sampler.kv_cache_gib=3"), shape, 80e9)
@@ -348,7 +408,7 @@ def test_published_hours(run: tuple[Any, ...], published: float) -> None:
     """`run`: model, GPU and how many, rollouts and passes of a step, steps, lengths, KV cache, evaluations and the
     completions of each."""
     model, gpu_name, gpus, rows, passes, steps, (completion, longest), kv, evaluations, evaluated = run
-    shape, gpu = KNOWN[model], GPUS[gpu_name]
+    shape, gpu = shape_of(model), GPUS[gpu_name]
     lengths = Lengths(prompt=120, completion=completion, longest=longest)
 
     def sampling(completions: float, prompts: float) -> float:
@@ -366,7 +426,7 @@ def test_published_minutes_of_areal() -> None:
     """AReaL examples/math/gsm8k_grpo.yaml and README.md: about 35 minutes on 8 H800, of which 4 sample without a pause
     while 4 train (staleness 2): 256 prompts x 4, up to 1024 tokens, checkpointing, old logprobs; 10 epochs of 7473 rows
     are 290 steps. Assumed: completions of 250 tokens."""
-    shape, gpu = KNOWN["Qwen/Qwen2.5-1.5B"], GPUS["h800"]
+    shape, gpu = shape_of("Qwen/Qwen2.5-1.5B"), GPUS["h800"]
     lengths = Lengths(prompt=120, completion=250, longest=1024)
     sampling = sampling_seconds(
         shape, gpu, lengths, completions=256, prompts=64, kv=60e9, max_num_seqs=256, until_all_end=False
@@ -404,7 +464,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_step_has_the_parts_that_the_options_ask_for() -> None:
-    shape, lengths = KNOWN["Qwen/Qwen2.5-Math-7B"], Lengths(prompt=120, completion=900, longest=3000)
+    shape, lengths = shape_of("Qwen/Qwen2.5-Math-7B"), Lengths(prompt=120, completion=900, longest=3000)
 
     def seconds(*overrides: str, rounds: float = 1) -> Parts:
         config = config_of("math_drgrpo_7b", *APART, *overrides)
@@ -562,7 +622,7 @@ def test_a_sampler_is_on_one_node(per_node: int, nodes: int, room: int) -> None:
         "gsm8k_qwen2.5_7b", "cluster.samplers=2", "cluster.tensor_parallel=4", "cluster.layout=disaggregated",
         "cluster.learner_ranks=1",
     )  # fmt: skip
-    shape = KNOWN["Qwen/Qwen2.5-7B"]
+    shape = shape_of("Qwen/Qwen2.5-7B")
     lengths = Lengths(prompt=150, completion=300, longest=2048)
     plan = estimate(config, shape, GPUS["h100"], lengths, nodes=nodes, gpus_per_node=per_node)
     said = [problem for problem in plan.problems if problem.startswith("a sampler's 4 GPUs are on one node")]
@@ -593,7 +653,7 @@ def test_a_model_is_split_as_vllm_splits_it(split: tuple[int, int], said: str) -
         f"cluster.pipeline_parallel={pipeline}", "cluster.layout=disaggregated",
     )  # fmt: skip
     lengths = Lengths(prompt=150, completion=300, longest=2048)
-    plan = estimate(config, KNOWN["Qwen/Qwen2.5-7B"], GPUS["h100"], lengths, nodes=1, gpus_per_node=256)
+    plan = estimate(config, shape_of("Qwen/Qwen2.5-7B"), GPUS["h100"], lengths, nodes=1, gpus_per_node=256)
     found = [problem for problem in plan.problems if "_parallel=" in problem]
     assert found == ([f"cluster.{said}"] if said else [])
 
