@@ -14,13 +14,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # so that `grpo --help` and option errors do not import torch
     import torch
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+"""A value of JSON or YAML."""
+Unchecked: TypeAlias = object
+"""A value from outside, of a type that has to be checked before use."""
 
 FinishReason = Literal["stop", "length"]
 """Reason why the engine ended a completion: an end token or stop string was sampled, or `max_tokens` was reached."""

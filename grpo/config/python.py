@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from grpo.config.schema import Config
-from grpo.types import UserError
+from grpo.types import Json, UserError
 
 Value: TypeAlias = "str | Path | int | float | bool | Sequence[Value] | Mapping[str, Value] | None"
 """Value of an option or of a section."""
@@ -16,10 +16,9 @@ Recipe: TypeAlias = "str | Path | Mapping[str, Value] | Config"
 """Path of a YAML file, the name of a built-in recipe, its content as a mapping, or a loaded config."""
 Reward: TypeAlias = "str | Mapping[str, str]"
 """Path of a reward file, or its section in a recipe."""
-Plain: TypeAlias = "str | int | float | bool | list[Plain] | dict[str, Plain] | None"
 
 
-def plain_value(value: Value, where: str) -> Plain:
+def plain_value(value: Value, where: str) -> Json:
     """Return `value` as YAML and JSON have it. Instances of subclasses of str, int and float, such as numpy.float64 or
     the members of an IntEnum, become plain ones. `where`: the name of the value in error messages.
 
