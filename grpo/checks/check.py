@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ from grpo.checks.rewards import check_reward_sets, decide_gold, reward_fingerpri
 from grpo.config import Config, DatasetConfig
 from grpo.rewards.imports import locate
 from grpo.rewards.process import MIN_SECRET, secrets
-from grpo.types import Moment, Prompt, UserError
+from grpo.types import Json, Moment, Prompt, UserError
 
 T = TypeVar("T", bound=DatasetConfig)
 
@@ -177,7 +177,7 @@ def refuse_secrets(config: Config) -> None:
             )
 
 
-def leaves(tree: Any) -> Iterator[str]:
+def leaves(tree: Json) -> Iterator[str]:
     """Yield every value of a nested config as text."""
     if isinstance(tree, dict | list | tuple):
         for value in tree.values() if isinstance(tree, dict) else tree:

@@ -61,7 +61,7 @@ def refuse_local(options: Config, resume: str | None) -> None:
     for option, value in config.values(options):
         declared = config.declaration(option)
         submit = declared.submit if declared else None
-        if value is None or submit not in (OnSubmit.SHARED, OnSubmit.SHARED_OR_HUB) or os.path.isabs(value):
+        if not isinstance(value, str) or os.path.isabs(value):
             continue
         if submit is OnSubmit.SHARED:
             raise UserError(
@@ -69,7 +69,7 @@ def refuse_local(options: Config, resume: str | None) -> None:
                 "of one that every node sees"
             )
         bare = Path(value.rpartition(":")[0] or value)  # the path in FOLDER:config
-        if data.is_path(value) or Path(value).exists() or bare.exists():
+        if submit is OnSubmit.SHARED_OR_HUB and (data.is_path(value) or Path(value).exists() or bare.exists()):
             raise UserError(
                 f"{option}={value} does not travel with the job: put it where every node sees it and give its whole "
                 f"path (here it is {os.path.abspath(os.path.expanduser(value))}), or a hub id"

@@ -6,10 +6,13 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from grpo import __version__
 from grpo.types import UserError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""The parser's list of commands."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -59,18 +62,17 @@ def in_lines(*lines: str) -> str:
 
 
 def add_command(
-    commands: Any, name: str, words: str, *examples: str, notes: Sequence[str] = ()
+    commands: Commands, name: str, words: str, *examples: str, notes: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
     """Add a command with its purpose, `notes`, and `examples` to copy. Return its parser."""
     lines = [*notes, *([""] if notes else []), "examples:", *(f"  grpo {example}" for example in examples)]
-    command: argparse.ArgumentParser = commands.add_parser(
+    return commands.add_parser(
         name,
         help=words,
         description=words,
         epilog=in_lines(*lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return command
 
 
 def add_recipe(command: argparse.ArgumentParser, overrides: str | None = None) -> None:
@@ -79,7 +81,7 @@ def add_recipe(command: argparse.ArgumentParser, overrides: str | None = None) -
     command.add_argument("overrides", nargs="*", metavar="section.option=value", help=overrides)
 
 
-def add_looking_commands(commands: Any) -> None:
+def add_looking_commands(commands: Commands) -> None:
     """Add the commands that do not train: eval, compare, replay and plan."""
     words = "evaluate a model on held-out data: avg@k, pass@k, maj@k with intervals; cached and resumable"
     examples = (
@@ -121,7 +123,7 @@ def add_looking_commands(commands: Any) -> None:
     )
 
 
-def add_job_commands(commands: Any) -> None:
+def add_job_commands(commands: Commands) -> None:
     """Add the commands for jobs on a cluster (docs/cluster.md): submit, jobs, status, logs and stop."""
     words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
     examples = (

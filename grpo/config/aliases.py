@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import yaml
 
 from grpo.config.foreign import LEAVE, NO, Alias, table
+from grpo.types import Json, Unchecked
 
 TRAINERS = {"trl": "TRL", "verl": "verl", "openrlhf": "OpenRLHF", "open_instruct": "open-instruct"}
 VERL_SECTIONS = (
@@ -42,7 +43,7 @@ def names_of(alias: Alias, field: str) -> list[str]:
     return [name.replace("~", "actor_rollout_ref.") for name in names]
 
 
-def answer(name: str, value: object, own: frozenset[str]) -> str | None:
+def answer(name: str, value: Json, own: frozenset[str]) -> str | None:
     """Return the answer to an option that is not ours, or None if it is unknown.
 
     Args:
@@ -104,7 +105,7 @@ def _widened(name: str) -> Iterator[str]:
         yield f"{name}.*"
 
 
-def _outcome(value: object, alias: Alias) -> str | None:
+def _outcome(value: Json, alias: Alias) -> str | None:
     """Return the answer to a value of another trainer's option, or None if the value is unknown."""
     if isinstance(value, list) and alias.values:
         parts = [_outcome(item, alias) for item in value]
@@ -140,7 +141,7 @@ def _said(known: str) -> str:
     return known if known == LEAVE else f"here {known}"
 
 
-def answer_value(option: str, value: object) -> str | None:
+def answer_value(option: str, value: Json) -> str | None:
     """Return the answer to another trainer's value of one of our own options, or None if the value is unknown."""
     text = written(value).lower()
     found = [(alias, trainers, alias.values.get(text, LEAVE)) for alias, trainers in _index().values()]
@@ -153,7 +154,7 @@ def answer_value(option: str, value: object) -> str | None:
     return None
 
 
-def written(value: object) -> str:
+def written(value: Unchecked) -> str:
     """Return a value as it is written after `option=`."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
@@ -171,7 +172,7 @@ def nearest(name: str) -> tuple[str, float] | None:
     return (near[0], difflib.SequenceMatcher(None, near[0], name).ratio()) if near else None
 
 
-def flags(tokens: list[str]) -> list[tuple[str, object]]:
+def flags(tokens: list[str]) -> list[tuple[str, Json]]:
     """Parse `--name value`, `--name=value` and `--name` into names and values; a flag without a value is true."""
     found: list[tuple[str, list[str]]] = []
     for token in tokens:
@@ -183,7 +184,7 @@ def flags(tokens: list[str]) -> list[tuple[str, object]]:
     return [(name, _parsed(values)) for name, values in found]
 
 
-def _parsed(values: list[str]) -> object:
+def _parsed(values: list[str]) -> Json:
     read = [yaml.safe_load(value) if re.fullmatch(r"[\w.+-]+", value) else value for value in values]
     return True if not read else read[0] if len(read) == 1 else read
 

@@ -12,15 +12,14 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
 
 import yaml
 from omegaconf import MISSING
 
-from grpo.config.options import Option, item_class, options
+from grpo.config.options import Kind, Option, item_class, options, section_class
 from grpo.config.schema import Config
 from grpo.suggest import suggest
-from grpo.types import UserError
+from grpo.types import Json, UserError
 
 WIDTH = 120
 """Maximum width of a line, in columns."""
@@ -83,8 +82,8 @@ def _sections(cls: type, prefix: str) -> Iterator[Section]:
             options=tuple(options()[f"{prefix}{name}"] for name in hints if f"{prefix}{name}" in options()),
         )
     for name, kind in hints.items():
-        if dataclasses.is_dataclass(kind):
-            yield from _sections(typing.cast(type, kind), f"{prefix}{name}.")
+        if section := section_class(kind):
+            yield from _sections(section, f"{prefix}{name}.")
         elif item := item_class(kind):
             yield from _sections(item, f"{prefix}{name}[i].")
 
@@ -107,7 +106,7 @@ def in_yaml(text: str) -> str:
     return re.sub(r"\bNone\b", "null", " ".join(text.split()))
 
 
-def kind_text(kind: Any) -> str:
+def kind_text(kind: Kind) -> str:
     """Return a type in words."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
@@ -119,10 +118,11 @@ def kind_text(kind: Any) -> str:
         return f"list of {count}{kind_text(inner[0])}s"
     if origin is dict:
         return f"mapping of {kind_text(inner[0])} to {kind_text(inner[1])}"
-    return {str: "text", int: "integer", float: "number", bool: "true | false"}.get(kind, "value")
+    names: dict[Kind, str] = {str: "text", int: "integer", float: "number", bool: "true | false"}
+    return names.get(kind, "value")
 
 
-def default_text(default: Any) -> str:
+def default_text(default: Json) -> str:
     """Return a default as a recipe would write it."""
     if default == MISSING:
         return "required"

@@ -10,7 +10,6 @@ import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
@@ -18,13 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo import builtin
 from grpo.config import aliases
-from grpo.config.options import general, item_class, options
+from grpo.config.options import Kind, general, item_class, options, section_class
 from grpo.config.python import Recipe, Reward, plain_value
 from grpo.config.schema import Config, SamplingConfig
 from grpo.config.schema_data import DatasetConfig
 from grpo.config.validate import validate
 from grpo.suggest import suggest
-from grpo.types import UserError
+from grpo.types import Json, Unchecked, UserError
 
 REPLAYABLE = "temperature"
 NOT_REPLAYABLE = (
@@ -160,8 +159,9 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
     """Build and validate a config from a tree and overrides. `path` names the source of the tree in errors."""
     for override in overrides:
         tree = _listed(_override(tree, override))
-    _answer_others(OmegaConf.to_container(tree), path)
-    _check_keys(OmegaConf.to_container(tree), Config, "", path)
+    sections = _plain(tree)
+    _answer_others(sections, path)
+    _check_keys(sections, Config, "", path)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
         config = OmegaConf.to_object(merged)
@@ -170,7 +170,7 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
         reason = str(error).split("\n")[0]
         if "Missing mandatory" in reason or "MissingMandatoryValue" in type(error).__name__:
             raise UserError(f"{path}: {option} is required and not set") from error
-        raise UserError(f"{path}: {_misfit(OmegaConf.to_container(tree), Config, '') or reason}") from error
+        raise UserError(f"{path}: {_misfit(sections, Config, '') or reason}") from error
     assert isinstance(config, Config)
     validate(config)
     return config
@@ -192,7 +192,7 @@ def dump(config: Config) -> str:
     return yaml.dump(_literal(dataclasses.asdict(config)), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _literal(tree: Any) -> Any:
+def _literal(tree: Json) -> Json:
     """Return `tree` for a YAML file that OmegaConf reads: interpolations are escaped, and tuples become lists."""
     if isinstance(tree, dict):
         return {key: _literal(value) for key, value in tree.items()}
@@ -203,9 +203,16 @@ def _literal(tree: Any) -> Any:
     return tree
 
 
+def _plain(tree: DictConfig) -> dict[str, Json]:
+    """Return `tree` as plain values."""
+    plain = OmegaConf.to_container(tree)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
 def _listed(tree: DictConfig) -> DictConfig:
     """Return `tree` with data sets as lists of mappings, also if the recipe gives only paths."""
-    plain: Any = OmegaConf.to_container(tree)
+    plain = _plain(tree)
     data = plain.get("data")
     held_out = data.get("eval") if isinstance(data, dict) else None
     for section, key in ((data, "train"), (held_out, "sets")):
@@ -214,8 +221,7 @@ def _listed(tree: DictConfig) -> DictConfig:
         items = [section[key]] if isinstance(section[key], str) else section[key]
         if isinstance(items, list):
             section[key] = [{"path": item} if isinstance(item, str) else item for item in items]
-    listed: DictConfig = OmegaConf.create(plain)
-    return listed
+    return OmegaConf.create(plain)
 
 
 def _override(tree: DictConfig, text: str) -> DictConfig:
@@ -240,7 +246,7 @@ def _override(tree: DictConfig, text: str) -> DictConfig:
     return tree
 
 
-def _value(kind: Any, raw: str) -> Any:
+def _value(kind: Kind, raw: str) -> Unchecked:
     """Parse the value of an override.
 
     Strings are not parsed as YAML, since templates are seldom valid YAML. Nor are paths given instead of a list of
@@ -251,14 +257,14 @@ def _value(kind: Any, raw: str) -> Any:
     return OmegaConf.from_dotlist([f"value={raw}"])["value"]
 
 
-def _kind(key: str) -> Any:
+def _kind(key: str) -> Kind:
     """Return the type of an option, or None if the option is unknown."""
-    kind: Any = Config
+    kind: Kind = Config
     for part in re.sub(r"\[(\d+)\]", r".\1", key).split("."):
         if part.isdigit():
             kind = item_class(kind)
-        elif dataclasses.is_dataclass(kind):
-            kind = typing.get_type_hints(kind).get(part)
+        elif section := section_class(kind):
+            kind = typing.get_type_hints(section).get(part)
         elif typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
         else:
@@ -270,7 +276,7 @@ def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _answer_others(tree: Any, source: str) -> None:
+def _answer_others(tree: Json, source: str) -> None:
     """Raise UserError with an answer to each option of another trainer."""
     said = [aliases.answer(name, value, _own_names()) for name, value in _unknown(tree, Config, "")]
     if answers := [answer for answer in said if answer]:
@@ -291,7 +297,7 @@ def refuse_flags(tokens: typing.Sequence[str]) -> None:
         raise UserError(aliases.joined(answers))
 
 
-def _unknown(node: Any, cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+def _unknown(node: Json, cls: type, prefix: str) -> Iterator[tuple[str, Json]]:
     """Yield (full name, value) of every key that is not an option and is not similar to one. Mappings below such a key
     are flattened."""
     hints = typing.get_type_hints(cls)
@@ -301,14 +307,14 @@ def _unknown(node: Any, cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
             like = difflib.get_close_matches(str(key), hints, n=1, cutoff=aliases.LIKE) and not aliases.is_known(name)
             if not like and not (cls is SamplingConfig and key in NOT_REPLAYABLE):
                 yield from _leaves(name, value)
-        elif dataclasses.is_dataclass(inner):
-            yield from _unknown(value, typing.cast(type, inner), f"{name}.")
+        elif section := section_class(inner):
+            yield from _unknown(value, section, f"{name}.")
         elif below := item_class(inner):
             for i, item in enumerate(value if isinstance(value, list) else []):
                 yield from _unknown(item, below, f"{name}[{i}].")
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(name: str, value: Json) -> Iterator[tuple[str, Json]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(f"{name}.{key}", inner)
@@ -322,7 +328,7 @@ def _own_names() -> frozenset[str]:
     return frozenset(option.rpartition(".")[2] for option in options())
 
 
-def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
+def _check_keys(node: Json, cls: type, prefix: str, source: str) -> None:
     """Raise UserError for a key that is not an option, naming the nearest one, and for a value of the wrong shape."""
     if not isinstance(node, dict):
         raise UserError(f"{source}: {prefix.rstrip('.') or 'the recipe'} must be a mapping, not {node!r}")
@@ -336,10 +342,9 @@ def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
             )
         if key not in hints:
             raise UserError(f"{source}: unknown option {name}{_nearest(str(key), cls, prefix)}")
-        inner = hints[key]
-        if dataclasses.is_dataclass(inner):
-            _check_keys(value, typing.cast(type, inner), f"{name}.", source)
-        elif below := item_class(inner):
+        if section := section_class(hints[key]):
+            _check_keys(value, section, f"{name}.", source)
+        elif below := item_class(hints[key]):
             if not isinstance(value, list) and value != MISSING:
                 shape = f"a list of {{{', '.join(_names(below)[:3])}, ...}}"
                 shape = f"a path or {shape}" if issubclass(below, DatasetConfig) else shape
@@ -347,10 +352,10 @@ def _check_keys(node: Any, cls: type, prefix: str, source: str) -> None:
             for i, item in enumerate(value if isinstance(value, list) else []):
                 _check_keys(item, below, f"{name}[{i}].", source)
         else:
-            _check_texts(value, inner, name, source)
+            _check_texts(value, hints[key], name, source)
 
 
-def _check_texts(value: Any, kind: Any, name: str, source: str) -> None:
+def _check_texts(value: Json, kind: Kind, name: str, source: str) -> None:
     """Raise UserError for a string option with a value that is not a string: omegaconf would convert numbers
     silently."""
     if kind == str | None and value is not None:
@@ -367,15 +372,15 @@ def _check_texts(value: Any, kind: Any, name: str, source: str) -> None:
             _check_texts(text, str, f"{name}.{key}", source)
 
 
-def _misfit(node: Any, cls: type, prefix: str) -> str | None:
+def _misfit(node: Json, cls: type, prefix: str) -> str | None:
     """Return a message naming the first option whose value does not fit its type, or None.
 
     omegaconf reports the error for the whole tree, so each option is tried separately.
     """
     hints = typing.get_type_hints(cls)
-    for key, value in node.items():
-        if dataclasses.is_dataclass(hints[key]):
-            found = _misfit(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if section := section_class(hints[key]):
+            found = _misfit(value, section, f"{prefix}{key}.")
         elif (below := item_class(hints[key])) and isinstance(value, list):
             items = (_misfit(item, below, f"{prefix}{key}[{i}].") for i, item in enumerate(value))
             found = next((item for item in items if item), None)
@@ -397,7 +402,7 @@ def _misfit(node: Any, cls: type, prefix: str) -> str | None:
     return None
 
 
-def _nearest_choice(option: str, value: Any, choices: list[str]) -> str:
+def _nearest_choice(option: str, value: Json, choices: list[str]) -> str:
     """Return `; did you mean ...?`, or the answer to another trainer's value, or an empty string."""
     near = [choice for choice in choices if str(value).replace("-", "_") in choice]
     if not near and (said := aliases.answer_value(option, value)):

@@ -10,6 +10,7 @@ import sys
 
 from grpo.config.aliases import TRAINERS, answer, joined, written
 from grpo.config.foreign import LEAVE, NO, Alias, table
+from grpo.types import Json
 
 HEAD = """\
 <!-- python -m grpo.config.migrating > docs/migrating.md -->
@@ -42,9 +43,9 @@ def page() -> str:
 
 def _example() -> list[str]:
     own = frozenset[str]()
-    given = [("num_generations", 8), ("beta", 0.04), ("loss_type", "dr_grpo"), ("use_vllm", True), ("lora_r", 16)]
-    said = [answer(name, value, own) or "" for name, value in given]
-    shown = f"$ grpo check recipe.yaml {' '.join(f'{name}={written(value)}' for name, value in given)}"
+    given = dict[str, Json](num_generations=8, beta=0.04, loss_type="dr_grpo", use_vllm=True, lora_r=16)
+    said = [answer(name, value, own) or "" for name, value in given.items()]
+    shown = f"$ grpo check recipe.yaml {' '.join(f'{name}={written(value)}' for name, value in given.items())}"
     return [shown, f"grpo: recipe.yaml: {joined(said)}"]
 
 

@@ -7,10 +7,17 @@ import functools
 import re
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from grpo.config.declare import Bound, Mark, OnlyWith, OnResume, OnSubmit
 from grpo.config.schema import Config
+from grpo.types import Json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Kind: TypeAlias = object
+"""Type of an option: a class, or a form such as `list[str]`, `int | None` or `Literal["a", "b"]`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +28,8 @@ class Option:
     """Full name, with `[i]` for an index into a list."""
     section: type
     """The class of its section."""
-    kind: Any
-    """Its type."""
-    default: Any
+    kind: Kind
+    default: Json
     """MISSING if the option is required."""
     bound: Bound | None
     only_with: tuple[OnlyWith, ...]
@@ -32,7 +38,7 @@ class Option:
     """None: the option is part of the submitted recipe as it is."""
 
     @property
-    def plain_default(self) -> Any:
+    def plain_default(self) -> Json:
         """Return the default as a checkpoint has it: a tuple is a list there."""
         return list(self.default) if isinstance(self.default, tuple) else self.default
 
@@ -42,12 +48,14 @@ def general(name: str) -> str:
     return re.sub(r"\[\d+\]", "[i]", name)
 
 
-def item_class(kind: Any) -> type | None:
+def section_class(kind: Kind) -> type | None:
+    """Return `kind` if it is the class of a section, else None."""
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+
+
+def item_class(kind: Kind) -> type | None:
     """Return the item class if `kind` is a list of sections, else None."""
-    if typing.get_origin(kind) is not list:
-        return None
-    [item] = typing.get_args(kind)
-    return typing.cast(type, item) if dataclasses.is_dataclass(item) else None
+    return section_class(*typing.get_args(kind)) if typing.get_origin(kind) is list else None
 
 
 @functools.cache
@@ -62,8 +70,8 @@ def _below(cls: type, prefix: str, above: tuple[Mark, ...]) -> Iterator[Option]:
     for f in dataclasses.fields(cls):
         kind, name = plain[f.name], f"{prefix}{f.name}"
         marks: tuple[Mark, ...] = (*getattr(hints[f.name], "__metadata__", ()), *above)
-        if dataclasses.is_dataclass(kind):
-            yield from _below(typing.cast(type, kind), f"{name}.", marks)
+        if section := section_class(kind):
+            yield from _below(section, f"{name}.", marks)
         elif item := item_class(kind):
             yield from _below(item, f"{name}[i].", marks)
         else:
@@ -71,7 +79,7 @@ def _below(cls: type, prefix: str, above: tuple[Mark, ...]) -> Iterator[Option]:
                 name=name,
                 section=cls,
                 kind=kind,
-                default=f.default if f.default_factory is dataclasses.MISSING else f.default_factory(),
+                default=getattr(cls(), f.name),
                 bound=next((mark for mark in marks if isinstance(mark, Bound)), None),
                 only_with=tuple(
                     mark for mark in marks if isinstance(mark, OnlyWith) and not name.startswith(f"{mark.option}[")
@@ -90,7 +98,7 @@ def declaration(name: str) -> Option | None:
     return known.get(name)
 
 
-def values(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def values(section: DataclassInstance | type[DataclassInstance], prefix: str = "") -> Iterator[tuple[str, Json]]:
     """Yield (full name, value) of every option of a config; names have the indices of list items."""
     for f in dataclasses.fields(section):
         name, value = f"{prefix}{f.name}", getattr(section, f.name)

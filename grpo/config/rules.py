@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from grpo.config.aliases import written
 from grpo.config.declare import OnlyWith
 from grpo.config.options import declaration, options, values
 from grpo.config.schema import Config
-from grpo.types import UserError
+from grpo.types import Json, Unchecked, UserError
 
 
 def need(ok: bool, sentence: str) -> None:
@@ -20,7 +19,7 @@ def need(ok: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def value_of(c: Config, name: str) -> Any:
+def value_of(c: Config, name: str) -> Unchecked:
     """Return the value of the option with this full name."""
     return functools.reduce(getattr, name.split("."), c)
 
@@ -53,7 +52,7 @@ def validate_declared(c: Config) -> None:
                 inert(c, name, why)
 
 
-def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(name: str, value: Json) -> Iterator[tuple[str, Json]]:
     """Yield (name, value) of each single value in a list or mapping."""
     if isinstance(value, list | tuple | dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)
