@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +87,7 @@ class Prompt:
     """[L] ids given to the sampler, special tokens included."""
     text: str
     """Text that `token_ids` were made from; a view for reward functions and the samples file."""
-    row: Mapping[str, Any]
+    row: Mapping[str, Unchecked]
     """The row as read, with the columns that the recipe adds."""
     messages: Sequence[Mapping[str, str]] | None
     """The chat turns when the prompt is conversational, else None."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from grpo.suggest import suggest
+from grpo.types import Unchecked
 
 DEEPEST = 6
 """Maximum depth at which a value is searched."""
@@ -16,7 +16,9 @@ DEEPEST = 6
 class _Format(string.Formatter):
     """Formatter that prefers a column's whole name over nesting: `{a.b}` is the column a.b if the row has one."""
 
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+    def get_field(
+        self, field_name: str, args: Sequence[Unchecked], kwargs: Mapping[str, Unchecked]
+    ) -> tuple[Unchecked, str]:
         if field_name in kwargs:
             return kwargs[field_name], field_name
         value, key = super().get_field(field_name, args, kwargs)
@@ -26,17 +28,17 @@ class _Format(string.Formatter):
 _FORMAT = _Format()
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
+def render(template: str, values: Mapping[str, Unchecked]) -> str:
     """Return `template` rendered with a row's columns. Raises the exceptions of `str.format`."""
     return _FORMAT.vformat(template, (), values)
 
 
-def value_at(field: str, values: Mapping[str, Any]) -> Any:
+def value_at(field: str, values: Mapping[str, Unchecked]) -> Unchecked:
     """Return the value of a field: `a`, `a[b]` or `a[0][b]`. Raises the exceptions of `str.format`."""
     return _FORMAT.get_field(field, (), values)[0]
 
 
-def hint(wanted: str, values: Mapping[str, Any]) -> str:
+def hint(wanted: str, values: Mapping[str, Unchecked]) -> str:
     """Return `; ...` about a column that a row does not have: the config line that makes it from a nested value, or the
     column with the most similar name. Empty if there is neither."""
     path = nested(wanted, values)
@@ -50,7 +52,7 @@ def line(name: str, path: str) -> str:
     return f'columns: {{{name if re.fullmatch(r"[A-Za-z_]+", name) else chr(34) + name + chr(34)}: "{{{path}}}"}}'
 
 
-def nested(wanted: str, values: Mapping[str, Any]) -> str | None:
+def nested(wanted: str, values: Mapping[str, Unchecked]) -> str | None:
     """Return the first field that `wanted` may mean: `a.b`, `a['b']` and `b` may all mean `a[b]`. None without one."""
     parts = [part for part in re.findall(r"[^.\[\]'\"]+", wanted) if not part.isdigit()] or [""]
     return next(
@@ -59,25 +61,25 @@ def nested(wanted: str, values: Mapping[str, Any]) -> str | None:
     )
 
 
-def longest_text(name: str, value: Any) -> str | None:
+def longest_text(name: str, value: Unchecked) -> str | None:
     """Return the field of the longest text inside a nested value; None without a text."""
     texts = {path: text for path, _, text in _paths({name: value}) if isinstance(text, str)}
     return max(texts, key=lambda path: len(texts[path]), default=None)
 
 
-def is_nested(value: Any) -> bool:
+def is_nested(value: Unchecked) -> bool:
     """Return whether a value contains a mapping, so that a format string would render it as Python."""
     if isinstance(value, list | tuple):
         return any(is_nested(item) for item in value)
     return isinstance(value, Mapping)
 
 
-def _paths(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str], Any]]:
+def _paths(values: Mapping[str, Unchecked]) -> Iterator[tuple[str, list[str], Unchecked]]:
     """Yield (field, names on the path, value) of each part that a field can name, the shallowest first. Only the first
     item of a list is visited."""
     level = [(key, [key], value) for key, value in values.items() if not re.search(r"[.\[\]{}:!]", key)]
     for _ in range(DEEPEST):
-        below: list[tuple[str, list[str], Any]] = []
+        below: list[tuple[str, list[str], Unchecked]] = []
         for path, keys, value in level:
             yield path, keys, value
             if isinstance(value, Mapping):

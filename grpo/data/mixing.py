@@ -12,11 +12,20 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TypedDict, final
 
 from grpo.config import DataConfig
-from grpo.data.order import Cursor
+from grpo.data.order import Cursor, CursorState
 from grpo.types import Prompt, UserError
+
+
+@final
+class MixedState(TypedDict):
+    """State of a `MixedCursor`, as plain JSON."""
+
+    weights: list[float]
+    drawn: list[int]
+    sets: dict[str, CursorState]
 
 
 class MixedCursor:
@@ -76,8 +85,8 @@ class MixedCursor:
 
         return min(able, key=due)
 
-    def state(self) -> dict[str, Any]:
-        """Return the state that `restore` needs, as plain JSON."""
+    def state(self) -> MixedState:
+        """Return the state that `restore` needs."""
         return {
             "weights": self.weights,
             "drawn": list(self._drawn),
@@ -85,7 +94,7 @@ class MixedCursor:
         }
 
     @classmethod
-    def restore(cls, sizes: Mapping[str, int], state: Mapping[str, Any]) -> MixedCursor:
+    def restore(cls, sizes: Mapping[str, int], state: MixedState) -> MixedCursor:
         """Return a cursor that continues the stream from `state`.
 
         Raises UserError when the data sets differ.
@@ -109,7 +118,7 @@ def start_cursor(prompts: Sequence[Prompt], data: DataConfig) -> Cursor | MixedC
     return MixedCursor(sizes_of(prompts), weights, seed=data.seed)
 
 
-def restore_cursor(prompts: Sequence[Prompt], state: Mapping[str, Any]) -> Cursor | MixedCursor:
+def restore_cursor(prompts: Sequence[Prompt], state: CursorState | MixedState) -> Cursor | MixedCursor:
     """Return a cursor that continues from `state`."""
     if "sets" in state:
         return MixedCursor.restore(sizes_of(prompts), state)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
+from typing import TypedDict, final
 
 import numpy as np
 
 from grpo.types import UserError
+
+
+@final
+class CursorState(TypedDict):
+    """State of a `Cursor`, as plain JSON."""
+
+    size: int
+    seed: int
+    epoch: int
+    position: int
+    deferred: list[int]
 
 
 class Cursor:
@@ -81,8 +92,8 @@ class Cursor:
             taken += fresh
         return taken
 
-    def state(self) -> dict[str, Any]:
-        """Return the state that `restore` needs, as plain JSON: four integers and the list of deferred indices."""
+    def state(self) -> CursorState:
+        """Return the state that `restore` needs."""
         return {
             "size": self.size,
             "seed": self.seed,
@@ -92,7 +103,7 @@ class Cursor:
         }
 
     @classmethod
-    def restore(cls, size: int, state: Mapping[str, Any]) -> Cursor:
+    def restore(cls, size: int, state: CursorState) -> Cursor:
         """Return a cursor that continues the stream from `state`.
 
         Raises UserError when the data set no longer has the size recorded in `state`.

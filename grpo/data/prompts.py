@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jinja2
 from tokenizers.models import BPE
@@ -23,7 +23,7 @@ from grpo.data.columns import hint
 from grpo.data.hub import one_line
 from grpo.data.rows import Row
 from grpo.data.template import render_template
-from grpo.types import Prompt, UserError
+from grpo.types import Prompt, Unchecked, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,7 +178,7 @@ def _refuse_pictures(rows: Sequence[Row], option: str) -> None:
                 )
 
 
-def _holds_bytes(value: Any) -> bool:
+def _holds_bytes(value: Unchecked) -> bool:
     if isinstance(value, Mapping | list):
         return any(_holds_bytes(part) for part in (value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, bytes | bytearray) or type(value).__module__.split(".")[0] in ("PIL", "torchcodec")
@@ -202,7 +202,7 @@ def _apply_chat_template(
 
     texts = []
     for row, messages in zip(rows, turns, strict=True):
-        chat: Any = [dict(turn) for turn in messages or ()]
+        chat = [dict(turn) for turn in messages or ()]
         try:
             text = str(
                 tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, strftime_now=today)
@@ -238,7 +238,7 @@ def _encode(
     An unknown token counts as a representation, because it is the tokenizer's own. Without one, some tokenizers raise,
     some return None as the id, and some drop the character.
     """
-    options: dict[str, Any] = {
+    options = {
         "add_special_tokens": add_special_tokens,
         "padding": False,
         "truncation": False,
@@ -336,6 +336,6 @@ def _within_limit(prompts: list[Prompt], data: DataConfig, name: str, option: st
     return PromptSet(name=name, option=option, prompts=kept, dropped=dropped, notes=(note,) if long else ())
 
 
-def _content_hash(values: Mapping[str, Any]) -> str:
+def _content_hash(values: Mapping[str, Unchecked]) -> str:
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

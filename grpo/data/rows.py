@@ -13,12 +13,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 from grpo.data.disguise import FIRST_BYTES, PARQUET, disguise_of
 from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
 from grpo.suggest import suggest
-from grpo.types import UserError
+from grpo.types import Json, Unchecked, UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FORMATS = "a .jsonl or .parquet file, a folder in `datasets` layout, or a hub id (FOLDER:config, owner/name:config)"
 
@@ -29,7 +32,7 @@ class Row:
 
     index: int
     """Position in the data set, from 0."""
-    values: Mapping[str, Any]
+    values: Mapping[str, Unchecked]
     where: str
     """For messages: `file.jsonl:17` (line, from 1) or `name[16]` (index, from 0)."""
 
@@ -114,7 +117,7 @@ def _read_json_lines(path: Path, option: str) -> list[Row]:
     return rows
 
 
-def _parse_line(line: bytes) -> Any:
+def _parse_line(line: bytes) -> Json:
     """Return one JSON value. Raises ValueError with a message of one line."""
     if not line.strip():
         raise ValueError("the line is blank; blank lines may only stand at the end")
@@ -123,7 +126,7 @@ def _parse_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start + 1} of the line)") from error
     try:
-        value = json.loads(
+        value: Json = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
         )
         _refuse_half_characters(text, value)
@@ -134,8 +137,8 @@ def _parse_line(line: bytes) -> Any:
         raise ValueError("not usable JSON: nested too deeply") from error
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    values: dict[str, Json] = {}
     for key, value in pairs:
         if key in values:
             raise ValueError(f"key {key!r} occurs twice in one object")
@@ -143,7 +146,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_half_characters(text: str, value: Any) -> None:
+def _refuse_half_characters(text: str, value: Json) -> None:
     """Raise ValueError for a lone surrogate: Python accepts it in a string but cannot encode it."""
     if re.search(r"\\u[dD][89a-fA-F]", text) is None:
         return
@@ -156,7 +159,7 @@ def _refuse_half_characters(text: str, value: Any) -> None:
         ) from None
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
@@ -226,7 +229,7 @@ def _read_hub(name: str, split: str, option: str) -> list[Row]:
     return _number(found.to_list(), name)
 
 
-def _load_dataset(source: str, configuration: str | None, split: str) -> Any:
+def _load_dataset(source: str, configuration: str | None, split: str) -> Dataset:
     """Load a folder or a hub id with `datasets`. Raises ValueError listing the configurations for an unknown one."""
     import datasets  # noqa: PLC0415
 
@@ -252,5 +255,5 @@ def _nearest_of(name: str, names: list[str]) -> str:
     return f"it has {', '.join(names)}{suggest(name, names)}"
 
 
-def _number(values: Sequence[Mapping[str, Any]], name: str) -> list[Row]:
+def _number(values: Sequence[Mapping[str, Unchecked]], name: str) -> list[Row]:
     return [Row(index=i, values=v, where=f"{name}[{i}]") for i, v in enumerate(values)]

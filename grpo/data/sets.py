@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo.config import DataConfig, DatasetConfig
 from grpo.data.columns import hint
@@ -110,7 +110,7 @@ def _number(row: Row, column: str, option: str) -> float:
             f"{option}.between.{column}: {row.where} has no such column; it has {', '.join(row.values)}"
             f"{hint(column, row.values)}"
         )
-    value: Any = row.values[column]
+    value = row.values[column]
     try:
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
     except (ValueError, OverflowError):

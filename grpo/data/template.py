@@ -7,12 +7,11 @@ import functools
 import re
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from grpo.data.columns import hint, is_nested, line, longest_text, nested, render, value_at
 from grpo.data.hub import one_line
 from grpo.data.rows import Row
-from grpo.types import UserError
+from grpo.types import Unchecked, UserError
 
 
 def render_template(template: str, row: Row, *, option: str) -> str:
@@ -26,7 +25,7 @@ def render_template(template: str, row: Row, *, option: str) -> str:
         raise _misfit(template, row, option, error) from error
 
 
-def values_of(template: str, row: Row, *, option: str) -> list[Any]:
+def values_of(template: str, row: Row, *, option: str) -> list[Unchecked]:
     """Return the value of each field of `template`. Raises UserError for a missing column or a null."""
     values = []
     for field in _fields(template, option):
@@ -46,7 +45,7 @@ def values_of(template: str, row: Row, *, option: str) -> list[Any]:
     return values
 
 
-def _python(field: str, value: Any) -> str:
+def _python(field: str, value: Unchecked) -> str:
     """Return the error text for a value that would be rendered as Python, with a config line that selects one text."""
     column = re.split(r"[.\[]", field, maxsplit=1)[0]
     text = longest_text(field, value)
@@ -72,7 +71,7 @@ def map_columns(rows: Sequence[Row], columns: Mapping[str, str], *, option: str)
     """
     mapped = []
     for row in rows:
-        new: dict[str, Any] = {}
+        new: dict[str, Unchecked] = {}
         for column, template in columns.items():
             name = f"{option}.columns.{column}"
             if _is_one_field(template):

@@ -37,16 +37,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
     remark = ""
     try:
         if local.is_dir():
-            return _load(AutoTokenizer, str(local), trust_remote_code)
+            return AutoTokenizer.from_pretrained(str(local), trust_remote_code=trust_remote_code)
         with hub_or_cache() as remark:
-            return _load(AutoTokenizer, path, trust_remote_code)
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise UserError(f"model.path: the tokenizer of {path} cannot be loaded{remark}: {one_line(error)}") from error
-
-
-def _load(auto: Any, path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return tokenizer
 
 
 def completion_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[Sequence[int]]) -> list[str]:
@@ -115,7 +110,7 @@ def _model_eos(model_path: str) -> set[int]:
     return found
 
 
-def _as_ids(value: Any) -> set[int]:
+def _as_ids(value: int | list[int] | tuple[int, ...] | None) -> set[int]:
     if value is None:
         return set()
     return {int(v) for v in value} if isinstance(value, list | tuple) else {int(value)}

@@ -13,13 +13,12 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grpo.metrics.measures import fraction, logged_metrics
-from grpo.types import Group, Rollout, Scored
+from grpo.types import Group, Rollout, Scored, Unchecked
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -213,7 +212,7 @@ def evaluate_groups(groups: Mapping[str, Sequence[Group]], by: Sequence[str] = (
 
 
 def parts_by(
-    column: str, rows: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Sequence[Judged]]
+    column: str, rows: Mapping[str, Mapping[str, Unchecked]], samples: Mapping[str, Sequence[Judged]]
 ) -> dict[str, dict[str, Sequence[Judged]]]:
     """Return value of the column -> samples of its prompts, sorted by value. `rows`, `samples`: by prompt_id."""
     out: dict[str, dict[str, Sequence[Judged]]] = defaultdict(dict)

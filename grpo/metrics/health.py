@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from grpo.config import Config
 from grpo.objective.compatibility import GROUP_RELATIVE
+from grpo.types import Json
 
 CONSTANT_REWARD_STEPS = 3
 NO_SPREAD_STEPS = 5
@@ -36,17 +37,31 @@ class Sign:
     """Returns the observation and its likely cause."""
 
 
+class SignWarning(TypedDict):
+    """A reported sign, as summary.json has it."""
+
+    sign: str
+    first: int
+    """First step in which it held."""
+    last: int
+    steps: int
+    """Number of steps in which it held."""
+    text: str
+    """Its description at the last of them."""
+
+
 class Health:
     """Follows the metrics of a run and records the steps in which each sign held."""
 
-    def __init__(self, config: Config, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, config: Config, lines: Iterable[Mapping[str, Json]] = ()) -> None:
         """`lines`: lines of metrics.jsonl from the steps before a resume. Signs in them are recorded, not printed."""
         self._config = config
         self._held: dict[str, list[int]] = {sign.name: [] for sign in SIGNS}
         self._texts: dict[str, str] = {}
         self._reported: set[str] = set()
         for line in lines:
-            self.see(int(line["step"]), {name: value for name, value in line.items() if isinstance(value, float)})
+            numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+            self.see(int(numbers["step"]), numbers)
 
     def see(self, step: int, metrics: Metrics) -> list[str]:
         """Record the metrics of a step; return the warnings to print now."""
@@ -66,9 +81,8 @@ class Health:
                 said.append(f"warning: in {since} {self._texts[sign.name]}")
         return said
 
-    def warnings(self) -> list[dict[str, Any]]:
-        """Return every reported sign: its name, the first step, the last step and the number of steps in which it held,
-        and its text at the last of them."""
+    def warnings(self) -> list[SignWarning]:
+        """Return every reported sign."""
         return [
             {"sign": name, "first": held[0], "last": held[-1], "steps": len(held), "text": self._texts[name]}
             for name, held in self._held.items()
@@ -76,7 +90,7 @@ class Health:
         ]
 
 
-def warning_line(warning: Mapping[str, Any], steps: int) -> str:
+def warning_line(warning: SignWarning, steps: int) -> str:
     """Return an entry of `Health.warnings` as one line, for the end of a run of `steps` steps."""
     return f"warning: in {warning['steps']} of {steps} steps {warning['text']}"
 

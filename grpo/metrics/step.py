@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from grpo.batching.rows import Credit, account, members_needed
 from grpo.batching.steps import TrainingRow
@@ -17,6 +17,9 @@ from grpo.metrics import measures
 from grpo.objective.compatibility import GROUP_RELATIVE
 from grpo.suggest import suggest
 from grpo.types import Group, StepResult, UserError
+
+if TYPE_CHECKING:
+    from grpo.sync.transaction import SyncResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,7 @@ def refuse_unknown_best(best: str | None, names: Collection[str]) -> None:
 
 
 def timings(
-    sampled: Sampled, learned: Learned, sync: Any, started: float, synced: float, ended: float
+    sampled: Sampled, learned: Learned, sync: SyncResult, started: float, synced: float, ended: float
 ) -> dict[str, float]:
     """Return the timings of a step and the metrics of its weight sync.
 

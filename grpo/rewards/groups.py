@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grpo.config import RewardConfig
-from grpo.rewards.child.calls import Item
+from grpo.rewards.child.calls import Info, Item
 from grpo.rewards.process import Part
-from grpo.types import NOTHING_LOGGED, Failed, Logged, Moment, Scored
+from grpo.types import NOTHING_LOGGED, Failed, Logged, Moment, Scored, Unchecked
 
 CALLS_PER_JOB = 8
 """Small enough to spread a group of slow calls over the workers, large enough to keep message overhead low."""
@@ -33,11 +32,10 @@ class RewardItem:
     """One completion to be scored."""
 
     completion: str
-    row: Mapping[str, Any]
+    row: Mapping[str, Unchecked]
     messages: Sequence[Mapping[str, str]] | None
     """Chat turns of the prompt, or None."""
-    info: Mapping[str, Any]
-    """Keys: token_count, finish_reason, prompt (text), step."""
+    info: Info
     dataset: str
     """Name of the row's data set. Rewards for other data sets abstain."""
     completion_ids: Sequence[int] | NDArray[np.int32] = ()
@@ -147,7 +145,7 @@ def make_group(
         future=Future(),
         context=pickle.dumps((dict(row), turns, items[0].moment.trainer_state())),
         inputs=[
-            (item.completion, dict(item.info), np.asarray(item.completion_ids).tolist() if gives_ids else [])
+            (item.completion, item.info, np.asarray(item.completion_ids).tolist() if gives_ids else [])
             for item in items
         ],
         answers=answers,

@@ -20,14 +20,14 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeGuard, cast
 
 from grpo.config import RewardConfig
 from grpo.rewards import reaper, worker
 from grpo.rewards.child.loading import Spec
-from grpo.rewards.child.log import MAX_NAME
+from grpo.rewards.child.log import MAX_NAME, Loggable
 from grpo.rewards.child.results import MAX_PARTS
-from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Logged, UserError
+from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Json, Logged, UserError
 
 START_S = 120.0
 """Seconds that a worker may take to load the reward files."""
@@ -266,26 +266,26 @@ def parse_answer(line: bytes, name: str, count: int) -> tuple[list[Part], str | 
     return parts, None if changed is None else str(changed)[:100]
 
 
-def _parse_columns(columns: Any, name: str, count: int) -> dict[str, list[str | float | bool | None]]:
+def _parse_columns(columns: Json, name: str, count: int) -> dict[str, list[Loggable]]:
     """Return `<reward>/<column>` -> one value per completion. Texts are made encodable as UTF-8."""
-    _refuse_names(columns)
-    out: dict[str, list[str | float | bool | None]] = {}
-    for column, values in columns.items():
+    out: dict[str, list[Loggable]] = {}
+    for column, values in _named(columns).items():
         if not isinstance(values, list) or len(values) != count:
             raise ValueError("a column has one value per completion")
-        if not all(value is None or type(value) in (str, int, float, bool) for value in values):
-            raise ValueError("values of columns are texts, numbers or None")
-        out[f"{name}/{column}"] = [
-            value.encode(errors="replace").decode() if isinstance(value, str) else value for value in values
+        valid = out[f"{name}/{column}"] = [
+            writable(value) if isinstance(value, str) else value
+            for value in values
+            if value is None or isinstance(value, str | int | float)
         ]
+        if len(valid) != count:
+            raise ValueError("values of columns are texts, numbers or None")
     return out
 
 
-def _parse_metrics(metrics: Any, name: str) -> dict[str, tuple[float, int]]:
+def _parse_metrics(metrics: Json, name: str) -> dict[str, tuple[float, int]]:
     """Return `<reward>/metric/<name>` -> (sum, count)."""
-    _refuse_names(metrics)
     out = {}
-    for metric, pair in metrics.items():
+    for metric, pair in _named(metrics).items():
         if not isinstance(pair, list) or len(pair) != 2 or not _is_number(pair[0]) or type(pair[1]) is not int:
             raise ValueError("a metric is a sum and a count")
         if pair[1] < 1:
@@ -294,14 +294,16 @@ def _parse_metrics(metrics: Any, name: str) -> dict[str, tuple[float, int]]:
     return out
 
 
-def _refuse_names(logged: Any) -> None:
+def _named(logged: Json) -> dict[str, Json]:
+    """Return `logged`. Raises ValueError unless it is a mapping with short names."""
     if not isinstance(logged, dict) or len(logged) > MAX_PARTS:
         raise ValueError("what is logged is a mapping of some names")
     if not all(len(name) <= MAX_NAME and name.isprintable() for name in logged):
         raise ValueError("names of what is logged are short and printable")
+    return logged
 
 
-def _parse_result(result: Any, name: str) -> Part:
+def _parse_result(result: Json, name: str) -> Part:
     if not isinstance(result, dict):
         raise ValueError("a result is a mapping")
     if "failed" in result:
@@ -309,7 +311,7 @@ def _parse_result(result: Any, name: str) -> Part:
             raise ValueError("no kind of failure")
         return Part(value=failed(name, cast(FailureKind, result["failed"]), str(result.get("detail"))))
     value, parts = result.get("value"), result.get("parts")
-    if not isinstance(parts, dict) or not all(_is_number(v) for v in parts.values()):
+    if not _are_numbers(parts):
         raise ValueError("parts are numbers")
     if value is not None and not _is_number(value):
         raise ValueError("a value is a finite number")
@@ -326,5 +328,9 @@ def writable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Json) -> TypeGuard[float]:
     return type(value) is float and math.isfinite(value)
+
+
+def _are_numbers(values: Json) -> TypeGuard[dict[str, float]]:
+    return isinstance(values, dict) and all(_is_number(value) for value in values.values())

@@ -21,7 +21,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from grpo.types import Unchecked
 
 if __name__ == "__main__":  # empty packages: nothing else of this package is imported
     for _name, _folder in (("grpo", Path(__file__).parents[1]), ("grpo.rewards", Path(__file__).parent)):
@@ -72,7 +75,9 @@ def main(fd: int, parent: int, memory_bytes: int) -> None:
             answer = calls.call(rewards[reward], job["context"], items)
             if os.getpid() != own:  # a fork made by the function: only the original may answer
                 os._exit(0)
-            send(fd, answer | ({"changed": name} if (name := watched.changed()) else {}))
+            if name := watched.changed():
+                answer["changed"] = name
+            send(fd, answer)
 
 
 def go_on(number: int, frame: FrameType | None) -> None:
@@ -84,7 +89,7 @@ def receive(stream: BinaryIO) -> bytes:
     return stream.read(int.from_bytes(stream.read(HEADER_BYTES), "little"))
 
 
-def send(fd: int, message: Mapping[str, Any]) -> None:
+def send(fd: int, message: Mapping[str, Unchecked]) -> None:
     line = memoryview(json.dumps(message).encode() + b"\n")
     while line:
         line = line[os.write(fd, line) :]

@@ -5,20 +5,43 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn, NotRequired, TypedDict
 
 from grpo.rewards.child.errors import described, hinted, user_place
 from grpo.rewards.child.loading import Reward
-from grpo.rewards.child.log import Log, listed
+from grpo.rewards.child.log import Log, Loggable, listed
 from grpo.rewards.child.results import BadReturnError, Result, failed, number, refuse_crowd, result
 
 if TYPE_CHECKING:
     import asyncio
 
-Answer = dict[str, Any]
-"""{"results": one Result per completion}. If something was logged, also {"columns": {name: one value per completion},
-"metrics": {name: [sum, count]}}."""
-Item = tuple[str, Mapping[str, Any], list[int]]
+    from grpo.types import Unchecked
+
+
+class Answer(TypedDict):
+    """Answer to a call."""
+
+    results: list[Result]
+    """One for each completion."""
+    columns: NotRequired[dict[str, list[Loggable]]]
+    """Name -> one logged value for each completion."""
+    metrics: NotRequired[dict[str, tuple[float, int]]]
+    """Name -> (sum, count) of the logged values."""
+    changed: NotRequired[str]
+    """What the call has changed in the worker's process."""
+
+
+class Info(TypedDict):
+    """Properties of a completion, for functions of style grpo."""
+
+    token_count: int
+    finish_reason: str
+    prompt: str
+    """Text of the prompt."""
+    step: int
+
+
+Item = tuple[str, Info, list[int]]
 """One completion of a call: (completion, info, token ids)."""
 
 
@@ -28,7 +51,7 @@ class TrainerState:
     def __init__(self, known: Mapping[str, float]) -> None:
         vars(self).update(known)
 
-    def __getattr__(self, name: str) -> Any:  # called for missing attributes only
+    def __getattr__(self, name: str) -> NoReturn:  # called for missing attributes only
         raise AttributeError(f"trainer_state has no {name} here, only {', '.join(vars(self))}")
 
 
@@ -49,13 +72,13 @@ def call(reward: Reward, context: bytes, items: Sequence[Item]) -> Answer:
             if reward.style == "verl":
                 results = [score_of(awaited(call_verl(reward, completion, row)), log)]
             else:
-                given: dict[str, Any] = {
+                given: dict[str, Unchecked] = {
                     "info": dict(info),
                     "log_extra": lambda column, value: log.log_extra(column, [value]),
                     "log_metric": log.log_metric,
                 }
                 results = [value_of(awaited(reward.function(completion, row, **reward.given(given))))]
-        return {"results": results, **log.entries()}
+        return {"results": results, "columns": log.columns(), "metrics": log.metrics}
     except BadReturnError as error:
         return {"results": [failed(*error.args)] * len(items)}
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit and KeyboardInterrupt fail this call only
@@ -66,7 +89,7 @@ def call(reward: Reward, context: bytes, items: Sequence[Item]) -> Answer:
 
 def call_trl(
     reward: Reward,
-    row: Mapping[str, Any],
+    row: Mapping[str, Unchecked],
     messages: Sequence[Mapping[str, str]] | None,
     state: TrainerState,
     items: Sequence[Item],
@@ -76,12 +99,13 @@ def call_trl(
 
     The function must return one number or None per completion.
     """
-    prompts: list[Any] = [info["prompt"] for _, info, _ in items]
-    completions: list[Any] = [completion for completion, _, _ in items]
+    prompts: list[Unchecked] = [info["prompt"] for _, info, _ in items]
+    completions: list[Unchecked] = [completion for completion, _, _ in items]
     if messages is not None:
         prompts = [[dict(turn) for turn in messages] for _ in items]
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    arguments = {name: [value] * len(items) for name, value in row.items()} | {
+    arguments: dict[str, Unchecked] = {
+        **{name: [value] * len(items) for name, value in row.items()},
         "prompts": prompts,
         "completions": completions,
         "completion_ids": [ids for _, _, ids in items],
@@ -106,7 +130,7 @@ def call_trl(
     return results
 
 
-def call_verl(reward: Reward, completion: str, row: Mapping[str, Any]) -> Any:
+def call_verl(reward: Reward, completion: str, row: Mapping[str, Unchecked]) -> Unchecked:
     """Call compute_score(data_source, solution_str, ground_truth, extra_info) with the arguments that it accepts.
 
     Their values come from the columns of verl's files. As in verl, a missing `extra_info` is an empty one.
@@ -128,7 +152,7 @@ def call_verl(reward: Reward, completion: str, row: Mapping[str, Any]) -> Any:
     return reward.function(**reward.given(arguments))
 
 
-def value_of(returned: Any) -> Result:
+def value_of(returned: Unchecked) -> Result:
     """Return the result of style grpo: a number, None, or a mapping whose entries are summed and logged."""
     if not isinstance(returned, Mapping):
         return result(None if returned is None else number(returned))
@@ -139,7 +163,7 @@ def value_of(returned: Any) -> Result:
     return result(number(sum(parts.values())), parts)
 
 
-def score_of(returned: Any, log: Log) -> Result:
+def score_of(returned: Unchecked, log: Log) -> Result:
     """Return the result of style verl: a number, None, or a mapping with `score`.
 
     The other entries of the mapping are only logged: numbers as parts, the rest as columns of the samples file.
@@ -160,7 +184,7 @@ def score_of(returned: Any, log: Log) -> Result:
     return result(number(returned["score"]), parts)
 
 
-def awaited(returned: Any) -> Any:
+def awaited(returned: Unchecked) -> Unchecked:
     """Await the result of an async function. One event loop serves all calls: clients kept between calls need it."""
     if not inspect.isawaitable(returned):
         return returned
@@ -170,7 +194,7 @@ def awaited(returned: Any) -> Any:
     if _runner is None:
         _runner = asyncio.Runner()
 
-    async def wait() -> Any:
+    async def wait() -> Unchecked:
         return await returned
 
     return _runner.run(wait())

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from grpo.rewards.child.errors import NOT_GIVEN, described, hinted, user_place
+
+if TYPE_CHECKING:
+    from grpo.types import Unchecked
 
 GIVEN_BY_US = ("info", "log_extra", "log_metric")
 GIVEN_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -48,7 +51,7 @@ class Spec(TypedDict):
 class Reward:
     """A loaded reward function."""
 
-    function: Callable[..., Any]
+    function: Callable[..., Unchecked]
     names: frozenset[str] | None
     """Names of the arguments that it accepts; None: any."""
     style: str
@@ -67,7 +70,7 @@ class Reward:
     logged: set[str] = field(default_factory=set)
     """Names that it has logged so far."""
 
-    def given(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def given(self, arguments: Mapping[str, Unchecked]) -> dict[str, Unchecked]:
         """Return those of `arguments` that the function accepts."""
         return {name: value for name, value in arguments.items() if self.names is None or name in self.names}
 
@@ -129,7 +132,7 @@ def behind_standard_library() -> int:
 
 
 def checked_names(
-    function: Callable[..., Any], spec: Spec, where: str
+    function: Callable[..., Unchecked], spec: Spec, where: str
 ) -> tuple[frozenset[str] | None, tuple[str, ...]]:
     """Try to bind the arguments that the style provides to `function`.
 

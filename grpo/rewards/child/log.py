@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from grpo.rewards.child.results import MAX_PARTS, BadReturnError, number
+
+if TYPE_CHECKING:
+    from grpo.types import Unchecked
 
 LOGGED_BYTES = 1 << 20
 """Maximum size of what one call may log, as JSON."""
 MAX_TEXT, MAX_NAME = 2000, 100
 """Maximum characters of a logged text (longer ones are truncated) and of a logged name."""
+Loggable = str | float | bool | None
+"""A value in a samples file."""
 
 
 class LogError(Exception):
@@ -25,11 +29,12 @@ class Log:
     def __init__(self, count: int, names: set[str]) -> None:
         """Start an empty log. `names`: names that the reward has logged before. New ones are added to it."""
         self._count, self._names, self._left = count, names, LOGGED_BYTES
-        self._columns: dict[str, list[Any]] = {}
-        self._metrics: dict[str, tuple[float, int]] = {}
+        self._columns: dict[str, list[Loggable]] = {}
+        self.metrics: dict[str, tuple[float, int]] = {}
+        """Name -> (sum, count) of the values."""
         self._mistake: LogError | None = None
 
-    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+    def log_extra(self, column: str, values: Unchecked) -> None:
         """Add values to a column of the samples file. In the end there must be one value per completion."""
         where = self._named("log_extra", column)
         values = listed(values)
@@ -51,13 +56,13 @@ class Log:
             added = number(value)
         except BadReturnError as error:
             raise self._wrong(f"{where} needs a finite number, not {type(value).__name__} {value!r:.80}") from error
-        total, count = self._metrics.get(name, (0.0, 0))
+        total, count = self.metrics.get(name, (0.0, 0))
         if not math.isfinite(total + added):
             raise self._wrong(f"{where} was given numbers whose sum is not finite")
-        self._metrics[name] = (total + added, count + 1)
+        self.metrics[name] = (total + added, count + 1)
 
-    def entries(self) -> dict[str, Any]:
-        """Return what was logged, to be added to the answer.
+    def columns(self) -> dict[str, list[Loggable]]:
+        """Return name -> one value for each completion.
 
         Raises BadReturnError for an invalid call whose error the function has suppressed, and for a column that lacks
         values.
@@ -70,10 +75,9 @@ class Log:
                     "wrong_count",
                     f"log_extra({column!r}) was given {len(values)} values for {self._count} completions",
                 )
-        every = {"columns": self._columns, "metrics": self._metrics}
-        return {kind: logged for kind, logged in every.items() if logged}
+        return self._columns
 
-    def _named(self, function: str, name: Any) -> str:
+    def _named(self, function: str, name: Unchecked) -> str:
         """Check and record the name that is logged. Return the call, in words."""
         if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()):
             raise self._wrong(f"{function} needs a name of 1 to {MAX_NAME} printable characters, not {name!r:.80}")
@@ -87,16 +91,18 @@ class Log:
         return LogError(sentence)
 
 
-def loggable(value: Any) -> str | float | bool | None:
+def loggable(value: Unchecked) -> Loggable:
     """Return `value` as it is kept in a samples file: a number, None, or its text, truncated to MAX_TEXT."""
-    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):  # scalars of numpy and torch
-        value = value.item()
-    if value is None or type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63):
-        return value  # type: ignore[no-any-return]
+    if getattr(value, "ndim", None) == 0 and callable(item := getattr(value, "item", None)):  # scalars of numpy, torch
+        value = item()
+    if value is None or isinstance(value, bool) or type(value) is float:
+        return value
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     text = str(value)
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}... (+{len(text) - MAX_TEXT} characters)"
 
 
-def listed(values: Any) -> Any:
+def listed(values: Unchecked) -> Unchecked:
     """Convert a one-dimensional array or tensor to a list of Python numbers. Return anything else unchanged."""
     return values.tolist() if getattr(values, "ndim", None) == 1 and hasattr(values, "tolist") else values

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sized
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from grpo.types import Unchecked
 
 MAX_PARTS = 64
 """Maximum number of entries in a mapping that a reward returns, and of different names that it logs."""
@@ -39,7 +42,7 @@ def failed(kind: str, detail: str) -> Result:
     return {"failed": kind, "detail": detail}
 
 
-def refuse_crowd(returned: Mapping[Any, Any]) -> None:
+def refuse_crowd(returned: Sized) -> None:
     """Raise BadReturnError for more than MAX_PARTS entries: each entry becomes a metric."""
     if len(returned) > MAX_PARTS:
         raise BadReturnError(
@@ -47,7 +50,7 @@ def refuse_crowd(returned: Mapping[Any, Any]) -> None:
         )
 
 
-def number(value: Any) -> float:
+def number(value: Unchecked) -> float:
     """Convert `value` to a finite float: Python numbers and the scalars of numpy and torch, but no arrays."""
     is_array = getattr(value, "ndim", 0) != 0
     if is_array or isinstance(value, str | bytes) or not hasattr(value, "__float__"):

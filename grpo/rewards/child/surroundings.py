@@ -15,7 +15,10 @@ import sys
 import time
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grpo.types import Unchecked
 
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 LIMITS = (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
@@ -58,7 +61,7 @@ class Surroundings:
         others = self._look()
         return next((name for name, value in self._others.items() if others[name] != value), None)
 
-    def _look(self) -> dict[str, Any]:
+    def _look(self) -> dict[str, Unchecked]:
         return {
             "sys.stdout": sys.stdout,
             "sys.stderr": sys.stderr,
