@@ -1,9 +1,9 @@
-"""The suggestion in a message about an unknown name."""
+"""Parts of messages: the suggestion for an unknown name, and a list that is not too long."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 LIKE = 0.5
 """Minimum similarity of a suggestion, from 0 to 1 (`difflib.SequenceMatcher.ratio`)."""
@@ -17,3 +17,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     texts = known if isinstance(known, Mapping) else {each: each for each in known}
     near = difflib.get_close_matches(name, texts, n=1, cutoff=LIKE)
     return f"; did you mean {texts[near[0]]}?" if near else ""
+
+
+def first_of(texts: Sequence[str], count: int = 10) -> str:
+    """Return the first `count` texts, separated by commas, and the number of the others: `a, b and 3 more`."""
+    return ", ".join(texts[:count]) + (f" and {len(texts) - count} more" if len(texts) > count else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +21,10 @@ from grpo.checks.describe import describe
 from grpo.checks.model_folder import check_critic, check_model
 from grpo.checks.prompts import check_batch, check_by, check_token_ids, read_data
 from grpo.checks.rewards import check_reward_sets, decide_gold, reward_fingerprints, try_rewards, unsampled_by
-from grpo.config import Config, DatasetConfig
+from grpo.config import Config, DatasetConfig, parts, values
 from grpo.rewards.imports import locate
 from grpo.rewards.process import MIN_SECRET, secrets
-from grpo.types import Json, Moment, Prompt, UserError
+from grpo.types import Moment, Prompt, UserError
 
 T = TypeVar("T", bound=DatasetConfig)
 
@@ -167,7 +167,7 @@ def refuse_secrets(config: Config) -> None:
 
     Raises UserError naming the environment variable whose value the config contains.
     """
-    texts = list(leaves(dataclasses.asdict(config)))
+    texts = [str(part) for option, value in values(config) for _, part in parts(option, value)]
     for name in secrets(os.environ):
         value = os.environ[name]
         if len(value) >= MIN_SECRET and any(value in text for text in texts):
@@ -175,15 +175,6 @@ def refuse_secrets(config: Config) -> None:
                 f"the recipe holds the value of the environment variable {name}, and would be saved with it; a reward "
                 f"that needs it gets it by rewards[i].env: [{name}]"
             )
-
-
-def leaves(tree: Json) -> Iterator[str]:
-    """Yield every value of a nested config as text."""
-    if isinstance(tree, dict | list | tuple):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from leaves(value)
-    else:
-        yield str(tree)
 
 
 def check_trackers(config: Config) -> None:

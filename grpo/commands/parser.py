@@ -21,14 +21,14 @@ def make_parser() -> argparse.ArgumentParser:
         prog="grpo",
         description="Train language models with GRPO: vLLM samples, DeepSpeed learns, Ray holds them together.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=in_lines(
-            "Options are set as section.option=value; all of them, with their meaning: grpo options.",
-            "More of a command: grpo COMMAND --help",
-            "",
-            "examples:",
-            "  grpo check arithmetic_cpu",
-            "  grpo train arithmetic_cpu run.steps=10 algorithm.group_size=8",
-            "  grpo options algorithm",
+        epilog=(
+            "Options are set as section.option=value; all of them, with their meaning: grpo options.\n"
+            "More of a command: grpo COMMAND --help\n"
+            "\n"
+            "examples:\n"
+            "  grpo check arithmetic_cpu\n"
+            "  grpo train arithmetic_cpu run.steps=10 algorithm.group_size=8\n"
+            "  grpo options algorithm"
         ),
     )
     parser.add_argument("--version", action="version", version=f"grpo {__version__}")
@@ -56,11 +56,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def in_lines(*lines: str) -> str:
-    """Join lines of an epilog; their line breaks are kept in the help text."""
-    return "\n".join(lines)
-
-
 def add_command(
     commands: Commands, name: str, words: str, *examples: str, notes: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
@@ -70,7 +65,7 @@ def add_command(
         name,
         help=words,
         description=words,
-        epilog=in_lines(*lines),
+        epilog="\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -21,7 +21,7 @@ from grpo.config.aliases import written
 from grpo.config.declare import OnResume, OnSubmit
 from grpo.config.describe import options_text
 from grpo.config.load import dump, find_recipe, load, load_for_evaluation, read_dump, refuse_flags, refuse_unknown
-from grpo.config.options import declaration, general, values
+from grpo.config.options import declaration, general, parts, values
 from grpo.config.python import Recipe, Reward, Value, override_texts
 from grpo.config.schema import (
     ClusterConfig,
@@ -70,6 +70,7 @@ __all__ = [
     "options_text",
     "override_texts",
     "part_names",
+    "parts",
     "read_dump",
     "refuse_flags",
     "refuse_own_ray",

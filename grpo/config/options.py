@@ -109,3 +109,15 @@ def values(section: DataclassInstance | type[DataclassInstance], prefix: str = "
                 yield from values(item, f"{name}[{i}].")
         else:
             yield name, value
+
+
+def parts(name: str, value: Json) -> Iterator[tuple[str, Json]]:
+    """Yield (name, value) of each single value in a list or mapping."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from parts(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from parts(f"{name}[{i}]", item)
+    else:
+        yield name, value

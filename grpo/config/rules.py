@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 
 from grpo.config.aliases import written
 from grpo.config.declare import OnlyWith
-from grpo.config.options import declaration, options, values
+from grpo.config.options import declaration, options, parts, values
 from grpo.config.schema import Config
-from grpo.types import Json, Unchecked, UserError
+from grpo.types import Unchecked, UserError
 
 
 def need(ok: bool, sentence: str) -> None:
@@ -38,7 +37,7 @@ def validate_declared(c: Config) -> None:
     effect beside the other options."""
     for name, value in values(c):
         option = declaration(name)
-        for part, item in _parts(name, value):
+        for part, item in parts(name, value):
             if isinstance(item, str):
                 need("\0" not in item, f"{part} must not hold a NUL character, as {item!r:.80} does")
             elif isinstance(item, int | float):
@@ -50,16 +49,6 @@ def validate_declared(c: Config) -> None:
         for rule in option.only_with if "[i]" not in name else ():
             if (why := _unused(c, name, rule)) is not None:
                 inert(c, name, why)
-
-
-def _parts(name: str, value: Json) -> Iterator[tuple[str, Json]]:
-    """Yield (name, value) of each single value in a list or mapping."""
-    if isinstance(value, list | tuple | dict):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _parts(f"{name}.{key}" if isinstance(value, dict) else f"{name}[{key}]", item)
-    else:
-        yield name, value
 
 
 def _unused(c: Config, name: str, rule: OnlyWith) -> str | None:

@@ -21,6 +21,7 @@ class CursorState(TypedDict):
     epoch: int
     position: int
     deferred: list[int]
+    """Indices that the next draws give first, out of the order of the permutation."""
 
 
 class Cursor:

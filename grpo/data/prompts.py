@@ -23,6 +23,7 @@ from grpo.data.columns import hint
 from grpo.data.hub import one_line
 from grpo.data.rows import Row
 from grpo.data.template import render_template
+from grpo.suggest import first_of
 from grpo.types import Prompt, Unchecked, UserError
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ Messages = tuple[Mapping[str, str], ...]
 
 SWITCH = re.compile(r"(?<!<)/(?:no_)?think\b|/system_override")
 """Words in a turn that switch the mode of a template; the template removes them."""
-SHOWN = 10
-"""Number of overlong prompts that an error lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,18 +320,16 @@ def _within_limit(prompts: list[Prompt], data: DataConfig, name: str, option: st
     limit = data.max_prompt_tokens
     long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
     kept = tuple(prompt for prompt in prompts if len(prompt.token_ids) <= limit)
-    more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
     if long and (data.overlong_prompts == "refuse" or not kept):
         longest = max(len(prompt.token_ids) for prompt in long)
-        listed = ", ".join(f"{prompt.where} ({len(prompt.token_ids)} tokens)" for prompt in long[:SHOWN])
+        listed = first_of([f"{prompt.where} ({len(prompt.token_ids)} tokens)" for prompt in long])
         way_out = "" if not kept else ", or data.overlong_prompts=drop to leave them out"
         raise UserError(
             f"{option}: {len(long)} of {len(prompts)} prompts are longer than data.max_prompt_tokens={limit}: "
-            f"{listed}{more}; set it to {longest} to hold all of them{way_out}"
+            f"{listed}; set it to {longest} to hold all of them{way_out}"
         )
     dropped = tuple(f"{prompt.prompt_id} ({len(prompt.token_ids)} tokens)" for prompt in long)
-    shown = f"{', '.join(dropped[:SHOWN])}{more}"
-    note = f"dropped    {len(long)} prompts of {option} with more than {limit} tokens: {shown}"
+    note = f"dropped    {len(long)} prompts of {option} with more than {limit} tokens: {first_of(dropped)}"
     return PromptSet(name=name, option=option, prompts=kept, dropped=dropped, notes=(note,) if long else ())
 
 

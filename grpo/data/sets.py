@@ -17,12 +17,11 @@ from grpo.data.overlap import find_overlaps
 from grpo.data.prompts import PromptSet, make_prompts, prompt_id
 from grpo.data.rows import Row, dataset_name, read_rows
 from grpo.data.template import map_columns
+from grpo.suggest import first_of
 from grpo.types import Prompt, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SHOWN = 10
 
 
 def read_set(dataset: DatasetConfig, *, data: DataConfig, tokenizer: PreTrainedTokenizerBase, option: str) -> PromptSet:
@@ -70,11 +69,11 @@ def without_overlaps(train: PromptSet, held_out: Sequence[Prompt], data: DataCon
             f"{train.option}: data.contaminated=drop leaves no prompt: all {total} overlap with data.eval.sets, the "
             f"first one with {overlaps[0].held_out.prompt_id}"
         )
-    shown = ", ".join(f"{o.prompt.prompt_id} with {o.held_out.prompt_id}" for o in overlaps[:SHOWN])
+    shown = first_of([f"{o.prompt.prompt_id} with {o.held_out.prompt_id}" for o in overlaps])
     by_words = f" and {len(overlaps) - exact} by {data.overlap_ngram} words in a row" if data.overlap_ngram else ""
     note = (
         f"{'dropped' if drop else 'warning':11}{len(overlaps)} of {total} prompts of {train.option} overlap with "
-        f"data.eval.sets, {exact} as the same text{by_words}: {shown}{more_than(len(overlaps))}"
+        f"data.eval.sets, {exact} as the same text{by_words}: {shown}"
     )
     if not drop:
         return dataclasses.replace(train, notes=(*train.notes, note))
@@ -96,11 +95,6 @@ def limited(prompts: PromptSet, limit: int | None) -> PromptSet:
         return prompts
     note = f"limit      the first {limit} of {total} prompts of {prompts.option}"
     return dataclasses.replace(prompts, prompts=prompts.prompts[:limit], notes=(*prompts.notes, note))
-
-
-def more_than(count: int) -> str:
-    """Return ` and 3 more` when `count` exceeds SHOWN by 3; else the empty string."""
-    return f" and {count - SHOWN} more" if count > SHOWN else ""
 
 
 def _number(row: Row, column: str, option: str) -> float:

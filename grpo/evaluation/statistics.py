@@ -325,14 +325,11 @@ def bounds(strata: Sequence[NDArray[np.float64]], span: tuple[float, float], *, 
     Args:
         span: range of the values; values outside widen it.
     """
-    draws = []
-    for i, array in enumerate(strata):
-        if few_differ(array):
-            draws.append(means_with_one_more(array, span, seed + i))
-        else:
-            draws.append((resampled_means(array, seed + i),) * 2)
-    sizes = [len(array) for array in strata if not few_differ(array)]
-    n = min(sizes, default=0)
+    draws = [
+        means_with_one_more(array, span, seed + i) if few_differ(array) else (resampled_means(array, seed + i),) * 2
+        for i, array in enumerate(strata)
+    ]
+    n = min((len(array) for array in strata if not few_differ(array)), default=0)
     tail = statistics.NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(n - 1)) if n else (1 - LEVEL) / 2
     lows, highs = (np.mean(side, axis=0) for side in zip(*draws, strict=True))
     return float(np.quantile(lows, tail)), float(np.quantile(highs, 1 - tail))

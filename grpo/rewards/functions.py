@@ -35,7 +35,7 @@ import cloudpickle
 
 from grpo.config import RewardConfig
 from grpo.rewards.process import MIN_SECRET, secrets
-from grpo.types import UserError
+from grpo.types import Unchecked, UserError
 
 Returned: TypeAlias = float | Mapping[str, float] | Sequence[float | None] | None
 RewardFunction: TypeAlias = Callable[..., Returned | Awaitable[Returned]]
@@ -273,12 +273,12 @@ class Description:
         self._where = where
         self._seen: dict[FunctionType | type | ModuleType, str] = {}
         """What has been described, and the text that refers to it: functions may refer to each other."""
-        self._containers: dict[int, tuple[object, str]] = {}
+        self._containers: dict[int, tuple[Unchecked, str]] = {}
         """The same for lists, mappings and attributes by their ids. The values keep the ids from being used again."""
         self.sources: list[str] = []
         """Sources of the functions, that of the reward first."""
 
-    def of(self, value: object) -> str:
+    def of(self, value: Unchecked) -> str:
         """Return the text of a value."""
         if isinstance(value, FunctionType | type | ModuleType):
             return self._of_named(value)
@@ -301,7 +301,7 @@ class Description:
             return self.of([type(value), vars(value)])
         return f"{type(value).__qualname__} {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
 
-    def _of_wrapper(self, value: object) -> str | None:
+    def _of_wrapper(self, value: Unchecked) -> str | None:
         if isinstance(value, functools.partial):
             return self.of(["partial", value.func, value.args, value.keywords])
         if isinstance(value, MethodType):
@@ -382,7 +382,7 @@ def nested(code: CodeType) -> Iterator[CodeType]:
             yield from nested(one)
 
 
-def contents(cell: CellType) -> object:
+def contents(cell: CellType) -> Unchecked:
     """Return the value of a variable of a closure, or "empty" if none has been assigned."""
     try:
         return cell.cell_contents
@@ -390,7 +390,7 @@ def contents(cell: CellType) -> object:
         return "empty"
 
 
-def plain(value: object) -> bool:
+def plain(value: Unchecked) -> bool:
     """Return whether `value` is data without code."""
     return isinstance(value, (*PLAIN, list, tuple, dict, set, frozenset))
 

@@ -18,6 +18,7 @@ from grpo.config import RewardConfig, part_names
 from grpo.data.columns import hint, render
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.pool import RewardPool
+from grpo.suggest import first_of
 from grpo.types import Failed, Moment, Prompt, Scored, UserError
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ GOLD = "answer"
 MAX_GOLDS = 20_000
 """Maximum number of rows per data set whose gold answers are scored."""
 GOLDS_UNDER_WAY = 512
-SHOWN, SHOWN_BROKEN = 10, 3
+SHOWN_BROKEN = 3
 SAY_EVERY_S = 5.0
 NEXT_DIGIT = str.maketrans(string.digits, "1234567890")
 NEXT_LETTER = str.maketrans(string.ascii_letters, string.ascii_letters[1:] + "a")
@@ -116,8 +117,7 @@ def try_golds(
                 if len(tried) < len(some):
                     said += f" (of {len(some)} rows, evenly spread)"
                 if unread:
-                    more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
-                    said = f"warning: {said}; not those of {', '.join(unread[:SHOWN])}{more}"
+                    said = f"warning: {said}; not those of {first_of(unread)}"
                 lines.append(f"{name} on {label}: {said}")
     return lines
 

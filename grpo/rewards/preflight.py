@@ -18,7 +18,7 @@ from grpo.rewards.child.errors import withheld_words
 from grpo.rewards.golds import Unsampled, of_reward, run_on_gold, score
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
-from grpo.types import Failed, Moment, Prompt, Scored, UserError
+from grpo.types import Failed, Moment, Prompt, Scored, Unchecked, UserError
 
 ANY_COMPLETION = "no answer"
 
@@ -180,21 +180,18 @@ def run_on_any(
 
 def refuse_valueless(where: str, reward: RewardConfig, file: Path) -> None:
     """Raise UserError if the reward function has no statement that returns a value."""
-    tree = ast.parse(file.read_bytes())
-    functions = [
-        node for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == reward.function
-    ]  # fmt: skip
-    for function in functions:
-        valued = any(isinstance(node, ast.Return) and node.value is not None for node in ast.walk(function))
-        if not valued and not function.decorator_list:
+    for node in ast.parse(file.read_bytes()).body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name != reward.function:
+            continue
+        valued = any(isinstance(inner, ast.Return) and inner.value is not None for inner in ast.walk(node))
+        if not valued and not node.decorator_list:
             raise UserError(
-                f"{where}: {reward.file}:{function.lineno}: {function.name} has no return statement with a value, so "
-                "it gives no reward"
+                f"{where}: {reward.file}:{node.lineno}: {node.name} has no return statement with a value, so it gives "
+                "no reward"
             )
 
 
-def nested_hint(detail: str, row: Mapping[str, object]) -> str:
+def nested_hint(detail: str, row: Mapping[str, Unchecked]) -> str:
     """Return the `columns` line to add, as a hint, if the missing key is inside another column; else ""."""
     missing = re.search(r"KeyError\b[^']*'([^']+)'", detail)
     path = nested(missing[1], row) if missing else None

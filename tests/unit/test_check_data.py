@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from grpo import config as module
 from grpo import data
-from grpo.checks.check import CheckedRun, check
+from grpo.checks.check import CheckedRun, check, refuse_secrets
 from grpo.checks.model_folder import check_critic, check_model
 from grpo.commands.cli import make_parser
 from grpo.lifecycle.train import open_folder
@@ -50,6 +50,18 @@ def sums(low: int, high: int, **more: Any) -> list[dict[str, Any]]:
 def line(plan: CheckedRun, *words: str) -> str:
     [found] = [text for text in plan.lines if all(word in text for word in words)]
     return found
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["run.name=a-SECRET", "rewards.0.name=SECRET", "data.train.0.columns.a=SECRET", "sampling.stop=[x,SECRET]",
+     "sampler.engine.a={b: [1, xSECRETx]}"],
+)  # fmt: skip
+def test_a_secret_is_seen_wherever_a_config_holds_it(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-31415926")
+    with pytest.raises(UserError, match="variable JUDGE_API_KEY, and"):
+        refuse_secrets(module.load("arithmetic_cpu", [override.replace("SECRET", "sk-31415926")]))
+    refuse_secrets(module.load("arithmetic_cpu", [override.replace("SECRET", "sk-3141592")]))
 
 
 MIX = ("data.train=[DIR/a.jsonl,DIR/b.jsonl]", "rewards.0.gold=false")

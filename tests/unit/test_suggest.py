@@ -1,10 +1,10 @@
-"""The suggestion for an unknown name."""
+"""Parts of messages: the suggestion for an unknown name, and a list that is not too long."""
 
 from __future__ import annotations
 
 import pytest
 
-from grpo.suggest import suggest
+from grpo.suggest import first_of, suggest
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,16 @@ def test_half_of_the_letters_are_enough() -> None:
     """The similarity is 2 * (letters in common) / (letters of both): 4 / 8 for abxy, 2 / 8 for axyz."""
     assert suggest("abxy", ["abcd"]) == "; did you mean abcd?"
     assert suggest("axyz", ["abcd"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [([], ""), (["a", "b"], "a, b"), (["a", "b", "c"], "a, b and 1 more"), (["a"] * 5, "a, a and 3 more")],
+)
+def test_a_list_is_cut_and_the_rest_is_counted(texts: list[str], words: str) -> None:
+    assert first_of(texts, 2) == words
+
+
+def test_ten_are_listed() -> None:
+    assert first_of("abcdefghij") == "a, b, c, d, e, f, g, h, i, j"
+    assert first_of("abcdefghijk") == "a, b, c, d, e, f, g, h, i, j and 1 more"
