@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -36,7 +35,7 @@ from grpo.sync.transport import (
     senders,
 )
 from grpo.sync.weights import Bucket, SyncReport
-from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult
+from grpo.types import Json, RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult
 
 FLUSH_S = 0.25
 """Seconds between deliveries of finished completions by a sampler. Scoring starts while others are still generated."""
@@ -120,7 +119,7 @@ class SamplerActor:
     def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
         yield from self._sampler.sample(requests, settings, FLUSH_S)
 
-    def init_transfer(self, init_info: Mapping[str, Any]) -> None:
+    def init_transfer(self, init_info: Mapping[str, Json]) -> None:
         self._sampler.init_transfer(init_info)
 
     def begin_sync(self, policy_version: int) -> None:
@@ -249,7 +248,7 @@ class LearnerActor:
         self._learner.models.reload()
         self._learner.save(Path(folder))
 
-    def capture(self, folder: str) -> dict[str, Any]:
+    def capture(self, folder: str) -> dict[str, Json]:
         self._learner.models.reload()
         return self._learner.capture(Path(folder) / f"rank-{self._rank}.safetensors")
 
@@ -259,5 +258,5 @@ class LearnerActor:
     def captured(self, wait: bool) -> FileRecord | None:
         return self._learner.captured(wait=wait)
 
-    def restore(self, files: Sequence[Path], counters: Mapping[str, Any]) -> None:
+    def restore(self, files: Sequence[Path], counters: Mapping[str, Json]) -> None:
         self._learner.restore(files, counters)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ray import ObjectRef, ObjectRefGenerator
+from ray import ObjectRefGenerator
 
 from grpo.cluster.fleet import Maker, connect, load, load_samplers
 from grpo.cluster.learner_state import LearnerState
+from grpo.cluster.remote_samplers import Reference
 from grpo.cluster.turns import put_to_sleep
 from grpo.cluster.watch import ActorDied, ActorWatch
 from grpo.config import Config
@@ -121,7 +122,7 @@ class Engines:
         def finish() -> SyncResult:
             self._published = (policy_version, probe)
             try:
-                result: SyncResult = self._watch.wait(pending, "the weight sync", self._timeout)[0]
+                return self._watch.wait(pending, "the weight sync", self._timeout)[0]
             except ActorDied as error:
                 if not error.name.startswith("sampler"):
                     raise
@@ -129,20 +130,18 @@ class Engines:
                 # the others are in a sync that will not end, so they are replaced, too
                 self._replace(range(len(self.fleet.samplers)), error)
                 # the metrics are the same as without a replacement
-                result = self._publish(policy_version, probe, full_check=full_check)
-            return result
+                return self._publish(policy_version, probe, full_check=full_check)
 
         return finish
 
-    def _publishing(self, policy_version: int, probe: Probe, full_check: bool) -> list[ObjectRef]:
+    def _publishing(self, policy_version: int, probe: Probe, full_check: bool) -> list[Reference[SyncResult]]:
         return [
             learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.fleet.learners
         ]
 
     def _publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> SyncResult:
         pending = self._publishing(policy_version, probe, full_check)
-        result: SyncResult = self._watch.wait(pending, "the weight sync", self._timeout)[0]
-        return result
+        return self._watch.wait(pending, "the weight sync", self._timeout)[0]
 
     def save(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -59,27 +58,26 @@ class Maker:
         gpus = self._config.sampler_workers if self._config.on_gpu and self._transport != "ipc" else 0
         # unique in the run's namespace; the name of an actor that died may not be free yet
         suffix = f".{replaced}" if replaced else ""
-        return self._make(
-            ray.remote(SamplerActor), "sampler", index, sampler_environment(self._config), gpus=gpus, suffix=suffix
-        )
+        return self._make(SamplerActor, "sampler", index, sampler_environment(self._config), gpus=gpus, suffix=suffix)
 
     def _learner(self, rank: int) -> ActorHandle:
         environment = learner_environment(self._config, rank)
-        return self._make(ray.remote(LearnerActor), "learner", rank, environment, gpus=int(self._config.on_gpu))
+        return self._make(LearnerActor, "learner", rank, environment, gpus=int(self._config.on_gpu))
 
     def _make(
-        self, actor: Any, kind: str, index: int, environment: dict[str, str], *, gpus: int, suffix: str = ""
+        self, actor: type, kind: str, index: int, environment: dict[str, str], *, gpus: int, suffix: str = ""
     ) -> ActorHandle:
         name = f"{kind}-{index}"
         cluster = self._config.cluster
-        options = self._reserved.of(kind, index) | {
-            "num_cpus": cluster.sampler_cpus if kind == "sampler" else cluster.learner_cpus,
-            "num_gpus": gpus,
-            "max_restarts": 0,
-            "runtime_env": {"env_vars": environment},
-            "name": f"{name}{suffix}",
-        }
-        handle = actor.options(**options).remote(self._config, index, str(self._log_dir / f"{name}.log"))
+        made = ray.remote(actor).options(
+            scheduling_strategy=self._reserved.of(kind, index),
+            num_cpus=cluster.sampler_cpus if kind == "sampler" else cluster.learner_cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": environment},
+            name=f"{name}{suffix}",
+        )
+        handle = made.remote(self._config, index, str(self._log_dir / f"{name}.log"))
         self._watch.add(handle, name)
         return handle
 

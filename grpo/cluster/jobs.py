@@ -7,6 +7,7 @@ ours. Ray reports it for a job that ends by itself; for a stopped job it is read
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import os
@@ -20,13 +21,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from grpo import __version__
 from grpo.config import Config
 from grpo.run.signals import signals_delayed
 from grpo.types import ExitCode, UserError
+
+if TYPE_CHECKING:  # ray takes seconds to import
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 CONNECT_S = 5.0
 ANSWER_S = 60.0
@@ -93,7 +97,7 @@ def submit(
     return follow(job, address, known=True, stop_on_signal=signals_are_its and not stopping, stopping=stopping)
 
 
-def refuse_unplaceable(client: Any, driver_cpus: float) -> None:
+def refuse_unplaceable(client: JobSubmissionClient, driver_cpus: float) -> None:
     """Refuse a driver that fits on no node: Ray would let the job wait silently, and could not stop it.
 
     Raises UserError if no node has this many CPUs, used or free.
@@ -138,7 +142,7 @@ def entrypoint(recipe: str, asked: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def answers(address: str) -> Iterator[Any]:
+def answers(address: str) -> Iterator[JobSubmissionClient]:
     """Yield a client of the job server at `address`.
 
     Raises UserError for errors of the connection, of the server and of authentication, also within the block.
@@ -152,13 +156,12 @@ def answers(address: str) -> Iterator[Any]:
     import aiohttp  # noqa: PLC0415
     import requests  # noqa: PLC0415
     from ray.exceptions import AuthenticationError  # noqa: PLC0415
-    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - ray takes seconds to import
+    from ray.job_submission import JobSubmissionClient  # noqa: PLC0415
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
         """A client with a timeout for every request."""
 
-        def _do_request(self, *what: Any, **options: Any) -> Any:
-            return super()._do_request(*what, timeout=ANSWER_S, **options)
+        _do_request = functools.partialmethod(JobSubmissionClient._do_request, timeout=ANSWER_S)
 
     try:
         try:
@@ -248,7 +251,7 @@ def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool 
             stop_on_signal, stopping = False, True
 
 
-def printed(client: Any, job: str) -> Iterator[str]:
+def printed(client: JobSubmissionClient, job: str) -> Iterator[str]:
     """Yield the output of a job from its beginning until it ends. Report once if the job is still pending."""
     stream, said = client.tail_job_logs(job), False
 
@@ -268,7 +271,7 @@ def printed(client: Any, job: str) -> Iterator[str]:
             yield text
 
 
-def wait(client: Any, job: str) -> int:
+def wait(client: JobSubmissionClient, job: str) -> int:
     """Wait until a job has ended and return its exit code. If it has none, print the reason and return INTERNAL."""
     while not (details := client.get_job_info(job)).status.is_terminal():
         time.sleep(POLL_S)
@@ -278,7 +281,7 @@ def wait(client: Any, job: str) -> int:
     return ExitCode.INTERNAL if code is None else code
 
 
-def exit_code(client: Any, job: str, details: Any) -> int | None:
+def exit_code(client: JobSubmissionClient, job: str, details: JobDetails) -> int | None:
     """Return the exit code of a job that has ended; None if its command was not started, or was killed."""
     if details.driver_exit_code is not None:
         return int(details.driver_exit_code)
@@ -286,7 +289,7 @@ def exit_code(client: Any, job: str, details: Any) -> int | None:
     return int(last[1]) if last else None
 
 
-def still_pending(client: Any, job: str) -> str:
+def still_pending(client: JobSubmissionClient, job: str) -> str:
     """Return Ray's message if the job is still pending after PENDING_S, else an empty string.
 
     Ray stops a job through its first process, and a pending job has none yet.

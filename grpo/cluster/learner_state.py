@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from grpo.cluster.fleet import Fleet
 from grpo.cluster.turns import learner_between_steps
 from grpo.files import FileRecord
+from grpo.run.checkpoints import LearnerRecord
 
 
 class LearnerState:
@@ -24,13 +23,13 @@ class LearnerState:
             pending = [learner.save.remote(str(folder)) for learner in self._fleet.learners]
             self._fleet.watch.wait(pending, "the model to be saved", self._timeout)
 
-    def capture(self, folder: Path) -> dict[str, Any]:
+    def capture(self, folder: Path) -> LearnerRecord:
         """Have every rank copy its state and start to write it to `folder`. Return the parts that are not tensors."""
         with learner_between_steps(self._fleet):
             pending = [learner.capture.remote(str(folder)) for learner in self._fleet.learners]
-            counters: dict[str, Any] = self._fleet.watch.wait(pending, "the checkpoint's copy", self._timeout)[0]
+            counters = self._fleet.watch.wait(pending, "the checkpoint's copy", self._timeout)[0]
         config = self._fleet.config
-        return counters | {"ranks": config.cluster.learner_ranks, "zero_stage": config.learner.zero_stage}
+        return {**counters, "ranks": config.cluster.learner_ranks, "zero_stage": config.learner.zero_stage}
 
     def state_bytes(self) -> int:
         """Return the approximate size of a learner checkpoint, in bytes."""
@@ -45,7 +44,7 @@ class LearnerState:
             return None
         return {f"rank-{rank}.safetensors": record for rank, record in enumerate(records)}
 
-    def restore(self, folder: Path, learner: Mapping[str, Any]) -> None:
+    def restore(self, folder: Path, learner: LearnerRecord) -> None:
         """Restore the learner from a checkpoint whose files have been verified."""
         files = [folder / "learner" / f"rank-{rank}.safetensors" for rank in range(learner["ranks"])]
         pending = [rank.restore.remote(files, learner) for rank in self._fleet.learners]

@@ -12,7 +12,6 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -196,9 +195,9 @@ class Reservation:
                 self.release()
                 raise TimeoutError(f"Ray has not placed the {role} within {timeout_s:.0f} s, although they fit")
 
-    def of(self, kind: str, index: int) -> dict[str, Any]:
-        """Return the Ray options that put the actor `index` of `kind` (sampler, learner or rewards) in its place."""
-        return {"scheduling_strategy": self._strategies[kind, index]}
+    def of(self, kind: str, index: int) -> PlacementGroupSchedulingStrategy:
+        """Return the strategy that puts the actor `index` of `kind` (sampler, learner or rewards) in its place."""
+        return self._strategies[kind, index]
 
     def release(self) -> None:
         """Release the places to the cluster that was joined.

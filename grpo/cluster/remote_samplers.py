@@ -6,18 +6,25 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Protocol, TypeVar
 
 import ray
-from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from grpo.sync.probe import Probe
 from grpo.sync.transport import Sender
 from grpo.sync.weights import Bucket, SyncReport
+from grpo.types import Json
 
+T = TypeVar("T")
 ENDING_S = 10.0
 """Seconds that calls to samplers may take to end after one of them has failed."""
+
+
+class Reference(Protocol[T]):
+    """Ray's reference to the result of a call, `ray.ObjectRef`. Ray is not typed here, so its own type says nothing."""
+
+    def future(self) -> Future[T]: ...
 
 
 class RemoteSamplers:
@@ -26,13 +33,13 @@ class RemoteSamplers:
     def __init__(self, handles: Sequence[ActorHandle], sender: Sender | None, timeout_s: float) -> None:
         """`handles`: empty on ranks other than 0. `sender`: aborted when a sampler has failed."""
         self._handles, self._sender, self._timeout = handles, sender, timeout_s
-        self._begun: list[ObjectRef] = []
+        self._begun: list[Reference[None]] = []
         """Calls that the first bucket waits for, too."""
-        self._pending: list[ObjectRef] = []
+        self._pending: list[Reference[None]] = []
         """Calls for the current bucket."""
         self.lost: Exception | None = None
 
-    def init_transfer(self, infos: Sequence[Mapping[str, Any]]) -> list[ObjectRef]:
+    def init_transfer(self, infos: Sequence[Mapping[str, Json]]) -> list[Reference[None]]:
         """Have the samplers open their ends of the transport, without waiting."""
         return [s.init_transfer.remote(info) for s, info in zip(self._handles, infos, strict=True)]
 
@@ -59,7 +66,7 @@ class RemoteSamplers:
     def finish_sync(self, probe: Probe) -> list[SyncReport]:
         return self.all_of([s.finish_sync.remote(probe) for s in self._handles])
 
-    def all_of(self, references: Sequence[ObjectRef]) -> list[Any]:
+    def all_of(self, references: Sequence[Reference[T]]) -> list[T]:
         """Return the results of calls to samplers, or an empty list if one of them has died.
 
         The first failure ends the wait. The others may be waiting in a collective for the one that failed. They get an
@@ -84,7 +91,7 @@ class RemoteSamplers:
                 raise
         if self.lost is not None:
             return []
-        found: list[Any] = ray.get(list(references))
+        found: list[T] = ray.get(list(references))
         return found
 
 
@@ -103,7 +110,7 @@ def in_background(call: Callable[[], None]) -> Future[None]:
     return outcome
 
 
-def first_death(references: Sequence[ObjectRef]) -> Exception | None:
+def first_death(references: Sequence[Reference[T]]) -> Exception | None:
     """Return the error of the first of these calls whose actor has died within ENDING_S; None if none has."""
     ended, _ = ray.wait(list(references), num_returns=len(references), timeout=ENDING_S)
     for reference in ended:

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from grpo.cluster.placement import Reservation
 from grpo.config import Config, RewardConfig
@@ -58,18 +58,18 @@ class SpreadPool:
 
         Raises TimeoutError when Ray does not place them, OSError when a file cannot be read.
         """
-        nodes = config.cluster.reward_nodes
         self._reserved = Reservation(config, config.cluster.start_timeout_s, roles=("rewards",))
         sources = [file.read_bytes() for file in files]
-        actor: Any = ray.remote(RewardActor)
-        self._actors: dict[int, Any] = {
-            i: actor.options(
+        self._actors: dict[int, ActorHandle] = {
+            i: ray.remote(RewardActor)
+            .options(
                 num_cpus=config.rewards_on(i),
                 max_concurrency=1000,
                 name=f"rewards-{i}",
-                **self._reserved.of("rewards", i),
-            ).remote(config.rewards, files, sources, config.rewards_on(i), log_dir / f"rewards-{i}")
-            for i in range(nodes)
+                scheduling_strategy=self._reserved.of("rewards", i),
+            )
+            .remote(config.rewards, files, sources, config.rewards_on(i), log_dir / f"rewards-{i}")
+            for i in range(config.cluster.reward_nodes)
         }
         self._owed = dict.fromkeys(self._actors, 0)
         self._lock = threading.Lock()
@@ -114,7 +114,7 @@ class SpreadPool:
             actor = self._actors[node]
             self._owed[node] += 1
 
-        def done(answered: Future[Any]) -> None:
+        def done(answered: Future[list[Scored | Failed]]) -> None:
             with self._lock:
                 self._owed[node] -= 1
             error = answered.exception()

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -184,7 +183,7 @@ def exporter(run: str) -> Callable[[int, Mapping[str, float]], None]:
 
     Their names are ray_grpo_<name>, with the tag `run`.
     """
-    gauges: dict[str, Any] = {}
+    gauges: dict[str, Gauge] = {}
 
     def to_prometheus(step: int, metrics: Mapping[str, float]) -> None:
         for name, value in (*metrics.items(), ("step", step)):
@@ -247,17 +246,12 @@ def _out_of_the_process_group() -> Iterator[None]:
     A signal to the group, as `timeout` and terminals send it, is meant for the driver, which needs its engines to
     finish the step.
     """
-
-    class Popen(services.ConsolePopen):  # type: ignore[misc]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options, start_new_session=True)
-
     before = services.ConsolePopen
-    services.ConsolePopen = Popen  # type: ignore[misc]
+    services.ConsolePopen = functools.partial(before, start_new_session=True)
     try:
         yield
     finally:
-        services.ConsolePopen = before  # type: ignore[misc]
+        services.ConsolePopen = before
 
 
 @contextmanager

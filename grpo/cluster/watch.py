@@ -11,17 +11,19 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import ray
-from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from grpo.cluster.actors import STACK_SIGNAL
+from grpo.cluster.remote_samplers import Reference
 from grpo.run.folder import is_disk_full
 from grpo.sync.weights import WeightSyncError
 from grpo.types import EngineFailure, UserError
+
+T = TypeVar("T")
 
 LOOK_S = 2.0
 """Seconds between two checks, during a wait, that the nodes are still alive."""
@@ -58,7 +60,7 @@ class ActorWatch:
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
         self._names: dict[ActorHandle, str] = {}
-        self._processes: dict[ActorHandle, ObjectRef] = {}
+        self._processes: dict[ActorHandle, Reference[tuple[str, int]]] = {}
         """Actor -> reference to its node and pid, requested when it is created."""
         self._known: dict[ActorHandle, tuple[str, int]] = {}
         """Actor -> node and pid, of those that have answered."""
@@ -81,8 +83,8 @@ class ActorWatch:
             ray.kill(handle)
 
     def wait(
-        self, references: Sequence[ObjectRef], what: str, timeout_s: float, *, of_samplers: bool = False
-    ) -> list[Any]:
+        self, references: Sequence[Reference[T]], what: str, timeout_s: float, *, of_samplers: bool = False
+    ) -> list[T]:
         """Return the results of `references`, or raise the first failure among them.
 
         Args:
@@ -105,11 +107,11 @@ class ActorWatch:
                 raise EngineFailure(failure, learner_answers=of_samplers) from error
             except ray.exceptions.RayActorError as error:
                 raise self._died(what, error) from error
-        results: list[Any] = ray.get(list(references))
+        results: list[T] = ray.get(list(references))
         return results
 
-    def ready(self, references: list[Any], what: str, timeout_s: float, asked: float) -> tuple[list[Any], list[Any]]:
-        """Wait for the first of `references`, as `ray.wait` does, but fail when a node is lost.
+    def ready(self, references: list[T], what: str, timeout_s: float, asked: float) -> tuple[list[T], list[T]]:
+        """Wait for the first of `references` (or streams), as `ray.wait` does, but fail when a node is lost.
 
         Ray may never report the death of actors on a lost node.
 
@@ -146,7 +148,7 @@ class ActorWatch:
                     self._known[handle] = ray.get(reference)
         return self._known
 
-    def settle(self, references: Sequence[ObjectRef], timeout_s: float) -> None:
+    def settle(self, references: Sequence[Reference[T]], timeout_s: float) -> None:
         """Wait until calls have ended, successfully or not."""
         ray.wait(list(references), num_returns=len(references), timeout=timeout_s)
 
@@ -176,7 +178,7 @@ class ActorWatch:
         pids: dict[str, list[int]] = {}
         for node, pid in self._places().values():
             pids.setdefault(node, []).append(pid)
-        strike: Any = ray.remote(num_cpus=0)(_signal)
+        strike = ray.remote(num_cpus=0)(_signal)
         struck = [
             strike.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(found)
             for node, found in pids.items()

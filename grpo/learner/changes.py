@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from grpo.objective.logprobs import UNCHANGED, LogitChange
@@ -35,7 +35,7 @@ class _Output(tuple[torch.Tensor]):
 
 
 @contextmanager
-def _forward_as(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def _forward_as(module: torch.nn.Module, forward: Callable[..., torch.Tensor | _Output]) -> Iterator[None]:
     before = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign]
     try:
@@ -46,7 +46,7 @@ def _forward_as(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = before  # type: ignore[method-assign]
 
 
-def find_change(model: Any) -> LogitChange:
+def find_change(model: PreTrainedModel) -> LogitChange:
     """Return the change that the forward of `model`, a causal language model of transformers, makes to its logits.
 
     Raises UserError, with the config.json entries, for a change that our head does not compute.
@@ -76,7 +76,7 @@ def find_change(model: Any) -> LogitChange:
     return change
 
 
-def _body(model: Any) -> torch.nn.Module | None:
+def _body(model: PreTrainedModel) -> torch.nn.Module | None:
     """Return the child of `model` that maps token ids to hidden states."""
     embedding = model.get_input_embeddings()
     return next((child for child in model.children() if any(part is embedding for part in child.modules())), None)
@@ -95,14 +95,14 @@ def _fit(found: list[float]) -> LogitChange | None:
     return change if close and change.scale != 0 else None
 
 
-def _entries(model: Any) -> str:
+def _entries(model: PreTrainedModel) -> str:
     """Return the subject of an error message: the config.json entries about logits, with their values."""
     settings = model.config.get_text_config().to_dict()
     named = [f"{name}={value}" for name, value in settings.items() if "logit" in name and value not in (None, False)]
     return f"config.json's {', '.join(named)}" if named else f"the forward of {type(model).__name__} does"
 
 
-def bypass(model: Any) -> None:
+def bypass(model: PreTrainedModel) -> None:
     """Make `model` return the output of its projection unchanged.
 
     The config keeps its entries about logits, also when the model is saved.

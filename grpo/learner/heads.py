@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -19,6 +18,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -92,7 +93,7 @@ def unpack(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits[..., 0], logits[..., 1]
 
 
-def install(model: Any, config: Config) -> LogprobHead:
+def install(model: PreTrainedModel, config: Config) -> LogprobHead:
     """Replace the head of `model` by a `LogprobHead` that also applies the model's own change to its logits.
 
     Raises UserError for a family whose change the head cannot compute.
@@ -136,7 +137,7 @@ def refuse_buffers(where: str, model: torch.nn.Module) -> None:
         )
 
 
-def attention_of(config: Config, settings: Any) -> str:
+def attention_of(config: Config, settings: PreTrainedConfig) -> str:
     """Return transformers' name of the attention to which `model.attention` resolves in this process.
 
     `settings`: the model's config.json. Raises UserError if the configured attention would leave out the model's cap
@@ -160,13 +161,13 @@ def attention_of(config: Config, settings: Any) -> str:
     return "sdpa"
 
 
-def _has_sdpa(settings: Any) -> bool:
+def _has_sdpa(settings: PreTrainedConfig) -> bool:
     """Return whether transformers can compute the model's attention with PyTorch's SDPA."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     return bool(getattr(model, "_supports_sdpa", True))
 
 
-def load_policy(config: Config, *, on_paper: bool = False) -> Any:
+def load_policy(config: Config, *, on_paper: bool = False) -> PreTrainedModel:
     """Return the model of `model.path`, as a causal language model of transformers.
 
     `on_paper`: load the shapes of the weights without their values. Raises UserError if the folder lacks weights of the
@@ -201,7 +202,7 @@ def load_policy(config: Config, *, on_paper: bool = False) -> Any:
     return model
 
 
-def as_in_folder(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def as_in_folder(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return a parameter of `model` under the names that a model folder uses and vLLM loads.
 
     Transformers renames the weights of some families while loading, and merges the experts of a layer into one tensor.
@@ -210,7 +211,7 @@ def as_in_folder(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch
     return tensors
 
 
-def load_critic(config: Config, *, on_paper: bool = False) -> Any:
+def load_critic(config: Config, *, on_paper: bool = False) -> PreTrainedModel:
     """Return the value model of `critic.path`. A backbone without a head gets a head of zeros: every value starts at 0.
 
     `on_paper`: as in `load_policy`. Raises UserError if the family has no value model, or the folder lacks weights of
@@ -250,7 +251,7 @@ def load_critic(config: Config, *, on_paper: bool = False) -> Any:
     return critic
 
 
-def refuse_dropout(config: Any, option: str) -> None:
+def refuse_dropout(config: PreTrainedConfig, option: str) -> None:
     """Raise UserError for a model with dropout: its logprobs would differ between passes, and from the sampler's.
 
     Dropout of heads that a language model does not have is ignored.

@@ -5,16 +5,17 @@ Both work on a plain model and on one whose parameters DeepSpeed has sharded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.modeling_outputs import CausalLMOutput
 
 from grpo.learner.heads import LogprobHead, unpack
 from grpo.sync.probe import Probe, Reading, Spread, spread
+from grpo.types import Unchecked
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}
 """Largest relative change by rounding. A layer in 16 bits accumulates in float32 and rounds its result once, to half a
@@ -41,7 +42,7 @@ def rounded_at_random(model: torch.nn.Module, without: torch.nn.Module, seed: in
     """
     generators: dict[torch.device, torch.Generator] = {}
 
-    def round_output(module: torch.nn.Module, given: Any, out: Any) -> Any:
+    def round_output(module: torch.nn.Module, given: Unchecked, out: Unchecked) -> torch.Tensor | None:
         if not isinstance(out, torch.Tensor) or out.dtype not in UNIT_ROUNDOFF:
             return None
         if out.device not in generators:
@@ -61,7 +62,7 @@ def rounded_at_random(model: torch.nn.Module, without: torch.nn.Module, seed: in
 
 
 def read_probe(
-    forward: Any,
+    forward: Callable[..., CausalLMOutput],
     model: torch.nn.Module,
     head: LogprobHead,
     probe: Probe,
@@ -84,7 +85,9 @@ def read_probe(
 
 
 @torch.no_grad()
-def _logprobs(forward: Any, head: LogprobHead, probe: Probe, device: torch.device) -> tuple[NDArray[np.float32], ...]:
+def _logprobs(
+    forward: Callable[..., CausalLMOutput], head: LogprobHead, probe: Probe, device: torch.device
+) -> tuple[NDArray[np.float32], ...]:
     """Return the logprobs of the probe tokens after the first, [N][L_n - 1], at temperature 1.
 
     One forward computes all rows: right padding needs no mask.
@@ -102,7 +105,9 @@ class Perturbation:
     The storage of a parameter is looked up on each use, since an offload gives parameters new storage.
     """
 
-    def __init__(self, parameters: Sequence[Any], chosen: Sequence[int], vocabulary: int, rank: int) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], chosen: Sequence[int], vocabulary: int, rank: int
+    ) -> None:
         """Copy the chosen parameters.
 
         Args:
@@ -139,7 +144,7 @@ class Perturbation:
             _data(p).copy_(self._saved[i])
 
 
-def _real_elements(parameter: Any, shard: torch.Tensor, rank: int) -> int:
+def _real_elements(parameter: torch.nn.Parameter, shard: torch.Tensor, rank: int) -> int:
     """Return how many elements of the rank's `shard` belong to the parameter.
 
     At ZeRO 3 the last shards are padded with uninitialized memory.
@@ -148,7 +153,7 @@ def _real_elements(parameter: Any, shard: torch.Tensor, rank: int) -> int:
     return max(0, min(shard.numel(), whole - rank * shard.numel()))
 
 
-def _data(parameter: Any) -> torch.Tensor:
+def _data(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Return the current storage of a parameter on this rank; at ZeRO 3 its shard."""
     data: torch.Tensor = getattr(parameter, "ds_tensor", parameter).data
     return data

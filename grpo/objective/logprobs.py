@@ -7,7 +7,7 @@ float32 logits and its gradient at a time, so it does not grow with tokens x voc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch.nn.functional import linear
@@ -87,12 +87,22 @@ def _logits(
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
+class _Context(Protocol):
+    """torch's context, with what `_SelectedLogprobs.forward` stores for `backward`."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    settings: tuple[float, bool, LogitChange, int]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+
 class _SelectedLogprobs(torch.autograd.Function):
     """d logprob / d logit_j = [j = target] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
+        ctx: _Context,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -118,7 +128,7 @@ class _SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
+        ctx: _Context, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, entropy, norms = ctx.saved_tensors
         temperature, float32_head, change, size = ctx.settings

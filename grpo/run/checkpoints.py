@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from grpo.config import OnResume, declaration, general
 from grpo.files import FileRecord, seal
@@ -31,6 +31,13 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 PARTIAL = ".partial"
+
+
+class LearnerRecord(TypedDict):
+    """The learner's part of a manifest. It also holds the counters of the engines, which only the ranks read."""
+
+    ranks: int
+    zero_stage: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +53,7 @@ class Manifest:
     versions: Mapping[str, str]
     driver: Mapping[str, Any]
     """State of the driver."""
-    learner: Mapping[str, Any]
-    """ranks, zero_stage and the counters of each engine."""
+    learner: LearnerRecord
     metrics: Mapping[str, float]
     """Metrics of the step, used to choose the best checkpoint."""
     files: Mapping[str, FileRecord]

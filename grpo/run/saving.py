@@ -13,14 +13,14 @@ from grpo import config as config_module
 from grpo.config import Config
 from grpo.files import FileRecord, seal
 from grpo.run import checkpoints
-from grpo.run.checkpoints import Manifest
+from grpo.run.checkpoints import LearnerRecord, Manifest
 from grpo.run.folder import versions
 
 
 class Captured(Protocol):
     """Interface of the learner for checkpoints; implemented by `grpo.cluster.learner_state.LearnerState`."""
 
-    def capture(self, folder: Path) -> dict[str, Any]: ...
+    def capture(self, folder: Path) -> LearnerRecord: ...
 
     def state_bytes(self) -> int: ...
 

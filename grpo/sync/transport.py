@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import psutil
@@ -29,13 +29,28 @@ from torch.distributed import (  # type: ignore[attr-defined]
     ProcessGroupGloo,
     Store,
     TCPStore,
+    Work,
 )
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from grpo.config import Config
-from grpo.sync.weights import BUCKET_BYTES, Bucket, TensorSpec, WeightSyncError, describe, specs_of, torch_dtype
-from grpo.types import UserError
+from grpo.sync.weights import (
+    BUCKET_BYTES,
+    Bucket,
+    IpcHandle,
+    Location,
+    TensorSpec,
+    WeightSyncError,
+    describe,
+    specs_of,
+    torch_dtype,
+)
+from grpo.types import Json, UserError
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroupNCCL  # torch's CPU build lacks it
+
+Group: TypeAlias = "ProcessGroupGloo | ProcessGroupNCCL"
 Rendezvous = TCPStore
 
 POLL_S = 0.001
@@ -121,7 +136,7 @@ def join_store(host: str, port: int, world_size: int, timeout_s: float) -> Rende
 class Sender(Protocol):
     """A learner rank's end of a transport."""
 
-    def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
+    def init_info(self, sampler: int, place: Place) -> Mapping[str, Json]:
         """Return the arguments that sampler number `sampler` needs to open its end before the first sync."""
         ...
 
@@ -156,7 +171,7 @@ def joined(buckets: Sequence[Bucket]) -> Bucket:
         for spec, ours, theirs in zip(first.tensors, first.checksums, other.checksums, strict=True):
             if ours != theirs:
                 raise WeightSyncError(f"sending rank {rank} of the learner holds another {spec.name} than rank 0")
-    transport = dict(first.transport)
+    transport: Location = {**first.transport}
     if "files" in transport:
         transport["files"] = {node: file for b in buckets for node, file in b.transport["files"].items()}
     if "handles" in transport:
@@ -164,7 +179,23 @@ def joined(buckets: Sequence[Bucket]) -> Bucket:
     return replace(first, transport=transport)
 
 
-class IpcSender:
+class _MappedSender:
+    """Base of the senders whose memory the receivers map: there is nothing to connect, to transmit or to abort."""
+
+    def connect(self) -> None:
+        """Do nothing."""
+
+    def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Do nothing."""
+
+    def transmitted(self) -> None:
+        """Do nothing."""
+
+    def abort(self) -> None:
+        """Do nothing."""
+
+
+class IpcSender(_MappedSender):
     """A buffer on this rank's GPU. The sampler's worker there maps it through CUDA IPC and copies each bucket from it.
 
     The buffer is exported once for the whole run: torch counts one mapping for each export, and memory that was
@@ -176,13 +207,10 @@ class IpcSender:
         """`gpu`: UUID of the GPU `device`."""
         self._gpu, self._device = gpu, device
         self._flat: torch.Tensor | None = None
-        self._handle: tuple[Any, ...] = ()
+        self._handle: IpcHandle = ()
 
-    def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
+    def init_info(self, sampler: int, place: Place) -> Mapping[str, Json]:
         return {}
-
-    def connect(self) -> None:
-        """Do nothing: CUDA IPC needs no rendezvous."""
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Copy `tensors` into the buffer and describe them. The receiver must have copied the previous bucket."""
@@ -196,25 +224,16 @@ class IpcSender:
         settle(self._flat)
         return describe(tensors, {"handles": {self._gpu: self._handle}, "tensors": specs})
 
-    def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Do nothing: the receiver reads the bytes."""
-
-    def transmitted(self) -> None:
-        """Do nothing: `transmit` sends nothing."""
-
-    def abort(self) -> None:
-        """Do nothing: no end waits for another."""
-
 
 class IpcReceiver:
     """A worker's view of the `IpcSender`'s buffer on its GPU."""
 
     def __init__(self, device_index: int) -> None:
         self._index = device_index
-        self._handle: tuple[Any, ...] = ()
+        self._handle: IpcHandle = ()
         self._flat: torch.Tensor | None = None
 
-    def read(self, handle: tuple[Any, ...], tensors: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
+    def read(self, handle: IpcHandle, tensors: Sequence[TensorSpec]) -> list[tuple[str, torch.Tensor]]:
         """Return copies of the tensors of a bucket.
 
         They must be copies because the sender reuses the buffer, and vLLM keeps tensors of layers that it has not fully
@@ -231,7 +250,7 @@ class IpcReceiver:
         return copies
 
 
-class SharedMemorySender:
+class SharedMemorySender(_MappedSender):
     """Writes buckets into an anonymous memory file that other processes of this user map through /proc.
 
     The file has no name in any file system. The kernel frees it when the last process that maps it has ended, even if
@@ -246,11 +265,8 @@ class SharedMemorySender:
         self._size = 0
         self._map: mmap.mmap | None = None
 
-    def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
+    def init_info(self, sampler: int, place: Place) -> Mapping[str, Json]:
         return {"node": place.node}
-
-    def connect(self) -> None:
-        """Do nothing: shared memory needs no rendezvous."""
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Copy `tensors` into the file and describe them. The receiver must have consumed the previous bucket."""
@@ -265,15 +281,6 @@ class SharedMemorySender:
         files = {self._node: f"/proc/{os.getpid()}/fd/{self._fd}"}
         return describe(tensors, {"files": files, "nbytes": nbytes, "tensors": specs})
 
-    def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Do nothing: the receiver reads the bytes."""
-
-    def transmitted(self) -> None:
-        """Do nothing: `transmit` sends nothing."""
-
-    def abort(self) -> None:
-        """Do nothing: no end waits for another."""
-
 
 class BroadcastSender:
     """Broadcasts buckets over the network to all workers of all samplers: gloo between CPUs, NCCL between GPUs."""
@@ -283,10 +290,10 @@ class BroadcastSender:
         self._workers, self._size, self._timeout = workers, 1 + workers * samplers, timeout_s
         self._host, self._store = host, open_store(host, self._size, timeout_s)
         self._device = device
-        self._group: Any = None
-        self._sending: Any = None
+        self._group: Group | None = None
+        self._sending: Work
 
-    def init_info(self, sampler: int, place: Place) -> dict[str, Any]:
+    def init_info(self, sampler: int, place: Place) -> Mapping[str, Json]:
         return {
             "host": self._host,
             "port": self._store.port,
@@ -308,6 +315,7 @@ class BroadcastSender:
         specs = specs_of(tensors)
         flat = torch.empty(size_of(specs), dtype=torch.uint8, device=self._device)
         lay_out(flat, specs, tensors)
+        assert self._group is not None, "transmit before connect"
         self._sending = broadcast(self._group, flat)
 
     def transmitted(self) -> None:
@@ -318,7 +326,7 @@ class BroadcastSender:
             self._group.abort()
 
 
-def broadcast_group(device: torch.device, store: Store, rank: int, size: int, timeout_s: float) -> Any:
+def broadcast_group(device: torch.device, store: Store, rank: int, size: int, timeout_s: float) -> Group:
     """Return a new process group, separate from any group that the process is already in, once all ranks have joined.
 
     NCCL joins ranks only at the first collective. One is run here, so that this wait has a timeout.
@@ -335,14 +343,15 @@ def broadcast_group(device: torch.device, store: Store, rank: int, size: int, ti
     return group
 
 
-def broadcast(group: Any, flat: torch.Tensor) -> Any:
-    """Begin to send `flat` from rank 0 to all ranks of `group`. Return torch's Work, which keeps the memory alive."""
+def broadcast(group: Group, flat: torch.Tensor) -> Work:
+    """Begin to send `flat` from rank 0 to all ranks of `group`. The result keeps the memory alive."""
     options = BroadcastOptions()
     options.rootRank = 0
-    return group.broadcast([flat], options)
+    work: Work = group.broadcast([flat], options)  # type: ignore[union-attr] # torch's stubs lack the method
+    return work
 
 
-def finish(work: Any, timeout_s: float) -> None:
+def finish(work: Work, timeout_s: float) -> None:
     """Wait for a collective by polling. With NCCL, `wait` would block the stream, and all later work on it, for as long
     as another rank is missing.
 

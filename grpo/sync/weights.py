@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from grpo.sync.probe import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, group_members, spread
+from grpo.types import Unchecked
 
 BUCKET_BYTES = 256 << 20
 """Maximum size of one bucket, except for a single larger tensor. The peak extra memory of a sync is two buckets on each
@@ -62,14 +63,28 @@ class TensorSpec:
         return int(np.prod(self.shape, dtype=np.int64)) * torch_dtype(self.dtype).itemsize
 
 
+IpcHandle: TypeAlias = tuple[Unchecked, ...]
+"""Arguments of torch's `rebuild_cuda_tensor`."""
+
+
+class Location(TypedDict, total=False):
+    """Location of a bucket's bytes: the entries that the transport's receiving end expects."""
+
+    files: Mapping[str, str]
+    """Node -> file in its shared memory."""
+    handles: Mapping[str, IpcHandle]
+    """UUID of a GPU -> buffer on it."""
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
     """Description of one bucket, which a `load` call carries. The bytes travel separately."""
 
     tensors: tuple[TensorSpec, ...]
     checksums: tuple[int, ...]
-    transport: Mapping[str, Any]
-    """Location of the bytes, in the form that the transport's receiving end expects."""
+    transport: Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +169,7 @@ def specs_of(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[TensorSpec, ..
     return tuple(specs)
 
 
-def describe(bucket: Sequence[tuple[str, torch.Tensor]], transport: Mapping[str, Any]) -> Bucket:
+def describe(bucket: Sequence[tuple[str, torch.Tensor]], transport: Location) -> Bucket:
     """Return the description of `bucket`."""
     checksums = tuple(checksum(tensor) for _, tensor in bucket)
     return Bucket(tensors=specs_of(bucket), checksums=checksums, transport=transport)
