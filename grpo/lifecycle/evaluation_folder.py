@@ -271,7 +271,7 @@ def survey(plan: CheckedRun, folder: Path) -> tuple[set[str], dict[Path, str]]:
         found: dict[str, list[int]] = defaultdict(list)
         try:
             for row in read_rows(path):
-                found[row["prompt_id"]].append(row["sample_index"])
+                found[row.prompt_id].append(row.sample_index)
         except UserError as error:
             unusable[path] = str(error)
             continue

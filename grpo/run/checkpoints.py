@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from grpo.config import OnResume, declaration, general
+import yaml
+
+from grpo.config import Config, OnResume, declaration, dump, general
 from grpo.files import FileRecord, seal
-from grpo.types import UserError
+from grpo.types import Json, UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,8 +48,8 @@ class Manifest:
 
     format: int
     step: int
-    config: Mapping[str, Any]
-    """The resolved config, as nested plain values."""
+    config: Mapping[str, Json]
+    """The resolved config, as `plain` returns it."""
     fingerprints: Mapping[str, str]
     """Content read from files (model, data.train, data.eval.sets, each reward file) -> SHA-256."""
     versions: Mapping[str, str]
@@ -203,36 +205,44 @@ def _rating(folder: Path, metric: str) -> float:
 # --- resuming with different settings ---------------------------------------------------------------------------------
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def plain(config: Config) -> dict[str, Json]:
+    """Return the resolved config as nested plain values."""
+    values: dict[str, Json] = yaml.safe_load(dump(config))
+    return values
+
+
+def differences(old: Mapping[str, Json], new: Mapping[str, Json], prefix: str = "") -> dict[str, tuple[Json, Json]]:
     """Return option -> (value in the checkpoint, value now) for the options that differ.
 
     An option that the checkpoint does not have, because it is newer than the checkpoint, had its default.
     """
-    out: dict[str, tuple[Any, Any]] = {}
+    out: dict[str, tuple[Json, Json]] = {}
     for key in [*old, *(key for key in new if key not in old)]:
         now = new.get(key)
         before = old[key] if key in old else _default(f"{prefix}{key}", now)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             out |= differences(before, now, f"{prefix}{key}.")
         elif (one := _items(before)) and (other := _items(now)) and len(one) == len(other):
-            for i in range(len(one)):
-                out |= differences(one[i], other[i], f"{prefix}{key}[{i}].")
+            for i, (item, item_now) in enumerate(zip(one, other, strict=True)):
+                out |= differences(item, item_now, f"{prefix}{key}[{i}].")
         elif before != now:
             out[f"{prefix}{key}"] = (before, now)
     return out
 
 
-def _default(option: str, now: Any) -> Any:
+def _default(option: str, now: Json) -> Json:
     """Return the default of an option, and no options or items for a section or a list of sections."""
     declared = declaration(option)
     if declared and declared.name == general(option):
-        return declared.plain_default
+        default: Json = declared.plain_default
+        return default
     return {} if isinstance(now, Mapping) else [] if isinstance(now, list) else None
 
 
-def _items(value: Any) -> list[Mapping[str, Any]]:
+def _items(value: Json) -> list[Mapping[str, Json]]:
     """Return the sections of a list of sections, such as data.train and rewards; an empty list for other values."""
-    return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
+    sections = [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    return sections if sections == value else []
 
 
 def _within(option: str, names: Sequence[str]) -> bool:
@@ -243,9 +253,7 @@ def _within(option: str, names: Sequence[str]) -> bool:
     )
 
 
-def compare(
-    manifest: Manifest, config: Mapping[str, Any], fingerprints: Mapping[str, str], allowed: Sequence[str]
-) -> list[str]:
+def compare(manifest: Manifest, config: Config, fingerprints: Mapping[str, str], allowed: Sequence[str]) -> list[str]:
     """Return notes on the differences between the resumed run and the saved one.
 
     Raises UserError for a difference that would change the run, naming the `allow` option that permits it.
@@ -255,7 +263,7 @@ def compare(
         for name in sorted({*manifest.fingerprints, *fingerprints})
         if manifest.fingerprints.get(name) != fingerprints.get(name)
     ]
-    options = differences(manifest.config, config)
+    options = differences(manifest.config, plain(config))
     notes = compare_options(manifest.config, config, allowed)
     for name in contents:
         if not _within(name, allowed):
@@ -266,14 +274,14 @@ def compare(
     return notes
 
 
-def compare_options(before: Mapping[str, Any], config: Mapping[str, Any], allowed: Sequence[str]) -> list[str]:
+def compare_options(before: Mapping[str, Json], config: Config, allowed: Sequence[str]) -> list[str]:
     """Return notes on the options that differ between the resumed run and the config `before`.
 
     Raises UserError for a difference that would change the run, naming the `allow` option that permits it.
     """
-    schedules = {config["optimizer"]["schedule"], config["critic"]["optimizer"]["schedule"]}
+    schedules = {config.optimizer.schedule, config.critic.optimizer.schedule}
     notes = []
-    for option, (old, now) in differences(before, config).items():
+    for option, (old, now) in differences(before, plain(config)).items():
         declared = declaration(option)
         resume = declared.resume if declared else OnResume.SAME
         stretched = option == "run.steps" and schedules != {"constant"}

@@ -31,7 +31,7 @@ from grpo.evaluation.statistics import (
 from grpo.metrics.measures import HEADLINE
 from grpo.run.checkpoints import MANIFEST
 from grpo.run.samples import PART, read_columns
-from grpo.types import UserError
+from grpo.types import Json, UserError
 
 Samples = dict[str, dict[str, list[Judged]]]
 """Data set -> prompt_id -> its completions."""
@@ -56,14 +56,28 @@ class Subject:
     """The data of a run, or of an evaluation made by `grpo eval`."""
 
     path: Path
-    config: Mapping[str, Any]
-    record: Mapping[str, Any]
+    config: Mapping[str, Json]
+    record: Mapping[str, Mapping[str, str]]
     """Record written by the run or evaluation: `fingerprints` of the files it read, `versions` of the libraries."""
     metrics: Mapping[int, Mapping[str, float]]
     """step -> its line of metrics.jsonl."""
     samples: Samples
     evaluated: str
     """Describes the evaluation that `samples` belong to."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRow:
+    """One completion of a samples file."""
+
+    dataset: str
+    prompt_id: str
+    sample_index: int
+    completion: str
+    finish_reason: str
+    tokens: int
+    parts: Mapping[str, float]
+    """Values of the rewards that gave one."""
 
 
 def compare(first: Path, second: Path, step: int | None = None) -> list[str]:
@@ -117,7 +131,7 @@ def read_subject(path: Path, step: int | None) -> Subject:
     )  # fmt: skip
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, dict[str, str]]:
     """Return the record of an evaluation or an ended run. For a run that has not ended, return the record of its last
     checkpoint, or an empty one without a checkpoint.
 
@@ -133,8 +147,8 @@ def read_record(path: Path) -> dict[str, Any]:
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
         if isinstance(record, dict) and isinstance(record.get("fingerprints"), dict):
-            return record
-    return {}
+            return {"fingerprints": record["fingerprints"], "versions": record.get("versions", {})}
+    return {"fingerprints": {}, "versions": {}}
 
 
 def check_counts(path: Path, samples: Samples) -> None:
@@ -154,7 +168,7 @@ def check_counts(path: Path, samples: Samples) -> None:
             )
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Json]:
     """Return a saved config. Raises UserError when it is damaged."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -180,23 +194,20 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     return out
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a samples file: `COLUMNS`, with the number of tokens instead of the token ids, and `parts`,
-    the values of the rewards that gave one.
-
-    Raises UserError when the file is damaged.
-    """
+def read_rows(file: Path) -> list[SampleRow]:
+    """Return the rows of a samples file. Raises UserError when the file is damaged."""
     table = read_columns(file, COLUMNS)
     lengths = pc.list_value_length(table["completion_token_ids"])
-    rows: list[dict[str, Any]] = table.drop_columns("completion_token_ids").append_column("tokens", lengths).to_pylist()
-    for row in rows:
+    rows = []
+    for row in table.drop_columns("completion_token_ids").append_column("tokens", lengths).to_pylist():
         values = {name: row.pop(name) for name in [*row] if name.startswith(PART)}
         if None in row.values():
             raise UserError(f"{file} is damaged: a completion of {row['prompt_id']} has gaps")
-        row["parts"] = {name.removeprefix(PART): value for name, value in values.items() if value is not None}
-        odd = [name for name, value in row["parts"].items() if not math.isfinite(value)]
+        parts = {name.removeprefix(PART): value for name, value in values.items() if value is not None}
+        odd = [name for name, value in parts.items() if not math.isfinite(value)]
         if odd:
             raise UserError(f"{file} is damaged: {PART}{odd[0]} of a completion of {row['prompt_id']} is no number")
+        rows.append(SampleRow(**row, parts=parts))
     return rows
 
 
@@ -206,31 +217,33 @@ def read_samples(files: Sequence[Path]) -> Samples:
     Raises UserError when a file is damaged, or when the prompts of a data set do not all have the same sample indices,
     each once.
     """
-    by_set: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    by_set: dict[str, list[SampleRow]] = defaultdict(list)
     for file in files:
         for row in read_rows(file):
-            by_set[row["dataset"]].append(row)
+            by_set[row.dataset].append(row)
     out: Samples = {}
     for name, rows in by_set.items():
-        by = judge([row["parts"] for row in rows])
+        by = judge([row.parts for row in rows])
         prompts = out[name] = defaultdict(list)
         indices = defaultdict(list)
         for row in rows:
-            indices[row["prompt_id"]].append(row["sample_index"])
-            prompts[row["prompt_id"]].append(
+            indices[row.prompt_id].append(row.sample_index)
+            prompts[row.prompt_id].append(
                 Judged(
-                    value=None if by is None else row["parts"].get(by),
-                    answer=final_answer(row["completion"]),
-                    tokens=row["tokens"],
-                    truncated=row["finish_reason"] == "length",
+                    value=None if by is None else row.parts.get(by),
+                    answer=final_answer(row.completion),
+                    tokens=row.tokens,
+                    truncated=row.finish_reason == "length",
                 )
             )
         most = max(len(some) for some in indices.values())
         for prompt_id, some in indices.items():
             if sorted(some) != list(range(most)):
+                shown = str(sorted(some))
+                shown = shown if len(shown) <= SHOWN else f"...{shown[3 - SHOWN :]}"
                 raise UserError(
-                    f"{files[0].parent} is damaged: {prompt_id} has the completions {shown(sorted(some))}, where each "
-                    f"prompt of {name} has 0 to {most - 1} once"
+                    f"{files[0].parent} is damaged: {prompt_id} has the completions {shown}, where each prompt of "
+                    f"{name} has 0 to {most - 1} once"
                 )
     return out
 
@@ -244,9 +257,9 @@ def differing_options(a: Subject, b: Subject) -> list[str]:
     return table([["option", "A", "B"], *([name, *differing_values(old.get(name), new.get(name))] for name in names)])
 
 
-def leaves(value: Any, name: str = "") -> dict[str, Any]:
+def leaves(value: Json, name: str = "") -> dict[str, Json]:
     """Return full name -> value for all values of a config; empty lists and sections are left out."""
-    out: dict[str, Any] = {}
+    out: dict[str, Json] = {}
     if isinstance(value, Mapping):
         for key, inner in value.items():
             out |= leaves(inner, f"{name}.{key}" if name else str(key))
@@ -278,7 +291,7 @@ def differing_graders(a: Subject, b: Subject) -> list[str]:
             warnings.append(
                 f"warning: the grader {name} was not the same file in A and B, so that they are judged differently"
             )
-    old, new = (subject.record.get("versions", {}).get("math-verify") for subject in (a, b))
+    old, new = (subject.record["versions"].get("math-verify") for subject in (a, b))
     if old and new and old != new:
         warnings.append(f"warning: math-verify, by which math_answer judges, is {old} in A and {new} in B")
     return warnings
@@ -289,16 +302,15 @@ def graders(subject: Subject) -> dict[str, str | None]:
 
     Raises UserError when the rewards of the config are damaged.
     """
+    sections: Any = subject.config.get("rewards", [])
     try:
-        rewards = [RewardConfig(file=each["file"], name=each.get("name")) for each in subject.config.get("rewards", [])]
-        names = part_names(rewards)
+        names = part_names([RewardConfig(file=each["file"], name=each.get("name")) for each in sections])
     except (TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{subject.path / 'config.yaml'} is damaged: its rewards are none") from error
-    known = subject.record.get("fingerprints", {})
-    return {name: known.get(f"rewards[{i}].file") for i, name in enumerate(names)}
+    return {name: subject.record["fingerprints"].get(f"rewards[{i}].file") for i, name in enumerate(names)}
 
 
-def differing_values(old: Any, new: Any) -> tuple[str, str]:
+def differing_values(old: Json, new: Json) -> tuple[str, str]:
     """Return two values, shortened; long values are shown from shortly before their first difference."""
     one, other = ("-" if value is None else str(value).replace("\n", "\\n") for value in (old, new))
     if max(len(one), len(other)) <= SHOWN:
@@ -312,12 +324,6 @@ def differing_values(old: Any, new: Any) -> tuple[str, str]:
         return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
     return part(one), part(other)
-
-
-def shown(value: Any) -> str:
-    """Return a value as text, of at most 40 characters."""
-    text = "-" if value is None else str(value)
-    return text if len(text) <= 40 else f"...{text[-37:]}"
 
 
 def compare_evaluations(a: Samples, b: Samples) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from grpo import config as config_module
 from grpo.config import Config, part_names
 from grpo.run.samples import UNTRAINED, Trained, write_groups
 from grpo.run.trackers import make_trackers, table_is_due, table_rows
-from grpo.types import Group, UserError
+from grpo.types import Group, Json, UserError
 
 RECIPE = "recipe.txt"
 """File with the path of the recipe; `resume=auto` resumes in the newest folder of the same recipe."""
@@ -227,9 +228,9 @@ class RunFolder:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
         if self._trackers or self._exporters:
-            self._later(self._track, step, dict(metrics))
+            self._later(functools.partial(self._track, step, dict(metrics)))
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, float | str]]:
         """Return the lines of metrics.jsonl."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -241,7 +242,7 @@ class RunFolder:
 
     def write_samples(self, name: str, step: int, groups: Sequence[Group], trained: Trained = UNTRAINED) -> None:
         """Write all completions to samples/<name>.parquet, and some to the trackers, in the background."""
-        self._later(self._write_samples, name, step, groups, trained)
+        self._later(functools.partial(self._write_samples, name, step, groups, trained))
 
     def _write_samples(self, name: str, step: int, groups: Sequence[Group], trained: Trained) -> None:
         target = self.path / "samples" / f"{name}.parquet"
@@ -251,11 +252,11 @@ class RunFolder:
             for tracker in self._trackers:
                 tracker.table(step, name.partition("-")[0], rows)
 
-    def _later(self, write: Callable[..., None], *arguments: Any) -> None:
+    def _later(self, write: Callable[[], None]) -> None:
         """Queue a write for the background thread. `raise_failed` and `flush` raise its error."""
         if len(self._writing) > MAX_WRITES_BEHIND:
             wait([self._writing[-MAX_WRITES_BEHIND]])
-        self._writing.append(self._writer.submit(write, *arguments))
+        self._writing.append(self._writer.submit(write))
 
     def raise_failed(self) -> None:
         """Raise the first error of the writes that have ended since the last call."""
@@ -269,7 +270,7 @@ class RunFolder:
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
+    def write_summary(self, summary: Mapping[str, Json]) -> None:
         """Write summary.json; called whenever a run ends, also after a failure."""
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 

@@ -6,13 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo.data import nearest_path
-from grpo.types import UserError
+from grpo.types import Json, UserError
 
 ACCURACY = "eval/accuracy"
 
@@ -69,15 +68,15 @@ class Run:
         return float(found[-1]) if found else None
 
     @property
-    def summary(self) -> Mapping[str, Any]:
+    def summary(self) -> Mapping[str, Json]:
         """Return summary.json. Raises UserError if the run has not ended, or was killed."""
         try:
-            summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            summary: dict[str, Json] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError(f"{self.path} has no summary.json: the run has not ended, or it was killed") from error
         return summary
 
-    def _metrics(self) -> list[dict[str, Any]]:
+    def _metrics(self) -> list[dict[str, float | str]]:
         file = self.path / "metrics.jsonl"
         lines = file.read_bytes().splitlines() if file.is_file() else []
         found = []

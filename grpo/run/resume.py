@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,7 +17,6 @@ from grpo.run import checkpoints
 from grpo.run import folder as run_folder
 from grpo.run.checkpoints import Manifest
 from grpo.run.progress import Progress
-from grpo.run.saving import plain
 from grpo.types import UserError
 
 
@@ -101,7 +100,7 @@ def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
     """
     try:
         before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        checkpoints.compare_options(before, plain(config), allowed)
+        checkpoints.compare_options(before, config, allowed)
     except UserError as error:
         raise UserError(f"{run} is another run: {error}; or choose another run.name") from error
     except (OSError, ValueError, AttributeError, TypeError, LookupError, yaml.YAMLError) as error:
@@ -158,7 +157,7 @@ def prepare(origin: Origin, plan: CheckedRun, allowed: Sequence[str]) -> Resumed
         ]
         hint = f"; the checkpoint before it: resume={others[-1]}" if others else ""
         raise UserError(f"{error}{hint}") from error
-    notes = checkpoints.compare(manifest, plain(config), fingerprints(plan), allowed)
+    notes = checkpoints.compare(manifest, config, fingerprints(plan), allowed)
     if manifest.step > config.run.steps:
         raise UserError(f"run.steps={config.run.steps} is less than the {manifest.step} steps of {origin.checkpoint}")
     return Resumed(
@@ -177,28 +176,23 @@ def progress_of(manifest: Manifest, plan: CheckedRun) -> Progress:
 
     Raises UserError if the checkpoint was written by another version.
     """
-    config, before = plan.config, manifest.config
-    same_data = manifest.fingerprints.get("data.train") == plan.fingerprints.get("data.train")
-    same_order = before["data"]["seed"] == config.data.seed and weights_of(before) == weights_of(plain(config))
-    anew = None if same_data and same_order else start_cursor(plan.prompts, config.data)
+    config, saved, now = plan.config, manifest.fingerprints, plan.fingerprints
+    changed = checkpoints.differences(manifest.config, checkpoints.plain(config))
+
+    def differs(options: str) -> bool:
+        return any(re.fullmatch(options, option) for option in changed)
+
+    other_data = saved.get("data.train") != now.get("data.train") or differs(r"data\.(seed|train(\[\d+\]\.weight)?)")
+    anew = start_cursor(plan.prompts, config.data) if other_data else None
     try:
         progress = Progress.restore(manifest.driver, plan.prompts, anew=anew)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint of step {manifest.step} is of another version: {error!r}") from error
-    if manifest.fingerprints.get("data.eval.sets") != plan.fingerprints.get("data.eval.sets") or any(
-        before["data"]["eval"].get(name) != value
-        for name, value in plain(config)["data"]["eval"].items()
-        if name not in ("sets", "every", "by")
-    ):  # earlier results are not comparable
-        progress.before = progress.after = progress.evaluated = None
-    if before["algorithm"]["kl_coef"] != config.algorithm.kl_coef:
+    if saved.get("data.eval.sets") != now.get("data.eval.sets") or differs(r"data\.eval\.(?!(sets|every|by)\b).+"):
+        progress.before = progress.after = progress.evaluated = None  # earlier results are not comparable
+    if "algorithm.kl_coef" in changed:
         progress.kl_coef = config.algorithm.kl_coef
     return progress
-
-
-def weights_of(config: Mapping[str, Any]) -> list[float | None]:
-    """Return the weights of the training sets."""
-    return [dataset["weight"] for dataset in config["data"]["train"]]
 
 
 def restore_last(plan: CheckedRun, run: Path) -> Resumed:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from grpo.evaluation.statistics import final_answer
-from grpo.types import Failed, Group, Scored, UserError
+from grpo.types import Failed, Group, Scored, Unchecked, UserError
 
 PART = "reward_part/"
 """Prefix of the column with a reward's values; a value is null if the reward abstained or failed."""
@@ -52,7 +51,7 @@ def write_groups(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     outcomes = [rollout.outcome for rollout in rollouts]
     completions = [rollout.completion for rollout in rollouts]
-    columns: dict[str, Any] = {
+    columns = {
         "step": [step] * len(rollouts),
         "dataset": [rollout.prompt.dataset for rollout in rollouts],
         "prompt_id": [rollout.prompt.prompt_id for rollout in rollouts],
@@ -111,13 +110,13 @@ def part_columns(parts: Sequence[Mapping[str, float]], rewards: Sequence[str]) -
     return sorted(named, key=lambda name: (places.get(name.partition("/")[0], len(places)), "/" in name))
 
 
-def gold_answer(row: Mapping[str, Any], column: str) -> str | None:
+def gold_answer(row: Mapping[str, Unchecked], column: str) -> str | None:
     """Return the gold answer of a data row as text; None if the row has none."""
     value = row.get(column)
     return value if value is None or isinstance(value, str) else as_json(value)
 
 
-def as_json(value: Any) -> str:
+def as_json(value: Unchecked) -> str:
     """Return `value` as JSON; values that JSON does not support (dates, bytes) become strings."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
@@ -144,7 +143,7 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
-def list_column(arrays: Sequence[NDArray[Any]]) -> pa.ListArray:
+def list_column(arrays: Sequence[NDArray[np.generic]]) -> pa.ListArray:
     """Return a column of lists made from arrays, without a Python object per element."""
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
     return pa.ListArray.from_arrays(offsets, np.concatenate(arrays))

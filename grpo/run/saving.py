@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
-from grpo import config as config_module
 from grpo.config import Config
 from grpo.files import FileRecord, seal
 from grpo.run import checkpoints
-from grpo.run.checkpoints import LearnerRecord, Manifest
+from grpo.run.checkpoints import LearnerRecord, Manifest, plain
 from grpo.run.folder import versions
 
 
@@ -102,9 +99,3 @@ class Saver:
         c = self._config.run
         checkpoints.retire(self._run, keep_last=c.keep_last, keep_every=c.keep_every, best_by=c.keep_best)
         self._say(f"checkpoint {target.name}, {self._size / 2**20:.1f} MiB")
-
-
-def plain(config: Config) -> dict[str, Any]:
-    """Return the resolved config as nested plain values."""
-    values: dict[str, Any] = yaml.safe_load(config_module.dump(config))
-    return values

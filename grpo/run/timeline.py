@@ -18,7 +18,7 @@ from typing import Any
 from grpo.rewards.counts import Counted
 from grpo.rewards.groups import RewardItem
 from grpo.rollout.collect import Scorer
-from grpo.types import Failed, Scored
+from grpo.types import Failed, Json, Scored
 
 
 class Timeline:
@@ -32,7 +32,7 @@ class Timeline:
         self._origin = time.monotonic()
 
     @contextmanager
-    def span(self, role: str, name: str, **details: Any) -> Iterator[None]:
+    def span(self, role: str, name: str, **details: Json) -> Iterator[None]:
         """Record the block as a span."""
         end = self.begin(role, name, **details)
         try:
@@ -40,7 +40,7 @@ class Timeline:
         finally:
             end()
 
-    def begin(self, role: str, name: str, **details: Any) -> Callable[[], None]:
+    def begin(self, role: str, name: str, **details: Json) -> Callable[[], None]:
         """Begin a span. The returned function ends it."""
         started = time.monotonic()
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
-from grpo import config as config_module
 from grpo.config import Config
 from grpo.evaluation.statistics import final_answer
 from grpo.objective.advantages import has_spread
+from grpo.run.checkpoints import plain
 from grpo.run.samples import UNTRAINED, Trained, gold_answer
 from grpo.types import Failed, Group, UserError
 
@@ -124,7 +122,7 @@ class WandB:
                 dir=str(folder),
                 id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
                 resume="allow",
-                config=yaml.safe_load(config_module.dump(config)),
+                config=plain(config),
             )
         except wandb.Error as error:
             raise UserError(f"run.wandb=true: {' '.join(str(error).split())[:300]}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from grpo import config as config_module
+from grpo.config import Config
 from grpo.run.checkpoints import (
     FORMAT,
     Manifest,
@@ -24,13 +24,13 @@ from grpo.run.checkpoints import (
     compare,
     differences,
     list_checkpoints,
+    plain,
     publish,
     read,
     retire,
     seal,
 )
 from grpo.run.folder import drop_unfinished, is_disk_full
-from grpo.run.saving import plain
 from grpo.types import UserError
 
 
@@ -284,18 +284,18 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 # --- going on with other settings ------------------------------------------------------------------------------------
 
 
-def config_of(tmp_path: Path, *overrides: str) -> dict[str, Any]:
+def config_of(tmp_path: Path, *overrides: str) -> Config:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "model: {path: x, dtype: float32}\ndata: {train: x}\nalgorithm: {prompts_per_step: 4, group_size: 8}\n"
         "rewards: [{file: a.py}]\nrun: {steps: 25}\n"
     )
-    return plain(config_module.load(recipe, overrides))
+    return config_module.load(recipe, overrides)
 
 
-def manifest_of(config: dict[str, Any], fingerprints: dict[str, str] | None = None) -> Manifest:
+def manifest_of(config: Config, fingerprints: dict[str, str] | None = None) -> Manifest:
     return Manifest(
-        format=FORMAT, step=1, config=copy.deepcopy(config), fingerprints=fingerprints or {}, versions={}, driver={},
+        format=FORMAT, step=1, config=plain(config), fingerprints=fingerprints or {}, versions={}, driver={},
         learner={}, metrics={}, files={},
     )  # fmt: skip
 

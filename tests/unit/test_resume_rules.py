@@ -15,8 +15,8 @@ from test_driver import make_config
 from grpo.config import Config, TrainSetConfig
 from grpo.data import Cursor, MixedCursor
 from grpo.run import checkpoints, resume
+from grpo.run.checkpoints import plain
 from grpo.run.folder import create, reopen, truncate_after
-from grpo.run.saving import plain
 from grpo.types import Prompt, UserError
 
 
