@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ from grpo.objective.kl import adapted_coefficient
 from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget, eval_seed
 from grpo.run.folder import RunFolder, is_disk_full
 from grpo.run.heartbeat import Watch
-from grpo.run.progress import Progress
+from grpo.run.progress import Progress, ProgressState
 from grpo.run.samples import Trained
 from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
@@ -156,7 +156,7 @@ def train(loop: Loop) -> Outcome:
 class Whole:
     """Content of a checkpoint of the last complete step, besides the learner's state."""
 
-    state: Mapping[str, Any]
+    state: ProgressState
     metrics: Mapping[str, float]
 
 

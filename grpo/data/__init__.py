@@ -18,8 +18,8 @@ from __future__ import annotations
 from grpo.data import columns
 from grpo.data.disguise import disguise_of
 from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
-from grpo.data.mixing import MixedCursor, most_in_one_draw, restore_cursor, start_cursor
-from grpo.data.order import Cursor, sample_seed
+from grpo.data.mixing import MixedCursor, MixedState, most_in_one_draw, restore_cursor, start_cursor
+from grpo.data.order import Cursor, CursorState, sample_seed
 from grpo.data.overlap import find_overlaps
 from grpo.data.prompts import PromptSet, fingerprint, make_prompts, shown
 from grpo.data.rows import Row, dataset_name, read_rows
@@ -29,7 +29,9 @@ from grpo.data.tokenizer import completion_texts, end_token_ids, load_tokenizer
 
 __all__ = [
     "Cursor",
+    "CursorState",
     "MixedCursor",
+    "MixedState",
     "PromptSet",
     "Row",
     "columns",

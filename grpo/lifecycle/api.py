@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -29,7 +28,7 @@ from grpo.rewards.functions import RewardFunction
 from grpo.run import resume as resuming
 from grpo.run.results import Run, read_samples
 from grpo.run.signals import handlers_kept
-from grpo.types import ExitCode, Interrupted, UserError
+from grpo.types import ExitCode, Interrupted, Json, UserError
 
 UNNAMED = Path("python")
 """Stands for the path of a recipe that is not a file. Its runs are runs/python, runs/python-2 and so on."""
@@ -44,7 +43,7 @@ class EvaluationResult:
 
     path: Path
     """The folder of the evaluation."""
-    sets: Mapping[str, Mapping[str, Any]]
+    sets: Mapping[str, Mapping[str, Json]]
     """Data set -> its statistics, as in evaluation.json: `avg`, `pass@<k>` and `maj` with intervals, and counts."""
 
     @property
@@ -156,7 +155,7 @@ def evaluate(
             raise Interrupted(
                 f"the evaluation was interrupted; {outcome.folder} has what was sampled, and the same call resumes it"
             )
-        return EvaluationResult(path=outcome.folder, sets=outcome.result["sets"])
+        return EvaluationResult(path=outcome.folder, sets={n: found.as_json() for n, found in outcome.sets.items()})
 
 
 @contextmanager

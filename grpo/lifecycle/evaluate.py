@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from grpo.checks import check
 from grpo.checks.check import CheckedRun
@@ -16,6 +15,7 @@ from grpo.cluster import engines
 from grpo.cluster import session as cluster
 from grpo.config import Config
 from grpo.lifecycle import evaluation_folder
+from grpo.lifecycle.evaluation_folder import SetResult
 from grpo.machine import usable_cpus
 from grpo.rewards import functions
 from grpo.rewards.pool import RewardPool
@@ -31,8 +31,8 @@ class Outcome:
 
     folder: Path
     code: ExitCode
-    result: Mapping[str, Any]
-    """Content of evaluation.json; empty if the evaluation was stopped."""
+    sets: Mapping[str, SetResult]
+    """Data set -> its result; empty if the evaluation was stopped."""
     error: Exception | None = None
     """The error that stopped it; None if it is done, or if a signal stopped it."""
 
@@ -59,30 +59,32 @@ def evaluate(plan: CheckedRun, model: str, out: Path) -> Outcome:
         left = evaluation_folder.unfinished(plan, folder, console.say)
         if not left:
             console.say(f"evaluated before: {folder}")
-            result = evaluation_folder.conclude(plan, folder)
+            sets = evaluation_folder.conclude(plan, folder)
         else:
             for line in plan.lines:
                 console.say(line)
             try:
-                result = sample(plan, folder, left, console)
+                sets = sample(plan, folder, left, console)
             except KeyboardInterrupt:
                 console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
-                return Outcome(folder=folder, code=ExitCode.RESUMABLE, result={})
+                return Outcome(folder=folder, code=ExitCode.RESUMABLE, sets={})
             except RewardOutage as error:
                 done, _ = evaluation_folder.survey(plan, folder)  # removes nothing: failed completions can be read
                 kept = len(done) + sum(map(len, left.values())) - len(plan.eval_prompts)
                 console.say(f"grpo: {error}")
                 console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on")
                 code = ExitCode.RESUMABLE if kept else ExitCode.USAGE
-                return Outcome(folder=folder, code=code, result={}, error=error)
-        for line in evaluation_folder.report(result):
+                return Outcome(folder=folder, code=code, sets={}, error=error)
+        for line in evaluation_folder.report(sets):
             console.say(line)
         console.say(f"evaluation {folder}")
-    return Outcome(folder=folder, code=ExitCode.DONE, result=result)
+    return Outcome(folder=folder, code=ExitCode.DONE, sets=sets)
 
 
-def sample(plan: CheckedRun, folder: Path, left: Mapping[str, Sequence[Prompt]], console: Console) -> dict[str, Any]:
-    """Start samplers and reward workers, evaluate the prompts of `left`, and shut them down. Return the result."""
+def sample(
+    plan: CheckedRun, folder: Path, left: Mapping[str, Sequence[Prompt]], console: Console
+) -> dict[str, SetResult]:
+    """Start samplers and reward workers, evaluate the prompts of `left`, and shut them down. Return the results."""
     config, logs = plan.config, folder / "logs"
     workers = config.cluster.reward_workers or min(8, usable_cpus())
     with (

@@ -16,8 +16,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from huggingface_hub import snapshot_download
@@ -35,7 +35,7 @@ from grpo.run.compare import Samples, read_rows, read_samples, table, with_bound
 from grpo.run.heartbeat import Watch
 from grpo.run.samples import read_columns, write_groups
 from grpo.sampler.settings import eval_settings
-from grpo.types import Group, Moment, Prompt, UserError
+from grpo.types import Group, Json, Moment, Prompt, UserError
 
 WRITE_S = 20.0
 """Seconds between two writes of completions; an interruption may lose that much."""
@@ -49,7 +49,37 @@ TOKENIZER_FILES = (
 """Patterns of the files that define the tokenizer of a model folder, including its own code."""
 
 
-def key_of(plan: CheckedRun, model: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetResult:
+    """Result of one data set, or of a part of it."""
+
+    prompts: int
+    samples_per_prompt: int
+    failed: int
+    tokens_mean: float
+    tokens_max: int
+    truncated_fraction: float
+    statistics: Mapping[str, Interval]
+    """`avg`, `pass@<k>` and `maj`; empty if no completion was scored."""
+    by: Mapping[str, Mapping[str, SetResult]] = field(default_factory=dict)
+    """Column of data.eval.by -> its value -> the result of the prompts with that value."""
+
+    def as_json(self) -> dict[str, Json]:
+        """Return the result as evaluation.json has it."""
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("statistics", "by")},
+            **{
+                name: {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(found).items()}
+                for name, found in self.statistics.items()
+            },
+            **{
+                f"by {name}": {value: part.as_json() for value, part in parts.items()}
+                for name, parts in self.by.items()
+            },
+        }
+
+
+def key_of(plan: CheckedRun, model: str) -> dict[str, Json]:
     """Return all inputs that determine the numbers of an evaluation. `model`: SHA-256 of the model folder."""
     config = plan.config
     return {
@@ -78,14 +108,14 @@ def tokenizer_fingerprint(path: str) -> str:
     return fingerprint(sorted(files))
 
 
-def folder_of(root: Path, name: str, key: Mapping[str, Any]) -> Path:
+def folder_of(root: Path, name: str, key: Mapping[str, Json]) -> Path:
     """Return the folder of the evaluation with this key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return root / f"{name}-{digest[:12]}"
 
 
 @contextmanager
-def opened(folder: Path, key: Mapping[str, Any], plan: CheckedRun) -> Iterator[None]:
+def opened(folder: Path, key: Mapping[str, Json], plan: CheckedRun) -> Iterator[None]:
     """Create or reopen an evaluation folder, and lock it so that only one process works in it.
 
     Raises UserError when another process works in it, or when it cannot be created.
@@ -139,8 +169,8 @@ def evaluate(
     sampler: engines.Engines,
     scorer: Scorer,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Sample and score the prompts in `left` (see `unfinished`), then write and return the result.
+) -> dict[str, SetResult]:
+    """Sample and score the prompts in `left` (see `unfinished`), then write the result and return it by data set.
 
     Raises UserError when too many completions fail; the samples made until then are in the folder.
     """
@@ -154,21 +184,22 @@ def evaluate(
     return conclude(plan, folder)
 
 
-def conclude(plan: CheckedRun, folder: Path) -> dict[str, Any]:
-    """Write and return the result of the samples in the folder.
+def conclude(plan: CheckedRun, folder: Path) -> dict[str, SetResult]:
+    """Write the result of the samples in the folder, and return it by data set.
 
     Raises UserError when too many completions failed.
     """
-    result = result_of(plan, read_samples(sorted((folder / "samples").glob("*.parquet"))))
-    for name, found in result["sets"].items():
+    sets = results(plan, read_samples(sorted((folder / "samples").glob("*.parquet"))))
+    for name, found in sets.items():
         bound = plan.config.algorithm.max_failed_fraction
-        if found["failed"] > bound * found["prompts"] * found["samples_per_prompt"]:
+        if found.failed > bound * found.prompts * found.samples_per_prompt:
             raise UserError(
-                f"{found['failed']} completions of {name} have no reward, more than algorithm.max_failed_fraction="
+                f"{found.failed} completions of {name} have no reward, more than algorithm.max_failed_fraction="
                 f"{bound:g} allows; they are in {folder / 'samples'}, with why"
             )
+    result = {"versions": run_folder.versions(), "sets": {name: found.as_json() for name, found in sets.items()}}
     run_folder.write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
-    return result
+    return sets
 
 
 def sample_set(
@@ -292,70 +323,58 @@ def count_passing(file: Path) -> int:
     return sum(kind in PASSING for kind in read_columns(file, ["failed"])["failed"].to_pylist())
 
 
-def result_of(plan: CheckedRun, samples: Samples) -> dict[str, Any]:
-    """Return the result of the evaluation, as plain JSON."""
+def results(plan: CheckedRun, samples: Samples) -> dict[str, SetResult]:
+    """Return data set -> its result."""
     rows = {prompt.prompt_id: prompt.row for prompt in plan.eval_prompts}
     sets = {}
     for name in set_names(plan):
-        found = describe(samples[name])
-        for column in plan.config.data.eval.by:
-            if parts := parts_by(column, rows, samples[name]):
-                found[f"by {column}"] = {value: describe(part) for value, part in parts.items()}
-        sets[name] = found
-    return {"versions": run_folder.versions(), "sets": sets}
+        parts = {column: parts_by(column, rows, samples[name]) for column in plan.config.data.eval.by}
+        by = {
+            column: {value: summarize(part) for value, part in some.items()} for column, some in parts.items() if some
+        }
+        sets[name] = dataclasses.replace(summarize(samples[name]), by=by)
+    return sets
 
 
-def describe(samples: Mapping[str, Sequence[Judged]]) -> dict[str, Any]:
-    """Return the statistics of one data set, or of a part of it."""
+def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetResult:
+    """Return the result of one data set, or of a part of it, without `by`."""
     every = [sample for some in samples.values() for sample in some]
-    out: dict[str, Any] = {
-        "prompts": len(samples),
-        "samples_per_prompt": max(len(some) for some in samples.values()),
-        "failed": sum(sample.value is None for sample in every),
-        "tokens_mean": float(np.mean([sample.tokens for sample in every])),
-        "tokens_max": max(sample.tokens for sample in every),
-        "truncated_fraction": float(np.mean([sample.truncated for sample in every])),
-    }
-    if out["failed"] < len(every):
-        for statistic, values in statistics_of(samples).items():
-            if statistic != "pass":  # redundant: equals pass@k when no completion has failed
-                out[statistic] = as_json(interval(list(values.values())))
-    return out
+    failed = sum(sample.value is None for sample in every)
+    found = statistics_of(samples) if failed < len(every) else {}
+    return SetResult(
+        prompts=len(samples),
+        samples_per_prompt=max(len(some) for some in samples.values()),
+        failed=failed,
+        tokens_mean=float(np.mean([sample.tokens for sample in every])),
+        tokens_max=max(sample.tokens for sample in every),
+        truncated_fraction=float(np.mean([sample.truncated for sample in every])),
+        # "pass" is redundant: it equals pass@k when no completion has failed
+        statistics={name: interval(list(values.values())) for name, values in found.items() if name != "pass"},
+    )
 
 
-def as_json(value: Interval) -> dict[str, float | None]:
-    return {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(value).items()}
-
-
-def from_json(value: Mapping[str, float | None]) -> Interval:
-    return Interval(**{k: math.nan if v is None else v for k, v in value.items()})
-
-
-def report(result: Mapping[str, Any]) -> list[str]:
-    """Return the result as the lines of a table."""
-    statistics = list(dict.fromkeys(k for found in result["sets"].values() for k in found if k == "avg" or "@" in k))
-    statistics = [*statistics[:1], *sorted(statistics[1:], key=lambda s: int(s.partition("@")[2])), "maj"]
+def report(sets: Mapping[str, SetResult]) -> list[str]:
+    """Return the results of the data sets as the lines of a table."""
+    ks = sorted({int(s.partition("@")[2]) for found in sets.values() for s in found.statistics if "@" in s})
+    statistics = [*(["avg"] if ks else []), *(f"pass@{k}" for k in ks), "maj"]
     names = [s if "@" in s else f"{s}@k" for s in statistics]
     rows = [["data set", "prompts", "k", *names, "tokens", "truncated", "failed"]]
-    for name, found in result["sets"].items():
-        parts = {name: found}
-        for column, values in found.items():
-            if column.startswith("by "):
-                parts |= {f"  {column.removeprefix('by ')} {value}": part for value, part in values.items()}
-        for label, part in parts.items():
+    for name, found in sets.items():
+        by = {f"  {column} {value}": part for column, parts in found.by.items() for value, part in parts.items()}
+        for label, part in ({name: found} | by).items():
             rows.append(
                 [
                     label,
-                    str(part["prompts"]),
-                    str(part["samples_per_prompt"]),
-                    *(with_bounds(from_json(part[s])) if s in part else "-" for s in statistics),
-                    f"{part['tokens_mean']:.1f}",
-                    f"{part['truncated_fraction']:.1%}",
-                    str(part["failed"]),
+                    str(part.prompts),
+                    str(part.samples_per_prompt),
+                    *(with_bounds(part.statistics[s]) if s in part.statistics else "-" for s in statistics),
+                    f"{part.tokens_mean:.1f}",
+                    f"{part.truncated_fraction:.1%}",
+                    str(part.failed),
                 ]
             )
-    return [*table(rows), *(f"note: no completion of {name} was scored" for name in result["sets"]
-                            if "avg" not in result["sets"][name])]  # fmt: skip
+    notes = [f"note: no completion of {name} was scored" for name, found in sets.items() if not found.statistics]
+    return [*table(rows), *notes]
 
 
 def name_of(model: str) -> str:

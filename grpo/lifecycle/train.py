@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from grpo import data, driver
 from grpo.checks import check
@@ -44,7 +43,7 @@ from grpo.run.saving import Saver
 from grpo.run.signals import Stopper, interrupt_early
 from grpo.run.timeline import TimedScorer, Timeline
 from grpo.sampler.settings import eval_settings, train_settings
-from grpo.types import EngineFailure, ExitCode, RewardOutage, UserError
+from grpo.types import EngineFailure, ExitCode, Json, RewardOutage, UserError
 
 STDERR = 2
 """File descriptor. In a notebook, sys.stderr has none."""
@@ -124,7 +123,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
         stopper = Stopper(config.run.grace_s, lambda text: os.write(STDERR, f"{text}\n".encode()))
         training = Training(plan=plan, resumed=resumed, folder=folder, console=console, stopper=stopper)
         outcome = run_and_report(training)
-        summary = {
+        summary: dict[str, Json] = {
             "recipe": str(recipe),
             "seed": config.run.seed,
             "versions": run_folder.versions(),
@@ -140,7 +139,11 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
         for warning in folder.facts["warnings"]:
             console.say(warning_line(warning, folder.facts["steps"]))
         if outcome.code == ExitCode.DONE and "accuracy_gain" in folder.facts:
-            console.say(accuracy_line(folder.facts))
+            low, high = folder.facts["accuracy_gain_interval"]
+            console.say(
+                f"accuracy {folder.facts['accuracy_before']:.3f} -> {folder.facts['accuracy_after']:.3f} "
+                f"(gain {folder.facts['accuracy_gain']:.3f}, 95 % interval {low:.3f} to {high:.3f})"
+            )
         console.say(f"run folder {folder.path}")
         for line in folder.close_trackers(failed=outcome.code != ExitCode.DONE):
             console.say(f"grpo: besides, {line}")
@@ -335,12 +338,3 @@ def placed(hosts: Mapping[str, str], dashboard: str) -> str:
         by_host.setdefault(host, []).append(name)
     where = "; ".join(f"{', '.join(names)} on {host}" for host, names in by_host.items())
     return f"placed     {where}" + (f"; dashboard {dashboard}" if dashboard else "")
-
-
-def accuracy_line(facts: Mapping[str, Any]) -> str:
-    """Return the line about the accuracy before and after the run."""
-    low, high = facts["accuracy_gain_interval"]
-    return (
-        f"accuracy {facts['accuracy_before']:.3f} -> {facts['accuracy_after']:.3f} "
-        f"(gain {facts['accuracy_gain']:.3f}, 95 % interval {low:.3f} to {high:.3f})"
-    )

@@ -21,12 +21,13 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import yaml
 
 from grpo.config import Config, OnResume, declaration, dump, general
 from grpo.files import FileRecord, seal
+from grpo.run.progress import ProgressState
 from grpo.types import Json, UserError
 
 FORMAT = 1
@@ -53,8 +54,7 @@ class Manifest:
     fingerprints: Mapping[str, str]
     """Content read from files (model, data.train, data.eval.sets, each reward file) -> SHA-256."""
     versions: Mapping[str, str]
-    driver: Mapping[str, Any]
-    """State of the driver."""
+    driver: ProgressState
     learner: LearnerRecord
     metrics: Mapping[str, float]
     """Metrics of the step, used to choose the best checkpoint."""

@@ -5,13 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from grpo.config import Config
-from grpo.data import Cursor, MixedCursor, restore_cursor, start_cursor
+from grpo.data import Cursor, CursorState, MixedCursor, MixedState, restore_cursor, start_cursor
 from grpo.evaluation.statistics import Evaluation, SetEvaluation
 from grpo.sync.probe import Spread
 from grpo.types import Prompt, UserError
+
+
+class ProgressState(TypedDict):
+    """The progress as plain JSON, with prompts identified by their ids."""
+
+    step: int
+    cursor: CursorState | MixedState
+    kl_coef: float
+    retired: list[str]
+    tokens: int
+    rollouts: int
+    skipped: int
+    before: Mapping[str, Mapping[str, Mapping[str, Any]]] | None
+    """The fields of an `Evaluation`, down to those of its `SetEvaluation`s."""
+    after: Mapping[str, Mapping[str, Mapping[str, Any]]] | None
+    evaluated: int | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,8 +69,8 @@ class Progress:
             out["accuracy_after_step"] = self.evaluated
         return out
 
-    def state(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Return the progress as plain JSON, with prompts identified by their ids."""
+    def state(self, prompts: Sequence[Prompt]) -> ProgressState:
+        """Return the progress for a checkpoint."""
         return {
             "step": self.step,
             "cursor": self.cursor.state(),
@@ -70,7 +86,7 @@ class Progress:
 
     @classmethod
     def restore(
-        cls, state: Mapping[str, Any], prompts: Sequence[Prompt], *, anew: Cursor | MixedCursor | None = None
+        cls, state: ProgressState, prompts: Sequence[Prompt], *, anew: Cursor | MixedCursor | None = None
     ) -> Progress:
         """Return the progress saved in `state`.
 
@@ -85,12 +101,12 @@ class Progress:
             raise UserError(f"data.train no longer has {gone[0]}, a prompt that the run had retired")
         before, after = (
             None
-            if state[name] is None
+            if saved is None
             else Evaluation(
-                sets={n: SetEvaluation(**found) for n, found in state[name]["sets"].items()},
-                parts={n: SetEvaluation(**found) for n, found in state[name]["parts"].items()},
+                sets={n: SetEvaluation(**found) for n, found in saved["sets"].items()},
+                parts={n: SetEvaluation(**found) for n, found in saved["parts"].items()},
             )
-            for name in ("before", "after")
+            for saved in (state["before"], state["after"])
         )
         return cls(
             step=state["step"],

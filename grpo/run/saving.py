@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from grpo.config import Config
 from grpo.files import FileRecord, seal
 from grpo.run import checkpoints
 from grpo.run.checkpoints import LearnerRecord, Manifest, plain
 from grpo.run.folder import versions
+from grpo.run.progress import ProgressState
 
 
 class Captured(Protocol):
@@ -52,7 +53,7 @@ class Saver:
         self._size = 0
         """Bytes of the previous checkpoint."""
 
-    def save(self, step: int, driver: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, driver: ProgressState, metrics: Mapping[str, float]) -> None:
         """Begin a checkpoint of the state after `step`. A checkpoint in progress is finished first. Do nothing if this
         step already has a checkpoint.
 

@@ -304,6 +304,9 @@ def test_differences_are_found_at_any_depth() -> None:
     old = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None, "gone": 1}
     new = {"a": {"b": 1, "c": {"d": [1, 3]}}, "e": 0, "fresh": 2}
     assert differences(old, new) == {"a.c.d": ([1, 2], [1, 3]), "e": (None, 0), "gone": (1, None), "fresh": (None, 2)}
+    old, new = [{"n": 1}, {"n": 2}], [{"n": 1}, {"n": 3}]
+    assert differences({"a": old}, {"a": new}) == {"a[1].n": (2, 3)}
+    assert differences({"a": [*old, 4]}, {"a": [*old, 5]}) == {"a": ([*old, 4], [*old, 5])}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from conftest import write_recipe
 
 from grpo import config
 from grpo.checks import check
+from grpo.evaluation.statistics import Interval, Judged
 from grpo.lifecycle import evaluation_folder as evaluating
 from grpo.lifecycle.model_names import model_of
 from grpo.run import folder as run_folder
@@ -137,8 +139,35 @@ def test_a_place_where_nothing_can_be_kept_is_named(tmp_path: Path) -> None:
 
 
 def test_a_data_set_without_a_scored_completion_is_said() -> None:
-    part = {"prompts": 2, "samples_per_prompt": 1, "tokens_mean": 3.0, "truncated_fraction": 0.0, "failed": 2}
-    one = {"mean": 1.0, "low": 1.0, "high": 1.0}
-    scored = part | {"failed": 0, "avg": one, "pass@1": one, "maj": one}
-    assert evaluating.report({"sets": {"a": part, "b": scored}})[-1] == "note: no completion of a was scored"
-    assert "note" not in "".join(evaluating.report({"sets": {"b": scored}}))
+    part = evaluating.SetResult(
+        prompts=2, samples_per_prompt=1, failed=2, tokens_mean=3.0, tokens_max=3, truncated_fraction=0.0, statistics={}
+    )
+    one = Interval(mean=1.0, low=1.0, high=1.0)
+    scored = dataclasses.replace(part, failed=0, statistics={"avg": one, "pass@1": one, "maj": one})
+    assert evaluating.report({"a": part, "b": scored})[-1] == "note: no completion of a was scored"
+    assert "note" not in "".join(evaluating.report({"b": scored}))
+
+
+def test_a_result_is_written_and_shown_with_its_parts() -> None:
+    def judged(value: float | None, answer: str) -> Judged:
+        return Judged(value=value, answer=answer, tokens=3 if value else 5, truncated=value is None)
+
+    found = evaluating.summarize({"p": [judged(1.0, "7"), judged(0.0, "8")]})
+    one, half = {"mean": 1.0, "low": None, "high": None}, {"mean": 0.5, "low": None, "high": None}
+    plain = {
+        "prompts": 1, "samples_per_prompt": 2, "failed": 0, "tokens_mean": 4.0, "tokens_max": 5,
+        "truncated_fraction": 0.0, "avg": half, "maj": half, "pass@1": half, "pass@2": one,
+    }  # fmt: skip
+    assert found.as_json() == plain
+    failed = evaluating.summarize({"q": [judged(None, "")]})
+    whole = dataclasses.replace(found, by={"level": {"1": found, "2": failed}})
+    assert [*whole.as_json()] == [*plain, "by level"]
+    assert json.loads(json.dumps(whole.as_json()))["by level"] == {"1": plain, "2": failed.as_json()}
+    assert [*failed.as_json()] == [*plain][:6]
+    table = evaluating.report({"d": whole})
+    assert [line.split() for line in table] == [
+        ["data", "set", "prompts", "k", "avg@k", "pass@1", "pass@2", "maj@k", "tokens", "truncated", "failed"],
+        ["d", "1", "2", "0.500", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
+        ["level", "1", "1", "2", "0.500", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
+        ["level", "2", "1", "1", "-", "-", "-", "-", "5.0", "100.0%", "1"],
+    ]

@@ -228,6 +228,9 @@ def test_what_is_allowed_is_done(tmp_path: Path) -> None:
         other = resumed(dataclasses.replace(config, data=data), ["data.seed"])
         assert other.cursor.position == 0
         assert other.cursor.take(6) == Cursor(6, seed=7).take(6)
+        weighted = [dataclasses.replace(config.data.train[0], weight=1.0)]
+        alone = resumed(dataclasses.replace(config, data=dataclasses.replace(config.data, train=weighted)), ["data"])
+        assert alone.cursor.state() == MixedCursor({"d": 6}, [1], seed=config.data.seed).state()
         both = [TrainSetConfig(path="d", weight=1.0), TrainSetConfig(path="e", weight=3.0)]
         prompts[4:] = [dataclasses.replace(prompt, dataset="e") for prompt in prompts[4:]]
         mixed = resumed(dataclasses.replace(config, data=dataclasses.replace(config.data, train=both)), ["data.train"])
