@@ -34,7 +34,15 @@ from grpo.evaluation.metrics import eval_metrics, eval_names
 from grpo.evaluation.statistics import Evaluation, evaluate_groups
 from grpo.metrics.guards import MismatchError, NonFiniteError, count_skipped, guard_mismatch
 from grpo.metrics.health import Health
-from grpo.metrics.step import Learned, Sampled, refuse_unknown_best, step_metrics, throughput, timings
+from grpo.metrics.step import (
+    Learned,
+    Sampled,
+    full_check_metrics,
+    refuse_unknown_best,
+    step_metrics,
+    throughput,
+    timings,
+)
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
 from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget, eval_seed
@@ -112,7 +120,9 @@ def train(loop: Loop) -> Outcome:
     probe = make_probe(loop.prompts, longest=config.max_row_tokens - 1)
     save_s = 0.0
     loop.reporter.say("proving that the samplers use what the learner sends")
-    at.noise = engines.publish(at.step, probe, full_check=True)().noise
+    proof = engines.publish(at.step, probe, full_check=True)()
+    at.noise = proof.noise
+    report_full_check(loop, proof)
     if at.step == 0 or eval_is_due(config, at.step):
         evaluate_once(loop)
     whole = Whole(at.state(loop.prompts), {})
@@ -195,6 +205,19 @@ def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
         loop.saver.poll(wait=True)
     except Exception as second:  # noqa: BLE001 - reported in addition to the first failure
         loop.reporter.say(f"besides, the state after step {at.step} could not be saved: {second}")
+
+
+def report_full_check(loop: Loop, proof: SyncResult) -> None:
+    """Show the figures of the full check at the start, and store them in the facts of the folder."""
+    metrics = full_check_metrics(proof)
+    if not metrics:
+        return
+    loop.folder.facts["full_check"] = metrics
+    loop.reporter.say(
+        f"weights: the samplers follow the learner: under perturbed weights their logprobs differ by "
+        f"{metrics['sync/movement_error']:.2g} of its movement (worst of {len(proof.movement_errors)} groups of "
+        f"parameters; full check, {proof.full_check_s:.1f} s)"
+    )
 
 
 def evaluate_once(loop: Loop) -> dict[str, float]:

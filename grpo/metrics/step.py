@@ -111,6 +111,13 @@ def refuse_unknown_best(best: str | None, names: Collection[str]) -> None:
     raise UserError(f"run.keep_best={best} is no metric of this run{suggest(best, names)}")
 
 
+def full_check_metrics(sync: SyncResult) -> dict[str, float]:
+    """Return the metrics of the full check of a weight sync, the worst group of parameters; empty if it had none."""
+    if not sync.movement_errors:
+        return {}
+    return {"sync/movement_error": max(sync.movement_errors), "time/full_check_s": sync.full_check_s}
+
+
 def timings(
     sampled: Sampled, learned: Learned, sync: SyncResult, started: float, synced: float, ended: float
 ) -> dict[str, float]:
@@ -127,9 +134,6 @@ def timings(
         "sync": ended - synced,
     }
     whole = ended - started
-    full_check = {}
-    if sync.movement_errors:
-        full_check = {"sync/movement_error": max(sync.movement_errors), "time/full_check_s": sync.full_check_s}
     return {
         "sync/seconds": sync.seconds,
         "sync/bytes": float(sync.nbytes),
@@ -137,7 +141,7 @@ def timings(
         "sync/probe_q90": sync.probe.q90,
         "sync/noise_rms": sync.noise.rms,
         "sync/noise_q90": sync.noise.q90,
-        **full_check,
+        **full_check_metrics(sync),
         **{f"time/{name}_s": seconds for name, seconds in parts.items()},
         "time/idle_s": whole - sum(parts.values()),
         "time/step_s": whole,
