@@ -47,7 +47,7 @@ from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
 from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget, eval_seed
 from grpo.run.folder import RunFolder, is_disk_full
-from grpo.run.heartbeat import Watch
+from grpo.run.heartbeat import Watch, waiting
 from grpo.run.progress import Progress, ProgressState
 from grpo.run.samples import Trained
 from grpo.run.saving import Saver
@@ -120,7 +120,8 @@ def train(loop: Loop) -> Outcome:
     probe = make_probe(loop.prompts, longest=config.max_row_tokens - 1)
     save_s = 0.0
     loop.reporter.say("proving that the samplers use what the learner sends")
-    proof = engines.publish(at.step, probe, full_check=True)()
+    with waiting("weights", "the full check", loop.reporter.say):
+        proof = engines.publish(at.step, probe, full_check=True)()
     at.noise = proof.noise
     report_full_check(loop, proof)
     if at.step == 0 or eval_is_due(config, at.step):
@@ -146,16 +147,18 @@ def train(loop: Loop) -> Outcome:
             loop.saver.poll()
             stopping = loop.stopping() and at.step < config.run.steps
             if stopping or (config.run.save_every and at.step % config.run.save_every == 0):
-                with loop.timeline.span("driver", "save"):
+                awaited = waiting(f"step {at.step}", "the checkpoint", loop.reporter.say)
+                with loop.timeline.span("driver", "save"), awaited:
                     loop.saver.save(at.step, whole.state, metrics)
             loop.timeline.write(at.step)
             if stopping:
                 loop.saver.poll(wait=True)
                 return Outcome(finished=False, steps=at.step, before=at.before, after=at.after)
             save_s = time.monotonic() - saving
-        loop.saver.poll(wait=True)
-        engines.save(loop.folder.path / "model")
-        save_last(loop, whole)
+        with waiting("end", "the model and the last checkpoint", loop.reporter.say):
+            loop.saver.poll(wait=True)
+            engines.save(loop.folder.path / "model")
+            save_last(loop, whole)
     except Exception as error:
         rescue(loop, whole, error)
         raise
@@ -254,7 +257,8 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     if config.algorithm.retire_reward is not None:
         at.retired |= solved(loop, sampled.sampled_groups)
         metrics["progress/retired_prompts"] = float(len(at.retired))
-    sync = syncing()
+    with waiting(f"step {step}", "the weight sync", loop.reporter.say):
+        sync = syncing()
     sync_ended()
     at.noise = sync.noise
     metrics |= timings(sampled, learned, sync, started, synced, time.monotonic())
@@ -319,7 +323,8 @@ def learn(loop: Loop, sampled: Sampled, step: int) -> Learned:
         batched = time.monotonic()
         loop.folder.raise_failed()  # before the update: the state can still be saved
         at.learned = step
-        with loop.timeline.span("learner", "update"):
+        awaited = waiting(f"step {step}", "the learner's update", loop.reporter.say)
+        with loop.timeline.span("learner", "update"), awaited:
             result = loop.engines.step(steps)
     finally:  # also for a failed step: its completions help to find the cause
         trained = Trained(

@@ -20,6 +20,7 @@ from grpo.machine import usable_cpus
 from grpo.rewards import functions
 from grpo.rewards.pool import RewardPool
 from grpo.run.console import Console
+from grpo.run.heartbeat import waiting
 from grpo.run.signals import interrupt_early
 from grpo.run.timeline import Timeline
 from grpo.types import ExitCode, Prompt, RewardOutage
@@ -93,7 +94,8 @@ def sample(
     ):
         interrupt_early()  # Ray has replaced our signal handlers
         console.say(f"starting {config.cluster.samplers} samplers")
-        group = engines.Engines(config, logs, console.say, Timeline(None))
+        with waiting("start", "the samplers to load", console.say):
+            group = engines.Engines(config, logs, console.say, Timeline(None))
         try:
             return evaluation_folder.evaluate(plan, folder, left, group, scorer, console.say)
         finally:

@@ -38,6 +38,7 @@ from grpo.run import checkpoints, resume
 from grpo.run import folder as run_folder
 from grpo.run.console import Console
 from grpo.run.folder import RunFolder
+from grpo.run.heartbeat import waiting
 from grpo.run.resume import Origin, Resumed
 from grpo.run.saving import Saver
 from grpo.run.signals import Stopper, interrupt_early
@@ -274,7 +275,8 @@ def run(training: Training, *, patience_s: float) -> bool:
         training.stopper.install()  # Ray has replaced our signal handlers
         console.say(f"starting {config.cluster.samplers} samplers and {config.cluster.learner_ranks} learner ranks")
         timeline = Timeline(folder.path / "trace" if config.run.trace else None)
-        group = engines.Engines(config, logs, console.say, timeline)
+        with waiting("start", "the engines to load", console.say):
+            group = engines.Engines(config, logs, console.say, timeline)
         reward_hosts = scorer.hosts(config.cluster.start_timeout_s) if isinstance(scorer, SpreadPool) else {}
         folder.facts["nodes"] = group.hosts | reward_hosts
         console.say(placed(folder.facts["nodes"], dashboard))

@@ -1,4 +1,4 @@
-"""Heartbeat while completions are sampled and scored: every HEARTBEAT_S seconds, a line reports what is awaited."""
+"""Heartbeat while the driver waits: every HEARTBEAT_S seconds, a line reports what is awaited."""
 
 from __future__ import annotations
 
@@ -16,6 +16,34 @@ HEARTBEAT_S = 30.0
 """Seconds between two lines."""
 
 
+class Heartbeat:
+    """Calls `say` with a line every HEARTBEAT_S seconds while the context is active."""
+
+    def __init__(self, line: Callable[[], str], say: Callable[[str], None]) -> None:
+        """`line`: returns what is awaited now."""
+        self._line, self._say = line, say
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            self._say(self._line())
+
+
+def waiting(what: str, awaited: str, say: Callable[[str], None]) -> Heartbeat:
+    """Return a heartbeat with the seconds since this call: `<what>: waiting for <awaited>; 42 s`."""
+    started = time.monotonic()
+    return Heartbeat(lambda: f"{what}: waiting for {awaited}; {time.monotonic() - started:.0f} s", say)
+
+
 class Watch:
     """Wrapper around the samplers and the scorer of one `collect` that counts completions. A context manager."""
 
@@ -28,21 +56,19 @@ class Watch:
             what: Prefix of each line.
             completions: Number of completions that are requested.
         """
-        self._what, self._completions, self._say = what, completions, say
+        self._what, self._completions = what, completions
         self._sampler, self._scorer = sampler, scorer
         self._sampled = self._submitted = 0
         self._started = time.monotonic()
         self._before = scorer.counts()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heartbeat = Heartbeat(self.line, say)
 
     def __enter__(self) -> Watch:
-        self._thread.start()
+        self._heartbeat.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+        self._heartbeat.__exit__()
 
     def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
         """Sample `requests` and count the completions."""
@@ -82,7 +108,3 @@ class Watch:
         if counted.failed:
             parts.append(f"{counted.failed} failed")
         return f"{self._what}: {'; '.join([*parts, f'{time.monotonic() - self._started:.0f} s'])}"
-
-    def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_S):
-            self._say(self.line())

@@ -328,6 +328,38 @@ def test_a_full_check_at_the_start_is_said_and_kept(tmp_path: Path) -> None:
     assert "sync/movement_error" not in lines(tmp_path)[0]  # the step had none
 
 
+def test_a_long_wait_for_the_learner_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call waits until it has been said that it is awaited."""
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.01)
+    loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=2", "run.save_every=1"))
+    said: list[str] = loop.reporter.said  # type: ignore[attr-defined]
+
+    def patient(plain: Callable[..., Any], awaited: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            count, deadline = len(said), time.monotonic() + 60
+            while not any(awaited in text for text in said[count:]) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            assert time.monotonic() < deadline, awaited
+            return plain(*arguments, **named)
+
+        return call
+
+    publish = policy.publish
+
+    def published(version: int, probe: Any, *, full_check: bool) -> Any:
+        awaited = (
+            "weights: waiting for the full check; " if full_check else f"step {version}: waiting for the weight sync; "
+        )
+        return patient(publish(version, probe, full_check=full_check), awaited)
+
+    policy.publish = published  # type: ignore[method-assign]
+    policy.step = patient(policy.step, ": waiting for the learner's update; ")  # type: ignore[method-assign]
+    policy.capture = patient(policy.capture, ": waiting for the checkpoint; ")  # type: ignore[method-assign]
+    policy.save = patient(policy.save, "end: waiting for the model and the last checkpoint; ")  # type: ignore[method-assign]
+    train(loop)
+    loop.folder.close()
+
+
 class Listens(CountTwos):
     """Keeps what it is asked to score, in the order of the calls."""
 

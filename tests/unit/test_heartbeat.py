@@ -18,7 +18,7 @@ from grpo.rewards.counts import Counted, total
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.pool import RewardPool
 from grpo.run import heartbeat
-from grpo.run.heartbeat import Watch
+from grpo.run.heartbeat import Watch, waiting
 from grpo.types import SampledBlock
 
 GATED = """
@@ -127,6 +127,22 @@ def test_it_is_said_every_interval_and_only_while_waiting(monkeypatch: pytest.Mo
     time.sleep(0.2)
     assert len(said) == count
     assert "heartbeat" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_wait_for_an_engine_is_said_with_its_seconds(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.01)
+    said: list[str] = []
+    heard = threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        heard.set()
+
+    awaited = waiting("step 8", "the learner's update", say)
+    now[0] += 42
+    with awaited:
+        assert heard.wait(timeout=60)
+    assert set(said) == {"step 8: waiting for the learner's update; 42 s"}
 
 
 def test_a_quick_collection_says_nothing() -> None:
