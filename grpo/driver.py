@@ -30,7 +30,7 @@ from grpo.batching.rows import Credit, advantages_of, members_needed, training_r
 from grpo.batching.steps import rank_steps
 from grpo.config import Config
 from grpo.data import sample_seed
-from grpo.evaluation.metrics import eval_metrics, eval_names
+from grpo.evaluation.metrics import eval_metrics, eval_names, evaluation_line
 from grpo.evaluation.statistics import Evaluation, evaluate_groups
 from grpo.metrics.guards import MismatchError, NonFiniteError, count_skipped, guard_mismatch
 from grpo.metrics.health import Health
@@ -418,9 +418,5 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     else:
         at.after = evaluation
     loop.folder.facts |= at.accuracies()
-    said = "; ".join(
-        f"{name} {found.accuracy:.3f} (avg@{config.data.eval.samples_of(name)} of {len(found.per_prompt)})"
-        for name, found in evaluation.sets.items()
-    )
-    loop.reporter.say(f"step {step}: accuracy {evaluation.accuracy:.3f}: {said}")
+    loop.reporter.say(f"step {step}: {evaluation_line(evaluation, config)}")
     return evaluation

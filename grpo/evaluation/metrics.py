@@ -1,9 +1,9 @@
-"""The metrics of an evaluation; docs/metrics.md lists them."""
+"""The metrics of an evaluation, which docs/metrics.md lists, and its line on the console."""
 
 from __future__ import annotations
 
 from grpo.config import Config
-from grpo.evaluation.statistics import Evaluation
+from grpo.evaluation.statistics import Evaluation, with_bounds
 
 OF_EVALUATION = ("accuracy", "pass_at_k", "maj_at_k", "tokens_mean", "truncated_fraction", "failed")
 """Metrics of an evaluation, logged as eval/<name>."""
@@ -26,3 +26,14 @@ def eval_metrics(evaluation: Evaluation) -> dict[str, float]:
     shown = {**(sets if len(sets) > 1 else {}), **evaluation.parts}
     out |= {f"eval/{name}": value for name, value in evaluation.logged.items()}
     return out | {f"eval/{n}/{of}": float(getattr(found, n)) for of, found in shown.items() for n in OF_EVALUATION}
+
+
+def evaluation_line(evaluation: Evaluation, config: Config) -> str:
+    """Return the accuracy and, if there are several data sets, that of each, with their intervals."""
+    several = len(evaluation.sets) > 1
+    sets = (
+        f"{name}{f' {with_bounds(found.interval())}' if several else ''}, "
+        f"avg@{config.data.eval.samples_of(name)} of {len(found.per_prompt)}"
+        for name, found in evaluation.sets.items()
+    )
+    return f"accuracy {with_bounds(evaluation.interval())}: {'; '.join(sets)}"

@@ -60,7 +60,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A mean over prompts and its 95 % confidence interval. The bounds are NaN for a single prompt."""
+    """A mean over prompts and its 95 % confidence interval. The bounds are NaN if a data set has a single prompt."""
 
     mean: float
     low: float
@@ -87,6 +87,10 @@ class SetEvaluation:
         """avg@k: mean over prompts of the mean over samples."""
         return float(np.mean(list(self.per_prompt.values())))
 
+    def interval(self) -> Interval:
+        """Return the accuracy with its interval."""
+        return interval(list(self.per_prompt.values()))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
@@ -102,6 +106,10 @@ class Evaluation:
     def accuracy(self) -> float:
         """Mean over data sets."""
         return float(np.mean([each.accuracy for each in self.sets.values()]))
+
+    def interval(self) -> Interval:
+        """Return the accuracy with its interval."""
+        return interval(*(list(each.per_prompt.values()) for each in self.sets.values()))
 
 
 def judge(scored: Sequence[Mapping[str, float]]) -> str | None:
@@ -281,14 +289,20 @@ def mean_of(values: Mapping[str, float]) -> float:
     return float(np.mean(list(values.values())))
 
 
-def interval(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """Return the mean over prompts of a statistic between 0 and 1, with its interval."""
-    array = np.asarray(values, dtype=np.float64)
-    mean = float(array.mean())
-    if len(array) < 2:
+def interval(*sets: Sequence[float], seed: int = 0) -> Interval:
+    """Return the mean over prompts of a statistic between 0 and 1, with its interval. `sets`: values of the prompts of
+    each data set; of several, it is the mean of their means."""
+    arrays = [np.asarray(values, dtype=np.float64) for values in sets]
+    mean = float(np.mean([array.mean() for array in arrays]))
+    if min(map(len, arrays)) < 2:
         return Interval(mean=mean, low=math.nan, high=math.nan)
-    low, high = bounds([array], (0.0, 1.0), seed=seed)
+    low, high = bounds(arrays, (0.0, 1.0), seed=seed)
     return Interval(mean=mean, low=low, high=high)
+
+
+def with_bounds(value: Interval) -> str:
+    """Return `0.512 (0.480 to 0.544)`, or only the mean without bounds."""
+    return f"{value.mean:.3f}" if math.isnan(value.low) else f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 def paired_gain(before: Evaluation, after: Evaluation, *, seed: int = 0) -> tuple[float, float, float]:

@@ -27,11 +27,11 @@ from grpo import data
 from grpo.checks.check import CheckedRun
 from grpo.cluster import engines
 from grpo.config import Config
-from grpo.evaluation.statistics import Interval, Judged, interval, parts_by, statistics_of
+from grpo.evaluation.statistics import Interval, Judged, interval, parts_by, statistics_of, with_bounds
 from grpo.files import fingerprint
 from grpo.rollout.collect import PASSING, Scorer, collect, enforce_failure_budget, eval_seed, may_pass
 from grpo.run import folder as run_folder
-from grpo.run.compare import Samples, read_rows, read_samples, table, with_bounds
+from grpo.run.compare import Samples, read_rows, read_samples, table
 from grpo.run.heartbeat import Watch
 from grpo.run.samples import read_columns, write_groups
 from grpo.sampler.settings import eval_settings

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import tempfile
 import time
@@ -30,7 +31,7 @@ from grpo.cluster import actors, engines
 from grpo.cluster import session as cluster
 from grpo.cluster.reward_workers import SpreadPool
 from grpo.config import Config
-from grpo.evaluation.statistics import paired_gain
+from grpo.evaluation.statistics import Interval, paired_gain, with_bounds
 from grpo.metrics.health import Health, warning_line
 from grpo.rewards import functions
 from grpo.rewards.pool import RewardPool
@@ -140,11 +141,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
         for warning in folder.facts["warnings"]:
             console.say(warning_line(warning, folder.facts["steps"]))
         if outcome.code == ExitCode.DONE and "accuracy_gain" in folder.facts:
-            low, high = folder.facts["accuracy_gain_interval"]
-            console.say(
-                f"accuracy {folder.facts['accuracy_before']:.3f} -> {folder.facts['accuracy_after']:.3f} "
-                f"(gain {folder.facts['accuracy_gain']:.3f}, 95 % interval {low:.3f} to {high:.3f})"
-            )
+            console.say(accuracy_line(folder))
         console.say(f"run folder {folder.path}")
         for line in folder.close_trackers(failed=outcome.code != ExitCode.DONE):
             console.say(f"grpo: besides, {line}")
@@ -340,3 +337,14 @@ def placed(hosts: Mapping[str, str], dashboard: str) -> str:
         by_host.setdefault(host, []).append(name)
     where = "; ".join(f"{', '.join(names)} on {host}" for host, names in by_host.items())
     return f"placed     {where}" + (f"; dashboard {dashboard}" if dashboard else "")
+
+
+def accuracy_line(folder: RunFolder) -> str:
+    """Return the line about the accuracy before and after the run."""
+    facts = folder.facts
+    before, after, gain = (
+        with_bounds(Interval(mean=facts[name], low=low, high=high))
+        for name in ("accuracy_before", "accuracy_after", "accuracy_gain")
+        for low, high in [facts.get(f"{name}_interval", (math.nan, math.nan))]
+    )
+    return f"accuracy {before} -> {after}, gain {gain}, with 95 % intervals"

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from grpo.config import RewardConfig, part_names
 from grpo.evaluation.statistics import (
     GAINS,
-    Interval,
     Judged,
     bounds,
     final_answer,
@@ -27,6 +26,7 @@ from grpo.evaluation.statistics import (
     judge,
     sign_test,
     statistics_of,
+    with_bounds,
 )
 from grpo.metrics.measures import HEADLINE
 from grpo.run.checkpoints import MANIFEST
@@ -371,11 +371,6 @@ def row_of(old: NDArray[np.float64], new: NDArray[np.float64]) -> list[str]:
     low, high = bounds([gains], GAINS)
     gain = f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})" if len(gains) > 1 else f"{gains.mean():+.3f}"
     return [with_bounds(interval(list(old))), with_bounds(interval(list(new))), gain, f"{sign_test([gains]):.4f}"]
-
-
-def with_bounds(value: Interval) -> str:
-    """Return `0.512 (0.480 to 0.544)`, or only the mean without bounds."""
-    return f"{value.mean:.3f}" if np.isnan(value.low) else f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
 
 
 def compare_metrics(a: Subject, b: Subject, steps: Sequence[int]) -> list[str]:

@@ -32,7 +32,9 @@ from grpo.types import Group, Json, UserError
 
 RECIPE = "recipe.txt"
 """File with the path of the recipe; `resume=auto` resumes in the newest folder of the same recipe."""
-ACCURACIES = ("accuracy_before", "accuracy_after", "accuracy_after_step")
+ACCURACIES = (
+    "accuracy_before", "accuracy_before_interval", "accuracy_after", "accuracy_after_interval", "accuracy_after_step",
+)  # fmt: skip
 """Facts that depend on the completed steps; `rewind` removes them."""
 MAX_WRITES_BEHIND = 8
 """Maximum number of queued background writes; with more, the run waits."""

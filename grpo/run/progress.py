@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
@@ -61,10 +62,16 @@ class Progress:
         """Return the progress of a run before its first step."""
         return cls(cursor=start_cursor(prompts, config.data), kl_coef=config.algorithm.kl_coef)
 
-    def accuracies(self) -> dict[str, float]:
-        """Return the accuracies for the summary; those of evaluations not yet made are absent."""
-        made = {"accuracy_before": self.before, "accuracy_after": self.after}
-        out = {name: evaluation.accuracy for name, evaluation in made.items() if evaluation is not None}
+    def accuracies(self) -> dict[str, Any]:
+        """Return the accuracies and their intervals for the summary; those of evaluations not yet made are absent, as
+        are intervals of a single prompt."""
+        out: dict[str, Any] = {}
+        for name, evaluation in {"accuracy_before": self.before, "accuracy_after": self.after}.items():
+            if evaluation is None:
+                continue
+            out[name], interval = evaluation.accuracy, evaluation.interval()
+            if not math.isnan(interval.low):
+                out[f"{name}_interval"] = [interval.low, interval.high]
         if self.after is not None and self.evaluated is not None:
             out["accuracy_after_step"] = self.evaluated
         return out

@@ -25,6 +25,7 @@ from grpo.batching.steps import rank_steps
 from grpo.config import Config, RewardConfig
 from grpo.driver import Loop, train
 from grpo.evaluation.metrics import eval_names
+from grpo.evaluation.statistics import interval
 from grpo.files import FileRecord, seal
 from grpo.learner.step import run_step
 from grpo.learner.tally import merge
@@ -415,8 +416,11 @@ def test_checkpoints_and_evaluation_fall_due(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path) if "eval/accuracy" in line] == [0, 2, 4, 5]
     assert outcome.before is not None
     assert outcome.after is not None
+    intervals = [interval(list(found.sets["d"].per_prompt.values())) for found in (outcome.before, outcome.after)]
     assert loop.folder.facts == {
         "steps": 5, "accuracy_before": outcome.before.accuracy, "accuracy_after": outcome.after.accuracy,
+        "accuracy_before_interval": [intervals[0].low, intervals[0].high],
+        "accuracy_after_interval": [intervals[1].low, intervals[1].high],
         "accuracy_after_step": 5, "warnings": [],
     }  # fmt: skip
 
@@ -1010,9 +1014,11 @@ def test_an_accuracy_that_was_not_measured_is_absent(tmp_path: Path) -> None:
     loop.folder.close()
     assert outcome.before is not None
     assert outcome.after is None
-    assert loop.folder.facts == {"steps": 1, "accuracy_before": outcome.before.accuracy, "warnings": []}
+    before = outcome.before.interval()
+    measured = {"accuracy_before": outcome.before.accuracy, "accuracy_before_interval": [before.low, before.high]}
+    assert loop.folder.facts == {"steps": 1, **measured, "warnings": []}
     again, _ = resumed_from(tmp_path, config, 1)
-    assert again.progress.accuracies() == {"accuracy_before": outcome.before.accuracy}
+    assert again.progress.accuracies() == measured
     again.folder.close()
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo.config import load
+from grpo.evaluation.metrics import evaluation_line
 from grpo.evaluation.statistics import (
     Evaluation,
     Judged,
@@ -27,6 +31,7 @@ from grpo.evaluation.statistics import (
     statistics_of,
     student_quantile,
     summarize,
+    with_bounds,
 )
 
 
@@ -206,6 +211,42 @@ def test_paired_interval_is_narrower_than_the_spread_between_prompts() -> None:
     assert gain == pytest.approx(0.3 + noise.mean(), abs=1e-9)
     assert low == pytest.approx(gain - 1.96 * standard_error, abs=0.002)
     assert high == pytest.approx(gain + 1.96 * standard_error, abs=0.002)
+
+
+def test_an_accuracy_has_the_interval_of_its_data_sets() -> None:
+    """Of two, the mean of independent means: standard error sqrt(s1^2/n1 + s2^2/n2) / 2."""
+    rng = np.random.default_rng(1)
+    big, small = rng.uniform(0.2, 0.6, 500), rng.uniform(0.1, 0.9, 250)
+    found = evaluation(**{
+        name: {str(i): float(v) for i, v in enumerate(values)} for name, values in (("big", big), ("small", small))
+    })  # fmt: skip
+    both = found.interval()
+    error = math.sqrt(big.var(ddof=1) / 500 + small.var(ddof=1) / 250) / 2
+    assert both.mean == found.accuracy == pytest.approx((big.mean() + small.mean()) / 2)
+    assert both.low == pytest.approx(both.mean - 1.96 * error, abs=0.001)
+    assert both.high == pytest.approx(both.mean + 1.96 * error, abs=0.001)
+    assert found.sets["small"].interval() == interval(list(small))
+    assert with_bounds(both) == f"{both.mean:.3f} ({both.low:.3f} to {both.high:.3f})"
+    single = evaluation(big={"a": 0.5, "b": 1.0}, small={"a": 0.25}).interval()
+    assert single.mean == 0.5
+    assert math.isnan(single.low)
+    assert math.isnan(single.high)
+    assert with_bounds(single) == "0.500"
+
+
+def test_the_line_of_an_evaluation(tmp_path: Path) -> None:
+    """Two of two right: Clopper and Pearson's bounds are 0.025^(1/2) = 0.158 and 1; one of two: 0.013 and 0.987."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "model: {path: x}\ndata: {train: x, eval: {sets: x, samples_per_prompt: 4}}\nrewards: [{file: x.py}]\n"
+        "algorithm: {prompts_per_step: 4, group_size: 8}\nrun: {steps: 1}\n"
+    )
+    config = load(recipe, [])
+    right, half = {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 0.0}
+    [line, both] = [evaluation_line(found, config) for found in (evaluation(d=right), evaluation(d=right, e=half))]
+    assert re.fullmatch(r"accuracy 1.000 \(0.1[56]\d to 1.000\): d, avg@4 of 2", line)
+    own = r"d 1.000 \(0.1[56]\d to 1.000\), avg@4 of 2; e 0.500 \(0.01\d to 0.98\d\), avg@4 of 2"
+    assert re.fullmatch(rf"accuracy 0.750 \([\d.]+ to [\d.]+\): {own}", both)
 
 
 @pytest.mark.parametrize(("degrees", "expected"), [(5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)])
