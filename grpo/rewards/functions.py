@@ -290,7 +290,7 @@ class Description:
             items = sorted(((self.of(key), item) for key, item in value.items()), key=lambda pair: pair[0])
             return f"{{{', '.join(f'{key}: {self.of(item)}' for key, item in items)}}}"
         if isinstance(value, set | frozenset):
-            return f"{{{', '.join(sorted(map(self.of, value)))}}}"
+            return f"{{{', '.join(map(self.of, sorted(value, key=self._of_alone)))}}}"
         if isinstance(value, list | tuple):
             return f"[{', '.join(map(self.of, value))}]"
         if isinstance(value, PLAIN):
@@ -300,6 +300,15 @@ class Description:
         if hasattr(value, "__dict__") and is_local(type(value)):
             return self.of([type(value), vars(value)])
         return f"{type(value).__qualname__} {hashlib.sha256(cloudpickle.dumps(value)).hexdigest()}"
+
+    def _of_alone(self, member: Unchecked) -> str:
+        """Return the text of a member of a set as if it was described before the others. By these texts the members are
+        in the same order in every process. The set itself has functions in the order of their addresses."""
+        if isinstance(member, PLAIN):
+            return repr(member)
+        alone = Description(self._where)
+        alone._seen, alone._containers, alone.sources = {**self._seen}, {**self._containers}, [*self.sources]
+        return alone.of(member)
 
     def _of_wrapper(self, value: Unchecked) -> str | None:
         if isinstance(value, functools.partial):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -441,6 +441,43 @@ SHARED = """
 def test_the_digest_does_not_depend_on_the_order_of_names(tmp_path: Path) -> None:
     """Names are in a set, whose order follows the hash seed. What they share is described with the first."""
     assert len({digest(tmp_path / cell, SHARED, cell=cell) for cell in "12345"}) == 1
+
+
+class Backwards(frozenset[Any]):
+    """A set whose members have other addresses, and so another order."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return reversed([*super().__iter__()])
+
+
+def shared(text: str) -> float:
+    return len(text) / 3
+
+
+def one_rule(text: str) -> float:
+    return shared(text) + len(RULES)
+
+
+def other_rule(text: str) -> float:
+    return shared(text) * 2
+
+
+RULES = frozenset({one_rule, other_rule, (shared, 1)})
+
+
+def test_the_digest_does_not_depend_on_the_order_of_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the members share is described with the first of them; one of them uses the set."""
+    texts, sources = [], []
+    for kind in (frozenset, Backwards):
+        monkeypatch.setitem(globals(), "RULES", kind([one_rule, other_rule, (shared, 1)]))
+        description = functions.Description("x")
+        texts.append(description.of([RULES, {"b", "a", 3}]))
+        sources.append(description.sources)
+    assert texts[0] == texts[1]
+    assert sources[0] == sources[1]
+    assert "{'a', 'b', 3}" in texts[0]
+    monkeypatch.setitem(globals(), "RULES", frozenset([one_rule, shared]))
+    assert functions.Description("x").of([RULES, {"b", "a", 3}]) != texts[0]
 
 
 def test_a_cached_function_is_sent_by_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
