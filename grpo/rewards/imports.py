@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib.machinery
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from grpo.config import RewardConfig
 from grpo.suggest import suggest
 from grpo.types import UserError
 
+MAX_ENTRIES = 20_000
+"""Maximum number of files and folders in a package that a reward function imports. More is a folder of data."""
 PACKAGE = Path(__file__).parents[1]
 """This package. It is always there, and no part of a reward."""
 
@@ -91,13 +94,34 @@ def top_names(file: Path) -> Iterator[str]:
 
 
 def modules_of(folder: Path, name: str) -> Sequence[Path]:
-    """Return the source files of the package or module `name` in `folder`; empty if there is none."""
-    return modules(folder / name) or [path for path in [folder / f"{name}.py"] if path.is_file()]
+    """Return the source files of the package or module `name` in `folder`; empty if there is none.
+
+    As in an import, a package precedes a module, and a folder without `__init__.py` follows both, and installed ones.
+    """
+    package, module = folder / name, folder / f"{name}.py"
+    if (package / "__init__.py").is_file():
+        return modules(package)
+    if module.is_file():
+        return [module]
+    return modules(package) if package.is_dir() and not installed(name) else []
 
 
 def modules(folder: Path) -> Sequence[Path]:
-    """Return all source files of a package, sorted."""
-    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+    """Return all source files of a package, sorted. Hidden folders are left out.
+
+    Raises UserError if the folder has more than MAX_ENTRIES files and folders.
+    """
+    found, count = list[Path](), 0
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+        count += len(folders) + len(files)
+        if count > MAX_ENTRIES:
+            raise UserError(
+                f"a reward function imports {folder.name}, and the folder {folder} has more than {MAX_ENTRIES} files; "
+                "all sources of an imported package are read, so move the other files out of it or rename the folder"
+            )
+        found += [Path(place, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def installed(name: str) -> bool:
