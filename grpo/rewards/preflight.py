@@ -14,13 +14,14 @@ from pathlib import Path
 
 from grpo.config import RewardConfig, part_names
 from grpo.data.columns import line, nested
-from grpo.rewards.child.errors import withheld_words
+from grpo.rewards.child.errors import columns_words, withheld_words
 from grpo.rewards.golds import Unsampled, of_reward, run_on_gold, score
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.process import START_S, WorkerProcess, parse_greeting, scrubbed, spec_of, withheld
 from grpo.types import Failed, Moment, Prompt, Scored, Unchecked, UserError
 
 ANY_COMPLETION = "no answer"
+MISSING = re.compile(r"KeyError\b[^']*'([^']+)'")
 
 
 def check_loads(
@@ -162,7 +163,7 @@ def run_on_any(
         abstained = abstained or any(isinstance(o, Failed) and o.kind == "abstained" for o in outcomes)
         if failures:
             detail = failures[0].detail
-            failed.append(f"{prompt.where}: {failures[0].kind}: {detail}{nested_hint(detail, prompt.row)}")
+            failed.append(f"{prompt.where}: {failures[0].kind}: {detail}{key_hint(detail, prompt.row)}")
         if failures and all(f.kind == "timeout" for f in failures):  # more timeouts would show nothing new
             break
     if failed and not (scored or abstained):
@@ -191,8 +192,16 @@ def refuse_valueless(where: str, reward: RewardConfig, file: Path) -> None:
             )
 
 
+def key_hint(detail: str, row: Mapping[str, Unchecked]) -> str:
+    """Return a hint if a key is missing that is no column of the row: `nested_hint`, or the columns."""
+    missing = MISSING.search(detail)
+    if not missing or missing[1] in row or "no column" in detail:
+        return nested_hint(detail, row)
+    return nested_hint(detail, row) or f"; the row has {columns_words(missing[1], row)}"
+
+
 def nested_hint(detail: str, row: Mapping[str, Unchecked]) -> str:
     """Return the `columns` line to add, as a hint, if the missing key is inside another column; else ""."""
-    missing = re.search(r"KeyError\b[^']*'([^']+)'", detail)
+    missing = MISSING.search(detail)
     path = nested(missing[1], row) if missing else None
     return f"; it is inside another: {line(missing[1], path)}" if missing and path else ""

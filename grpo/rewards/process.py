@@ -24,6 +24,7 @@ from typing import TypeGuard, cast
 
 from grpo.config import RewardConfig
 from grpo.rewards import reaper, worker
+from grpo.rewards.child.errors import memory_words
 from grpo.rewards.child.loading import Spec
 from grpo.rewards.child.log import MAX_NAME, Loggable
 from grpo.rewards.child.results import MAX_PARTS
@@ -198,7 +199,7 @@ class WorkerProcess:
         if code == reaper.TOO_MANY:
             return f"had more than {reaper.MAX_PROCESSES} processes"
         if code == reaper.TOO_LARGE:
-            return f"and what it started used more than memory_gib={self._memory_gib:g}"
+            return f"and what it started used more than {memory_words(self._memory_gib)}"
         if not alone:
             return "closed or broke its connection"
         if code >= 0:

@@ -25,7 +25,7 @@ from grpo.rewards.golds import Unsampled, corrupt, declares_gold, try_golds
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.imports import locate
 from grpo.rewards.pool import RewardPool
-from grpo.rewards.preflight import check_loads, try_out
+from grpo.rewards.preflight import check_loads, key_hint, try_out
 from grpo.rewards.process import parse_answer, parse_greeting
 from grpo.types import Failed, Logged, Moment, Prompt, Scored, UserError
 
@@ -524,13 +524,64 @@ def test_verl_finds_the_ground_truth(write: Write, tmp_path: Path, row: Mapping[
     ] * 2
 
 
+def test_a_returned_mapping_with_a_text_is_told_the_key(write: Write, tmp_path: Path) -> None:
+    verl = "; style: verl takes score as the reward and logs the others"
+    for returned, style, kind, detail in (
+        ("{'score': 1.0, 'pred': 'x'}", "grpo", "wrong_type", f"returned str 'x' for 'pred', not a number{verl}"),
+        ("{'right': 1.0, 'form': 'x'}", "grpo", "wrong_type", "returned str 'x' for 'form', not a number"),
+        ("{'right': 1.0, 'form': float('nan')}", "grpo", "not_finite", "returned nan for 'form'"),
+        ("{'score': 'high', 'pred': 'x'}", "grpo", "wrong_type", "returned str 'high' for 'score', not a number"),
+        ("{'score': 'high', 'pred': 'x'}", "verl", "wrong_type", "returned str 'high' for 'score', not a number"),
+    ):
+        parameters = "solution_str" if style == "verl" else "completion, row"
+        reward = write(f"def f({parameters}): return {returned}", style=style)
+        assert scored(reward, tmp_path, ["x"]) == [Failed(kind=kind, detail=f"f: {detail}")]
+
+
+def test_a_reward_that_needs_more_memory_is_told_the_option(write: Write, tmp_path: Path) -> None:
+    """Of one process, which gets a MemoryError, and of all that a worker has started."""
+    reward = write(
+        """
+        import mmap, time
+        def f(completion, row):
+            if completion == "one":
+                return float(len(bytearray(2**34)))
+            shared = mmap.mmap(-1, 2**29)
+            for i in range(0, 2**29, 4096):
+                shared[i] = 1
+            time.sleep(60)
+        """,
+        memory_gib=0.375,
+    )
+    one, shared = scored(reward, tmp_path, ["one", "shared"])
+    limit = "memory_gib=0.375; if it needs more, set rewards[{}].memory_gib higher, such as 0.75"
+    said = f"f: MemoryError (a worker may use {limit.format(0)}) at {tmp_path / 'f.py'}:5"
+    assert one == Failed(kind="exception", detail=said)
+    said = f"f: the worker and what it started used more than {limit.format('i')}"
+    assert shared == Failed(kind="worker_died", detail=said)
+
+
+def test_a_missing_column_is_told_with_those_of_the_row_the_nearest_first() -> None:
+    row = {f"c{i}": i for i in range(12)} | {"question": "", "answer": ""}
+    listed = "answer, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10 and 2 more"
+    assert key_hint("f: KeyError: 'anwser' at f.py:1", row) == f"; the row has {listed}"
+    assert key_hint("f: KeyError: 'anwser' at f.py:1", {}) == "; the row has none"
+    for detail in ("KeyError: 'answer'", "KeyError: \"the row has no column 'anwser', only ['c0']\"", "KeyError: 3"):
+        assert key_hint(detail, row) == ""
+    assert (
+        key_hint("KeyError: 'truth'", {"gold": {"truth": 1}})
+        == '; it is inside another: columns: {truth: "{gold[truth]}"}'
+    )
+
+
 def test_verl_scalars_and_missing_truth(write: Write, tmp_path: Path) -> None:
     plain = write("def f(solution_str, ground_truth, scale=2.0): return scale * (solution_str == ground_truth)",
                   style="verl")  # fmt: skip
     assert values(scored(plain, tmp_path, ["2", "3"])) == [2.0, 0.0]
     [outcome] = scored(plain, tmp_path, ["2"], row={"question": "?"})
     assert outcome == Failed(
-        kind="exception", detail="f: the row has no reward_model.ground_truth, ground_truth or answer"
+        kind="exception",
+        detail="f: the row has no reward_model.ground_truth, ground_truth or answer; it has question",
     )
     no_score = write("def f(solution_str): return {'reward': 1.0}", style="verl")
     assert values(scored(no_score, tmp_path, ["2"])) == ["wrong_type"]
@@ -883,12 +934,13 @@ def test_a_worker_runs_its_own_code_and_a_reward_may_import_another_grpo(
             "trl",
             "def f(prompts, completions, completions_ids): pass",
             "rewards[0]: {file}:1: f asks for completions_ids, which is no column of the rows; did you mean "
-            "completion_ids?",
+            "completion_ids?; they have question, answer",
         ),
         (
             "trl",
             "def f(prompts, completions, anwser): pass",
-            "rewards[0]: {file}:1: f asks for anwser, which is no column of the rows; did you mean answer?",
+            "rewards[0]: {file}:1: f asks for anwser, which is no column of the rows; did you mean answer?; "
+            "they have answer, question",
         ),
         (
             "verl",
@@ -1042,12 +1094,12 @@ def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path
         try_out([good, bad], [Path(good.file), Path(bad.file)], {"data.train": prompts}, **options)
     assert str(caught.value) == (
         "rewards[1]: bad on data.train fails on every row tried; the first: d.jsonl:1: exception: bad: KeyError: "
-        f"'missing' at {tmp_path / 'bad.py'}:1"
+        f"'missing' at {tmp_path / 'bad.py'}:1; the row has question, answer, sum"
     )
     fitting = [*prompts, prompt({"answer": "", "question": "", "missing": 0}, "d", 3)]
     assert try_out([bad], [Path(bad.file)], {"data.train": fitting}, **options) == [
         "bad on data.train: warning: ran on 1 of 3 rows tried; failed on d.jsonl:1: exception: bad: KeyError: "
-        f"'missing' at {tmp_path / 'bad.py'}:1"
+        f"'missing' at {tmp_path / 'bad.py'}:1; the row has question, answer, sum"
     ]
     with pytest.raises(UserError, match=r"bad on data\.eval\.sets\[0\] fails on every row"):
         try_out([bad], [Path(bad.file)], {"data.train": fitting, "data.eval.sets[0]": prompts}, **options)

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, NotRequired, TypedDict
 
-from grpo.rewards.child.errors import described, hinted, user_place
+from grpo.rewards.child.errors import columns_words, described, hinted, user_place
 from grpo.rewards.child.loading import Reward
 from grpo.rewards.child.log import Log, Loggable, listed
 from grpo.rewards.child.results import BadReturnError, Result, failed, number, refuse_crowd, result
@@ -148,7 +148,10 @@ def call_verl(reward: Reward, completion: str, row: Mapping[str, Unchecked]) -> 
         elif "ground_truth" in row or "answer" in row:
             arguments["ground_truth"] = row["ground_truth"] if "ground_truth" in row else row["answer"]
         else:
-            raise BadReturnError("exception", "the row has no reward_model.ground_truth, ground_truth or answer")
+            has = columns_words("ground_truth", row)
+            raise BadReturnError(
+                "exception", f"the row has no reward_model.ground_truth, ground_truth or answer; it has {has}"
+            )
     return reward.function(**reward.given(arguments))
 
 
@@ -159,7 +162,15 @@ def value_of(returned: Unchecked) -> Result:
     if not returned:
         raise BadReturnError("wrong_type", "returned an empty mapping")
     refuse_crowd(returned)
-    parts = {str(key): number(value) for key, value in returned.items()}
+    parts = {}
+    for key, value in returned.items():
+        try:
+            parts[str(key)] = number(value, key)
+        except BadReturnError as error:
+            kind, detail = error.args
+            if "score" in returned and key != "score":
+                detail += "; style: verl takes score as the reward and logs the others"
+            raise BadReturnError(kind, detail) from error
     return result(number(sum(parts.values())), parts)
 
 
@@ -181,7 +192,7 @@ def score_of(returned: Unchecked, log: Log) -> Result:
             parts[str(key)] = number(value)
         except BadReturnError:
             log.log_extra(str(key), [value])
-    return result(number(returned["score"]), parts)
+    return result(number(returned["score"], "score"), parts)
 
 
 def awaited(returned: Unchecked) -> Unchecked:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from grpo.rewards.child.errors import NOT_GIVEN, described, hinted, user_place
+from grpo.rewards.child.errors import NOT_GIVEN, SIMILAR, columns_words, described, hinted, user_place
 
 if TYPE_CHECKING:
     from grpo.types import Unchecked
@@ -190,7 +190,7 @@ def checked_columns(required: Sequence[str], spec: Spec, where: str) -> list[str
         if name in NOT_GIVEN and (columns is None or name not in columns):
             raise LoadError(f"{where}: {spec['name']} asks for {name}, which is not given; give it a default")
         if name not in (*GIVEN_BY_TRL, *known):
-            hint = nearest(name, [*known, *GIVEN_BY_TRL]) or f"; they have {', '.join(known)}"
+            hint = f"{nearest(name, [*known, *GIVEN_BY_TRL])}; they have {columns_words(name, known)}"
             raise LoadError(f"{where}: {spec['name']} asks for {name}, which is no column of the rows{hint}")
     return [name for name in known if name not in GIVEN_BY_TRL]
 
@@ -199,5 +199,5 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """Return `; did you mean ...?`, or "" if nothing is similar."""
     import difflib  # noqa: PLC0415 - only for an error that ends the run
 
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR)
     return f"; did you mean {near[0]}?" if near else ""

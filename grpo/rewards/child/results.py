@@ -50,15 +50,19 @@ def refuse_crowd(returned: Sized) -> None:
         )
 
 
-def number(value: Unchecked) -> float:
-    """Convert `value` to a finite float: Python numbers and the scalars of numpy and torch, but no arrays."""
+def number(value: Unchecked, key: str | None = None) -> float:
+    """Convert `value` to a finite float: Python numbers and the scalars of numpy and torch, but no arrays.
+
+    Raises BadReturnError naming `key`, the key of the returned mapping that has the value, if there is one.
+    """
+    of = "" if key is None else f" for {key!r:.80}"
     is_array = getattr(value, "ndim", 0) != 0
     if is_array or isinstance(value, str | bytes) or not hasattr(value, "__float__"):
-        raise BadReturnError("wrong_type", f"returned {type(value).__name__} {value!r:.80}, not a number")
+        raise BadReturnError("wrong_type", f"returned {type(value).__name__} {value!r:.80}{of}, not a number")
     try:
         converted = float(value)
     except OverflowError as error:
-        raise BadReturnError("not_finite", "returned an integer beyond the range of floats") from error
+        raise BadReturnError("not_finite", f"returned an integer beyond the range of floats{of}") from error
     if not math.isfinite(converted):
-        raise BadReturnError("not_finite", f"returned {converted}")
+        raise BadReturnError("not_finite", f"returned {converted}{of}")
     return converted
