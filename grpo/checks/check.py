@@ -41,12 +41,26 @@ class CheckedRun:
     eval_prompts: tuple[Prompt, ...]
     end_token_ids: tuple[int, ...]
     reward_files: tuple[Path, ...]
-    lines: tuple[str, ...]
-    """Description of the plan, to be printed."""
+    described: tuple[str, ...]
+    """Lines that describe the plan."""
+    shown: tuple[str, ...]
+    """Lines that show the first prompt."""
+    tried: tuple[str, ...]
+    """Lines about what the rewards did on real rows."""
     fingerprints: Mapping[str, str]
     """SHA-256 of the data sets (after their filters) and the reward files, by the option that names them."""
     dropped: tuple[str, ...]
     """`<prompt id> (<reason>)` for every row of training and evaluation data that a filter dropped."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Return all lines to be printed."""
+        return (*self.described, *self.shown, *self.tried)
+
+    @property
+    def repeated_lines(self) -> tuple[str, ...]:
+        """Return the lines to be printed when work is resumed: the first prompt has been shown before."""
+        return (*self.described, *self.tried)
 
 
 def check(
@@ -92,7 +106,9 @@ def check(
         eval_prompts=eval_prompts,
         end_token_ids=ends,
         reward_files=files,
-        lines=(*describe(config, train, held_out), *data.shown(prompts[0], tokenizer, ends, ids=ids), *tried),
+        described=tuple(describe(config, train, held_out)),
+        shown=tuple(data.shown(prompts[0], tokenizer, ends, ids=ids)),
+        tried=tuple(tried),
         fingerprints={
             "data.train": data.fingerprint(prompts),
             **({"data.eval.sets": data.fingerprint(eval_prompts)} if eval_prompts else {}),
@@ -141,12 +157,9 @@ def check_evaluation(
         eval_prompts=prompts,
         end_token_ids=ends,
         reward_files=files,
-        lines=(
-            f"model      {config.model.path} in {config.model.dtype}",
-            f"data       {sizes}",
-            *data.shown(prompts[0], tokenizer, ends, ids=False),
-            *tried,
-        ),
+        described=(f"model      {config.model.path} in {config.model.dtype}", f"data       {sizes}"),
+        shown=tuple(data.shown(prompts[0], tokenizer, ends, ids=False)),
+        tried=tuple(tried),
         fingerprints={
             "data.eval.sets": data.fingerprint(prompts),
             **reward_fingerprints(files),

@@ -62,7 +62,8 @@ def evaluate(plan: CheckedRun, model: str, out: Path) -> Outcome:
             console.say(f"evaluated before: {folder}")
             sets = evaluation_folder.conclude(plan, folder)
         else:
-            for line in plan.lines:
+            begun = sum(map(len, left.values())) < len(plan.eval_prompts)
+            for line in plan.repeated_lines if begun else plan.lines:
                 console.say(line)
             try:
                 sets = sample(plan, folder, left, console)

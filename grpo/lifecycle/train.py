@@ -35,7 +35,7 @@ from grpo.evaluation.statistics import Interval, paired_gain, with_bounds
 from grpo.metrics.health import Health, warning_line
 from grpo.rewards import functions
 from grpo.rewards.pool import RewardPool
-from grpo.run import checkpoints, resume
+from grpo.run import checkpoints, resume, sessions
 from grpo.run import folder as run_folder
 from grpo.run.console import Console
 from grpo.run.folder import RunFolder
@@ -118,6 +118,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
     """Open the run folder, train, and write the summary. `started`: time.monotonic()."""
     config = plan.config
     folder = open_folder(plan, resumed, origin, recipe)
+    sessions.begin(folder.path, time.monotonic() - started)
     files = functions.keep(config.rewards, plan.reward_files, folder.path)
     plan = dataclasses.replace(plan, reward_files=files)
     with Console(steps=config.run.steps, log=folder.path / "log.txt") as console:
@@ -134,7 +135,10 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
             "wall_s": round(time.monotonic() - started, 3),
             "exit_reason": outcome.reason,
         }
+        seconds = [time.monotonic() - started]
         try:
+            seconds = sessions.end(folder.path, seconds[0])
+            summary |= {"wall_s_all_sessions": round(sum(seconds), 3), "sessions": len(seconds)}
             folder.write_summary(summary)
         except OSError as error:
             console.say(f"grpo: besides, summary.json could not be written: {error}")
@@ -142,6 +146,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
             console.say(warning_line(warning, folder.facts["steps"]))
         if outcome.code == ExitCode.DONE and "accuracy_gain" in folder.facts:
             console.say(accuracy_line(folder))
+        console.say(sessions.wall_line(seconds))
         console.say(f"run folder {folder.path}")
         for line in folder.close_trackers(failed=outcome.code != ExitCode.DONE):
             console.say(f"grpo: besides, {line}")
@@ -169,7 +174,9 @@ def run_and_report(training: Training) -> Outcome:
     began = training.resumed.step  # copied: the loop advances it
     cause: Exception | None = None
     try:
-        for line in (*training.plan.lines, *training.resumed.lines):
+        plan = training.plan
+        described = plan.lines if training.resumed.manifest is None else plan.repeated_lines
+        for line in (*described, *training.resumed.lines):
             console.say(line)
         finished = run_with_restarts(training)
         folder.close()

@@ -11,6 +11,7 @@ __all__ = [
     "resume",
     "samples",
     "saving",
+    "sessions",
     "signals",
     "timeline",
 ]

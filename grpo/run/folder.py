@@ -2,8 +2,8 @@
 
 Files are written whole or not at all, and a run never writes over another run.
 
-runs/<name>/  config.yaml  summary.json  metrics.jsonl  log.txt  logs/  samples/  checkpoints/  model/  tensorboard/
-              python_rewards/
+runs/<name>/  config.yaml  summary.json  sessions.json  metrics.jsonl  log.txt  logs/  samples/  checkpoints/  model/
+              tensorboard/  python_rewards/
 """
 
 from __future__ import annotations
