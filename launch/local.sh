@@ -10,6 +10,7 @@ export PATH RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 port=$(free_port) dashboard=$(free_port)
+grpo submit "$@" --address "http://127.0.0.1:$dashboard" --dry-run >/dev/null # a misspelt recipe, before Ray is started
 folder=$(mktemp -d /tmp/grpo-local-XXXXXX)
 
 # setsid: Ctrl-C is for the run, which needs Ray to finish its step. The agent takes the jobs; its own port, 52365, may be

@@ -100,3 +100,9 @@ install --no-deps -r <(grep -v '^torch==' "locks/$lock.txt") || fail "installati
 install --no-deps -e . || fail "installation failed"
 mv "$log" .venv/install.log
 fingerprint "$lock" >".venv/.installed-$lock"
+case "$lock" in
+  gpu) next=".venv/bin/grpo check RECIPE cluster.device=gpu shows the plan of a run (recipes: docs/recipes.md)" ;;
+  cpu) next=".venv/bin/python recipes/arithmetic.py makes a model, .venv/bin/grpo train arithmetic_cpu trains it" ;;
+  *) next="bash launch/check.sh and bash launch/test.sh check the code (CONTRIBUTING.md)" ;;
+esac
+echo "installed. next: $next"

@@ -48,8 +48,8 @@ PENDING = "PENDING"
 """Ray's status of a job that has not started."""
 TOKENS = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, with RAY_AUTH_MODE=token"
 LAST_LINE = "grpo: exit code "
-Then = Literal["end", "follow", "follow, stop on signals"]
-"""Action of the submitting side after it has submitted the job."""
+Then = Literal["nothing", "end", "follow", "follow, stop on signals"]
+"""Action of the submitting side after it has submitted the job; with "nothing", it submits none."""
 
 
 def submit(
@@ -71,6 +71,9 @@ def submit(
     job = f"grpo-{secrets.token_hex(8)}"  # named here, so that it is known even if the server does not answer
     with tempfile.TemporaryDirectory(prefix="grpo-submit-") as name:
         size = upload.pack(config, recipe, Path(name), asked.get("resume"))
+        if then == "nothing":
+            print(f"packed     {size / upload.MIB:.2f} MiB; nothing has been submitted")
+            return ExitCode.DONE
         try:
             with signals_delayed() if signals_are_its else nullcontext(), answers(address) as client:
                 refuse_unplaceable(client, driver_cpus)

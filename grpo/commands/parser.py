@@ -135,6 +135,8 @@ def add_job_commands(commands: Commands) -> None:
     then = command.add_mutually_exclusive_group()
     words = "end when the job has been handed over"
     then.add_argument("--no-follow", dest="then", action="store_const", const="end", default="follow", help=words)
+    words = "check and pack the recipe, and submit nothing"
+    then.add_argument("--dry-run", dest="then", action="store_const", const="nothing", help=words)
     words = "let Ctrl-C, SIGTERM and SIGUSR1 stop the job, as grpo stop does, not only the following"
     then.add_argument(
         "--stop-on-signal", dest="then", action="store_const", const="follow, stop on signals", help=words

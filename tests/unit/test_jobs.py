@@ -637,6 +637,15 @@ def test_jobs_of_a_cluster_that_does_not_answer(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.startswith("grpo: --address http://127.0.0.1:9: nothing answers there")
 
 
+def test_a_dry_run_checks_and_asks_no_server(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Port 9 has none."""
+    recipe, address = written(here), ["--address", "http://127.0.0.1:9", "--dry-run"]
+    assert main(["submit", str(recipe), *address]) == 0
+    assert re.fullmatch(r"packed     \d\.\d\d MiB; nothing has been submitted\n", capsys.readouterr().out)
+    assert main(["submit", str(recipe), "cluster.address=auto", *address]) == 2
+    assert "a submitted run joins the cluster of --address" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", [[], ["--queue"]])
 def test_a_run_that_is_submitted_may_queue(here: Path, monkeypatch: pytest.MonkeyPatch, flag: list[str]) -> None:
     """The job finds it in its recipe."""

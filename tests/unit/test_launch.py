@@ -259,7 +259,8 @@ def test_setup_takes_the_newest_python_that_runs(clone: Clone) -> None:
     ended = clone.setup("dev")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [
-        "Python 3.12 (python3): installing locks/dev.txt into .venv (a few minutes the first time)"
+        "Python 3.12 (python3): installing locks/dev.txt into .venv (a few minutes the first time)",
+        "installed. next: bash launch/check.sh and bash launch/test.sh check the code (CONTRIBUTING.md)",
     ]
     assert ended.stderr.splitlines() == [
         "python3.12 is passed over: it lacks its venv module or Python.h "
@@ -278,6 +279,22 @@ def test_setup_takes_the_newest_python_that_runs(clone: Clone) -> None:
             file.write("# another version\n")
         assert "installing locks/dev.txt" in clone.setup("dev").stdout, name
         assert clone.setup("dev").stdout == ""
+
+
+@pytest.mark.parametrize(("lock", "commands"), [
+    ("cpu", ["recipes/arithmetic.py", "grpo train arithmetic_cpu"]),
+    ("gpu", ["grpo check RECIPE cluster.device=gpu", "docs/recipes.md"]),
+    ("gpu-dev", ["launch/check.sh", "launch/test.sh", "CONTRIBUTING.md"]),
+])  # fmt: skip
+def test_setup_ends_with_what_to_do_next(lock: str, commands: list[str], clone: Clone) -> None:
+    clone.python("python3.13", "3.13")
+    ended = clone.setup(lock)
+    last = ended.stdout.splitlines()[-1]
+    assert last.startswith("installed. next: "), ended.stderr
+    assert len(last) <= 120
+    assert all(command in last for command in commands)
+    files = [word for word in last.replace("(", " ").replace(")", " ").split() if "/" in word and ".venv" not in word]
+    assert all((ROOT / file).is_file() for file in files)
 
 
 def test_setup_takes_an_older_python_where_torch_is_to_be_had_for_that_one(clone: Clone) -> None:
@@ -438,26 +455,37 @@ def test_what_is_missing_is_said(arguments: list[str], words: str, tmp_path: Pat
     assert words in ended.stderr
 
 
-def test_local_leaves_the_recipe_to_grpo_submit(tmp_path: Path) -> None:
-    """A built-in recipe is a name, not a file; a missing one is reported by the command."""
+@pytest.mark.parametrize("known", [True, False])
+def test_local_leaves_the_recipe_to_grpo_submit(tmp_path: Path, known: bool) -> None:
+    """A built-in recipe is a name, not a file; a missing one is reported by the command, before Ray is started."""
     script, bin_folder = tmp_path / "launch" / "local.sh", tmp_path / "bin"
     script.parent.mkdir()
     bin_folder.mkdir()
     shutil.copy(LAUNCH / "local.sh", script)
     (bin_folder / "ray").write_text(
-        f"#!{sys.executable}\nimport socket, sys, time\n"
+        f"#!{sys.executable}\nimport pathlib, socket, sys, time\n"
+        f"pathlib.Path({str(tmp_path / 'ray-started')!r}).touch()\n"
         "[port] = [int(a.partition('=')[2]) for a in sys.argv if a.startswith('--dashboard-port=')]\n"
         "listening = socket.create_server(('127.0.0.1', port))\ntime.sleep(60)\n"
     )
-    (bin_folder / "grpo").write_text('#!/bin/sh\necho "$@"\nexit 2\n')
+    (bin_folder / "grpo").write_text(
+        '#!/bin/sh\ncase "$*" in *" --dry-run") echo packed\n'
+        '[ "$2" = arithmetic_cpu ] && exit; echo "grpo: recipe $2 does not exist" >&2; exit 2 ;; esac\n'
+        'echo "$@"\nexit 2\n'
+    )
     (bin_folder / "python").symlink_to(sys.executable)
     for name in ("ray", "grpo"):
         (bin_folder / name).chmod(0o755)
     ended = subprocess.run(
-        ["bash", str(script), "arithmetic_cpu", "run.steps=2"], cwd=tmp_path, capture_output=True, text=True,
-        timeout=60, env={"PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        ["bash", str(script), "arithmetic_cpu" if known else "arithmetic_cpi", "run.steps=2"], cwd=tmp_path,
+        capture_output=True, text=True, timeout=60,
+        env={"PATH": f"{bin_folder}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert ended.returncode == 2, ended.stderr
+    assert (tmp_path / "ray-started").exists() == known
+    if not known:
+        assert (ended.stdout, ended.stderr) == ("", "grpo: recipe arithmetic_cpi does not exist\n")
+        return
     assert ended.stdout.startswith("submit arithmetic_cpu run.steps=2 --address http://127.0.0.1:")
 
 
