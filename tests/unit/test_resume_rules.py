@@ -131,6 +131,25 @@ def test_a_run_of_that_name_with_other_options_is_neither_done_nor_begun_again(t
         resume.refuse_other_run(folder.path, config, ())
 
 
+def test_without_a_checkpoint_a_run_starts_over_with_the_files_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options are compared; contents are not even read."""
+    config = config_in(tmp_path, steps=8, name="one")
+    folder = create(config, "exp.yaml")
+    folder.log_metrics(1, {})
+    (folder.path / "samples" / "step-000001.parquet").touch()
+    folder.close()
+    monkeypatch.setattr(resume, "fingerprints", None)
+    prompts = [SimpleNamespace(dataset="d")]
+    plan: Any = SimpleNamespace(config=config, prompts=prompts, fingerprints={"rewards[0].file": "changed"})
+    prepared = resume.prepare(resume.find("auto", config, "exp.yaml"), plan, [])
+    assert (prepared.step, prepared.lines) == (0, ("resumed    one from its beginning: it has no checkpoint",))
+    reopen(folder.path, config, prepared.step).close()
+    assert (folder.path / "metrics.jsonl").read_text() == ""
+    assert list((folder.path / "samples").iterdir()) == []
+
+
 def test_what_is_cut_is_cut_whole_whenever_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (10, 20, 30):
         make(tmp_path, step)
