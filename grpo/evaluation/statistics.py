@@ -258,6 +258,11 @@ def statistics_of(samples: Mapping[str, Sequence[Judged]]) -> dict[str, dict[str
     return dict(out)
 
 
+def repeats_of_avg(k: int) -> tuple[str, ...]:
+    """Return the statistics that are the same number as avg if all rewards are 0 or 1. `k`: completions per prompt."""
+    return ("pass@1", "maj") if k == 1 else ("pass@1",)
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Return the probability that k of n completions, drawn without replacement, include one of the `right` ones: the
     unbiased estimator of arXiv 2107.03374 sec. 2.1.

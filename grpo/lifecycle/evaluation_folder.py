@@ -27,7 +27,7 @@ from grpo import data
 from grpo.checks.check import CheckedRun
 from grpo.cluster import engines
 from grpo.config import Config
-from grpo.evaluation.statistics import Interval, Judged, interval, parts_by, statistics_of, with_bounds
+from grpo.evaluation.statistics import Interval, Judged, interval, parts_by, repeats_of_avg, statistics_of, with_bounds
 from grpo.files import fingerprint
 from grpo.rollout.collect import PASSING, Scorer, collect, enforce_failure_budget, eval_seed, may_pass
 from grpo.run import folder as run_folder
@@ -354,27 +354,45 @@ def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetResult:
 
 
 def report(sets: Mapping[str, SetResult]) -> list[str]:
-    """Return the results of the data sets as the lines of a table."""
-    ks = sorted({int(s.partition("@")[2]) for found in sets.values() for s in found.statistics if "@" in s})
+    """Return the results of the data sets as the lines of a table. Statistics that are the same numbers as avg@k are
+    left out."""
+    lines = [*lines_of(sets)]
+    ks = sorted({int(s.partition("@")[2]) for _, part in lines for s in part.statistics if "@" in s})
+    k = max(part.samples_per_prompt for _, part in lines)
     statistics = [*(["avg"] if ks else []), *(f"pass@{k}" for k in ks), "maj"]
+    statistics = [
+        s for s in statistics
+        if s not in repeats_of_avg(k) or any(cell(part, s) != cell(part, "avg") for _, part in lines)
+    ]  # fmt: skip
     names = [s if "@" in s else f"{s}@k" for s in statistics]
     rows = [["data set", "prompts", "k", *names, "tokens", "truncated", "failed"]]
-    for name, found in sets.items():
-        by = {f"  {column} {value}": part for column, parts in found.by.items() for value, part in parts.items()}
-        for label, part in ({name: found} | by).items():
-            rows.append(
-                [
-                    label,
-                    str(part.prompts),
-                    str(part.samples_per_prompt),
-                    *(with_bounds(part.statistics[s]) if s in part.statistics else "-" for s in statistics),
-                    f"{part.tokens_mean:.1f}",
-                    f"{part.truncated_fraction:.1%}",
-                    str(part.failed),
-                ]
-            )
+    for label, part in lines:
+        rows.append(
+            [
+                label,
+                str(part.prompts),
+                str(part.samples_per_prompt),
+                *(cell(part, s) for s in statistics),
+                f"{part.tokens_mean:.1f}",
+                f"{part.truncated_fraction:.1%}",
+                str(part.failed),
+            ]
+        )
     notes = [f"note: no completion of {name} was scored" for name, found in sets.items() if not found.statistics]
     return [*table(rows), *notes]
+
+
+def lines_of(sets: Mapping[str, SetResult]) -> Iterator[tuple[str, SetResult]]:
+    """Yield the label and the result of each data set and of its parts."""
+    for name, found in sets.items():
+        yield name, found
+        for column, parts in found.by.items():
+            yield from ((f"  {column} {value}", part) for value, part in parts.items())
+
+
+def cell(part: SetResult, statistic: str) -> str:
+    """Return a statistic with its interval as text; a dash if the part does not have it."""
+    return with_bounds(part.statistics[statistic]) if statistic in part.statistics else "-"
 
 
 def name_of(model: str) -> str:

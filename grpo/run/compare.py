@@ -24,6 +24,7 @@ from grpo.evaluation.statistics import (
     final_answer,
     interval,
     judge,
+    repeats_of_avg,
     sign_test,
     statistics_of,
     with_bounds,
@@ -347,7 +348,10 @@ def compare_evaluations(a: Samples, b: Samples) -> list[str]:
             notes.append(f"note: no completion of {name} was scored in {' and '.join(unscored)}")
             continue
         first, second = (statistics_of({p: some[name][p] for p in shared}) for some in (a, b))
+        k = max(len(some) for samples in (a[name], b[name]) for some in samples.values())
         for statistic in [s for s in first if s in second and s != "pass"]:
+            if statistic in repeats_of_avg(k) and all(same(one[statistic], one["avg"]) for one in (first, second)):
+                continue
             both = [p for p in first[statistic] if p in second[statistic]]
             old, new = (np.asarray([values[statistic][p] for p in both]) for values in (first, second))
             rows.append([name, str(len(both)), statistic, *row_of(old, new)])
@@ -359,6 +363,11 @@ def compare_evaluations(a: Samples, b: Samples) -> list[str]:
             "same, with the same columns"
         )
     return [*table(rows), *notes]
+
+
+def same(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Return whether two statistics have the same values, up to rounding, of the same prompts."""
+    return one.keys() == other.keys() and all(math.isclose(one[p], other[p], abs_tol=1e-9) for p in one)
 
 
 def any_scored(prompts: Iterable[Sequence[Judged]]) -> bool:

@@ -86,6 +86,21 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert "options: the same" in compare(a, a)
 
 
+def test_a_statistic_that_repeats_avg_is_left_out(tmp_path: Path) -> None:
+    """pass@1 of rewards that are 0 or 1, and maj of one completion per prompt."""
+
+    def statistics(name: str, old: list[float], new: list[float]) -> list[str]:
+        a, b = (
+            make_run(tmp_path / f"{name}-{which}", {2: [group(i, rewards) for i in range(3)]}, [])
+            for which, rewards in (("a", old), ("b", new))
+        )
+        return [line.split()[2] for line in compare(a, b) if line.startswith("d ")]
+
+    assert statistics("one", [1.0], [0.0]) == ["avg"]
+    assert statistics("three", [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]) == ["avg", "maj", "pass@2", "pass@3"]
+    assert statistics("half", [1.0], [0.5]) == ["avg", "maj", "pass@1"]
+
+
 def record(folder: Path, file: str = "summary.json", version: str = "0.9.0", **fingerprints: str) -> None:
     """What a run or an evaluation says of its graders; `file`: where. The names are rewards_0 for rewards[0].file."""
     found = {f"rewards[{name.removeprefix('rewards_')}].file": value for name, value in fingerprints.items()}

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import write_recipe
@@ -166,8 +167,31 @@ def test_a_result_is_written_and_shown_with_its_parts() -> None:
     assert [*failed.as_json()] == [*plain][:6]
     table = evaluating.report({"d": whole})
     assert [line.split() for line in table] == [
-        ["data", "set", "prompts", "k", "avg@k", "pass@1", "pass@2", "maj@k", "tokens", "truncated", "failed"],
-        ["d", "1", "2", "0.500", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
-        ["level", "1", "1", "2", "0.500", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
-        ["level", "2", "1", "1", "-", "-", "-", "-", "5.0", "100.0%", "1"],
+        ["data", "set", "prompts", "k", "avg@k", "pass@2", "maj@k", "tokens", "truncated", "failed"],
+        ["d", "1", "2", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
+        ["level", "1", "1", "2", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
+        ["level", "2", "1", "1", "-", "-", "-", "5.0", "100.0%", "1"],
     ]
+
+
+def test_a_number_is_not_shown_twice() -> None:
+    """With rewards of 0 and 1, pass@1 is avg@k; with one completion per prompt, maj@k is too. 1 - 1/3 is 2/3 but for
+    rounding."""
+
+    def part(k: int, pass_at_1: float = 1 - 1 / 3, maj: float = 2 / 3) -> evaluating.SetResult:
+        numbers = {"avg": 2 / 3, "pass@1": pass_at_1, "maj": maj}
+        return evaluating.SetResult(
+            prompts=3, samples_per_prompt=k, failed=0, tokens_mean=3.0, tokens_max=3, truncated_fraction=0.0,
+            statistics={name: Interval(mean=n, low=n - 0.1, high=n + 0.1) for name, n in numbers.items()},
+        )  # fmt: skip
+
+    def columns(**sets: evaluating.SetResult) -> list[str]:
+        return evaluating.report(sets)[0].split()[4:-3]
+
+    assert columns(a=part(1)) == ["avg@k"]
+    assert columns(a=part(1), b=part(1)) == ["avg@k"]
+    assert columns(a=part(2)) == ["avg@k", "maj@k"]  # by chance, perhaps
+    assert columns(a=part(1), b=part(1, pass_at_1=0.4)) == ["avg@k", "pass@1"]  # a reward of 0.5 is not right
+    assert columns(a=part(1, maj=0.4)) == ["avg@k", "maj@k"]  # a completion had no vote
+    whole = dataclasses.replace(part(1), by={"level": {"5": part(1, maj=0.4)}})
+    assert columns(a=whole) == ["avg@k", "maj@k"]
