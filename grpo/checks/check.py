@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo import data
 from grpo.checks import models
+from grpo.checks.chosen import choose
 from grpo.checks.describe import describe
 from grpo.checks.model_folder import check_critic, check_model
 from grpo.checks.prompts import check_batch, check_by, check_token_ids, read_data
@@ -125,12 +126,19 @@ def check_evaluation(
     say: Callable[[str], None] = lambda _: None,
     *,
     written: Path | None = None,
+    overridden: Collection[str] | None = None,
 ) -> CheckedRun:
     """Check a config for evaluation only, like `check`, but without training data and learner.
+
+    `overridden`: options that were given for an evaluation without a recipe; others are chosen by the model and the
+    data. None: there is a recipe.
 
     Raises UserError at the first problem.
     """
     refuse_secrets(config)
+    chosen = ""
+    if overridden is not None:
+        config, chosen = choose(config, overridden)
     settings = check_model(config)
     models.check_served(config, settings, say)
     tokenizer, ends = load_tokenizer(config)
@@ -157,7 +165,11 @@ def check_evaluation(
         eval_prompts=prompts,
         end_token_ids=ends,
         reward_files=files,
-        described=(f"model      {config.model.path} in {config.model.dtype}", f"data       {sizes}"),
+        described=(
+            f"model      {config.model.path} in {config.model.dtype}",
+            f"data       {sizes}",
+            *([chosen] if chosen else []),
+        ),
         shown=tuple(data.shown(prompts[0], tokenizer, ends, ids=False)),
         tried=tuple(tried),
         fingerprints={

@@ -21,5 +21,5 @@ def evaluate_command(parsed: argparse.Namespace, overrides: Sequence[str]) -> in
     check_environment(print_progress)
     from grpo.lifecycle.evaluate import check_evaluation, evaluate  # noqa: PLC0415 - imports what is checked above
 
-    plan = check_evaluation(config, recipe)
+    plan = check_evaluation(config, recipe, overrides)
     return evaluate(plan, model, parsed.out).code

@@ -140,14 +140,15 @@ def evaluate(
     with _only_one(), tempfile.TemporaryDirectory(prefix="grpo-rewards-") as written:
         path, recipe_of_run = model_of(str(model.path if isinstance(model, Run) else model))
         chosen = recipe_of_run if recipe is None else recipe
+        texts = config_module.override_texts(overrides or {})
         config = config_module.load_for_evaluation(
             chosen,
             model=path,
             data=[str(one) for one in data],
             rewards=_written(rewards, Path(written)),
-            overrides=config_module.override_texts(overrides or {}),
+            overrides=texts,
         )
-        plan = evaluation.check_evaluation(config, None if chosen is None else _path_of(chosen), Path(written))
+        plan = evaluation.check_evaluation(config, None if chosen is None else _path_of(chosen), texts, Path(written))
         outcome = evaluation.evaluate(plan, path, Path(out))
         if outcome.error is not None:
             raise outcome.error

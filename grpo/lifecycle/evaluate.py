@@ -38,13 +38,20 @@ class Outcome:
     """The error that stopped it; None if it is done, or if a signal stopped it."""
 
 
-def check_evaluation(config: Config, recipe: Path | None, written: Path | None = None) -> CheckedRun:
-    """Check the recipe and the cluster. `written`: folder with the files of reward functions that were given as Python
-    objects. Raises UserError."""
+def check_evaluation(
+    config: Config, recipe: Path | None, overrides: Sequence[str], written: Path | None = None
+) -> CheckedRun:
+    """Check the recipe and the cluster. Without a recipe, options that are not in `overrides` are chosen by the model
+    and the data. `written`: folder with the files of reward functions that were given as Python objects.
+
+    Raises UserError.
+    """
+    overridden = None if recipe else [text.partition("=")[0].lstrip("+") for text in overrides]
     config = check.resolve_paths(config)
     with cluster.session(config, None), tempfile.TemporaryDirectory(prefix="grpo-check-") as log_dir:
         interrupt_early()  # joining a cluster has replaced our signal handlers with Ray's
-        return check.check_evaluation(config, recipe or Path("command line"), Path(log_dir), written=written)
+        where = recipe or Path("command line")
+        return check.check_evaluation(config, where, Path(log_dir), written=written, overridden=overridden)
 
 
 def evaluate(plan: CheckedRun, model: str, out: Path) -> Outcome:
