@@ -12,7 +12,7 @@ from grpo.config import Config
 from grpo.data import Cursor, CursorState, MixedCursor, MixedState, restore_cursor, start_cursor
 from grpo.evaluation.statistics import Evaluation, SetEvaluation
 from grpo.sync.probe import Spread
-from grpo.types import Prompt, UserError
+from grpo.types import Json, Prompt, UserError
 
 
 class ProgressState(TypedDict):
@@ -62,10 +62,10 @@ class Progress:
         """Return the progress of a run before its first step."""
         return cls(cursor=start_cursor(prompts, config.data), kl_coef=config.algorithm.kl_coef)
 
-    def accuracies(self) -> dict[str, Any]:
+    def accuracies(self) -> dict[str, Json]:
         """Return the accuracies and their intervals for the summary; those of evaluations not yet made are absent, as
         are intervals of a single prompt."""
-        out: dict[str, Any] = {}
+        out: dict[str, Json] = {}
         for name, evaluation in {"accuracy_before": self.before, "accuracy_after": self.after}.items():
             if evaluation is None:
                 continue
