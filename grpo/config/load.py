@@ -84,12 +84,18 @@ def load_for_evaluation(
         OmegaConf.update(tree, "data.eval.sets", [{"path": path} for path in data], force_add=True)
     if rewards:
         tree["rewards"] = _sections(rewards)
-    for option, flag, what in (
-        ("data.eval.sets", "--data PATH", "held-out data"),
-        ("rewards", "--reward FILE", "reward"),
-    ):
-        if not OmegaConf.select(tree, option) and not any(text.startswith(option) for text in overrides):
-            raise UserError(f"{source} names no {what} ({option}); give it with {flag}, or a recipe with --recipe")
+    lacking = [
+        (f"no {what} ({option})", flag)
+        for option, flag, what in (
+            ("data.eval.sets", "--data PATH", "held-out data"),
+            ("rewards", "--reward FILE", "reward"),
+        )
+        if not OmegaConf.select(tree, option) and not any(text.startswith(option) for text in overrides)
+    ]
+    if lacking:
+        whats, flags = (" and ".join(parts) for parts in zip(*lacking, strict=True))
+        it = "them" if len(lacking) > 1 else "it"
+        raise UserError(f"{source} names {whats}; give {it} with {flags}, or a recipe with --recipe")
     config = _configure(tree, overrides, source)
     return dataclasses.replace(
         config,

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,3 +102,17 @@ def test_an_evaluation_without_a_recipe_needs_no_options(model: Path, monkeypatc
     assert any(line.startswith("chosen     data.style=template ") for line in plan.lines)
     with pytest.raises(UserError, match="exceed the model's 64 positions"):
         check_evaluation(loaded(model, *overrides), Path("r.yaml"), overrides)
+
+
+def test_all_that_is_lacking_is_in_one_sentence() -> None:
+    data = ("no held-out data (data.eval.sets)", "--data PATH")
+    reward = ("no reward (rewards)", "--reward FILE")
+    for given, sentence in (
+        ({}, f"{data[0]} and {reward[0]}; give them with {data[1]} and {reward[1]}"),
+        ({"data": ["d.jsonl"]}, f"{reward[0]}; give it with {reward[1]}"),
+        ({"rewards": ["f.py"]}, f"{data[0]}; give it with {data[1]}"),
+    ):
+        options: Any = {"data": [], "rewards": [], "overrides": [], **given}
+        with pytest.raises(UserError) as caught:
+            module.load_for_evaluation(None, model="m", **options)
+        assert str(caught.value) == f"grpo eval names {sentence}, or a recipe with --recipe"
