@@ -27,8 +27,9 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 Unchecked: TypeAlias = object
 """A value from outside, of a type that has to be checked before use."""
 
-FinishReason = Literal["stop", "length"]
-"""Reason why the engine ended a completion: an end token or stop string was sampled, or `max_tokens` was reached."""
+FinishReason = Literal["stop", "length", "aborted"]
+"""Reason why the engine ended a completion: an end token or stop string was sampled, `max_tokens` was reached, or
+neither: its generation has failed."""
 
 FailureKind = Literal[
     "generation", "exception", "timeout", "not_finite", "wrong_type", "wrong_count", "worker_died", "abstained"
@@ -122,11 +123,13 @@ class SampledBlock:
     token_ids: NDArray[np.int32]
     """[K]"""
     sampler_logprobs: NDArray[np.float32]
-    """[K]; NaN at the extra last token of a request that the engine aborted."""
+    """[K]"""
     policy_versions: NDArray[np.int32]
     """[K]"""
     truncated: NDArray[np.bool_]
-    """[N] true for finish reason "length", false for "stop"."""
+    """[N] true for finish reason "length"."""
+    aborted: NDArray[np.bool_]
+    """[N] true for finish reason "aborted". Such a completion may have no tokens."""
 
 
 def only(block: SampledBlock, wanted: Sequence[bool]) -> SampledBlock:
@@ -143,6 +146,7 @@ def only(block: SampledBlock, wanted: Sequence[bool]) -> SampledBlock:
         sampler_logprobs=block.sampler_logprobs[tokens],
         policy_versions=block.policy_versions[tokens],
         truncated=block.truncated[rows],
+        aborted=block.aborted[rows],
     )
 
 

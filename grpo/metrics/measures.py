@@ -127,8 +127,13 @@ def fraction(items: Sequence[T], predicate: Callable[[T], bool]) -> float:
 
 
 def staleness_metrics(rollouts: Sequence[Rollout], policy_version: int) -> dict[str, float]:
-    """Return the mean and the maximum over tokens of the learner's version minus the version that sampled the token."""
+    """Return the mean and the maximum over tokens of the learner's version minus the version that sampled the token.
+
+    Empty if there are no tokens.
+    """
     ages = np.concatenate([policy_version - r.completion.policy_versions for r in rollouts])
+    if not len(ages):
+        return {}
     return {"staleness/mean": float(ages.mean()), "staleness/max": float(ages.max())}
 
 

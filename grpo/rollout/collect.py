@@ -151,8 +151,9 @@ def requests_of(
 
 
 def is_whole(completion: Completion) -> bool:
-    """Return whether the sampler has a finite logprob for each token; else its generation has failed."""
-    return bool(np.isfinite(completion.sampler_logprobs).all())
+    """Return whether the generation has succeeded: the engine has ended it by itself, with a finite logprob for each
+    token."""
+    return completion.finish_reason != "aborted" and bool(np.isfinite(completion.sampler_logprobs).all())
 
 
 def rewards_of(future: Future[list[Scored | Failed]], prompt: Prompt, timeout_s: float) -> list[Scored | Failed]:
@@ -168,8 +169,8 @@ def rewards_of(future: Future[list[Scored | Failed]], prompt: Prompt, timeout_s:
 def completions_of(block: SampledBlock, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, int, Completion]]:
     """Yield (request, sample index, completion) for each completion in `block`; arrays are views into its columns."""
     start = 0
-    columns = (block.index.tolist(), block.sample_index.tolist(), block.lengths.tolist(), block.truncated.tolist())
-    for p, i, length, truncated in zip(*columns, strict=True):
+    columns = (block.index, block.sample_index, block.lengths, block.truncated, block.aborted)
+    for p, i, length, truncated, aborted in zip(*(column.tolist() for column in columns), strict=True):
         end = start + length
         yield (
             p,
@@ -179,7 +180,7 @@ def completions_of(block: SampledBlock, requests: Sequence[SampleRequest]) -> It
                 sampler_logprobs=block.sampler_logprobs[start:end],
                 sampled_mask=np.ones(length, dtype=np.bool_),
                 policy_versions=block.policy_versions[start:end],
-                finish_reason="length" if truncated else "stop",
+                finish_reason="aborted" if aborted else "length" if truncated else "stop",
                 seed=requests[p].seeds[i],
             ),
         )

@@ -66,7 +66,7 @@ def write_groups(
         "failed": [o.kind if isinstance(o, Failed) else None for o in outcomes],
         "failed_detail": [o.detail if isinstance(o, Failed) else None for o in outcomes],
         "finish_reason": [completion.finish_reason for completion in completions],
-        "policy_version": [int(completion.policy_versions.min()) for completion in completions],
+        "policy_version": [int(c.policy_versions.min()) if len(c.policy_versions) else None for c in completions],
         "seed": [completion.seed for completion in completions],
         "prompt_token_ids": [rollout.prompt.token_ids for rollout in rollouts],
         "completion_token_ids": list_column([completion.token_ids for completion in completions]),

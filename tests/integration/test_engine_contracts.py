@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 VLLM = """
 import inspect, json, os, sys
+from types import SimpleNamespace
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 from vllm import EngineArgs, LLMEngine
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
@@ -26,6 +27,12 @@ from vllm.v1.executor.abstract import SLEEP_TAGS
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.sample import gumbel, sampler, states
 from grpo.sampler.vllm import transfer
+from grpo.sampler.vllm.engine import completion_of
+
+def ended(reason, ids, logprobs):
+    output = SimpleNamespace(token_ids=ids, logprobs=SimpleNamespace(logprobs=logprobs), finish_reason=reason)
+    ids, logprobs, said = completion_of(output)
+    return [list(ids), list(logprobs), said]
 
 arguments = dict(model=sys.argv[1], skip_tokenizer_init=True, max_model_len=32, load_format="safetensors")
 on, off = (EngineArgs(async_scheduling=value, **arguments).create_engine_config() for value in (True, False))
@@ -40,6 +47,7 @@ print("RESULT " + json.dumps({
     "seeds_in_the_kernel": inspect.getsource(sampler.Sampler._sample_random),
     "gumbel": list(inspect.signature(gumbel.gumbel_sample).parameters),
     "abstract": sorted(WeightTransferEngine.__abstractmethods__),
+    "ended": [ended("stop", [5, 2], [-0.5, -0.25]), ended("abort", [5, 7], [-0.5]), ended("stop", [], [])],
     "missing": {engine.__name__: sorted(engine.__abstractmethods__) for engine in ours},
     "worker": [name for name in ("init_weight_transfer_engine", "start_weight_update", "update_weights",
                                  "finish_weight_update") if not hasattr(gpu_worker.Worker, name)],
@@ -82,6 +90,10 @@ def test_what_sleeps_and_wakes(vllm: dict[str, Any]) -> None:
     """The two tags that the samplers wake by, in turn; each is a pool of the GPU's worker."""
     assert vllm["sleep_tags"] == sorted(vllm["pools"]) == ["kv_cache", "weights"]
     assert vllm["wake_up"] == ["self", "tags"]
+
+
+def test_a_request_that_ended_early_keeps_the_tokens_that_have_logprobs(vllm: dict[str, Any]) -> None:
+    assert vllm["ended"] == [[[5, 2], [-0.5, -0.25], "stop"], [[5], [-0.5], "aborted"], [[], [], "aborted"]]
 
 
 def test_our_engines_are_whole(vllm: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from grpo.metrics.step import Learned, Sampled, refuse_unknown_best, throughput,
 from grpo.rewards.counts import Counted
 from grpo.run import heartbeat
 from grpo.run.checkpoints import list_checkpoints, read
+from grpo.run.compare import read_rows
 from grpo.run.folder import RunFolder, reopen
 from grpo.run.progress import Progress
 from grpo.run.samples import Trained
@@ -96,6 +97,7 @@ class TablePolicy:
                 sampler_logprobs=np.asarray(logprobs, dtype=np.float32),
                 policy_versions=np.full(len(tokens), self.version, dtype=np.int32),
                 truncated=np.asarray([tokens[-1] != END]),
+                aborted=np.asarray([False]),
             )
 
     def outstanding(self) -> dict[str, int]:
@@ -499,6 +501,44 @@ class Faulty(TablePolicy):
                 logprobs = np.append(block.sampler_logprobs[:-1], np.float32("nan"))
                 block = dataclasses.replace(block, sampler_logprobs=logprobs)
             yield block
+
+
+class Aborting(TablePolicy):
+    """Gives up the first completion of each prompt before its first token, and the second one after it."""
+
+    def sample(self, requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]:
+        for block in super().sample(requests, settings):
+            kept = int(block.sample_index[0])
+            if kept < 2:
+                block = SampledBlock(
+                    index=block.index, sample_index=block.sample_index, lengths=np.asarray([kept]),
+                    token_ids=block.token_ids[:kept], sampler_logprobs=block.sampler_logprobs[:kept],
+                    policy_versions=block.policy_versions[:kept], truncated=np.asarray([False]),
+                    aborted=np.asarray([True]),
+                )  # fmt: skip
+            yield block
+
+
+def test_a_generation_that_was_given_up_is_a_failure_with_the_tokens_that_it_has(tmp_path: Path) -> None:
+    options = ["run.steps=1", "algorithm.prompts_per_step=2", "algorithm.max_failed_fraction=0.5"]
+    config = make_config(tmp_path, *options)
+    loop, _ = make_loop(tmp_path, config)
+    train(dataclasses.replace(loop, engines=Aborting(config)))
+    loop.folder.close()
+    file = tmp_path / "run" / "samples" / "step-000001.parquet"
+    table = pq.read_table(file).to_pylist()
+    for row in table:
+        length, given_up = len(row["completion_token_ids"]), row["sample_index"] < 2
+        assert length == (row["sample_index"] if given_up else length) == len(row["sampler_logprobs"])
+        assert (row["finish_reason"] == "aborted") == (row["failed"] == "generation") == given_up
+        assert row["policy_version"] == (None if length == 0 else 0)
+        assert np.isfinite(row["sampler_logprobs"]).all()
+    [line] = lines(tmp_path)
+    assert line["reward/failed_generation"] == 4
+    assert line["completion/tokens_min"] == 0
+    assert line["tokens/sampled"] == sum(len(row["completion_token_ids"]) for row in table)
+    assert line["completion/truncated_fraction"] == sum(row["finish_reason"] == "length" for row in table) / len(table)
+    assert [row["tokens"] for row in read_rows(file)] == [len(row["completion_token_ids"]) for row in table]
 
 
 @pytest.mark.parametrize("advantage", ["group_normalized", "leave_one_out", "batch_normalized", "reinforce_pp"])

@@ -52,7 +52,7 @@ def block(index: list[int], samples: list[int]) -> SampledBlock:
     """Completions of one token each."""
     ones = np.ones(len(index), dtype=np.int32)
     return SampledBlock(
-        index=np.array(index), sample_index=np.array(samples), lengths=ones, truncated=ones.astype(bool),
+        index=np.array(index), sample_index=np.array(samples), lengths=ones, truncated=ones == 1, aborted=ones == 0,
         token_ids=ones, sampler_logprobs=ones.astype(np.float32), policy_versions=ones,
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ def block(completions: int) -> SampledBlock:
     """Completions of one token each."""
     ones = np.ones(completions, dtype=np.int32)
     return SampledBlock(
-        index=ones, sample_index=ones, lengths=ones, truncated=ones.astype(bool), token_ids=ones,
+        index=ones, sample_index=ones, lengths=ones, truncated=ones == 1, aborted=ones == 0, token_ids=ones,
         sampler_logprobs=ones.astype(np.float32), policy_versions=ones,
     )  # fmt: skip
 

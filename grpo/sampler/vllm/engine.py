@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -202,11 +201,7 @@ def engine_seed(run_seed: int, index: int) -> int:
 
 
 def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:
-    """Return finished requests of the engine as columns.
-
-    A request that ended for another reason than an end token or its length gets NaN as its last logprob. The driver
-    recognizes a failed generation by it.
-    """
+    """Return finished requests of the engine as columns."""
     names = [output.request_id.partition("/") for output in outputs]
     samples = [completion_of(output.outputs[0]) for output in outputs]
     lengths = [len(token_ids) for token_ids, _, _ in samples]
@@ -219,18 +214,22 @@ def sampled_block(outputs: Sequence[Any], policy_version: int) -> SampledBlock:
         sampler_logprobs=np.fromiter(chain.from_iterable(lp for _, lp, _ in samples), dtype=np.float32, count=total),
         policy_versions=np.full(total, policy_version, dtype=np.int32),
         truncated=np.asarray([reason == "length" for _, _, reason in samples], dtype=np.bool_),
+        aborted=np.asarray([reason == "aborted" for _, _, reason in samples], dtype=np.bool_),
     )
 
 
 def completion_of(sample: Any) -> tuple[Sequence[int], Sequence[float], str]:
-    """Return (token ids, logprobs, finish reason) of a completion."""
+    """Return (token ids, logprobs, finish reason) of a completion.
+
+    The reason is "aborted" if the request ended for another reason than an end token or its length.
+    """
     ids, logprobs, reason = sample.token_ids, sample.logprobs.logprobs, sample.finish_reason
     if reason in ("stop", "length") and len(ids) == len(logprobs) > 0:
         return ids, logprobs, reason
     said = "vLLM ended a request with %d tokens, %d logprobs and finish reason %r"
     logging.getLogger(__name__).warning(said, len(ids), len(logprobs), reason)
     count = min(len(ids), len(logprobs))
-    return [*ids[:count], 0], [*logprobs[:count], math.nan], "length"
+    return ids[:count], logprobs[:count], "aborted"
 
 
 def sampling_params(settings: SamplingSettings, seed: int | None) -> Any:
