@@ -6,7 +6,8 @@
     options   the declarations by the full names of the options
     describe  descriptions of the options, for `grpo options`
     foreign   names of the options in other trainers, from foreign.yaml; aliases uses it to answer such names
-    load      YAML and overrides -> Config; the only importer of omegaconf, except for `MISSING` in the schemas
+    load      YAML and overrides -> Config; besides `MISSING`, only it and dump import omegaconf
+    dump      Config -> YAML and back
     python    recipes and options as Python values
     rules     the declared bounds, and options that would have no effect
     validate  the batch algebra and other rules between options
@@ -20,7 +21,8 @@ from __future__ import annotations
 from grpo.config.aliases import written
 from grpo.config.declare import OnResume, OnSubmit
 from grpo.config.describe import options_text
-from grpo.config.load import dump, find_recipe, load, load_for_evaluation, read_dump, refuse_flags, refuse_unknown
+from grpo.config.dump import dump, read_dump
+from grpo.config.load import find_recipe, load, load_for_evaluation, refuse_flags, refuse_unknown
 from grpo.config.options import declaration, general, parts, values
 from grpo.config.python import Recipe, Reward, Value, override_texts
 from grpo.config.schema import (

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo import builtin
 from grpo.config import aliases
+from grpo.config.dump import Dumper, literal
 from grpo.config.options import Kind, general, item_class, options, section_class
 from grpo.config.python import Recipe, Reward, plain_value
 from grpo.config.schema import Config, SamplingConfig
@@ -104,12 +105,6 @@ def load_for_evaluation(
     )
 
 
-def read_dump(path: Path) -> Config:
-    """Return the config that `dump` wrote to `path`, without validation: it was validated when it was first loaded."""
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-    return typing.cast(Config, OmegaConf.to_object(merged))
-
-
 def _source(recipe: Recipe) -> str:
     """Return the name of `recipe` in error messages."""
     return str(recipe) if isinstance(recipe, str | Path) else "recipe"
@@ -128,7 +123,7 @@ def _tree(recipe: Recipe) -> DictConfig:
     if isinstance(recipe, str | Path):
         return _read(find_recipe(recipe))
     if isinstance(recipe, Config):
-        sections = _literal(plain_value(dataclasses.asdict(recipe), "recipe"))
+        sections = literal(plain_value(dataclasses.asdict(recipe), "recipe"))
     else:
         sections = plain_value(recipe, "recipe")
     text = yaml.dump(sections, Dumper=Dumper)
@@ -180,33 +175,6 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
     assert isinstance(config, Config)
     validate(config)
     return config
-
-
-class Dumper(yaml.SafeDumper):
-    """Writes YAML for OmegaConf, which reads more texts as numbers than PyYAML does: 70e8761, as a git hash may be."""
-
-
-Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def dump(config: Config) -> str:
-    """Return the resolved config as YAML; loading it gives the same config."""
-    return yaml.dump(_literal(dataclasses.asdict(config)), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-
-
-def _literal(tree: Json) -> Json:
-    """Return `tree` for a YAML file that OmegaConf reads: interpolations are escaped, and tuples become lists."""
-    if isinstance(tree, dict):
-        return {key: _literal(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_literal(value) for value in tree]
-    if isinstance(tree, str):
-        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", tree)
-    return tree
 
 
 def _plain(tree: DictConfig) -> dict[str, Json]:
