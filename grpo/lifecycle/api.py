@@ -24,7 +24,7 @@ from grpo.lifecycle import evaluate as evaluation
 from grpo.lifecycle import train as training
 from grpo.lifecycle.model_names import model_of
 from grpo.rewards import functions
-from grpo.rewards.functions import RewardFunction
+from grpo.rewards.pickling import RewardFunction
 from grpo.run import resume as resuming
 from grpo.run.results import Run, read_samples
 from grpo.run.signals import handlers_kept

@@ -13,6 +13,8 @@ imports    reward files and what they import
 counts     counts of finished and running calls, for progress reports
 preflight  checks before a run: the files load, the functions run
 golds      checks before a run: the gold answers score
+functions  files of rewards that are given as Python objects
+pickling   pickles them by value
 """
 
-__all__ = ["counts", "functions", "golds", "groups", "imports", "pool", "preflight", "process"]
+__all__ = ["counts", "functions", "golds", "groups", "imports", "pickling", "pool", "preflight", "process"]

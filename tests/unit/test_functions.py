@@ -27,7 +27,7 @@ from grpo import config
 from grpo.checks.check import reward_fingerprints
 from grpo.cluster import upload
 from grpo.config import RewardConfig
-from grpo.rewards import functions
+from grpo.rewards import functions, pickling
 from grpo.rewards.imports import locate
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.preflight import check_loads
@@ -178,7 +178,7 @@ def test_what_cannot_be_sent_is_one_sentence(tmp_path: Path, monkeypatch: pytest
         "or in a notebook cell"
     )
     assert "rewards[2]: builtin_function_or_method: its source cannot be read" in refused(len, tmp_path)
-    monkeypatch.setattr(functions, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(pickling, "MAX_BYTES", 1 << 20)
     data = bytes((1 << 20) + 1)
 
     def with_data(completion: str, row: Mapping[str, Any]) -> float:
@@ -420,8 +420,8 @@ def test_a_module_that_was_edited_after_its_import_is_refused(tmp_path: Path, mo
 
 def test_packages_of_the_python_below_a_virtual_environment_are_installed() -> None:
     """The workers of a virtual environment with system packages import them there."""
-    assert set(site.getsitepackages([sys.base_prefix])) <= set(functions.INSTALLED)
-    assert set(site.getsitepackages()) <= set(functions.INSTALLED)
+    assert set(site.getsitepackages([sys.base_prefix])) <= set(pickling.INSTALLED)
+    assert set(site.getsitepackages()) <= set(pickling.INSTALLED)
 
 
 SHARED = """
