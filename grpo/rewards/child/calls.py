@@ -65,11 +65,11 @@ def call(reward: Reward, context: bytes, items: Sequence[Item]) -> Answer:
     try:
         row, messages, state = pickle.loads(context)
         log = Log(len(items), reward.logged)
-        if reward.style == "trl":
+        if reward.spec["style"] == "trl":
             results = call_trl(reward, row, messages, TrainerState(state), items, log)
         else:
             [(completion, info, _)] = items
-            if reward.style == "verl":
+            if reward.spec["style"] == "verl":
                 results = [score_of(awaited(call_verl(reward, completion, row)), log)]
             else:
                 given: dict[str, Unchecked] = {
@@ -82,8 +82,9 @@ def call(reward: Reward, context: bytes, items: Sequence[Item]) -> Answer:
     except BadReturnError as error:
         return {"results": [failed(*error.args)] * len(items)}
     except BaseException as error:  # noqa: BLE001 - user code: SystemExit and KeyboardInterrupt fail this call only
-        place = user_place(error, reward.file, reward.shown, reward.defined)
-        said = described(error) + hinted(error, reward.index, reward.withheld) + (f" at {place}" if place else "")
+        spec = reward.spec
+        place = user_place(error, spec["file"], spec["shown"], reward.defined)
+        said = described(error) + hinted(error, spec["index"], spec["withheld"]) + (f" at {place}" if place else "")
         return {"results": [failed("exception", said)] * len(items)}
 
 

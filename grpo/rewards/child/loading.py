@@ -34,6 +34,7 @@ class Spec(TypedDict):
     """What a worker needs to load a reward, see `grpo.rewards.process.spec_of`."""
 
     index: int
+    """Index in the recipe's `rewards`."""
     file: str
     """Absolute path."""
     shown: str
@@ -54,19 +55,11 @@ class Reward:
     function: Callable[..., Unchecked]
     names: frozenset[str] | None
     """Names of the arguments that it accepts; None: any."""
-    style: str
-    file: str
-    """Absolute path."""
-    shown: str
-    """The path as the recipe gives it."""
+    spec: Spec
     defined: str
-    """File that has the source of the function; not `file` for a function by value, and for an imported one."""
-    index: int
-    """Index in the recipe's `rewards`."""
+    """File that has the source of the function; not that of `spec` for a function by value, and for an imported one."""
     unfilled: tuple[str, ...]
     """Parameters that keep their defaults because the style does not provide them."""
-    withheld: frozenset[str]
-    """Environment variables that it does not see."""
     logged: set[str] = field(default_factory=set)
     """Names that it has logged so far."""
 
@@ -108,17 +101,7 @@ def load(spec: Spec) -> Reward:
         shown = spec["shown"] if defined == file else defined
         where = f"rewards[{spec['index']}]: {shown}:{code.co_firstlineno}"
     names, unfilled = checked_names(function, spec, where)
-    return Reward(
-        function=function,
-        names=names,
-        style=spec["style"],
-        file=file,
-        shown=spec["shown"],
-        defined=defined,
-        index=spec["index"],
-        unfilled=unfilled,
-        withheld=frozenset(spec["withheld"]),
-    )
+    return Reward(function=function, names=names, spec=spec, defined=defined, unfilled=unfilled)
 
 
 def behind_standard_library() -> int:
