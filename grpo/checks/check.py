@@ -22,7 +22,7 @@ from grpo.checks.describe import describe
 from grpo.checks.model_folder import check_critic, check_model
 from grpo.checks.prompts import check_batch, check_by, check_token_ids, read_data
 from grpo.checks.rewards import check_reward_sets, decide_gold, reward_fingerprints, try_rewards, unsampled_by
-from grpo.config import Config, DatasetConfig, parts, values
+from grpo.config import Config, DatasetConfig, leaves
 from grpo.rewards.imports import locate
 from grpo.rewards.process import MIN_SECRET, secrets
 from grpo.types import Moment, Prompt, UserError
@@ -192,7 +192,7 @@ def refuse_secrets(config: Config) -> None:
 
     Raises UserError naming the environment variable whose value the config contains.
     """
-    texts = [str(part) for option, value in values(config) for _, part in parts(option, value)]
+    texts = [str(value) for _, value in leaves(dataclasses.asdict(config))]
     for name in secrets(os.environ):
         value = os.environ[name]
         if len(value) >= MIN_SECRET and any(value in text for text in texts):

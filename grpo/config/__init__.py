@@ -23,7 +23,7 @@ from grpo.config.declare import OnResume, OnSubmit
 from grpo.config.describe import options_text
 from grpo.config.dump import dump, read_dump
 from grpo.config.load import find_recipe, load, load_for_evaluation, refuse_flags, refuse_unknown
-from grpo.config.options import declaration, general, parts, values
+from grpo.config.options import declaration, general, leaves, values
 from grpo.config.python import Recipe, Reward, Value, override_texts
 from grpo.config.schema import (
     ClusterConfig,
@@ -67,12 +67,12 @@ __all__ = [
     "dump",
     "find_recipe",
     "general",
+    "leaves",
     "load",
     "load_for_evaluation",
     "options_text",
     "override_texts",
     "part_names",
-    "parts",
     "read_dump",
     "refuse_flags",
     "refuse_own_ray",

@@ -111,13 +111,13 @@ def values(section: DataclassInstance | type[DataclassInstance], prefix: str = "
             yield name, value
 
 
-def parts(name: str, value: Json) -> Iterator[tuple[str, Json]]:
-    """Yield (name, value) of each single value in a list or mapping."""
+def leaves(value: Json, name: str = "") -> Iterator[tuple[str, Json]]:
+    """Yield (full name, value) of each single value in a list or mapping, at any depth. `name`: that of `value`."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from parts(f"{name}.{key}", item)
+            yield from leaves(item, f"{name}.{key}" if name else key)
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from parts(f"{name}[{i}]", item)
+            yield from leaves(item, f"{name}[{i}]")
     else:
         yield name, value

@@ -7,7 +7,7 @@ import math
 
 from grpo.config.aliases import written
 from grpo.config.declare import OnlyWith
-from grpo.config.options import declaration, options, parts, values
+from grpo.config.options import declaration, leaves, options, values
 from grpo.config.schema import Config
 from grpo.types import Unchecked, UserError
 
@@ -37,7 +37,7 @@ def validate_declared(c: Config) -> None:
     effect beside the other options."""
     for name, value in values(c):
         option = declaration(name)
-        for part, item in parts(name, value):
+        for part, item in leaves(value, name):
             if isinstance(item, str):
                 need("\0" not in item, f"{part} must not hold a NUL character, as {item!r:.80} does")
             elif isinstance(item, int | float):
