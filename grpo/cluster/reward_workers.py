@@ -60,15 +60,14 @@ class SpreadPool:
         """
         self._reserved = Reservation(config, config.cluster.start_timeout_s, roles=("rewards",))
         sources = [file.read_bytes() for file in files]
+        actor = ray.remote(RewardActor)
         self._actors: dict[int, ActorHandle] = {
-            i: ray.remote(RewardActor)
-            .options(
+            i: actor.options(
                 num_cpus=config.rewards_on(i),
                 max_concurrency=1000,
                 name=f"rewards-{i}",
                 scheduling_strategy=self._reserved.of("rewards", i),
-            )
-            .remote(config.rewards, files, sources, config.rewards_on(i), log_dir / f"rewards-{i}")
+            ).remote(config.rewards, files, sources, config.rewards_on(i), log_dir / f"rewards-{i}")
             for i in range(config.cluster.reward_nodes)
         }
         self._owed = dict.fromkeys(self._actors, 0)

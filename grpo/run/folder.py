@@ -12,6 +12,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -56,10 +57,8 @@ def choose(config: Config, recipe: str) -> Path:
             raise UserError(f"run.name={config.run.name}: {folder} exists already; choose another run.name")
         return folder
     stem = Path(recipe).stem
-    number = 1
-    while (root / (stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return root / (stem if number == 1 else f"{stem}-{number}")
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(root / name for name in names if not (root / name).exists())
 
 
 def _refuse_unwritable(config: Config, root: Path) -> None:
