@@ -150,13 +150,13 @@ def test_a_data_set_without_a_scored_completion_is_said() -> None:
 
 def test_a_result_is_written_and_shown_with_its_parts() -> None:
     def judged(value: float | None, answer: str) -> Judged:
-        return Judged(value=value, answer=answer, tokens=3 if value else 5, truncated=value is None)
+        return Judged(value=value, answer=answer, tokens=3 if value == 1.0 else 5, truncated=value is None)
 
-    found = evaluating.summarize({"p": [judged(1.0, "7"), judged(0.0, "8")]})
-    one, half = {"mean": 1.0, "low": None, "high": None}, {"mean": 0.5, "low": None, "high": None}
+    found = evaluating.summarize({"p": [judged(1.0, "7"), judged(0.5, "8")]})
+    one, half, mean = ({"mean": value, "low": None, "high": None} for value in (1.0, 0.5, 0.75))
     plain = {
         "prompts": 1, "samples_per_prompt": 2, "failed": 0, "tokens_mean": 4.0, "tokens_max": 5,
-        "truncated_fraction": 0.0, "avg": half, "maj": half, "pass@1": half, "pass@2": one,
+        "truncated_fraction": 0.0, "avg": mean, "maj": half, "pass@1": half, "pass@2": one,
     }  # fmt: skip
     assert found.as_json() == plain
     failed = evaluating.summarize({"q": [judged(None, "")]})
@@ -166,10 +166,10 @@ def test_a_result_is_written_and_shown_with_its_parts() -> None:
     assert [*failed.as_json()] == [*plain][:6]
     table = evaluating.report({"d": whole})
     assert [line.split() for line in table] == [
-        ["data", "set", "prompts", "k", "avg@k", "pass@2", "maj@k", "tokens", "truncated", "failed"],
-        ["d", "1", "2", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
-        ["level", "1", "1", "2", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
-        ["level", "2", "1", "1", "-", "-", "-", "5.0", "100.0%", "1"],
+        ["data", "set", "prompts", "k", "avg@k", "pass@1", "pass@2", "maj@k", "tokens", "truncated", "failed"],
+        ["d", "1", "2", "0.750", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
+        ["level", "1", "1", "2", "0.750", "0.500", "1.000", "0.500", "4.0", "0.0%", "0"],
+        ["level", "2", "1", "1", "-", "-", "-", "-", "5.0", "100.0%", "1"],
     ]
 
 
