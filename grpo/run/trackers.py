@@ -24,6 +24,9 @@ TABLE_CHARACTERS = 2000
 NO_MARKUP = str.maketrans({"\n": "<br>", "\r": ""} | {mark: f"&#{ord(mark)};" for mark in "|*_`~[]\\"})
 COLUMNS = ("prompt_id", "prompt", "completion", "extracted", "gold", "reward", "advantage", "finish")
 
+STEP = "step"
+"""Metric of W&B with the step of the other metrics."""
+
 Row = Mapping[str, str]
 
 
@@ -108,7 +111,11 @@ class TensorBoard:
 
 
 class WandB:
-    """Logs to a W&B run; W&B must be installed."""
+    """Logs to a W&B run; W&B must be installed.
+
+    W&B drops data whose `step` is lower than one that it has seen, as after a resume from an earlier checkpoint. So the
+    step is a metric here, and the x axis of all others.
+    """
 
     def __init__(self, config: Config, folder: Path) -> None:
         """Raises UserError when W&B cannot be reached or does not know the user."""
@@ -126,13 +133,15 @@ class WandB:
             )
         except wandb.Error as error:
             raise UserError(f"run.wandb=true: {' '.join(str(error).split())[:300]}") from error
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({**metrics, STEP: step})
 
     def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         data = [[row[column] for column in COLUMNS] for row in rows]
-        self._run.log({f"samples/{name}": self._wandb.Table(columns=list(COLUMNS), data=data)}, step=step)
+        self._run.log({f"samples/{name}": self._wandb.Table(columns=list(COLUMNS), data=data), STEP: step})
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.util
 import json
 import sys
 import threading
@@ -139,7 +140,8 @@ def test_trackers_are_closed_with_the_run(tmp_path: Path, config: Config, monkey
     """Another run of the same process must not write to them, and no thread is left."""
     calls: list[tuple[str, Any]] = []
     run = SimpleNamespace(
-        log=lambda values, step: calls.append(("log", step)),
+        log=lambda values: calls.append(("log", values["step"])),
+        define_metric=lambda name, step_metric=None: None,
         finish=lambda exit_code: calls.append(("finish", exit_code)),
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run, Error=OSError))
@@ -167,6 +169,60 @@ def test_trackers_are_closed_with_the_run(tmp_path: Path, config: Config, monkey
     run.finish = finish
     assert folder.close_trackers(failed=False) == ["a tracker could not be closed: ConnectionError: no network"]
     assert set(threading.enumerate()) == threads
+
+
+class Run:
+    """Stands for a run of W&B, which drops what has a lower `step` than it has seen."""
+
+    def __init__(self) -> None:
+        self.axes: dict[str, str | None] = {}
+        self.history: list[dict[str, Any]] = []
+        self.last = -1
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        step = self.last + 1 if step is None else step
+        if step >= self.last:
+            self.history.append(values)
+            self.last = step
+
+    def finish(self, exit_code: int) -> None:
+        pass
+
+
+def test_wandb_keeps_what_is_logged_after_a_resume_from_an_earlier_step(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run()
+    module = SimpleNamespace(init=lambda **_: run, Error=OSError, Table=lambda columns, data: data)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    wandb = dataclasses.replace(config.run, wandb=True, tensorboard=False)
+    for steps in ((1, 2, 3), (2, 3, 4)):  # the second session resumes after step 1
+        [tracker] = make_trackers(dataclasses.replace(config, run=wandb), tmp_path, steps[0] - 1)
+        for step in steps:
+            tracker.metrics(step, {"reward/mean": step / 10})
+        tracker.table(steps[-1], "eval", [])
+    assert [line["step"] for line in run.history] == [1, 2, 3, 3, 2, 3, 4, 4]
+    assert [line["reward/mean"] for line in run.history if "reward/mean" in line] == [0.1, 0.2, 0.3, 0.2, 0.3, 0.4]
+    assert [line["step"] for line in run.history if "samples/eval" in line] == [3, 4]
+    assert run.axes == {"step": None, "*": "step"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed: the extra `wandb`")
+def test_wandb_itself_keeps_it(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its offline mode, within one session: what it was given is in its file, also for a step that it has seen."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb = dataclasses.replace(config.run, wandb=True, tensorboard=False)
+    [tracker] = make_trackers(dataclasses.replace(config, run=wandb), tmp_path, 0)
+    for step in (5, 3, 6):
+        tracker.metrics(step, {f"logged_at_{step}_{i}": 0.5 for i in range(9)})  # a name may be split by a block's end
+    tracker.close(failed=False)
+    [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes().decode(errors="replace")
+    assert [step for step in (5, 3, 6) if any(f"logged_at_{step}_{i}" in content for i in range(9))] == [5, 3, 6]
 
 
 @pytest.fixture
