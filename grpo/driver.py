@@ -216,10 +216,11 @@ def report_full_check(loop: Loop, proof: SyncResult) -> None:
     if not metrics:
         return
     loop.folder.facts["full_check"] = metrics
+    count = len(proof.movement_errors)
+    groups = f"worst of {count} groups of parameters" if count > 1 else "one group of parameters"
     loop.reporter.say(
         f"weights: the samplers follow the learner: under perturbed weights their logprobs differ by "
-        f"{metrics['sync/movement_error']:.2g} of its movement (worst of {len(proof.movement_errors)} groups of "
-        f"parameters; full check, {proof.full_check_s:.1f} s)"
+        f"{metrics['sync/movement_error']:.2g} of its movement ({groups}; full check, {proof.full_check_s:.1f} s)"
     )
 
 

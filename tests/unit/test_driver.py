@@ -310,13 +310,17 @@ def test_it_learns_and_records_every_step(tmp_path: Path) -> None:
     assert policy.calls[-2:] == ["save", "capture"]
 
 
-def test_a_full_check_at_the_start_is_said_and_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("errors", "groups"),
+    [((0.001, 0.0042, 0.003), "worst of 3 groups of parameters"), ((0.0042,), "one group of parameters")],
+)
+def test_a_full_check_at_the_start_is_said_and_kept(errors: tuple[float, ...], groups: str, tmp_path: Path) -> None:
     loop, policy = make_loop(tmp_path, make_config(tmp_path, "run.steps=1"))
     publish = policy.publish
 
     def proved(version: int, probe: Any, *, full_check: bool) -> Any:
         sync = publish(version, probe, full_check=full_check)()
-        found = {"movement_errors": (0.001, 0.0042, 0.003), "full_check_s": 12.34} if full_check else {}
+        found = {"movement_errors": errors, "full_check_s": 12.34} if full_check else {}
         return lambda: SimpleNamespace(**{**vars(sync), **found})
 
     policy.publish = proved  # type: ignore[method-assign]
@@ -325,7 +329,7 @@ def test_a_full_check_at_the_start_is_said_and_kept(tmp_path: Path) -> None:
     said = loop.reporter.said  # type: ignore[attr-defined]
     assert said[1] == (
         "weights: the samplers follow the learner: under perturbed weights their logprobs differ by 0.0042 of its "
-        "movement (worst of 3 groups of parameters; full check, 12.3 s)"
+        f"movement ({groups}; full check, 12.3 s)"
     )
     assert loop.folder.facts["full_check"] == {"sync/movement_error": 0.0042, "time/full_check_s": 12.34}
     assert "sync/movement_error" not in lines(tmp_path)[0]  # the step had none
