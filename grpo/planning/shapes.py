@@ -11,12 +11,10 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 from grpo.data import one_line
-from grpo.types import UserError
+from grpo.types import Json, UserError
 
-Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads")  # fmt: skip
 VOCAB_PADDING = 64
