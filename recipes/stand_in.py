@@ -26,8 +26,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from grpo.commands import cli
-from grpo.config import find_recipe, load
-from grpo.config.schema import EvalSetConfig, SamplerConfig, TrainSetConfig
+from grpo.config import EvalSetConfig, SamplerConfig, TrainSetConfig, find_recipe, load
 from grpo.data import is_path
 
 sys.path.insert(0, str(Path(__file__).parent))  # run by -m, Python would search the working directory instead
