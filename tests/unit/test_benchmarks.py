@@ -38,11 +38,12 @@ from grpo.config import Config, load
 from grpo.types import Batch
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPERS = {"__init__", "curves", "result", "tiny_families"}
+HELPERS = {"__init__", "call_recorder", "curves", "result", "tiny_families"}
 TESTED = {
     "overhead", "logprobs", "objectives", "reasoning", "graders", "evaluation", "recipe_hours", "plan_memory",
-    "weight_check", "gpu_day", "families", "equality",
+    "weight_check", "gpu_day", "families", "equality", "hops",
 }  # fmt: skip
+"""`hops` in tests/unit/test_hops.py."""
 
 
 def last_line(output: str) -> dict[str, Any]:
