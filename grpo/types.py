@@ -44,16 +44,16 @@ class ExitCode(IntEnum):
     DONE = 0
     """The command has done its work."""
     INTERNAL = 1
-    """Any other error. The message names the part that failed; a run keeps the traceback in its folder."""
+    """Any other error. The message names the part that failed, and the run folder has the traceback."""
     USAGE = 2
-    """An error of the user: one sentence names the file, line or option and the nearest valid value. `grpo plan`: the
-    recipe does not fit."""
+    """A mistake of the user. One sentence names the file, line or option and the nearest valid value.
+    In `grpo plan`: the recipe does not fit."""
     RESUMABLE = 75
-    """The run was stopped (signal, full disk, an outage) and can be resumed: the same command with `resume=auto`
-    continues it."""
+    """The run was stopped (by a signal, a full disk or an outage) and can be resumed: repeat the command with
+    `resume=auto`."""
     DETACHED = 130
-    """Nobody reads the output any longer (Ctrl-C, or the reader of a pipe has gone), and the followed job continues. It
-    is not 75, on which schedulers submit again."""
+    """The output is no longer read (Ctrl-C, or a closed pipe), and the submitted job continues. The code is not 75,
+    because a scheduler would then submit the run a second time."""
 
 
 class UserError(Exception):

@@ -60,7 +60,7 @@ def answer(name: str, value: Json, own: frozenset[str]) -> str | None:
         shown = name if outcome and outcome == _worked_out(found[0]) else f"{name}={written(value)}"
         return f"{shown}{_who(found[1])}: {outcome or 'one of ' + ', '.join(found[0].values)}"
     if name.split(".")[0] in VERL_SECTIONS and "." in name:
-        return f"{name} (verl): it has no counterpart here"
+        return f"{name} (verl): there is no counterpart here"
     return None
 
 

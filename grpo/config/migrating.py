@@ -16,19 +16,20 @@ HEAD = """\
 <!-- python -m grpo.config.migrating > docs/migrating.md -->
 # From TRL, verl, OpenRLHF or open-instruct
 
-This page gives, for each option of these trainers, the option of `grpo` with the same meaning. Error messages give the
-same answer where such an option is used: in a recipe, as `option=value` on the command line, or as a flag:
+This page lists options of other trainers, and for each the option of `grpo` with the same meaning. If a recipe or a
+command uses an option of another trainer, the error message gives the same answer:
 
 ```
 {example}
 ```
 
-Where the first column has only an option, it takes the same value as theirs. *Worked out*: the text below says how to
-derive our value from theirs. *Left out*: nothing has to be set. *No*: it is not supported, for the reason given. `~`
-stands for `actor_rollout_ref.`. OpenRLHF's names are those of its flags, the older and the dotted ones.
+If the first column has only an option, it takes the same value as the other trainer's option. *Converted*: the text
+below the option says how to derive its value. *Leave out*: there is nothing to set. *Not supported*: the reason
+follows. `~` stands for `actor_rollout_ref.`. OpenRLHF's names are those of its flags, in the older and in the dotted
+form.
 
-Reward functions written for TRL or verl run unchanged ([rewards.md](rewards.md#calling-styles)). Columns of their data
-sets: [data.md](data.md#columns).
+Reward functions written for TRL or verl run unchanged ([rewards.md](rewards.md#calling-styles)). For the columns of
+data sets, see [data.md](data.md#columns).
 """
 
 
@@ -58,19 +59,28 @@ def _here(alias: Alias) -> str:
     """Return the first column of a row: our options, then values, then the reason."""
     parts = []
     if alias.here == LEAVE:
-        parts.append("left out")
+        parts.append("leave out")
     elif "{" in alias.here:
         shown = alias.here if not re.fullmatch(r"[\w.]+=\{\}", alias.here) else alias.here.removesuffix("={}")
         parts.append(f"`{shown.replace('{}', 'value')}`")
     elif alias.here:
-        parts.append(f"`{alias.here}`, worked out")
+        parts.append(f"`{alias.here}`, converted")
     elif not alias.values:
-        parts.append("no")
+        parts.append("not supported")
     for text in dict.fromkeys(alias.values.values()):
         theirs = ", ".join(f"`{value}`" for value, other in alias.values.items() if other == text)
-        ours = "left out" if text == LEAVE else f"no, {text.removeprefix(NO)}" if text.startswith(NO) else f"`{text}`"
+        ours = _outcome(text)
         parts.append(f"{theirs}: {ours}")
     return "<br>".join([*parts, *([alias.why] if alias.why else [])])
+
+
+def _outcome(text: str) -> str:
+    """Return the counterpart of one value as the page writes it."""
+    if text == LEAVE:
+        return "leave out"
+    if text.startswith(NO):
+        return f"not supported: {text.removeprefix(NO)}"
+    return f"`{text}`"
 
 
 if __name__ == "__main__":

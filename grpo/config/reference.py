@@ -35,9 +35,9 @@ EXIT_CODES_HEAD = """\
 |---|---|---|
 """
 EXIT_CODES_END = """
-A scheduler should repeat a command only after 75, and with `resume=auto`. How runs end:
-[operations.md](operations.md#how-runs-end). `grpo submit` and `grpo logs` return the code of the job, and a few more:
-[cluster.md](cluster.md#exit-codes).
+A scheduler should repeat a command only after 75, and with `resume=auto`
+([operations.md](operations.md#how-runs-end)). `grpo submit` and `grpo logs` return the code of the job, or one of the
+codes in [cluster.md](cluster.md#exit-codes).
 """
 
 

@@ -94,12 +94,12 @@ def test_the_answer_is_our_option_with_its_value(given: str, here: str, tmp_path
         ("top_p=0.9", "not supported, because the learner replays only the temperature"),
         ("top_p=1.0", "top_p=1.0 (TRL, OpenRLHF): leave it out"),
         ("use_vllm=true", "use_vllm=true (TRL): leave it out"),
-        ("use_vllm=false", "not supported, because vLLM samples always"),
+        ("use_vllm=false", "not supported, because vLLM is the only sampler"),
         ("loss_type=luspo", "not supported, because no loss weights a sequence by its length"),
         ("loss_type=nosuch", "loss_type=nosuch (TRL): one of grpo, dapo, bnpo"),
-        ("per_device_train_batch_size=4", "here algorithm.prompts_per_step, in prompts and of all processes"),
+        ("per_device_train_batch_size=4", "here algorithm.prompts_per_step, the number of prompts over all processes"),
         ("actor_rollout_ref.actor.fsdp_config.fsdp_size=8", "not supported, because the learner is DeepSpeed"),
-        ("actor_rollout_ref.rollout.nosuch=8", "actor_rollout_ref.rollout.nosuch (verl): it has no counterpart here"),
+        ("actor_rollout_ref.rollout.nosuch=8", "actor_rollout_ref.rollout.nosuch (verl): there is no counterpart here"),
         ("loss=ppo_clip", "unknown option loss; did you mean algorithm.loss?"),  # it is ours
         ("num_generation=8", "did you mean num_generations (TRL): here algorithm.group_size?"),
         ("num_generations", "num_generations (TRL): here algorithm.group_size"),
@@ -128,8 +128,8 @@ trainer: {logger: [console, wandb], nnodes: 1}
         "actor_rollout_ref.rollout.name=vllm (verl): leave it out; "
         "actor_rollout_ref.actor.optim.lr=0.5 (verl): here optimizer.lr=0.5; "
         "trainer.logger=[console,wandb] (verl): here run.wandb=true; "
-        "trainer.nnodes (verl): here cluster.learner_ranks, the GPUs of the learner on all nodes together; with "
-        "cluster.layout=colocated as many as samplers x cluster.tensor_parallel; "
+        "trainer.nnodes (verl): here cluster.learner_ranks, the number of the learner's GPUs on all nodes; with "
+        "cluster.layout=colocated, the number of the samplers' GPUs; "
         "beta=0 (TRL, open-instruct): here algorithm.kl_coef=0"
     )
     many = "\n".join(f"  key{i}: 1" for i in range(20))
