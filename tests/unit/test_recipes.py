@@ -44,7 +44,7 @@ def test_every_yaml_of_the_documentation_loads(block: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", RECIPES)
 def test_headers_say_source_result_hardware_hours_and_what_is_not_the_source_s(name: str) -> None:
     lines = RECIPES[name].read_text()
-    for key in ("Source", "Published", "Hardware", "Hours", "Left out by the source, chosen here", "Deviations"):
+    for key in ("Source", "Published", "Hardware", "Hours", "Not given by the source, chosen here", "Deviations"):
         assert re.search(rf"^# {key}: \S.{{20}}", lines, re.M), key
     assert re.search(r"\.(sh|yaml|md|py)\b", re.search(r"^# Source: (.*)", lines, re.M)[1])  # type: ignore[index]
 
@@ -54,7 +54,7 @@ def test_headers_agree_with_the_options(name: str) -> None:
     """The GPUs and the hours."""
     config = loaded(name)
     assert recipe_hours.gpus_of(RECIPES[name])[0] == config.gpus_used
-    assert f"Hours: {recipe_hours.reckoned(RECIPES[name])}, reckoned" in header(name)
+    assert f"Hours: {recipe_hours.reckoned(RECIPES[name])}, estimated" in header(name)
 
 
 @pytest.mark.parametrize("name", RECIPES)
