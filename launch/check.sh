@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, layers and types, all in under a minute. Needs launch/setup.sh dev.
+# Check formatting, lint, import layers and types, in under a minute. Needs launch/setup.sh dev.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 .venv/bin/ruff format --check .

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A run by the way that it takes on a cluster, on this machine alone: a Ray with a job server on the loopback interface,
-# `grpo submit` to it, and Ray taken down at the end. The exit code is the run's; Ctrl-C and SIGTERM stop it, saved.
+# Run a recipe as a job of a Ray cluster that is only on this machine: start Ray with a job server on the loopback
+# interface, run `grpo submit`, and stop Ray at the end. The exit code is that of the run. On Ctrl-C and SIGTERM the run
+# saves and stops.
 #   launch/local.sh RECIPE [section.option=value ...] [options of grpo submit]
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: launch/local.sh RECIPE [section.option=value ...]" >&2; exit 2; }
@@ -13,8 +14,8 @@ port=$(free_port) dashboard=$(free_port)
 grpo submit "$@" --address "http://127.0.0.1:$dashboard" --dry-run >/dev/null # a misspelt recipe, before Ray is started
 folder=$(mktemp -d /tmp/grpo-local-XXXXXX)
 
-# setsid: Ctrl-C is for the run, which needs Ray to finish its step. The agent takes the jobs; its own port, 52365, may be
-# another Ray's of this machine, also that of a run without a cluster
+# setsid: Ctrl-C must not reach Ray, because the run needs Ray to finish its step. Port 0 is for the agent, which accepts
+# the jobs: its default port, 52365, may be in use by another Ray on this machine, such as the private Ray of a run.
 setsid ray start --head --block --node-ip-address=127.0.0.1 --port="$port" --dashboard-host=127.0.0.1 \
   --dashboard-port="$dashboard" --dashboard-agent-listen-port=0 --temp-dir="$folder/ray" >"$folder/ray.log" 2>&1 &
 ray=$!
@@ -24,12 +25,12 @@ until (: <"/dev/tcp/127.0.0.1/$dashboard") 2>/dev/null; do
   sleep 1
 done
 
-trap 'kill -TERM "$run"' INT TERM # not INT, which bash lets a process in the background ignore until it takes it
+trap 'kill -TERM "$run"' INT TERM # TERM, because a background process of bash ignores INT until it sets a handler
 grpo submit "$@" --address "http://127.0.0.1:$dashboard" --stop-on-signal &
 run=$!
 code=0
 wait "$run" || code=$?
-while kill -0 "$run" 2>/dev/null; do # a signal has ended the wait, not the run
+while kill -0 "$run" 2>/dev/null; do # a signal ends `wait`, but not the run
   code=0
   wait "$run" || code=$?
 done

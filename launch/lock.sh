@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes locks/*.txt of pyproject.toml with uv, for Linux on x86-64. Versions that are in them stay where they can. uv takes
-# the CPU build of torch from PyTorch's index or, where UV_FIND_LINKS is set, from that folder.
+# Update locks/*.txt from pyproject.toml with uv, for Linux on x86-64. Locked versions are kept if possible. The CPU
+# build of torch comes from PyTorch's index or, if UV_FIND_LINKS is set, from that folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pythons="3.11 3.12 3.13"
@@ -9,13 +9,13 @@ trap 'rm -rf "$made"' EXIT
 torch=(--torch-backend cpu)
 [ -z "${UV_FIND_LINKS:-}" ] || torch=()
 
-lock() { # NAME uv's arguments
+lock() { # NAME [arguments of uv pip compile]
   for python in $pythons; do
     cp "locks/$1.txt" "$made/$python"
     uv pip compile pyproject.toml --python-version "$python" --python-platform x86_64-manylinux_2_28 --no-header \
       --no-annotate --quiet --extra real "${@:2}" -o "$made/$python" >/dev/null
   done
-  # One file for all: a line that is not every Python's says whose it is.
+  # Merge the files. A line that not all versions of Python need gets a marker.
   # shellcheck disable=SC2086
   (cd "$made" && awk '
     !($0 in of) { lines[++n] = $0 }

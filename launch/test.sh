@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up like the quickstart and runs the checks and the tests, two test files at a time. --full: the slow ones too, and
-# after launch/setup.sh gpu those that need a GPU. Other arguments go to pytest (-n 0: one test at a time).
+# Install, and run the checks and the tests, two test files at a time. --full adds the slow tests and, after
+# launch/setup.sh gpu-dev, the tests that need a GPU. Other arguments are passed to pytest (-n 0: one test at a time).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lock=dev
@@ -14,7 +14,7 @@ if [ "${1:-}" = "--full" ]; then
   shift
   select="not gpu"
   if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    select="" workers=0 # tests would share the GPU's memory
+    select="" workers=0 # parallel tests would share the GPU's memory
   fi
 fi
 exec .venv/bin/python -m pytest -n "$workers" --dist loadscope -m "$select" "$@"

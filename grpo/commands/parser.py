@@ -19,11 +19,11 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="grpo",
-        description="Train language models with GRPO: vLLM samples, DeepSpeed learns, Ray holds them together.",
+        description="Train language models with GRPO: vLLM samples, DeepSpeed trains, Ray runs the processes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=(
-            "Options are set as section.option=value; all of them, with their meaning: grpo options.\n"
-            "More of a command: grpo COMMAND --help\n"
+            "Options are set as section.option=value. To list them: grpo options\n"
+            "To show the arguments of a command: grpo COMMAND --help\n"
             "\n"
             "examples:\n"
             "  grpo check arithmetic_cpu\n"
@@ -40,19 +40,22 @@ def make_parser() -> argparse.ArgumentParser:
         "train arithmetic_cpu resume=runs/a run.steps=200",
     )
     command = add_command(commands, "train", words, *examples, notes=(
-        "resume=auto goes on from the last checkpoint of the run of this name, or starts it; resume=PATH from a run",
-        "folder's last checkpoint, or a checkpoint. allow=option,... lets options differ from the checkpoint's.",
+        "resume=auto resumes the run with this name from its last checkpoint, or starts it. resume=PATH resumes from a",
+        "checkpoint, or from the last checkpoint of a run folder. allow=option,... permits options that differ from",
+        "those of the checkpoint.",
     ))  # fmt: skip
     add_recipe(command)
-    words = "do everything that can be known before an engine starts, and print the plan"
+    words = "run all checks that need no running engine, and print the plan"
     command = add_command(commands, "check", words, "check arithmetic_cpu sampling.max_tokens=64")
     add_recipe(command)
-    command.add_argument("--ids", action="store_true", help="show the token ids of the first prompt, too")
+    command.add_argument("--ids", action="store_true", help="also show the token ids of the first prompt")
     add_looking_commands(commands)
     add_job_commands(commands)
-    words = "print every option with its type, default and meaning; of a section with examples"
+    words = "print options with type, default and meaning: all, those of a section with examples, or one"
     command = add_command(commands, "options", words, "options", "options algorithm", "options kl_coef")
-    command.add_argument("name", nargs="?", default="", metavar="SECTION|OPTION", help="only these")
+    command.add_argument(
+        "name", nargs="?", default="", metavar="SECTION|OPTION", help="show only this section or option"
+    )
     return parser
 
 
@@ -84,82 +87,89 @@ def add_looking_commands(commands: Commands) -> None:
         "eval Qwen/Qwen2.5-0.5B-Instruct --data test.jsonl --reward math_answer",
     )
     command = add_command(commands, "eval", words, *examples)
-    command.add_argument("model", help="a folder in Hugging Face layout, a hub id, or a run's folder (its final model)")
+    command.add_argument("model", help="a folder in Hugging Face layout, a hub id, or a run folder (its final model)")
     command.add_argument("overrides", nargs="*", metavar="section.option=value")
-    command.add_argument("--recipe", type=Path, help="take data, template, rewards and settings from it (a run's own)")
-    command.add_argument("--data", action="append", default=[], metavar="PATH", help="in the place of data.eval.sets")
-    words = "in the place of rewards: a file, or the name of a built-in reward"
+    words = "recipe with data, template, rewards and settings (default: the recipe of the run)"
+    command.add_argument("--recipe", type=Path, help=words)
+    words = "data set, instead of data.eval.sets; may be repeated"
+    command.add_argument("--data", action="append", default=[], metavar="PATH", help=words)
+    words = "reward file, or name of a built-in reward, instead of rewards; may be repeated"
     command.add_argument("--reward", action="append", default=[], metavar="FILE", help=words)
-    command.add_argument("--out", type=Path, default=Path("evals"), help="where evaluations are kept (evals/)")
-    words = "hold two runs, or two evaluations, against each other: options, graders, held-out accuracy, metrics"
+    command.add_argument("--out", type=Path, default=Path("evals"), help="folder for evaluations (default: evals)")
+    words = "compare two runs, or two evaluations: options, graders, held-out accuracy, metrics"
     command = add_command(commands, "compare", words, "compare runs/a runs/b", "compare runs/a runs/b --step 50")
-    command.add_argument("a", type=Path, help="a run's folder, or one that grpo eval made")
-    command.add_argument("b", type=Path)
-    command.add_argument("--step", type=int, help="the evaluations after this step (each run's last)")
-    words = "compute an update again that was not finite, and say where it began"
-    command = add_command(commands, "replay", words, "replay runs/a/nonfinite/step-000012")
-    command.add_argument("dump", type=Path, help="a folder of the run's nonfinite/")
-    words = "predict memory on each GPU, seconds of a step and hours of a run, on paper: no GPU, no download"
-    notes = ("Exit code 0 when it fits, 2 when not. What is reckoned, and how far off it is: docs/scale.md",)
+    command.add_argument("a", type=Path, help="a run folder, or a folder that grpo eval wrote")
+    command.add_argument("b", type=Path, help="the other one")
+    words = "compare the evaluations after this step (default: the last of each run)"
+    command.add_argument("--step", type=int, help=words)
+    words = "repeat an update that was not finite, and find the first value that is not finite"
+    command = add_command(commands, "replay", words, "replay runs/a/nonfinite/step-000012-1")
+    command.add_argument("dump", type=Path, help="a folder in nonfinite/ of a run folder")
+    words = "estimate memory on each GPU, seconds of a step and hours of a run, without a GPU or a download"
+    notes = ("The exit code is 0 if the run fits, and 2 if it does not. docs/scale.md explains the estimate.",)
     command = add_command(commands, "plan", words, "plan gsm8k_qwen2.5_7b --gpu h100 --gpus-per-node 4", notes=notes)
     add_recipe(command)
-    command.add_argument("--gpu", metavar="NAME", help="kind of GPU, e.g. h100, a100-80 (the one in this machine)")
+    words = "kind of GPU, such as h100 or a100-80 (default: the GPU of this machine)"
+    command.add_argument("--gpu", metavar="NAME", help=words)
     for flag, metavar, what in (
-        ("--gpu-memory", "GB", "its memory"),
-        ("--tflops", "N", "its bfloat16 Tflop/s without sparsity"),
-        ("--bandwidth", "TB/s", "its memory's bandwidth"),
+        ("--gpu-memory", "GB", "memory of the GPU"),
+        ("--tflops", "N", "bfloat16 Tflop/s of the GPU, without sparsity"),
+        ("--bandwidth", "TB/s", "memory bandwidth of the GPU"),
     ):
-        command.add_argument(flag, type=float, metavar=metavar, help=f"{what}, of a GPU that is not known by name")
-    command.add_argument("--nodes", type=int, default=1, help="machines (1)")
-    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
-    command.add_argument("--prompt-tokens", type=float, metavar="N", help="mean prompt (150)")
-    command.add_argument(
-        "--completion-tokens", type=float, metavar="N", help="mean completion over the run (sampling.max_tokens / 3)"
-    )
+        command.add_argument(
+            flag, type=float, metavar=metavar, help=f"{what}, if its name is unknown or to override it"
+        )
+    command.add_argument("--nodes", type=int, default=1, help="number of machines (default: 1)")
+    command.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each machine (default: 8)")
+    words = "mean length of prompts (default: 150)"
+    command.add_argument("--prompt-tokens", type=float, metavar="N", help=words)
+    words = "mean length of completions over the run (default: sampling.max_tokens / 3)"
+    command.add_argument("--completion-tokens", type=float, metavar="N", help=words)
 
 
 def add_job_commands(commands: Commands) -> None:
     """Add the commands for jobs on a cluster (docs/cluster.md): submit, jobs, status, logs and stop."""
-    words = "run a recipe as a job of a Ray cluster, over HTTP; the exit code is the job's"
+    words = "run a recipe as a job of a Ray cluster, and exit with the code of the job"
     examples = (
         "submit recipe.yaml run.dir=/shared/runs run.name=a resume=auto --address http://HEAD:8265",
         "submit recipe.yaml run.dir=/shared/runs --env HF_TOKEN --queue --no-follow --address http://HEAD:8265",
     )
     command = add_command(commands, "submit", words, *examples)
-    add_recipe(command, "and resume=, allow=")
-    command.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; NAME: the value it has here"
-    )
-    words = "CPUs that Ray reserves on a node for the driver and the reward workers beside it (0: none, on the head)"
+    add_recipe(command, "options, resume= and allow=, as for grpo train")
+    words = "environment variable of the job; NAME alone takes the local value"
+    command.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help=words)
+    words = "CPUs that Ray reserves on a node for the driver and its reward workers (default: none, on the head node)"
     command.add_argument("--driver-cpus", type=float, default=0.0, metavar="N", help=words)
     then = command.add_mutually_exclusive_group()
-    words = "end when the job has been handed over"
+    words = "exit after the job has been submitted"
     then.add_argument("--no-follow", dest="then", action="store_const", const="end", default="follow", help=words)
     words = "check and pack the recipe, and submit nothing"
     then.add_argument("--dry-run", dest="then", action="store_const", const="nothing", help=words)
-    words = "let Ctrl-C, SIGTERM and SIGUSR1 stop the job, as grpo stop does, not only the following"
+    words = "on Ctrl-C, SIGTERM and SIGUSR1, stop the job as grpo stop does"
     then.add_argument(
         "--stop-on-signal", dest="then", action="store_const", const="follow, stop on signals", help=words
     )
-    words = "wait, on the cluster, until it has room for all engines (cluster.queue=true)"
+    words = "wait on the cluster until it has room for all engines (cluster.queue=true)"
     command.add_argument("--queue", action="store_true", help=words)
     words = "list the runs that were submitted to a cluster: status, run, recipe, times, exit code"
     every = [command, add_command(commands, "jobs", words, "jobs --address http://HEAD:8265")]
     for name, words in (
-        ("status", "how a job is doing"),
-        ("logs", "print what a job prints, to its end; the exit code is the job's"),
-        ("stop", "let a job finish its step, save and end, and wait for it"),
+        ("status", "print the status of a job"),
+        ("logs", "print the output of a job until it ends, and exit with its code"),
+        ("stop", "stop a job after its step has been finished and saved, and wait until it has ended"),
     ):
         every.append(add_command(commands, name, words, f"{name} grpo-0123456789abcdef --address http://HEAD:8265"))
-        every[-1].add_argument("job", help="as grpo submit has named it")
+        every[-1].add_argument("job", help="name of the job, as grpo submit prints it")
     for command in every:
-        command.add_argument("--address", required=True, metavar="http://HEAD:8265", help="the head's job server")
+        command.add_argument(
+            "--address", required=True, metavar="http://HEAD:8265", help="address of the job server on the head node"
+        )
 
 
 def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Split `resume=` and `allow=`, which are not options of a recipe, from the overrides.
 
-    Raises UserError for a misspelling of them, and for `allow=` without `resume=`.
+    Raises UserError if one of them is misspelled, and for `allow=` without `resume=`.
     """
     asked = {
         name: value for name, _, value in (text.partition("=") for text in overrides) if name in ("resume", "allow")
@@ -170,5 +180,5 @@ def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list
         if near and name not in asked:
             raise UserError(f"override {text!r}: did you mean {near[0]}=?")
     if "allow" in asked and "resume" not in asked:
-        raise UserError("allow= is for a run that is resumed: resume=auto or resume=PATH")
+        raise UserError("allow= is only for a resumed run: add resume=auto or resume=PATH")
     return asked, [text for text in overrides if text.partition("=")[0] not in asked]

@@ -263,7 +263,7 @@ def test_setup_takes_the_newest_python_that_runs(clone: Clone) -> None:
         "installed. next: bash launch/check.sh and bash launch/test.sh check the code (CONTRIBUTING.md)",
     ]
     assert ended.stderr.splitlines() == [
-        "python3.12 is passed over: it lacks its venv module or Python.h "
+        "python3.12 is skipped: it lacks its venv module or Python.h "
         "(on Debian and Ubuntu: apt install python3.12-venv)"
     ]
     lock = (clone.folder / "locks" / "dev.txt").read_text().splitlines()
@@ -304,8 +304,8 @@ def test_setup_takes_an_older_python_where_torch_is_to_be_had_for_that_one(clone
     ended = clone.setup("cpu", TORCH_INDEX_URL="https://torch.example/cpu")
     assert ended.returncode == 0, ended.stderr
     assert [line for line in ended.stdout.splitlines() if "trying" in line] == [
-        "torch==2.13.0+cpu is not to be had here for Python 3.13: trying python3.12",
-        "torch==2.13.0+cpu is not to be had here for Python 3.12: trying python3.11",
+        "torch==2.13.0+cpu is not available here for Python 3.13: trying python3.12",
+        "torch==2.13.0+cpu is not available here for Python 3.12: trying python3.11",
     ]
     asked = clone.asked()
     assert [line[:4] for line in asked] == ["3.13", "3.13", "3.12", "3.12", "3.11"]
@@ -401,10 +401,7 @@ def test_setup_refuses_a_python_that_it_cannot_use(clone: Clone) -> None:
         assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", said)
     ended = clone.setup("cpu")
     assert ended.returncode == 2
-    assert (
-        "Python 3.11, 3.12 or 3.13 is needed and none was found that can be used; set PYTHON=/path/to/python\n"
-        in ended.stderr
-    )
+    assert "no usable Python 3.11, 3.12 or 3.13 was found; set PYTHON=/path/to/python\n" in ended.stderr
     clone.python("python3.13", "3.13")
     clone.python("python3.11", "3.11")
     assert "Python 3.11 (python3.11): " in clone.setup("cpu", PYTHON="python3.11").stdout
@@ -443,7 +440,7 @@ def test_the_image_has_what_it_copies() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["launch/ray_cluster.sh"], "there is no token: make one with ray get-auth-token --generate"),
+        (["launch/ray_cluster.sh"], "there is no token: create one with ray get-auth-token --generate"),
         (["launch/local.sh"], "usage: launch/local.sh RECIPE"),
         (["launch/slurm.sbatch"], "usage: sbatch"),
     ],
@@ -514,7 +511,7 @@ def test_a_time_limit_before_the_run_is_said(tmp_path: Path) -> None:
         script.send_signal(signal.SIGUSR1)
         said = script.communicate(timeout=60)[1]
         assert (script.returncode, ended.exists()) == (1, True), said
-        assert "the time limit has come before the run: --time must be longer" in said
+        assert "the time limit came before the run: --time must be longer" in said
         assert cleaned.read_text() == (
             '--ntasks-per-node=1 bash -c rm -rf "/tmp/grpo-ray-$SLURM_JOB_ID-$SLURM_NODEID"\n'
         )
