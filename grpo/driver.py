@@ -119,7 +119,7 @@ def train(loop: Loop) -> Outcome:
     config, engines, at = loop.config, loop.engines, loop.progress
     probe = make_probe(loop.prompts, longest=config.max_row_tokens - 1)
     save_s = 0.0
-    loop.reporter.say("proving that the samplers use what the learner sends")
+    loop.reporter.say("checking that the samplers use the learner's weights")
     with waiting("weights", "the full check", loop.reporter.say):
         proof = engines.publish(at.step, probe, full_check=True)()
     at.noise = proof.noise
@@ -184,7 +184,7 @@ def save_last(loop: Loop, whole: Whole) -> None:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        loop.reporter.say(f"the last checkpoint could not be written: {error} (run.save_last=false leaves it out)")
+        loop.reporter.say(f"the last checkpoint could not be written: {error} (run.save_last=false turns it off)")
 
 
 def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
@@ -207,7 +207,7 @@ def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
         loop.saver.save(at.step, whole.state, whole.metrics)
         loop.saver.poll(wait=True)
     except Exception as second:  # noqa: BLE001 - reported in addition to the first failure
-        loop.reporter.say(f"besides, the state after step {at.step} could not be saved: {second}")
+        loop.reporter.say(f"also, the state after step {at.step} could not be saved: {second}")
 
 
 def report_full_check(loop: Loop, proof: SyncResult) -> None:

@@ -28,6 +28,6 @@ def socket_folder(below: int) -> str:
         if len(os.fsencode(folder)) <= room and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise UserError(
-        f"TMPDIR: the path {given} has {len(os.fsencode(given))} bytes, and sockets need a folder of at most {room} "
-        f"that can be written to, which {', '.join(SHORT_FOLDERS)} are not either; set TMPDIR to a shorter path"
+        f"TMPDIR: the path {given} has {len(os.fsencode(given))} bytes, and sockets allow at most {room}; "
+        f"none of {', '.join(SHORT_FOLDERS)} can be used instead; set TMPDIR to a shorter path"
     )

@@ -197,8 +197,8 @@ def refuse_secrets(config: Config) -> None:
         value = os.environ[name]
         if len(value) >= MIN_SECRET and any(value in text for text in texts):
             raise UserError(
-                f"the recipe holds the value of the environment variable {name}, and would be saved with it; a reward "
-                f"that needs it gets it by rewards[i].env: [{name}]"
+                f"the recipe contains the value of the environment variable {name}, which would be saved with the run; "
+                f"to pass it to a reward, use rewards[i].env: [{name}]"
             )
 
 

@@ -47,7 +47,7 @@ def describe(config: Config, train: Sequence[data.PromptSet], held_out: Sequence
     for option, some in (("data.train", prompts), ("data.eval.sets", eval_prompts)):
         doubles = len(some) - len({prompt.token_ids for prompt in some})
         if doubles:
-            lines.append(f"warning    {doubles} of {len(some)} prompts of {option} stand there more than once")
+            lines.append(f"warning    {doubles} of {len(some)} prompts of {option} occur more than once")
     return lines + [note for dataset in (*train, *held_out) for note in dataset.notes]
 
 

@@ -81,7 +81,7 @@ def untested(needed: list[Requirement]) -> list[str]:
     """Return a note for each package that is installed in a version outside the tested ones."""
     found = [(one, installed(one.name)) for one in needed]
     return [
-        f"{one.name} {there} is installed, and the tested versions are {one.specifier}"
+        f"{one.name} {there} is installed; the tested versions are {one.specifier}"
         for one, there in found
         if there is not None and not one.specifier.contains(there, prereleases=True)
     ]

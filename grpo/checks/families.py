@@ -30,20 +30,20 @@ WINDOW_PLUS_ONE = frozenset({"cohere2", "cohere2_moe"})
 """Families whose sliding window is one token longer in vLLM than in transformers."""
 
 REFUSED_ON_CPU: dict[str, str] = {
-    "bloom": "vLLM computes other logprobs than transformers does",
-    "deepseek_v2": "vLLM's compressed attention cannot be given new weights",
-    "ernie4_5_moe": "after a weight sync vLLM samples from another distribution than the learner's",
+    "bloom": "vLLM and transformers compute different logprobs",
+    "deepseek_v2": "vLLM's compressed attention cannot load new weights",
+    "ernie4_5_moe": "after a weight sync, vLLM samples from a distribution that differs from the learner's",
     "falcon_mamba": "vLLM computes its states on GPUs only",
-    "gemma3n_text": "vLLM computes other logprobs than transformers does",
-    "gpt_oss": "vLLM reloads its experts otherwise than it loads them, and would sample with the old ones after a step",
-    "hrm_text": "vLLM cannot be given new weights of its fused projections",
+    "gemma3n_text": "vLLM and transformers compute different logprobs",
+    "gpt_oss": "vLLM reloads its experts differently from the first load, and would use the old ones after a step",
+    "hrm_text": "vLLM cannot load new weights of its fused projections",
     "jamba": "vLLM computes its states on GPUs only",
-    "laguna": "vLLM's router on CPU does not compute what this family asks for",
-    "lfm2": "vLLM computes other logprobs than transformers does",
-    "llama4_text": "vLLM's experts on CPU cannot weigh their inputs",
+    "laguna": "vLLM's router on CPU does not compute what this family requires",
+    "lfm2": "vLLM and transformers compute different logprobs",
+    "llama4_text": "vLLM's experts on CPU cannot weight their inputs",
     "mamba": "vLLM computes its states on GPUs only",
     "mellum": "vLLM does not report which of its router's weights a sync has filled",
-    "olmo_hybrid": "vLLM's linear attention of this family needs Triton",
+    "olmo_hybrid": "vLLM's linear attention for this family needs Triton",
 }
 """Family -> reason, as the end of a sentence. Each was tried with a tiny random model on CPU. None was tried on GPUs;
 there the first weight sync decides."""

@@ -55,7 +55,7 @@ def check_model(config: Config) -> PreTrainedConfig:
     if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(
             f"model.attention={config.model.attention} needs the package {package}, which is not installed; nearest: "
-            "model.attention=auto, which takes what is"
+            "model.attention=auto, which uses an installed one"
         )
     limit = getattr(model, "max_position_embeddings", None)
     if limit is not None and config.max_row_tokens > limit:
@@ -107,8 +107,9 @@ def refuse_adapter(option: str, path: str) -> None:
         except (ValueError, AttributeError):
             base = None
         raise UserError(
-            f"{option}={path} holds an adapter of {base or 'another model'}, no whole model; merge it into its "
-            "base (merge_and_unload of peft) and save that, or remove adapter_config.json where it is merged already"
+            f"{option}={path} has an adapter of {base or 'another model'}, which is not a complete model; merge it "
+            "into its base model (merge_and_unload of peft) and save that, or remove adapter_config.json if it is "
+            "already merged"
         )
 
 
@@ -119,8 +120,8 @@ def refuse_quantized(option: str, path: str, model: PreTrainedConfig) -> None:
     if settings:
         how = settings.get("quant_method") if isinstance(settings, dict) else None
         raise UserError(
-            f"{option}={path} is quantized ({how or 'by its quantization_config'}); only whole weights are trained; "
-            "give the model that it was made from"
+            f"{option}={path} is quantized ({how or 'by its quantization_config'}); only unquantized weights can be "
+            "trained; use the model that it was made from"
         )
 
 
@@ -137,7 +138,7 @@ def check_critic(config: Config) -> None:
     if critic.vocab_size != policy.vocab_size:
         raise UserError(
             f"critic.path={config.critic.path} has a vocabulary of {critic.vocab_size} and model.path one of "
-            f"{policy.vocab_size}: the critic would read other tokens than the policy writes"
+            f"{policy.vocab_size}: the token ids of critic and policy would differ"
         )
     if Path(config.critic.path).is_dir():
         check_weights(Path(config.critic.path), "critic.path")
@@ -177,7 +178,7 @@ def check_weights(folder: Path, option: str = "model.path") -> None:
                 broken = next((key for key in keys if not is_finite(weights.get_tensor(key))), None)
         except (SafetensorError, OSError) as error:
             found = data.disguise_of(file)
-            what = f"is {found}" if found else f"is damaged or cut short: {error}"
+            what = f"is {found}" if found else f"is damaged or truncated: {error}"
             raise UserError(f"{option}: {file} {what}") from error
         if broken is not None:
             raise UserError(

@@ -53,7 +53,7 @@ def check_served(config: Config, settings: PreTrainedConfig, say: Callable[[str]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | quiet)
     if done.returncode:
         last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"model.path={config.model.path}: vLLM cannot be asked whether it serves it: {last}")
+        raise UserError(f"model.path={config.model.path}: the check whether vLLM can serve it failed: {last}")
     objection = json.loads(done.stdout.splitlines()[-1])
     if objection is not None:
         raise UserError(with_cause(str(objection), done.stdout + done.stderr))

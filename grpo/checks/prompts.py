@@ -23,7 +23,7 @@ def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[
         for i, dataset in enumerate(sets):
             here, name = f"{option}[{i}]", dataset.name or data.dataset_name(dataset.path)
             if name in names:
-                raise UserError(f"{names[name]} and {here} are both called {name}; give one another name: {here}.name")
+                raise UserError(f"{names[name]} and {here} are both called {name}; rename one of them: {here}.name")
             names[name] = here
         return [
             data.read_set(dataset, data=config.data, tokenizer=tokenizer, option=f"{option}[{i}]")
@@ -75,8 +75,8 @@ def check_batch(config: Config, train: Sequence[data.PromptSet]) -> None:
     a, total = config.algorithm, sum(len(dataset.prompts) for dataset in train)
     if a.prompts_per_step > total:
         raise UserError(
-            f"algorithm.prompts_per_step={a.prompts_per_step} is more than data.train has prompts ({total}); "
-            f"nearest: {total}"
+            f"algorithm.prompts_per_step={a.prompts_per_step} is more than the number of prompts in data.train "
+            f"({total}); nearest: {total}"
         )
     weights = [dataset.weight for dataset in config.data.train if dataset.weight is not None]
 
@@ -89,10 +89,10 @@ def check_batch(config: Config, train: Sequence[data.PromptSet]) -> None:
     if lacking is not None:
         dataset, most = lacking
         fits = [n for n in range(a.prompts_per_step - 1, 0, -1) if n % a.minibatches_per_step == 0 and not short(n)]
-        hint = f"nearest: {fits[0]}" if fits else "no smaller step fits either; give it less weight"
+        hint = f"nearest: {fits[0]}" if fits else "no smaller step fits either; lower its weight"
         raise UserError(
             f"algorithm.prompts_per_step={a.prompts_per_step} may need {most} prompts of {dataset.option} "
-            f"({dataset.name}) in one step by its weight, and it has {len(dataset.prompts)}; {hint}"
+            f"({dataset.name}) in one step because of its weight, but it has {len(dataset.prompts)}; {hint}"
         )
 
 

@@ -35,7 +35,7 @@ def check_reward_sets(config: Config, sets: Sequence[data.PromptSet]) -> None:
                 )
     for dataset in sets:
         if not any(reward.applies_to(dataset.name) for reward in config.rewards):
-            raise UserError(f"{dataset.option}: no reward is for {dataset.name}; name it in rewards[i].sets of one")
+            raise UserError(f"{dataset.option}: no reward scores {dataset.name}; add it to rewards[i].sets of a reward")
         weighted = any(reward.weight for reward in config.rewards if reward.applies_to(dataset.name))
         if not weighted and dataset.option.startswith("data.train"):
             raise UserError(

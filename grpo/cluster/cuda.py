@@ -51,8 +51,8 @@ def check_driver(driver: Path) -> None:
     """Raise UserError if the driver is the reason why torch sees no GPU."""
     if not driver.exists():
         raise UserError(
-            f"cluster.device=gpu: no NVIDIA driver is loaded on this machine ({driver} is not there); "
-            "cluster.address names a Ray cluster that has GPUs, cluster.device=cpu computes without"
+            f"cluster.device=gpu: no NVIDIA driver is loaded on this machine ({driver} does not exist); "
+            "set cluster.address to use a Ray cluster with GPUs, or cluster.device=cpu"
         )
     version = driver_of(driver.read_text(errors="replace"))
     if version is None or version < DRIVER:

@@ -94,7 +94,7 @@ def load(fleet: Fleet) -> None:
         loading = []
     if config.takes_turns and fleet.learners:
         leaving = [sampler.sleep.remote(False) for sampler in fleet.samplers]
-        watch.wait(leaving, "the samplers to leave the memory to the learner", start)
+        watch.wait(leaving, "the samplers to release their memory", start)
     if fleet.learners:
         host, port = watch.wait([fleet.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
         loading += [learner.start.remote(host, port) for learner in fleet.learners]

@@ -91,7 +91,9 @@ def submit(
         except KeyboardInterrupt:
             stopping = signals_are_its
             if not stopping:
-                print(f"\ngrpo: interrupted as {job} was handed over. If it has begun it goes on. {hint(job, address)}")
+                print(
+                    f"\ngrpo: interrupted while submitting {job}. If it has begun, it continues. {hint(job, address)}"
+                )
                 return ExitCode.DETACHED
     names = ", ".join(text.partition("=")[0] for text in env)
     print(f"submitted  {job}: {size / upload.MIB:.2f} MiB" + (f", with {names}" if names else ""), flush=True)
@@ -118,7 +120,7 @@ def refuse_unplaceable(client: JobSubmissionClient, driver_cpus: float) -> None:
     if driver_cpus > most:
         have = ", ".join(f"{address} with {cpus:g}" for address, cpus in nodes)
         raise UserError(
-            f"--driver-cpus {driver_cpus:g}: no node has as many CPUs; there is {have or 'no node'}; nearest: {most:g}"
+            f"--driver-cpus {driver_cpus:g}: no node has so many CPUs; there is {have or 'no node'}; nearest: {most:g}"
         )
 
 
@@ -131,9 +133,9 @@ def parse_env(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise UserError("--env takes NAME=VALUE, or NAME for the value it has here")
+            raise UserError("--env takes NAME=VALUE, or NAME for its local value")
         if not equals and name not in os.environ:
-            raise UserError(f"--env {name}: it is not set here; give {name}=VALUE")
+            raise UserError(f"--env {name}: it is not set on this machine; give {name}=VALUE")
         variables[name] = value if equals else os.environ[name]
     return variables
 
@@ -171,10 +173,11 @@ def answers(address: str) -> Iterator[JobSubmissionClient]:
             client = Client(address)
         except (requests.exceptions.InvalidHeader, UnicodeError) as error:  # its message contains the token
             raise UserError(
-                f"--address {address}: the token has characters that no HTTP header may have; it is read from {TOKENS}"
+                f"--address {address}: the token has characters that an HTTP header must not contain; it is read from "
+                f"{TOKENS}"
             ) from error
         except (LookupError, TypeError, AttributeError, requests.exceptions.JSONDecodeError) as error:
-            raise UserError(f"--address {address}: what answers there is no job server of Ray") from error
+            raise UserError(f"--address {address}: the server there is not a job server of Ray") from error
         yield client
     except BrokenPipeError:  # the reader of our stdout is gone, not the server
         raise
@@ -194,7 +197,7 @@ def refuse_unreachable(address: str) -> None:
     except (KeyError, ValueError):
         host, by_name = None, "@" in address
     if by_name:
-        raise UserError("--address takes no user and no password; a token says who you are")
+        raise UserError("--address must not contain a user or password; use a token")
     if host is None:
         raise UserError(f"--address {address} is not of the form http://HEAD:8265")
     try:
@@ -207,7 +210,7 @@ def refuse_odd_name(job: str) -> None:
     """Raise UserError for an invalid job name: it becomes part of a URL, where special characters could change the
     request."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", job):
-        raise UserError(f"{job!r} is no job's name: letters, digits, '_', '-' and '.', as grpo submit prints it")
+        raise UserError(f"{job!r} is not a job name, which has letters, digits, '_', '-' and '.'; see grpo jobs")
 
 
 def hint(job: str, address: str) -> str:
@@ -233,7 +236,7 @@ def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool 
                     if stopping:
                         client.stop_job(job)
                         stopping = False
-                        print("grpo: the job is asked to finish its step, save and end", flush=True)
+                        print("grpo: asked the job to finish its step, save and end", flush=True)
                     for text in printed(client, job):
                         print(text[max(0, shown - seen) :], end="", flush=True)
                         seen += len(text)
@@ -244,12 +247,12 @@ def follow(job: str, address: str, *, known: bool = False, stop_on_signal: bool 
                     raise
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > RECONNECT_S:
-                    print(f"grpo: {error}; the job may go on. {hint(job, address)}")
+                    print(f"grpo: {error}; the job may still be running. {hint(job, address)}")
                     return ExitCode.INTERNAL
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             if not stop_on_signal:
-                print(f"\ngrpo: not followed any more; the job goes on. {hint(job, address)}")
+                print(f"\ngrpo: no longer following the job, which continues. {hint(job, address)}")
                 return ExitCode.DETACHED
             stop_on_signal, stopping = False, True
 
@@ -360,19 +363,19 @@ def stop(job: str, address: str) -> int:
     """
     with answers(address) as client:
         if client.get_job_info(job).status.is_terminal():
-            print(f"grpo: {job} has ended before")
+            print(f"grpo: {job} had already ended")
         else:
             client.stop_job(job)
-            print(f"grpo: {job} is asked to finish its step, save and end", flush=True)
+            print(f"grpo: asked {job} to finish its step, save and end", flush=True)
             try:
                 if pending := still_pending(client, job):
                     print(
-                        f"grpo: it has not begun: {pending} It ends as soon as it begins, or when Ray gives it up "
+                        f"grpo: it has not begun: {pending} It ends as soon as it begins, or when Ray gives up on it "
                         "(15 minutes after its submission, unless RAY_JOB_START_TIMEOUT_SECONDS of the head differs)"
                     )
                     return ExitCode.INTERNAL
                 wait(client, job)
             except KeyboardInterrupt:
-                print(f"\ngrpo: not waited for any more; the job ends all the same. {hint(job, address)}")
+                print(f"\ngrpo: no longer waiting; the job will still end. {hint(job, address)}")
                 return ExitCode.DETACHED
     return status(job, address)

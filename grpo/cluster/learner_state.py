@@ -49,4 +49,4 @@ class LearnerState:
         files = [folder / "learner" / f"rank-{rank}.safetensors" for rank in range(learner["ranks"])]
         pending = [rank.restore.remote(files, learner) for rank in self._fleet.learners]
         start = self._fleet.config.cluster.start_timeout_s
-        self._fleet.watch.wait(pending, "the learner to take over the checkpoint", start)
+        self._fleet.watch.wait(pending, "the learner to load the checkpoint", start)

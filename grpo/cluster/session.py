@@ -85,7 +85,7 @@ def refuse_silent(config: Config, address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, ValueError, OverflowError) as error:
-        private = "" if config.cluster.address else "; without it, a run starts a Ray of its own"
+        private = "" if config.cluster.address else "; without it, a run starts a private Ray"
         raise UserError(f"{named(config)}: nothing answers there ({error}){private}") from error
 
 
@@ -118,12 +118,11 @@ def session(
     """
     address = cluster_address(config)
     if ray.is_initialized():
-        raise UserError("Ray is running in this process already: call ray.shutdown() first")
+        raise UserError("Ray is already running in this process: call ray.shutdown() first")
     if address is None:
         if config.cluster.queue:
             raise UserError(
-                "cluster.queue=true waits for room on a cluster that runs already: give its cluster.address, or leave "
-                "it out"
+                "cluster.queue=true waits for room on a running cluster: set cluster.address, or leave it out"
             )
         if config.on_gpu and config.cluster.gpus is None:
             check_machine(torch.cuda.device_count())

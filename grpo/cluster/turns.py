@@ -14,7 +14,7 @@ def put_to_sleep(fleet: Fleet, *, keep_weights: bool) -> dict[str, float]:
     if not fleet.config.takes_turns:
         return {}
     pending = [sampler.sleep.remote(keep_weights) for sampler in fleet.samplers]
-    what, timeout_s = "the samplers to leave the memory to the learner", fleet.config.cluster.step_timeout_s
+    what, timeout_s = "the samplers to release their memory", fleet.config.cluster.step_timeout_s
     return {"memory/residual_gib": max(fleet.watch.wait(pending, what, timeout_s))}
 
 
@@ -26,6 +26,6 @@ def learner_between_steps(fleet: Fleet) -> Iterator[None]:
     if fleet.config.takes_turns:
         timeout_s = fleet.config.cluster.step_timeout_s
         leaving = [rank.offload.remote() for rank in fleet.learners]
-        fleet.watch.wait(leaving, "the learner to leave the memory to the samplers", timeout_s)
+        fleet.watch.wait(leaving, "the learner to release its memory", timeout_s)
         waking = [sampler.wake.remote("weights", "kv_cache") for sampler in fleet.samplers]
         fleet.watch.wait(waking, "the samplers to wake", timeout_s)

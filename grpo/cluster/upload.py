@@ -34,14 +34,14 @@ def pack(options: Config, recipe: Path, folder: Path, resume: str | None = None)
     own = {file.relative_to(PACKAGE.parent): file for file in (*modules(PACKAGE), *(PACKAGE / name for name in DATA))}
     options, files = rewards(options, recipe, own)
     if recipe.name in {place.parts[0] for place in files}:
-        raise UserError(f"{recipe}: something else that travels is called {recipe.name}; give the recipe another name")
+        raise UserError(f"{recipe}: another file of the upload is called {recipe.name}; give the recipe another name")
     text = config.dump(options)
     sizes = {source: source.stat().st_size for source in files.values()}
     total = sum(sizes.values()) + len(text.encode())
     if total > LIMIT_MIB * MIB:
         largest = max(sizes, key=lambda source: sizes[source])
         raise UserError(
-            f"{total / MIB:.1f} MiB would travel, and the limit is {LIMIT_MIB}: the largest file is {largest} "
+            f"{total / MIB:.1f} MiB would be uploaded, and the limit is {LIMIT_MIB}: the largest file is {largest} "
             f"({sizes[largest] / MIB:.1f} MiB), which a reward imports; put it where every node can import it"
         )
     for place, source in files.items():
@@ -65,17 +65,17 @@ def refuse_local(options: Config, resume: str | None) -> None:
             continue
         if submit is OnSubmit.SHARED:
             raise UserError(
-                f"{option}={value} would be a folder of the job's own, which is removed after it: give the whole path "
-                "of one that every node sees"
+                f"{option}={value} would be in the working directory of the job, which is deleted with it: give an "
+                "absolute path that all nodes share"
             )
         bare = Path(value.rpartition(":")[0] or value)  # the path in FOLDER:config
         if submit is OnSubmit.SHARED_OR_HUB and (data.is_path(value) or Path(value).exists() or bare.exists()):
             raise UserError(
-                f"{option}={value} does not travel with the job: put it where every node sees it and give its whole "
-                f"path (here it is {os.path.abspath(os.path.expanduser(value))}), or a hub id"
+                f"{option}={value} is not sent with the job: put it on storage that all nodes share and give its "
+                f"absolute path (here it is {os.path.abspath(os.path.expanduser(value))}), or a hub id"
             )
     if resume not in (None, "auto") and not os.path.isabs(resume or ""):
-        raise UserError(f"resume={resume}: give auto, or the whole path of a folder that every node sees")
+        raise UserError(f"resume={resume}: give auto, or an absolute path that all nodes share")
 
 
 def rewards(options: Config, recipe: Path, files: Mapping[Path, Path]) -> tuple[Config, dict[Path, Path]]:

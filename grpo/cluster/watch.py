@@ -160,7 +160,7 @@ class ActorWatch:
         name = next((n for handle, n in self._names.items() if handle._actor_id.hex() == str(dead)), "an actor")
         why = " ".join(str(error).split())[:300]
         if struck := _oom_kills() - self._oom_kills:
-            why = f"the kernel has killed {struck} processes for want of memory since the engines were started; {why}"
+            why = f"the kernel has killed {struck} processes for lack of memory since the engines were started; {why}"
         # its death may be known before the loss of its node
         at = f" at {self.hosts[name]}" if name in self.hosts and len(set(self.hosts.values())) > 1 else ""
         return ActorDied(name, f"{name}{at} died while waiting for {what} ({why}); its last lines:\n{self._tail(name)}")

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "home directory" not in str(error):  # pathlib's message about an unknown user, as in ~nobody
             raise
-        print(f"grpo: a path begins with ~ and a user that there is none of: {error}", file=sys.stderr)
+        print(f"grpo: a path begins with ~ and the name of an unknown user: {error}", file=sys.stderr)
         return ExitCode.USAGE
     except KeyboardInterrupt:
         print("grpo: interrupted before anything was started", file=sys.stderr)
@@ -76,7 +76,7 @@ def refuse_lost_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        raise UserError("the working directory has been removed; change to one that is there") from error
+        raise UserError("the working directory has been removed; change to one that exists") from error
 
 
 def stdout_closed() -> bool:

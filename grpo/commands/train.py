@@ -41,7 +41,7 @@ def train_command(config: Config, recipe: Path, asked: Mapping[str, str]) -> Exi
     except KeyboardInterrupt:
         if origin is None or origin.checkpoint is None:
             raise
-        print(f"grpo: interrupted before anything was started; go on with resume={origin.run}", file=sys.stderr)
+        print(f"grpo: interrupted before anything was started; resume it with resume={origin.run}", file=sys.stderr)
         return ExitCode.RESUMABLE
     return lifecycle.train(plan, resumed, origin, recipe, started).code
 

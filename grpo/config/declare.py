@@ -86,8 +86,8 @@ class OnSubmit(Enum):
     """What `grpo submit` does with an option. An option without a mark is part of the submitted recipe as it is."""
 
     OWN_CLUSTER = "must be left out: the run joins the cluster of --address"
-    SHARED_OR_HUB = "must be a hub id, or the whole path of a place that every node sees"
-    SHARED = "must be the whole path of a folder that every node sees"
+    SHARED_OR_HUB = "must be a hub id, or an absolute path that all nodes share"
+    SHARED = "must be an absolute path that all nodes share"
     PACKED = "the file is sent with the job"
 
 

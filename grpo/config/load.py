@@ -149,7 +149,7 @@ def _read(path: Path) -> DictConfig:
         mark = getattr(error, "problem_mark", None)
         lines = path.read_text(errors="replace").split("\n")
         tab = mark is not None and mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]
-        hint = "; the line is indented by a tab, where YAML takes spaces" if tab else ""
+        hint = "; the line is indented with a tab, but YAML needs spaces" if tab else ""
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}{hint}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} must be a mapping of sections: {', '.join(_names(Config))}")

@@ -141,7 +141,7 @@ class RewardConfig:
     lower. None: only if the file sets `GOLD = True`."""
     timeout_s: Annotated[float, Bound(gt=0)] = 30.0
     """Deadline of one call, in seconds. A worker that exceeds it is killed."""
-    memory_gib: Annotated[float, Bound(ge=0.25, why="Python itself takes as much")] = 8.0
+    memory_gib: Annotated[float, Bound(ge=0.25, why="Python itself needs that much")] = 8.0
     """Memory limit of a reward worker and the processes that it starts, in GiB. Each worker runs all rewards, so the
     largest value of all rewards applies."""
     sets: tuple[str, ...] = ()

@@ -48,15 +48,15 @@ def _validate_objective(c: Config) -> None:
     allowed = compatibility.LEGAL_AGGREGATIONS[a.loss]
     need(
         a.aggregation in allowed,
-        f"algorithm.aggregation={a.aggregation} does not go with algorithm.loss={a.loss}, whose terms are the same at "
-        f"every token of a row; it takes {' or '.join(allowed)}",
+        f"algorithm.aggregation={a.aggregation} cannot be combined with algorithm.loss={a.loss}, whose terms are the "
+        f"same at every token of a row; it takes {' or '.join(allowed)}",
     )
     if c.optimizer_steps_per_step == 1:
         inert(c, "algorithm.max_kl_old", "with one optimizer step per step")
     by = f"advantage={a.advantage}" if a.advantage in compatibility.WHITENED else f"kl_place={a.kl_place}"
     need(
         a.loss != "gmpo" or (a.advantage not in compatibility.WHITENED and a.kl_place == "loss"),
-        f"algorithm.loss=gmpo has one advantage for a row, and algorithm.{by} gives each token its own; nearest: "
+        f"algorithm.loss=gmpo has one advantage per row, and algorithm.{by} gives each token its own; nearest: "
         "algorithm.loss=gspo",
     )
 
@@ -66,7 +66,7 @@ def _validate_kl(c: Config) -> None:
     if a.kl_place == "reward":
         need(
             a.kl_estimator in compatibility.REWARD_KL,
-            f"algorithm.kl_estimator={a.kl_estimator} in the reward has next to nothing of the KL's gradient; take "
+            f"algorithm.kl_estimator={a.kl_estimator} in the reward loses nearly all of the KL's gradient; take "
             "algorithm.kl_estimator=k1",
         )
     elif a.kl_coef > 0:
@@ -81,11 +81,11 @@ def _validate_kl(c: Config) -> None:
     )
     need(
         not (a.reference_refresh_every and a.reference_average),
-        "algorithm.reference_refresh_every and algorithm.reference_average both move the reference; choose one",
+        "algorithm.reference_refresh_every and algorithm.reference_average both change the reference; choose one",
     )
     need(
         a.reference_average == 0 or c.model.dtype == "float32",
-        "algorithm.reference_average needs model.dtype=float32: in bfloat16 small moves round to none; take "
+        "algorithm.reference_average needs model.dtype=float32: in bfloat16, small changes are rounded away; use "
         "algorithm.reference_refresh_every",
     )
 
@@ -100,7 +100,7 @@ def _validate_corrections(c: Config) -> None:
     )
     need(
         not (buffer and a.mask_truncated),
-        "algorithm.mask_truncated leaves out the completions that algorithm.length_penalty_tokens would punish most; "
+        "algorithm.mask_truncated excludes the completions that algorithm.length_penalty_tokens would penalize most; "
         "choose one",
     )
     need(
@@ -112,7 +112,7 @@ def _validate_corrections(c: Config) -> None:
         need(
             bound is None or bound < fraction,
             f"algorithm.max_failed_of.{kind}={bound} must be below algorithm.max_failed_fraction="
-            f"{fraction:g}, which bounds all kinds together",
+            f"{fraction:g}, which limits the sum of all kinds",
         )
 
 
@@ -125,7 +125,7 @@ def _validate_engines(c: Config) -> None:
     need(
         stage > 0 or c.model.dtype == "float32",
         "learner.zero_stage=0 cannot accumulate bfloat16 gradients in float32 (DeepSpeed has no such optimizer); "
-        "nearest: learner.zero_stage=1, which on one rank takes no more memory",
+        "nearest: learner.zero_stage=1, which needs no more memory on one rank",
     )
     for name in c.sampler.engine:
         need(
@@ -134,12 +134,12 @@ def _validate_engines(c: Config) -> None:
         )
     need(
         not c.takes_turns or stage in (1, 2),
-        f"learner.zero_stage={stage}: DeepSpeed moves states out of the way of a colocated sampler at stages 1 and 2 "
+        f"learner.zero_stage={stage}: DeepSpeed offloads states for a colocated sampler at stages 1 and 2 "
         "only (at 3 those of its own FusedAdam); nearest: cluster.sleep=false, which keeps both in memory",
     )
     need(
         not c.takes_turns or stage != 1 or c.model.dtype == "float32" or offload == "optimizer",
-        "learner.zero_stage=1 with bfloat16: DeepSpeed's optimizer for it cannot move its states out of the way of a "
+        "learner.zero_stage=1 with bfloat16: DeepSpeed's optimizer for it cannot offload its states for a "
         "colocated sampler; nearest: learner.zero_stage=2",
     )
     if c.on_gpu:
@@ -150,7 +150,7 @@ def _validate_engines(c: Config) -> None:
         )
         need(
             c.learner.threads is None or offload != "none",
-            f"learner.threads={c.learner.threads} has no effect on a GPU but with learner.offload=optimizer or "
+            f"learner.threads={c.learner.threads} has no effect on a GPU without learner.offload=optimizer or "
             "parameters; leave it out",
         )
     else:
@@ -210,7 +210,7 @@ def _validate_run(c: Config) -> None:
             f"run.name={c.run.name} must be the name of a folder inside run.dir, without slashes; "
             f"nearest: run.name={Path(c.run.name).name or 'run'}",
         )
-        need(c.run.name.isprintable(), f"run.name={c.run.name!r} must be printable: it is a folder's name")
+        need(c.run.name.isprintable(), f"run.name={c.run.name!r} must be printable, because it is the name of a folder")
     for option, text in (("run.dir", c.run.dir), ("run.name", c.run.name or "")):
         variable = re.search(r"\$(\w+)", text)
         need(

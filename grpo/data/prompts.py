@@ -162,7 +162,7 @@ def _messages(row: Row, data: DataConfig, option: str) -> Messages:
             )
         out.append(given)
     if out[-1]["role"] == "assistant":
-        raise UserError(f"{place} ends with an assistant turn; the model would be shown the answer it has to give")
+        raise UserError(f"{place} ends with an assistant turn; the prompt would contain the answer")
     return tuple(out)
 
 
@@ -191,7 +191,7 @@ def _apply_chat_template(
     option: str,
 ) -> list[str]:
     if not tokenizer.chat_template:
-        raise UserError("data.style=chat needs a tokenizer with a chat template, and this one has none; use template")
+        raise UserError("data.style=chat needs a tokenizer with a chat template; this one has none, so use template")
     asked = list[str]()
 
     def today(form: str) -> str:

@@ -85,7 +85,7 @@ def _read_file(path: Path, option: str) -> list[Row]:
             return _read_parquet(path, option)
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read: {one_line(error)}") from error
-    raise UserError(f"{option}: {path} has a form that is not read here; it takes {FORMATS}")
+    raise UserError(f"{option}: {path} has an unsupported format; supported are {FORMATS}")
 
 
 def _read_json_lines(path: Path, option: str) -> list[Row]:
@@ -100,7 +100,7 @@ def _read_json_lines(path: Path, option: str) -> list[Row]:
     if lines[0].strip() == b"{" or data.lstrip()[:1] == b"[":
         what, each = ("an array", "'.[]'") if data.lstrip()[:1] == b"[" else ("an object over several lines", ".")
         raise UserError(
-            f"{option}: {path} begins with {what}, and each line must be one JSON object; write it so with: "
+            f"{option}: {path} begins with {what}, and each line must be one JSON object; convert it with: "
             f"jq -c {each} {path.name} > rows.jsonl"
         )
     rows = []
@@ -120,7 +120,7 @@ def _read_json_lines(path: Path, option: str) -> list[Row]:
 def _parse_line(line: bytes) -> Json:
     """Return one JSON value. Raises ValueError with a message of one line."""
     if not line.strip():
-        raise ValueError("the line is blank; blank lines may only stand at the end")
+        raise ValueError("the line is blank; blank lines are allowed only at the end")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -166,7 +166,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"number {text} does not fit a float")
+        raise ValueError(f"number {text} is too large for a float")
     return value
 
 
@@ -224,7 +224,7 @@ def _read_hub(name: str, split: str, option: str) -> list[Row]:
             found = _load_dataset(repository, configuration or None, split)
         except Exception as error:
             raise UserError(
-                f"{option}: {name} is neither a local path nor a data set that the hub gave{remark}: {_reason(error)}"
+                f"{option}: {name} is neither a local path nor a data set that the hub has{remark}: {_reason(error)}"
             ) from error
     return _number(found.to_list(), name)
 

@@ -110,5 +110,5 @@ def _number(row: Row, column: str, option: str) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{option}.between.{column}: {row.where} has {value!r:.80}, which is no number")
+        raise UserError(f"{option}.between.{column}: {row.where} has {value!r:.80}, which is not a number")
     return number

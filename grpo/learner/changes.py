@@ -53,7 +53,7 @@ def find_change(model: PreTrainedModel) -> LogitChange:
     """
     head, body = model.get_output_embeddings(), _body(model)
     if head is None or body is None:
-        raise UserError(f"model.path: {type(model).__name__} is no decoder with a vocabulary projection")
+        raise UserError(f"model.path: {type(model).__name__} is not a decoder with a vocabulary projection")
     vocabulary = head.weight.shape[0]
     given = torch.linspace(-1, 1, head.weight.shape[1]).to(head.weight.dtype)[None, None]
     chosen = torch.zeros(1, 1, vocabulary, dtype=torch.float64)

@@ -119,8 +119,8 @@ def refuse_mismatched(where: str, tensors: Collection[tuple[str, torch.Size, tor
     if tensors:
         name, found, expected = min(tensors)
         raise UserError(
-            f"{where}: {name} is of the shape {list(found)}, by config.json {list(expected)}"
-            + (f"; so are {len(tensors) - 1} more" if len(tensors) > 1 else "")
+            f"{where}: {name} has the shape {list(found)}, but config.json gives {list(expected)}"
+            + (f"; {len(tensors) - 1} more tensors differ" if len(tensors) > 1 else "")
         )
 
 
@@ -147,7 +147,7 @@ def attention_of(config: Config, settings: PreTrainedConfig) -> str:
     if config.model.attention != "auto":
         if cap is not None and config.model.attention != "eager":
             raise UserError(
-                f"model.attention={config.model.attention} leaves out the cap on attention scores that config.json's "
+                f"model.attention={config.model.attention} omits the cap on attention scores that config.json's "
                 f"attn_logit_softcapping={cap} asks for; nearest: eager"
             )
         return config.model.attention

@@ -26,7 +26,7 @@ def replay(folder: Path) -> list[str]:
     files = sorted(folder.glob("rank-*.safetensors"))
     for needed in ("rank-0.safetensors", "config.yaml", "model/config.json"):
         if not (folder / needed).is_file():
-            raise UserError(f"{folder} is no whole dump of an update: it has no {needed}")
+            raise UserError(f"{folder} is not a complete dump of an update: it has no {needed}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_module.load(folder / "config.yaml", [f"model.path={folder / 'model'}"])
     model = heads.load_policy(config).to(device)
@@ -49,7 +49,7 @@ def replay(folder: Path) -> list[str]:
             where = f"rank {rank} microbatch {number}"
             lines += [f"{where}: {name} {text}" for name, text in found.items()]
     begins = next((line for line in lines[1:] if "not finite" in line), None)
-    lines.append(f"begins with {begins}" if begins else "everything is finite here: it took other hardware, or chance")
+    lines.append(f"begins with {begins}" if begins else "everything is finite here; it depends on hardware or chance")
     return lines
 
 
@@ -68,7 +68,7 @@ def read(file: Path) -> list[tuple[Batch, Prepared, float]]:
     try:
         count, kl_coef = int(about["microbatches"]), float(about["kl_coef"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not of a dump: it does not say how many microbatches it holds") from error
+        raise UserError(f"{file} is not part of a dump: it does not say how many microbatches it has") from error
     for number in range(count):
         own = {name.split("/")[1]: t for name, t in tensors.items() if name.startswith(f"{number}/")}
         missing = [f.name for f in dataclasses.fields(Batch) if f.name not in own]

@@ -97,7 +97,7 @@ def train(
         for name in allow:
             config_module.refuse_unknown(name, f"allow={name}")
         if allow and resume is None:
-            raise UserError("allow is for a run that is resumed: resume='auto' or resume=PATH")
+            raise UserError("allow is only for a resumed run: add resume='auto' or resume=PATH")
         own = None if rewards is None else _written(rewards, Path(written))
         config = config_module.load(recipe, config_module.override_texts(overrides or {}), own)
         path = _path_of(recipe)

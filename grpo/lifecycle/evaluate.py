@@ -75,13 +75,13 @@ def evaluate(plan: CheckedRun, model: str, out: Path) -> Outcome:
             try:
                 sets = sample(plan, folder, left, console)
             except KeyboardInterrupt:
-                console.say("grpo: interrupted; what has been sampled is kept, the same command goes on")
+                console.say("grpo: interrupted; the samples are kept, and the same command continues")
                 return Outcome(folder=folder, code=ExitCode.RESUMABLE, sets={})
             except RewardOutage as error:
                 done, _ = evaluation_folder.survey(plan, folder)  # removes nothing: failed completions can be read
                 kept = len(done) + sum(map(len, left.values())) - len(plan.eval_prompts)
                 console.say(f"grpo: {error}")
-                console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on")
+                console.say(f"grpo: {kept} prompts have been evaluated and are kept; the same command continues")
                 code = ExitCode.RESUMABLE if kept else ExitCode.USAGE
                 return Outcome(folder=folder, code=code, sets={}, error=error)
         for line in evaluation_folder.report(sets):

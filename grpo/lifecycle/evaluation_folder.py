@@ -124,7 +124,7 @@ def opened(folder: Path, key: Mapping[str, Json], plan: CheckedRun) -> Iterator[
         for sub in ("samples", "logs"):
             (folder / sub).mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"--out {folder.parent}: no folder can be made there: {error.strerror}") from error
+        raise UserError(f"--out {folder.parent}: no folder can be created there: {error.strerror}") from error
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -86,7 +86,7 @@ def done_before(config: Config, origin: Origin, allowed: Sequence[str]) -> str:
     if not origin.done or origin.run is None:
         return ""
     resume.refuse_other_run(origin.run, check.resolve_paths(config), allowed)
-    return f"{origin.run} is done: it has {run_folder.steps_done(origin.run)} steps; more of them: run.steps=N"
+    return f"{origin.run} is done: it has {run_folder.steps_done(origin.run)} steps; to continue it: run.steps=N"
 
 
 def check_run(
@@ -141,7 +141,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
             summary |= {"wall_s_all_sessions": round(sum(seconds), 3), "sessions": len(seconds)}
             folder.write_summary(summary)
         except OSError as error:
-            console.say(f"grpo: besides, summary.json could not be written: {error}")
+            console.say(f"grpo: also, summary.json could not be written: {error}")
         for warning in folder.facts["warnings"]:
             console.say(warning_line(warning, folder.facts["steps"]))
         if outcome.code == ExitCode.DONE and "accuracy_gain" in folder.facts:
@@ -149,7 +149,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
         console.say(sessions.wall_line(seconds))
         console.say(f"run folder {folder.path}")
         for line in folder.close_trackers(failed=outcome.code != ExitCode.DONE):
-            console.say(f"grpo: besides, {line}")
+            console.say(f"grpo: also, {line}")
     return outcome
 
 
@@ -203,7 +203,7 @@ def run_and_report(training: Training) -> Outcome:
     finally:
         stopper.uninstall()
     every = checkpoints.list_checkpoints(folder.path)
-    hint = f"go on with resume={folder.path}" if every else "there is no checkpoint to go on from"
+    hint = f"resume it with resume={folder.path}" if every else "there is no checkpoint to resume from"
     newest = (run_folder.step_of(every[-1]) or 0) if every else 0
     further = newest > began  # an attempt that fails without making progress does not end with 75
     if stopped:
@@ -215,7 +215,7 @@ def run_and_report(training: Training) -> Outcome:
     try:
         folder.close()
     except Exception as error:  # noqa: BLE001 - reported in addition to the first failure, which stays the reason
-        console.say(f"grpo: besides, a file could not be written: {error}")
+        console.say(f"grpo: also, a file could not be written: {error}")
     return Outcome(run=folder.path, code=code, reason=reason, error=cause, resumable=bool(every))
 
 
@@ -244,16 +244,14 @@ def run_with_restarts(training: Training) -> bool:
         except UserError as error:  # after the loss, the cluster may be too small
             if lost is None or folder.facts["steps"] > began:  # unrelated to the loss
                 raise
-            raise EngineFailure(f"{lost}; the engines cannot be started again: {error}") from error
+            raise EngineFailure(f"{lost}; the engines cannot be restarted: {error}") from error
         except EngineFailure as error:
             lost = error
             if training.stopper.asked or not left or not checkpoints.list_checkpoints(folder.path):
                 raise
             training = dataclasses.replace(training, resumed=resume.restore_last(plan, folder.path))
             began = training.resumed.step
-            training.console.say(
-                f"{error}\n{keep_traceback(folder.path)}; starting the engines again after step {began}"
-            )
+            training.console.say(f"{error}\n{keep_traceback(folder.path)}; restarting the engines after step {began}")
             folder.rewind(plan.config, began)
             folder.facts |= training.resumed.progress.accuracies()
     raise AssertionError("the last attempt returns or raises")

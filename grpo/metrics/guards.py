@@ -36,7 +36,7 @@ def guard_mismatch(result: StepResult, config: Config, noise: Spread) -> None:
         raise MismatchError(
             f"the logprobs of the sampled tokens differ by {rms:.3g} between sampler and learner (root mean square; "
             f"allowed {bar:.3g}): weights, tokens or sampling settings differ between the two. algorithm.max_mismatch "
-            "sets the bar; without it the learner's rounding noise does (docs/weight-check.md)"
+            "sets the limit, by default five times the learner's rounding noise (docs/weight-check.md)"
         )
 
 
@@ -50,10 +50,10 @@ def count_skipped(result: StepResult, step: int, before: int, *, run: Path, say:
     if not updates:
         return 0
     said = (
-        f"step {step}: loss or gradient of {updates} updates were not finite; they moved no weight, and what they were "
-        f"made of is in {run / 'nonfinite'} (see grpo replay)"
+        f"step {step}: the loss or gradient of {updates} updates was not finite; the updates were skipped, and their "
+        f"inputs are in {run / 'nonfinite'} (see grpo replay)"
     )
     if before + 1 >= MAX_SKIPPED:
-        raise NonFiniteError(f"{said}; so it was in {MAX_SKIPPED} steps in a row")
+        raise NonFiniteError(f"{said}; this happened in {MAX_SKIPPED} steps in a row")
     say(said)
     return before + 1

@@ -112,7 +112,7 @@ def _why_constant(config: Config, metrics: Metrics) -> str:
     if varying:
         cause = f"the values of {', '.join(varying)} differ, and their weights are 0 or cancel (rewards[i].weight)"
     elif metrics["completion/truncated_fraction"] == 1:
-        cause = f"all were cut off at sampling.max_tokens={config.sampling.max_tokens}, perhaps before the answer"
+        cause = f"all were truncated at sampling.max_tokens={config.sampling.max_tokens}, perhaps before the answer"
     elif value > 0:
         cause = "the model solves the task already, or the reward does not depend on the completion"
     else:
@@ -145,12 +145,12 @@ def _zero_gradient(config: Config, metrics: Metrics) -> bool:
 
 CAUSES = {
     "failed": "they failed or their groups were too small to compare",
-    "truncated": "algorithm.mask_truncated leaves out what was cut off at sampling.max_tokens",
+    "truncated": "algorithm.mask_truncated excludes completions that were truncated at sampling.max_tokens",
     "no_spread": "the rewards within each group are equal",
     "stale": "an older policy sampled them",
     "zero_advantage": "their advantage is 0",
-    "stopped": "the updates were left out (not finite, or beyond algorithm.max_kl_old)",
-    "mismatch_masked": "the bounds on the importance weights leave them out (algorithm.importance_*, rejection_*)",
+    "stopped": "the updates were skipped (not finite, or beyond algorithm.max_kl_old)",
+    "mismatch_masked": "the bounds on the importance weights exclude them (algorithm.importance_*, rejection_*)",
     "clipped": "the clip stops their gradient (algorithm.eps_low, eps_high)",
     "contributing": "they reached the loss, and its gradient is 0",
 }
@@ -160,7 +160,7 @@ CAUSES = {
 def _why_zero(config: Config, metrics: Metrics) -> str:
     column = max(CAUSES, key=lambda name: metrics.get(f"gradient/{name}", 0.0))
     share = metrics.get(f"gradient/{column}", 0.0) / max(1.0, metrics.get("gradient/sampled", 0.0))
-    return f"the gradient was 0 and no weight moved: of {share:.0%} of the sampled tokens {CAUSES[column]}"
+    return f"the gradient was 0 and no weight changed: of {share:.0%} of the sampled tokens {CAUSES[column]}"
 
 
 def _zero_lr(config: Config, metrics: Metrics) -> bool:
@@ -173,7 +173,7 @@ def _truncated(config: Config, metrics: Metrics) -> bool:
 
 def _why_truncated(config: Config, metrics: Metrics) -> str:
     return (
-        f"every completion was cut off at sampling.max_tokens={config.sampling.max_tokens}: that is too few, or the "
+        f"every completion was truncated at sampling.max_tokens={config.sampling.max_tokens}: that is too few, or the "
         "model never writes an end token (sampling.stop, sampling.stop_token_ids, the chat template)"
     )
 
@@ -182,6 +182,6 @@ SIGNS = (
     Sign("constant_reward", CONSTANT_REWARD_STEPS, _constant_reward, _why_constant),
     Sign("no_spread", NO_SPREAD_STEPS, _no_spread, _why_no_spread),
     Sign("zero_gradient", ZERO_GRADIENT_STEPS, _zero_gradient, _why_zero),
-    Sign("zero_lr", ZERO_LR_STEPS, _zero_lr, lambda config, metrics: "no weight could move: optimizer.lr is 0"),
+    Sign("zero_lr", ZERO_LR_STEPS, _zero_lr, lambda config, metrics: "no weight could change: optimizer.lr is 0"),
     Sign("all_truncated", TRUNCATED_STEPS, _truncated, _why_truncated),
 )

@@ -108,7 +108,7 @@ def refuse_unknown_best(best: str | None, names: Collection[str]) -> None:
     """Raise UserError, with the nearest name, if `best`, the value of `run.keep_best`, is not in `names`."""
     if best is None or best in names:
         return
-    raise UserError(f"run.keep_best={best} is no metric of this run{suggest(best, names)}")
+    raise UserError(f"run.keep_best={best} is not a metric of this run{suggest(best, names)}")
 
 
 def full_check_metrics(sync: SyncResult) -> dict[str, float]:

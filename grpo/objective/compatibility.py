@@ -41,8 +41,8 @@ LEGAL_AGGREGATIONS: dict[PolicyLoss, tuple[Aggregation, ...]] = {
 rows more."""
 
 ILLEGAL_KL: dict[tuple[Estimator, Gradient], str] = {
-    ("k1", "autodiff"): "its expected gradient is 0; take algorithm.kl_gradient=k2",
-    ("k2", "ratio_weighted"): "it is the gradient of another quantity than the KL; take algorithm.kl_gradient=autodiff",
+    ("k1", "autodiff"): "its expected gradient is 0; use algorithm.kl_gradient=k2",
+    ("k2", "ratio_weighted"): "it is not the gradient of the KL; use algorithm.kl_gradient=autodiff",
 }
 
 REWARD_KL: tuple[Estimator, ...] = ("k1",)

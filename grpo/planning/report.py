@@ -139,7 +139,7 @@ def report(
     if any(plan.host.values()):
         host = line("host", plan.host, 1e9, f"{sum(plan.host.values()) / 1e9:.1f} GB of host memory a rank")
         lines.insert(4, host)
-    lines += [f"no         {problem}" for problem in plan.problems] or ["fits       memory and GPUs suffice, on paper"]
+    lines += [f"no         {problem}" for problem in plan.problems] or ["fits       memory and GPUs are sufficient"]
     return lines
 
 
@@ -171,5 +171,5 @@ def plan_lines(
     if found is not None:
         options, other = found
         against = "which fits" if plan.problems else f"{other.hours / plan.hours:.0%} of these"
-        lines.append(f"better     {' '.join(options)}: {other.hours:.2g} hours on as many GPUs, {against}")
+        lines.append(f"better     {' '.join(options)}: {other.hours:.2g} hours on the same number of GPUs, {against}")
     return "\n".join(lines), not plan.problems

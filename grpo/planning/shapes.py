@@ -127,10 +127,10 @@ def refuse_outer_folder(option: str, path: str) -> None:
         raise UserError(f"{option}={path} has no config.json, the model is in a folder inside it: {option}={inside}")
     if (folder / "config.yaml").is_file():
         raise UserError(
-            f"{option}={path} is a run's folder without a model: model/ is written at the run's end, and into every "
+            f"{option}={path} is a run folder without a model: model/ is written at the end of the run, and into every "
             "checkpoint with run.save_model=true"
         )
-    raise UserError(f"{option}={path} has no config.json, and no folder inside it has one: it is not a model's folder")
+    raise UserError(f"{option}={path} has no config.json, and no folder inside it has one: it is not a model folder")
 
 
 def model_inside(folder: Path) -> Path | None:

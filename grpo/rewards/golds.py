@@ -138,8 +138,8 @@ def refuse_unfit_answers(prompts: Sequence[Prompt], where: str, i: int, gold_tem
         if isinstance(answer, list | Mapping) and any(field in gold_template for field in whole):
             raise UserError(
                 f"{where}: the answer of {place} is {answer!r:.80}, which data.gold_template={gold_template!r} would "
-                f"write as Python; name a part of it: data.gold_template='{{{answer_column}[0]}}', or go on without: "
-                f"rewards.{i}.gold=false"
+                f"write as Python; name a part of it: data.gold_template='{{{answer_column}[0]}}', or turn the "
+                f"test off: rewards.{i}.gold=false"
             )
 
 
@@ -202,8 +202,8 @@ def run_on_gold(
             raise UserError(
                 f"{where} gives the gold answer {texts[0]!r} {said[0]}, the corrupted {texts[1]!r} {said[1]} and an "
                 f"empty completion {said[2]} on {prompt.where}: {dict(prompt.row)!r:.300}; gold must score above 0 and "
-                "above a corrupted answer (how it is written as a completion: data.gold_template; not to try it: "
-                f"rewards.{i}.gold=false)"
+                "above a corrupted answer (data.gold_template sets how it is written as a completion; to turn the test "
+                f"off: rewards.{i}.gold=false)"
             )
         shown = shown or f"gold {said[0]}, corrupted {said[1]} on {len(prompts)} rows"
     return shown
@@ -212,8 +212,8 @@ def run_on_gold(
 def unreadable(where: str, i: int, rows: Sequence[str]) -> str:
     """Return the error message for rows whose gold answer makes reward number `i` fail."""
     return (
-        f"{where} cannot read the gold answer of {'; '.join(rows)}; mend the data, or go on without: "
-        f"rewards.{i}.gold=false (completions of such rows are then Failed, and in no average)"
+        f"{where} cannot read the gold answer of {'; '.join(rows)}; correct the data, or turn the test off: "
+        f"rewards.{i}.gold=false (completions of such rows are then Failed and left out of averages)"
     )
 
 

@@ -46,7 +46,7 @@ def locate(rewards: Sequence[RewardConfig], recipe: Path, written: Path | None =
             first = named or own_file if listing and f"{reward.file}.py" not in nearby else own_file or named
             hint = listing + first
             if recipe.name == "config.yaml":  # the copy in a run folder
-                hint += "; go to the directory that the run was started in, or give another one with --reward FILE"
+                hint += "; change to the directory in which the run was started, or give the file with --reward FILE"
             raise UserError(f"rewards[{i}].file={reward.file} does not exist{hint}")
         found.append(path)
     return found
@@ -85,7 +85,7 @@ def top_names(file: Path) -> Iterator[str]:
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{file} is no Python that can be read: {error}") from error
+        raise UserError(f"{file} cannot be parsed as Python: {error}") from error
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:

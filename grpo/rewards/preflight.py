@@ -126,7 +126,7 @@ def style_words(reward: RewardConfig, prompts: Mapping[str, Sequence[Prompt]], u
             if lacking := sum(row.get(column) is None for row in rows):
                 words.append(f"{column} is {instead} on {lacking} of {len(rows)} rows, which have no such column")
     if unfilled:
-        words.append(f"the default is kept of {', '.join(unfilled)}")
+        words.append(f"the default is kept for {', '.join(unfilled)}")
     return f"style {reward.style}: {'; '.join(words)}" if words else ""
 
 

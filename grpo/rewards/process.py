@@ -199,7 +199,7 @@ class WorkerProcess:
         if code == reaper.TOO_MANY:
             return f"had more than {reaper.MAX_PROCESSES} processes"
         if code == reaper.TOO_LARGE:
-            return f"and what it started used more than {memory_words(self._memory_gib)}"
+            return f"and its processes used more than {memory_words(self._memory_gib)}"
         if not alone:
             return "closed or broke its connection"
         if code >= 0:

@@ -129,7 +129,7 @@ def read(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST
     if not file.is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no {MANIFEST}")
+        raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}")
     try:
         written = (folder / DIGEST).read_text(encoding="utf-8").split()[0]
         if hashlib.sha256(file.read_bytes()).hexdigest() != written:
@@ -165,7 +165,7 @@ def check_file(path: Path, record: FileRecord) -> None:
         raise UserError(f"{path} has {path.stat().st_size} bytes and was written with {record.bytes}")
     with path.open("rb") as handle:
         if hashlib.file_digest(handle, "sha256").hexdigest() != record.sha256:
-            raise UserError(f"{path} is not what was written: its SHA-256 differs from the manifest's")
+            raise UserError(f"{path} has changed since it was written: its SHA-256 differs from the manifest's")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -269,7 +269,7 @@ def compare(manifest: Manifest, config: Config, fingerprints: Mapping[str, str],
         if not _within(name, allowed):
             by = ", ".join(option for option in options if _within(option, [name]))
             by = f" (by {by})" if by else ""
-            raise UserError(f"the content of {name} has changed since the checkpoint{by}; go on with it: allow={name}")
+            raise UserError(f"the content of {name} has changed since the checkpoint{by}; to permit this: allow={name}")
         notes.append(f"the content of {name} has changed, as allowed")
     return notes
 
@@ -288,9 +288,9 @@ def compare_options(before: Mapping[str, Json], config: Config, allowed: Sequenc
         if _within(option, allowed):
             notes.append(f"{option} is {now}, was {old}, as allowed")
         elif stretched or resume is OnResume.SAME:
-            why = "; the learning-rate schedule would be another" if stretched else ""
+            why = "; the learning-rate schedule would change" if stretched else ""
             raise UserError(
-                f"{option}={now} was {old} in the run to be resumed{why}: put it back, or go on with it: allow={option}"
+                f"{option}={now} was {old} in the run to be resumed{why}: restore it, or permit it: allow={option}"
             )
         elif resume is OnResume.ROUNDING:
             notes.append(f"{option} is {now}, was {old}: equal up to the order of additions, not bit for bit")

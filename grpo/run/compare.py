@@ -107,14 +107,14 @@ def read_subject(path: Path, step: int | None) -> Subject:
     Raises UserError when `path` holds neither a run nor an evaluation, or no evaluation after `step`.
     """
     if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is neither a run's folder nor an evaluation's: it has no config.yaml")
+        raise UserError(f"{path} is neither a run folder nor an evaluation: it has no config.yaml")
     config = read_config(path / "config.yaml")
     found = ((re.fullmatch(r"eval-(\d+)", file.stem), file) for file in (path / "samples").glob("*.parquet"))
     made = {int(named[1]): file for named, file in found if named}
     if (path / "evaluation.json").is_file():
         files, evaluated = sorted((path / "samples").glob("*.parquet")), BY_ITSELF
     elif (path / "key.json").is_file():
-        raise UserError(f"{path} is an evaluation that is not finished; the same grpo eval command goes on with it")
+        raise UserError(f"{path} is an evaluation that is not finished; the same grpo eval command continues it")
     elif step is None and not made:
         files, evaluated = [], "no evaluation"
     else:
@@ -281,20 +281,20 @@ def differing_graders(a: Subject, b: Subject) -> list[str]:
     warnings = []
     if [*one] != [*other]:
         said = " and ".join(f"{which} by {', '.join(some) or 'none'}" for which, some in (("A", one), ("B", other)))
-        warnings.append(f"warning: the graders differ: {said}; the first of them judges accuracy")
+        warnings.append(f"warning: the graders differ: {said}; the first of them determines accuracy")
     for name in one:
         if name not in other or one[name] == other[name]:
             continue
         unknown = [which for which, some in (("A", one), ("B", other)) if some[name] is None]
         if unknown:
-            warnings.append(f"note: {unknown[0]} has no record of what the grader {name} was like")
+            warnings.append(f"note: {unknown[0]} has no record of the content of the grader {name}")
         else:
             warnings.append(
-                f"warning: the grader {name} was not the same file in A and B, so that they are judged differently"
+                f"warning: the grader {name} has different contents in A and B, so they are graded differently"
             )
     old, new = (subject.record["versions"].get("math-verify") for subject in (a, b))
     if old and new and old != new:
-        warnings.append(f"warning: math-verify, by which math_answer judges, is {old} in A and {new} in B")
+        warnings.append(f"warning: math-verify, which math_answer uses, is {old} in A and {new} in B")
     return warnings
 
 
@@ -342,7 +342,7 @@ def compare_evaluations(a: Samples, b: Samples) -> list[str]:
         if not shared:
             continue
         left = {max(len(a[name]), len(b[name])) - len(shared)} - {0}
-        notes += [f"note: {n} prompts of {name} are in one of the two only, and left out" for n in left]
+        notes += [f"note: {n} prompts of {name} are in only one of the two, and are left out" for n in left]
         unscored = [which for which, some in (("A", a), ("B", b)) if not any_scored(some[name][p] for p in shared)]
         if unscored:
             notes.append(f"note: no completion of {name} was scored in {' and '.join(unscored)}")

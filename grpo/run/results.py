@@ -25,7 +25,7 @@ class Run:
         """The run folder."""
         if not (self.path / "config.yaml").is_file():
             near = "" if self.path.exists() else nearest_path(self.path)
-            raise UserError(f"{path} is no run folder: it has no config.yaml{near}")
+            raise UserError(f"{path} is not a run folder: it has no config.yaml{near}")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"

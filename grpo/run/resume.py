@@ -66,7 +66,7 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
         if run is None:
             return Origin()
         if not (run / "config.yaml").is_file():
-            raise UserError(f"resume=auto: {run} is no run folder (it has no config.yaml); choose another run.name")
+            raise UserError(f"resume=auto: {run} is not a run folder (it has no config.yaml); choose another run.name")
         every = checkpoints.list_checkpoints(run)
         done = run_folder.is_done(run, config.run.steps)
         return Origin(run=run, checkpoint=every[-1] if every else None, done=done, state=state_of(run))
@@ -141,7 +141,7 @@ def prepare(origin: Origin, plan: CheckedRun, allowed: Sequence[str]) -> Resumed
         if origin.run is not None:
             if run_folder.is_done(origin.run, 0):
                 raise UserError(
-                    f"{origin.run} is done and has no checkpoint to go on from (run.save_every writes them); choose "
+                    f"{origin.run} is done and has no checkpoint to resume from (run.save_every writes them); choose "
                     "another run.name"
                 )
             refuse_other_run(origin.run, config, allowed)

@@ -114,7 +114,8 @@ class Stopper:
         self.asked = self.asked or name
         if first and self._may_finish:
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
-            self._say(f"{name}: finishing the step and saving, in {self._grace_s:g} s at most; once more: stop now")
+            within = f"in at most {self._grace_s:g} s"
+            self._say(f"{name}: finishing the step and saving, {within}; a second signal stops at once")
             return
         self.enforced = True
         raise Stopped(self.asked)

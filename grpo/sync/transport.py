@@ -97,8 +97,8 @@ def senders(transport: str, ranks: Sequence[Place], samplers: Sequence[Place]) -
             if end not in first_at:
                 where = f"GPU {end}" if transport == "ipc" else f"node {place.host}"
                 raise UserError(
-                    f"Ray placed sampler {i} on {where}, where no learner rank is, and cluster.layout=colocated "
-                    "brings weights no further; use cluster.layout=disaggregated, or a learner rank per sampler"
+                    f"Ray placed sampler {i} on {where}, which has no learner rank, and cluster.layout=colocated "
+                    "sends weights no further; use cluster.layout=disaggregated, or a learner rank per sampler"
                 )
             needed.add(first_at[end])
     return sorted(needed)
@@ -170,7 +170,7 @@ def joined(buckets: Sequence[Bucket]) -> Bucket:
     for rank, other in enumerate(buckets):
         for spec, ours, theirs in zip(first.tensors, first.checksums, other.checksums, strict=True):
             if ours != theirs:
-                raise WeightSyncError(f"sending rank {rank} of the learner holds another {spec.name} than rank 0")
+                raise WeightSyncError(f"sending rank {rank} of the learner has another {spec.name} than rank 0")
     transport: Location = {**first.transport}
     if "files" in transport:
         transport["files"] = {node: file for b in buckets for node, file in b.transport["files"].items()}

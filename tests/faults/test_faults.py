@@ -47,7 +47,7 @@ class Outcome:
 
 
 DONE = "done"
-NO_CHECKPOINT = "there is no checkpoint to go on from"
+NO_CHECKPOINT = "there is no checkpoint to resume from"
 
 
 def expected(fault: str, phase: str) -> Outcome:
@@ -60,9 +60,9 @@ def expected(fault: str, phase: str) -> Outcome:
         case "learner killed" if early:
             return Outcome(1, "learner-0 died while waiting for the engines to load", 30)
         case "learner killed":
-            return Outcome(0, "learner-0 died", 30, "starting the engines again after step 2")
+            return Outcome(0, "learner-0 died", 30, "restarting the engines after step 2")
         case "sampler hung" | "learner hung":
-            return Outcome(0, f"waited {DEADLINE_S} s for ", DEADLINE_S + 30, "starting the engines again after step 2")
+            return Outcome(0, f"waited {DEADLINE_S} s for ", DEADLINE_S + 30, "restarting the engines after step 2")
         case "reward worker killed" if phase == "learning":  # it had nothing to do
             return Outcome(0, "step 6/6", 10)
         case "reward worker killed":
@@ -72,19 +72,19 @@ def expected(fault: str, phase: str) -> Outcome:
         case "node lost" if early:
             return Outcome(1, "the node of", 30)
         case "node lost":
-            return Outcome(0, "the node of", 30, "starting the engines again after step 2")
+            return Outcome(0, "the node of", 30, "restarting the engines after step 2")
         case "driver killed":
             return Outcome(-9, "", 5)
         case "SIGTERM" | "SIGUSR1" if early:
             return Outcome(1, f"interrupted by {fault}; {NO_CHECKPOINT}", 30)
         case "SIGTERM" | "SIGUSR1":
-            return Outcome(75, f"interrupted by {fault}; go on with resume=", 30)
+            return Outcome(75, f"interrupted by {fault}; resume it with resume=", 30)
         case "SIGTERM to all" | "SIGUSR1 to all":
-            return Outcome(75, f"interrupted by {fault.removesuffix(' to all')}; go on with resume=", 30)
+            return Outcome(75, f"interrupted by {fault.removesuffix(' to all')}; resume it with resume=", 30)
         case "Ctrl-C twice" if early:
             return Outcome(1, f"interrupted by SIGINT; {NO_CHECKPOINT}", 30)
         case "Ctrl-C twice":
-            return Outcome(75, "interrupted by SIGINT; go on with resume=", 30)
+            return Outcome(75, "interrupted by SIGINT; resume it with resume=", 30)
         case "disk full":
             return Outcome(75, "stopped by a full disk: ", 60)
     raise AssertionError(fault)

@@ -45,7 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *overrides: str, c
         (["data.template={quastion}="], "question"),
         (["data.max_prompt_tokens=5"], "data.max_prompt_tokens"),
         (["sampling.max_tokens=100", "learner.tokens_per_microbatch=4096"], "64 positions"),
-        (["algorithm.prompts_per_step=1000"], "more than data.train has prompts (64)"),
+        (["algorithm.prompts_per_step=1000"], "more than the number of prompts in data.train (64)"),
         (["rewards.0.file=reward_fns/arithmetics.py"], "did you mean"),
         (["rewards.0.name=arithmetics"], "did you mean arithmetic?"),
         (["data.gold_template=answer {answer}"], "gold"),
@@ -88,7 +88,7 @@ def test_a_secret_in_the_recipe_is_refused_and_not_repeated(
     monkeypatch.setenv("JUDGE_API_KEY", "sk-31415926")
     recipe = make_recipe(model, data={"gold_template": "${oc.env:JUDGE_API_KEY}"})
     said = refused(capsys, recipe)
-    assert "holds the value of the environment variable JUDGE_API_KEY" in said
+    assert "contains the value of the environment variable JUDGE_API_KEY" in said
     assert "31415926" not in said
 
 
@@ -154,7 +154,7 @@ def test_a_cluster_that_is_not_there_is_refused(
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free}")  # as a shell's profile may set it
     said = refused(capsys, make_recipe(model), command="check")
     assert f"the environment variable RAY_ADDRESS=127.0.0.1:{free}: nothing answers there" in said
-    assert "without it, a run starts a Ray of its own" in said
+    assert "without it, a run starts a private Ray" in said
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_damaged_weights_are_refused(
         weights.write_bytes(b"\x80\x02}q\x00.")
     elif damage == "a pointer":
         weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-        named += " is a Git LFS pointer in the place of the file"
+        named += " is a Git LFS pointer instead of the file"
     elif damage == "gone":
         weights.unlink()
     elif damage == "a shard is gone":
@@ -217,7 +217,7 @@ def test_prompts_that_stand_there_twice_are_said(
     lines = data.read_text().splitlines()
     data.write_text("\n".join([*lines, lines[3], lines[3], lines[9]]) + "\n")
     assert cli.main(["check", str(recipe)]) == 0
-    assert "3 of 67 prompts of data.train stand there more than once" in capsys.readouterr().out
+    assert "3 of 67 prompts of data.train occur more than once" in capsys.readouterr().out
 
 
 def test_a_model_with_dropout_is_refused(
@@ -244,7 +244,7 @@ def test_a_dump_that_is_none_is_a_sentence(tmp_path: Path, capsys: pytest.Captur
         assert cli.main(["replay", str(folder)]) == 2
         return capsys.readouterr().err.strip()
 
-    assert "is no whole dump of an update: it has no rank-0.safetensors" in said_of(tmp_path / "nowhere")
+    assert "is not a complete dump of an update: it has no rank-0.safetensors" in said_of(tmp_path / "nowhere")
     (tmp_path / "rank-0.safetensors").write_bytes(b"rubbish")
     assert "it has no config.yaml" in said_of(tmp_path)
     (tmp_path / "config.yaml").write_text("run: {}\n")

@@ -43,11 +43,11 @@ def alive(processes: list[psutil.Process]) -> list[str]:
     [
         # while it samples, the learner's state can be saved
         pytest.param("kill sampler", None, "sampler-0 died", marks=pytest.mark.slow),
-        pytest.param("SIGTERM", 75, "grpo: interrupted by SIGTERM; go on with resume=", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 75, "grpo: interrupted by SIGTERM; resume it with resume=", marks=pytest.mark.slow),
         pytest.param(
-            "SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; go on with resume=", marks=pytest.mark.slow
+            "SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; resume it with resume=", marks=pytest.mark.slow
         ),
-        pytest.param("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; go on with resume=", marks=pytest.mark.slow),
+        pytest.param("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; resume it with resume=", marks=pytest.mark.slow),
         ("Ctrl-C thrice", None, "grpo: interrupted by SIGINT; "),
         pytest.param("SIGKILL", -signal.SIGKILL, "", marks=pytest.mark.slow),
     ],
@@ -85,7 +85,7 @@ def test_an_end_in_mid_run(
             if code is None:  # depends on whether the step under way was already saved
                 code = 75 if list_checkpoints(run) else 1
                 if strike == "Ctrl-C thrice":
-                    words += "go on with resume=" if code == 75 else "there is no checkpoint to go on from"
+                    words += "resume it with resume=" if code == 75 else "there is no checkpoint to resume from"
             assert ended == code
         finally:
             if process.poll() is None:
@@ -128,7 +128,7 @@ def test_an_outage_of_a_reward_saves_the_last_good_step(
         ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
         assert ended.returncode == code, ended.stdout[-2000:] + ended.stderr[-2000:]
         assert "judge server went away" in ended.stdout
-        assert f"the state after step 2 is saved; go on with resume={run}" in ended.stdout
+        assert f"the state after step 2 is saved; resume it with resume={run}" in ended.stdout
         assert [read(folder).step for folder in list_checkpoints(run)] == [2]
         summary = json.loads((run / "summary.json").read_text())
         assert summary["steps"] == 2

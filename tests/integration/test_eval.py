@@ -126,7 +126,7 @@ def test_a_signal_leaves_what_was_sampled(run: Path) -> None:
             assert process.wait(60) == 75, rest
         finally:
             process.kill()
-    assert "the same command goes on" in rest
+    assert "the same command continues" in rest
     assert not list(out.glob("*/evaluation.json"))
 
 
@@ -150,7 +150,7 @@ def test_after_an_outage_the_same_command_goes_on(run: Path, tmp_path: Path) -> 
     kept = sum(value < sums[10] for value in sums)
     said = grpo(*command, str(tmp_path / "evals"), code=75)
     assert "no route to the judge" in said
-    assert f"grpo: {kept} prompts have been evaluated and are kept; the same command goes on" in said
+    assert f"grpo: {kept} prompts have been evaluated and are kept; the same command continues" in said
     files = tmp_path.glob("evals/*/samples/*.parquet")
     failed = [kind for file in files for kind in pq.read_table(file)["failed"].to_pylist()]
     assert failed.count("exception") == 4 * (16 - kept)  # they can still be read

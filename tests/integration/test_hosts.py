@@ -140,4 +140,4 @@ def test_a_lost_node_is_left_behind(cluster: list[Host], recipe: Path, on_one_no
                 assert code == 75, said  # a node that comes back lets the same command continue
                 assert time.monotonic() - at < 90
                 assert struck.address in summary(run)["exit_reason"]
-                assert "the engines cannot be started again" in said
+                assert "the engines cannot be restarted" in said

@@ -117,7 +117,7 @@ def kill_at(
     process.wait(timeout=30)
 
 
-WORDS = {"SamplerActor": "; replaced sampler-0 in ", "LearnerActor": "starting the engines again"}
+WORDS = {"SamplerActor": "; replaced sampler-0 in ", "LearnerActor": "restarting the engines"}
 
 
 @pytest.mark.parametrize(

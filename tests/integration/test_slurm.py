@@ -143,7 +143,7 @@ def test_at_the_time_limit_the_run_is_saved_and_the_job_requeued(
     until(lambda: of_job(submitted, slurm)["Restarts"] == "1", "the job to be requeued", 120)
     first = out.read_text()
     assert "grpo: exit code 75" in first
-    assert f"go on with resume={run}" in first
+    assert f"resume it with resume={run}" in first
     until(lambda: of_job(submitted, slurm)["JobState"] == "PENDING", "the nodes to be free", 100)
     said(["scontrol", "update", f"jobid={submitted}", "starttime=now"], slurm)  # else two minutes pass
     until(lambda: of_job(submitted, slurm)["JobState"] == "COMPLETED", "the job to end", 200)

@@ -207,7 +207,7 @@ def test_little_travels_and_the_jobs_words_and_code_come_back(
             f"http://127.0.0.1:{counter.port}", cwd=here, RAY_ADDRESS="http://127.0.0.1:9",
         )  # fmt: skip
     assert code == 2, said
-    assert f"\ngrpo: {checkpoint} is no checkpoint" in said
+    assert f"\ngrpo: {checkpoint} is not a checkpoint" in said
     assert "with PASSWORD" in said
     assert "blue-moon" not in said
     assert 100_000 < counter.sent < 10_000_000
@@ -222,7 +222,7 @@ def test_what_is_reserved_for_the_driver_is_not_the_engines(
     assert "with 0.5 of 2 CPUs and 0 of 0 GPUs" in said
     code, said = head.grpo("submit", str(recipe), "--driver-cpus", "2.5", cwd=recipe.parent)
     assert code == 2, said
-    refused = r"grpo: --driver-cpus 2\.5: no node has as many CPUs; there is \S+ with 2; nearest: 2\n"
+    refused = r"grpo: --driver-cpus 2\.5: no node has so many CPUs; there is \S+ with 2; nearest: 2\n"
     assert re.fullmatch(refused, said), said
 
 
@@ -278,7 +278,7 @@ def test_a_run_that_queues_waits_until_others_leave_and_can_be_stopped(
     code, said = head.grpo("stop", queued, cwd=tmp_path)
     assert code == 0, said
     assert "exit code  1" in said
-    assert "interrupted by SIGTERM; there is no checkpoint to go on from" in client.get_job_logs(queued)
+    assert "interrupted by SIGTERM; there is no checkpoint to resume from" in client.get_job_logs(queued)
     assert not drivers(recipe)
     code, said = head.grpo("jobs", cwd=tmp_path)
     [line] = [line for line in said.splitlines() if line.startswith(queued)]
@@ -317,7 +317,7 @@ def test_a_token_that_is_wrong_or_missing_is_refused(head: Head, tmp_path: Path)
     for odd in ("sesame\nopen", "ses€ame"):
         code, said = head.grpo("status", "job", cwd=tmp_path, RAY_AUTH_TOKEN=odd)
         assert (code, said.count("\n")) == (2, 1), said
-        assert "the token has characters that no HTTP header may have" in said
+        assert "the token has characters that an HTTP header must not contain" in said
         assert "ses" not in said
 
 
@@ -336,7 +336,8 @@ def test_ctrl_c_ends_the_following_and_stop_the_job(head: Head, slow: tuple[Path
     said = following.communicate(timeout=PATIENCE_S)[0]
     job = job_of(said)
     assert following.returncode == 130, said
-    assert f"the job goes on. Follow it: grpo logs {job} --address {head.address}; stop it: grpo stop {job}" in said
+    follow = f"Follow it: grpo logs {job} --address {head.address}; stop it: grpo stop {job}"
+    assert f"no longer following the job, which continues. {follow}" in said
     code, said = head.grpo("status", job, cwd=recipe.parent)
     assert code == 0
     assert "status     RUNNING" in said
@@ -356,7 +357,7 @@ def test_ctrl_c_ends_the_following_and_stop_the_job(head: Head, slow: tuple[Path
     assert (logs.returncode, logs.stderr) == (130, "")
     code, said = head.grpo("logs", job, cwd=recipe.parent)
     assert code == 75
-    assert f"go on with resume={recipe.parent}/runs/run" in said
+    assert f"resume it with resume={recipe.parent}/runs/run" in said
 
 
 @pytest.mark.slow

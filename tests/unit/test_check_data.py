@@ -93,20 +93,20 @@ def test_a_step_that_could_need_more_of_a_set_than_it_has(planned: Callable[...,
     with pytest.raises(UserError) as caught:
         planned(*MIX, *weights, "algorithm.minibatches_per_step=2", a=sums(10, 40), b=sums(40, 43))
     assert str(caught.value) == (
-        "algorithm.prompts_per_step=8 may need 4 prompts of data.train[1] (b) in one step by its weight, and it has 3; "
-        "nearest: 6"
+        "algorithm.prompts_per_step=8 may need 4 prompts of data.train[1] (b) in one step because of its weight, but "
+        "it has 3; nearest: 6"
     )
     planned(*MIX, *weights, "algorithm.prompts_per_step=6", a=sums(10, 40), b=sums(40, 43))
-    with pytest.raises(UserError, match=r"may need 5 prompts .* and it has 4; nearest: 7"):
+    with pytest.raises(UserError, match=r"may need 5 prompts .* but it has 4; nearest: 7"):
         planned(*MIX, *weights, "algorithm.max_refills=1", a=sums(10, 40), b=sums(40, 44))
-    with pytest.raises(UserError, match=r"may need 2 prompts .* and it has 1; no smaller step fits either"):
+    with pytest.raises(UserError, match=r"may need 2 prompts .* but it has 1; no smaller step fits either"):
         planned(*MIX, *weights, "algorithm.prompts_per_step=4", "algorithm.minibatches_per_step=4",
                 a=sums(10, 40), b=sums(40, 41))  # fmt: skip
 
 
 def test_names_of_data_sets(planned: Callable[..., CheckedRun]) -> None:
     twice = ("data.train=[DIR/a.jsonl,DIR/a.jsonl]", "rewards.0.gold=false")
-    with pytest.raises(UserError, match=r"data\.train\[0\] and data\.train\[1\] are both called a; give one another"):
+    with pytest.raises(UserError, match=r"data\.train\[0\] and data\.train\[1\] are both called a; rename one of them"):
         planned(*twice, a=sums(10, 40))
     plan = planned(*twice, "data.train.1.name=other", a=sums(10, 40))
     assert {prompt.dataset for prompt in plan.prompts} == {"a", "other"}
@@ -119,13 +119,13 @@ def test_rewards_name_data_sets_that_there_are(planned: Callable[..., CheckedRun
     assert str(caught.value) == "rewards[0].sets: no data set is called bb; there are a, b; did you mean b?"
     with pytest.raises(UserError) as caught:
         planned(*MIX, "rewards.0.sets=[a]", a=sums(10, 40), b=sums(40, 50))
-    assert str(caught.value) == "data.train[1]: no reward is for b; name it in rewards[i].sets of one"
+    assert str(caught.value) == "data.train[1]: no reward scores b; add it to rewards[i].sets of a reward"
     rewards = "rewards=[{file: reward_fns/arithmetic.py, sets: [a]}, {file: reward_fns/format.py, weight: WEIGHT}]"
     with pytest.raises(
         UserError, match=r"data\.train\[1\]: every reward for b has the weight 0, so nothing is learned"
     ):
         planned(MIX[0], rewards.replace("WEIGHT", "0"), a=sums(10, 40), b=sums(40, 50))
-    with pytest.raises(UserError, match=r"data\.eval\.sets\[0\]: no reward is for b"):
+    with pytest.raises(UserError, match=r"data\.eval\.sets\[0\]: no reward scores b"):
         planned("data.train=DIR/a.jsonl", "data.eval.sets=DIR/b.jsonl", "rewards.0.sets=[a]", a=sums(10, 40),
                 b=sums(40, 50))  # fmt: skip
 
@@ -214,7 +214,7 @@ def test_the_file_decides_whether_gold_answers_are_tried(planned: Callable[..., 
     with pytest.raises(UserError, match=r"data\.gold_template=\[\{answer\}\] has no effect without a reward"):
         planned(*one, "rewards.0.gold=null", "data.gold_template=[{answer}]", a=rows)
     reward.write_text(f"GOLD = True\n{source}")
-    with pytest.raises(UserError, match=r"cannot read the gold answer of a\.jsonl:31: .*; mend the data, or go on"):
+    with pytest.raises(UserError, match=r"cannot read the gold answer of a\.jsonl:31: .*; correct the data, or turn"):
         planned(*one, "rewards.0.gold=null", a=rows)
     plan = planned(*one, "rewards.0.gold=null", a=rows[:30])
     assert plan.config.rewards[0].gold is True
@@ -237,7 +237,7 @@ def test_a_gold_answer_of_the_first_rows_that_cannot_be_read_is_named(planned: C
         "rewards[0]: math_answer on data.train[0] (a) cannot read the gold answer of a.jsonl:4: exception: "
         "math_answer: ValueError: the gold answer ')(' cannot be parsed as mathematics at "
     )
-    assert "go on without: rewards.0.gold=false (completions of such rows are then Failed, and in no average)" in said
+    assert "turn the test off: rewards.0.gold=false (completions of such rows are then Failed and left out of" in said
     assert "ran on 7 of 8 rows tried; failed on a.jsonl:4: " in "".join(
         planned(*graded[:2], "rewards.0.gold=false", a=rows).lines
     )
@@ -273,7 +273,7 @@ def test_filters_are_in_the_plan_and_listed(planned: Callable[..., CheckedRun]) 
 
 def test_rows_that_stand_there_twice_are_said_of_all_sets_together(planned: Callable[..., CheckedRun]) -> None:
     plan = planned(*MIX, a=sums(10, 40), b=sums(35, 50))
-    assert line(plan, "more than once") == "warning    5 of 45 prompts of data.train stand there more than once"
+    assert line(plan, "more than once") == "warning    5 of 45 prompts of data.train occur more than once"
 
 
 @pytest.mark.parametrize(
@@ -432,17 +432,17 @@ def test_an_adapter_is_no_model(make_model: Callable[..., Path], make_recipe: Ca
     folder = make_model("qwen2")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}')
     config = module.load(make_recipe(folder))
-    with pytest.raises(UserError, match=r"^model\.path=.* holds an adapter of owner/base, no whole model"):
+    with pytest.raises(UserError, match=r"^model\.path=.* has an adapter of owner/base, which is not a complete"):
         check_model(config)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match=r"holds an adapter of owner/base"):
+    with pytest.raises(UserError, match=r"has an adapter of owner/base"):
         check_model(config)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized (gptq); only whole weights"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized (gptq); only unquantized weights"),
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantized (fp8)"),
         ({"quantization_config": {"load_in_4bit": True}}, "is quantized (by its quantization_config)"),
         ({"dtype": "auto"}, "its config.json is not that of a model"),
@@ -476,7 +476,7 @@ def test_gold_answers_that_are_none(planned: Callable[..., CheckedRun], tmp_path
     one = ("data.train=DIR/a.jsonl", f"rewards.0.file={reward}")
     for blank in ("", " \n"):
         with pytest.raises(
-            UserError, match=r"cannot read the gold answer of a\.jsonl:31: it is empty; mend the data, or"
+            UserError, match=r"cannot read the gold answer of a\.jsonl:31: it is empty; correct the data, or"
         ):
             planned(*one, a=[*sums(10, 40), {"question": "1+1", "answer": blank}])
     lists = [{**row, "answer": [row["answer"]]} for row in sums(10, 40)]

@@ -80,7 +80,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert average[11] == "+0.250"  # half of the prompts gain a half
     assert float(average[-1]) < 0.01
     assert any(row[:3] == ["d", "20", "pass@2"] for row in rows)
-    assert "note: 1 prompts of d are in one of the two only, and left out" in lines
+    assert "note: 1 prompts of d are in only one of the two, and are left out" in lines
     assert ["reward/mean", "0.5", "0.5"] in rows
     assert any(line.startswith("mean of steps 1 to 2") for line in lines)
     assert "options: the same" in compare(a, a)
@@ -139,7 +139,7 @@ def test_what_differs_inside_lists_is_named(tmp_path: Path) -> None:
         ["rewards[1].weight", "0.5", "-"],
         ["sampling.stop[0]", "-", "</answer>"],
     ]
-    assert "warning: the graders differ: A by f, g and B by f; the first of them judges accuracy" in lines
+    assert "warning: the graders differ: A by f, g and B by f; the first of them determines accuracy" in lines
 
 
 def test_long_values_are_shown_where_they_differ(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_graders_with_other_contents_are_warned_of(file: str, tmp_path: Path) ->
     lines = compare(a, b)
     assert "options: the same" in lines
     assert [line for line in lines if line.startswith(("warning", "note"))] == [
-        "warning: the grader part was not the same file in A and B, so that they are judged differently"
+        "warning: the grader part has different contents in A and B, so they are graded differently"
     ]
     assert not any(line.startswith("warning") for line in compare(a, a))
 
@@ -174,13 +174,13 @@ def test_another_library_of_the_grader_is_warned_of(tmp_path: Path) -> None:
     a, b = (configured(tmp_path / name, rewards=[{"file": "math_answer.py"}]) for name in "ab")
     record(a, rewards_0="1")
     record(b, rewards_0="1", version="0.8.0")
-    assert "warning: math-verify, by which math_answer judges, is 0.9.0 in A and 0.8.0 in B" in compare(a, b)
+    assert "warning: math-verify, which math_answer uses, is 0.9.0 in A and 0.8.0 in B" in compare(a, b)
 
 
 def test_a_grader_that_was_not_recorded_is_said(tmp_path: Path) -> None:
     a, b = (configured(tmp_path / name, rewards=[{"file": "f.py"}]) for name in "ab")
     record(a, rewards_0="1")
-    assert "note: B has no record of what the grader f was like" in compare(a, b)
+    assert "note: B has no record of the content of the grader f" in compare(a, b)
     assert not any(line.startswith("note: B has") for line in compare(b, b))
     (b / "summary.json").write_text("{")
     with pytest.raises(UserError, match=r"b/summary.json is damaged"):
@@ -209,7 +209,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     b = make_run(tmp_path / "b", {1: [group(1, [1.0], "other")]}, [])
     with pytest.raises(UserError, match=r"share no prompt: A has d and B has other"):
         compare(a, b)
-    with pytest.raises(UserError, match=r"neither a run's folder nor an evaluation's"):
+    with pytest.raises(UserError, match=r"neither a run folder nor an evaluation: "):
         compare(a, tmp_path)
     none = make_run(tmp_path / "none", {}, [])
     assert any("B has no evaluation" in line for line in compare(a, none))
@@ -282,7 +282,8 @@ def test_an_evaluation_that_is_not_finished_is_said(tmp_path: Path) -> None:
     a = make_evaluation(tmp_path / "a", [group(1, [1.0])], 1, 1)
     b = make_evaluation(tmp_path / "b", [group(1, [1.0])], 1, 1)
     (b / "evaluation.json").unlink()
-    with pytest.raises(UserError, match=r"b is an evaluation that is not finished; the same grpo eval command goes on"):
+    words = "b is an evaluation that is not finished; the same grpo eval command continues it"
+    with pytest.raises(UserError, match=words):
         compare(a, b)
 
 

@@ -142,7 +142,7 @@ def test_data_sets_are_lists_and_a_path_is_the_list_of_one(recipe: Path) -> None
         ("sampling.temperature=0", "sampling.temperature must be above 0, not 0.0: greedy completions have no"),
         (
             "rewards.0.memory_gib=0.1",
-            "rewards[0].memory_gib must be at least 0.25, not 0.1: Python itself takes as much",
+            "rewards[0].memory_gib must be at least 0.25, not 0.1: Python itself needs that much",
         ),
         ("optimizer.betas=[0.9,1]", "optimizer.betas[1] must be at least 0 and below 1, not 1.0"),
         ("algorithm.max_failed_of.timeout=-1", "algorithm.max_failed_of.timeout must not be negative, not -1.0"),
@@ -220,7 +220,7 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
             "data.train[1].weight must be above 0",
         ),
         (["data.eval.sets=x", "data.eval.top_p=7"], "data.eval.top_p must be above 0 and at most 1, not 7.0"),
-        (["algorithm.loss=gspo"], "algorithm.aggregation=token_mean does not go with algorithm.loss=gspo"),
+        (["algorithm.loss=gspo"], "algorithm.aggregation=token_mean cannot be combined with algorithm.loss=gspo"),
         (["algorithm.loss=gmpo", "algorithm.aggregation=sequence_sum"], "it takes sequence_mean"),
         (
             ["algorithm.loss=reinforce", "algorithm.eps_low=0.1"],
@@ -248,7 +248,7 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         (["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"], "its expected gradient is 0"),
         (
             ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k2", "algorithm.kl_gradient=ratio_weighted"],
-            "another quantity than the KL",
+            "it is not the gradient of the KL",
         ),
         (
             ["algorithm.kl_coef=0.1", "algorithm.kl_place=reward", "algorithm.kl_gradient=k2"],
@@ -279,7 +279,7 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         ),
         (
             ["algorithm.kl_coef=0.1", "algorithm.reference_refresh_every=2", "algorithm.reference_average=0.1"],
-            "both move the reference",
+            "both change the reference",
         ),
         (
             ["algorithm.kl_coef=0.1", "algorithm.reference_average=0.1", "model.dtype=bfloat16"],
@@ -307,7 +307,7 @@ def test_mistakes_name_the_option_and_the_way_out(recipe: Path, override: str, w
         ),
         (
             ["cluster.device=gpu", "learner.threads=2"],
-            "learner.threads=2 has no effect on a GPU but with learner.offload",
+            "learner.threads=2 has no effect on a GPU without learner.offload",
         ),
     ],
 )
@@ -340,7 +340,7 @@ def test_objectives_that_go_together(recipe: Path, overrides: list[str]) -> None
         ),
         ("  dir: $HOME/runs", "run.dir=$HOME/runs has $HOME, which is not replaced here"),
         ('  name: "a\\nb"', "must be printable"),
-        ("\tname: a", "the line is indented by a tab, where YAML takes spaces"),
+        ("\tname: a", "the line is indented with a tab, but YAML needs spaces"),
     ],
 )
 def test_texts_that_yaml_or_a_shell_would_read_otherwise(recipe: Path, run: str, words: str) -> None:

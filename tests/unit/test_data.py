@@ -132,8 +132,8 @@ def test_json_lines_are_read_as_they_are(tmp_path: Path) -> None:
         ('{"q": {"z": 1, "z": 1}}', "key 'z' occurs twice in one object"),
         ('{"q": NaN}', "NaN is not a JSON value"),
         ('{"q": [-Infinity]}', "-Infinity is not a JSON value"),
-        ('{"q": 1e999}', "number 1e999 does not fit a float"),
-        ("", "the line is blank; blank lines may only stand at the end"),
+        ('{"q": 1e999}', "number 1e999 is too large for a float"),
+        ("", "the line is blank; blank lines are allowed only at the end"),
         ('{"q": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
         (b'{"q": "\xff"}', "not UTF-8 text (invalid start byte at byte 8 of the line)"),
     ],
@@ -163,7 +163,7 @@ def test_half_a_character_is_refused(tmp_path: Path, escaped: str) -> None:
     [
         (
             '[{"q": 1}, {"q": 2}]',
-            "begins with an array, and each line must be one JSON object; write it so with: jq -c '.[]' x",
+            "begins with an array, and each line must be one JSON object; convert it with: jq -c '.[]' x",
         ),
         ('\n[\n {"q": 1},\n {"q": 2}\n]\n', "begins with an array"),
         ('{\n "q": 1\n}\n', "begins with an object over several lines"),
@@ -180,13 +180,13 @@ def test_json_that_is_not_one_object_a_line(tmp_path: Path, text: str, part: str
         ("x.jsonl", gzip.compress(b"{}", mtime=0), "is compressed by gzip; unpack it with: gunzip"),
         ("x.jsonl.gz", gzip.compress(b"{}", mtime=0), "is compressed by gzip; unpack it with: gunzip"),
         ("x.jsonl", '{"q": 1}'.encode("utf-16"), "is text in UTF-16; write it as UTF-8 with: iconv"),
-        ("x.parquet", LFS, "is a Git LFS pointer in the place of the file; fetch it with: git lfs pull"),
+        ("x.parquet", LFS, "is a Git LFS pointer instead of the file; fetch it with: git lfs pull"),
         ("x.jsonl", LFS, "is a Git LFS pointer"),
         ("x.csv", LFS, "is a Git LFS pointer"),
         ("x.jsonl", "<!DOCTYPE html>\n<html>", "is a web page"),
         ("x.jsonl", b"PAR1\x00", "is a parquet file; its name must end in .parquet"),
         ("x.arrow", b"\xff\xff\xff\xff\x10", "is an Arrow file; give the folder that save_to_disk has written"),
-        ("x.xlsx", b"PK\x03\x04", "is a zip archive, as spreadsheets"),
+        ("x.xlsx", b"PK\x03\x04", "is a zip archive (spreadsheets"),
     ],
 )
 def test_a_file_that_is_something_else_is_said_to_be_it(
@@ -199,7 +199,7 @@ def test_a_file_that_is_something_else_is_said_to_be_it(
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     """Nobody may ever write into it, and a resumed run cannot read it again."""
     os.mkfifo(tmp_path / "rows.jsonl")
-    with refused("data.train: ", "rows.jsonl is a pipe or a device, and is read more than once"):
+    with refused("data.train: ", "rows.jsonl is a pipe or a device, which cannot be read twice"):
         read_rows(str(tmp_path / "rows.jsonl"), split="train", option="data.train")
 
 

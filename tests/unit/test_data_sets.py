@@ -125,8 +125,8 @@ def test_between_keeps_the_closed_range_and_lists_the_rest(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("value", "part"),
     [
-        ({"level": "Level 5"}, "x.jsonl:2 has 'Level 5', which is no number"),
-        ({"level": None}, "x.jsonl:2 has None, which is no number"),
+        ({"level": "Level 5"}, "x.jsonl:2 has 'Level 5', which is not a number"),
+        ({"level": None}, "x.jsonl:2 has None, which is not a number"),
         ({"level": True}, "which is no number"),
         ({"level": "nan"}, "which is no number"),
         ({"level": [3]}, "which is no number"),

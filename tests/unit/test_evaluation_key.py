@@ -132,7 +132,7 @@ def test_a_place_where_nothing_can_be_kept_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", Path("/proc/none")):
         with (
-            pytest.raises(UserError, match=f"^--out {out}: no folder can be made there: "),
+            pytest.raises(UserError, match=f"^--out {out}: no folder can be created there: "),
             evaluating.opened(out / "model-key", {}, None),  # type: ignore[arg-type]
         ):
             pass

@@ -226,7 +226,7 @@ def test_what_the_learner_would_refuse_is_refused_from_files(make_family: Callab
     file = folder / "model.safetensors"
     weights = load_file(file)
     save_file(weights | {"lm_head.weight": torch.zeros(12, 64)}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lm_head\.weight is of the shape \[12, 64\], by config\.json \[13, 64\]"):
+    with pytest.raises(UserError, match=r"lm_head\.weight has the shape \[12, 64\], but config\.json gives \[13, 64\]"):
         check_models(config_of(folder))
     del weights["model.norm.weight"]
     save_file(weights, file, metadata={"format": "pt"})

@@ -84,7 +84,7 @@ def test_a_resumed_run_remembers(tmp_path: Path) -> None:
     [
         ({}, "the task is too hard for this model"),
         ({"reward/min": 1.0, "reward/max": 1.0, "reward/mean": 1.0}, "the model solves the task already"),
-        (CUT, "cut off at sampling.max_tokens=6"),
+        (CUT, "truncated at sampling.max_tokens=6"),
         ({"reward_part/a/min": 0.0, "reward_part/a/max": 1.0}, "the values of a differ"),
         ({"reward_part/a/length/min": 0.0, "reward_part/a/length/max": 1.0}, "the task is too hard for this model"),
     ],

@@ -134,7 +134,7 @@ def test_what_lies_beside_a_reward_s_link_is_what_lies_beside_the_file(here: Pat
 
 def test_a_recipe_s_name_is_free_in_the_job(here: Path, tmp_path: Path) -> None:
     recipe = written(here).rename(here / "grpo")
-    with pytest.raises(UserError, match=r"grpo: something else that travels is called grpo; give the recipe another"):
+    with pytest.raises(UserError, match=r"grpo: another file of the upload is called grpo; give the recipe another"):
         packed(recipe, tmp_path / "job")
 
 
@@ -155,7 +155,7 @@ def test_too_much_is_refused_with_the_largest_file(here: Path, tmp_path: Path) -
     (here / "reward.py").write_text("import large\ndef reward(completion, row):\n    return 1.0\n")
     (here / "large.py").write_text(f"WORDS = '{'x' * 11 * 2**20}'\n")
     with pytest.raises(
-        UserError, match=r"^1[12]\.\d MiB would travel, and the limit is 10: the largest .*large.py \(11.0 MiB"
+        UserError, match=r"^1[12]\.\d MiB would be uploaded, and the limit is 10: the largest .*large.py \(11.0 MiB"
     ):
         packed(recipe, tmp_path / "job")
     assert not list((tmp_path / "job").iterdir())
@@ -166,14 +166,14 @@ def test_too_much_is_refused_with_the_largest_file(here: Path, tmp_path: Path) -
     [
         (
             "model.path=base",
-            r"model.path=base does not travel with the job: .*\(here it is .*/here/base\), or a hub id",
+            r"model.path=base is not sent with the job: .*\(here it is .*/here/base\), or a hub id",
         ),
-        ("model.path=./nowhere", r"model.path=./nowhere does not travel"),
-        ("model.path=~/base", r"model.path=~/base does not travel"),
-        ("data.train=train.jsonl", r"data.train\[0\].path=train.jsonl does not travel"),
-        ("data.train=base:main", r"data.train\[0\].path=base:main does not travel"),
-        ("data.eval.sets=a/b/c", r"data.eval.sets\[0\].path=a/b/c does not travel"),
-        ("run.dir=runs", r"run.dir=runs would be a folder of the job's own"),
+        ("model.path=./nowhere", r"model.path=./nowhere is not sent"),
+        ("model.path=~/base", r"model.path=~/base is not sent"),
+        ("data.train=train.jsonl", r"data.train\[0\].path=train.jsonl is not sent"),
+        ("data.train=base:main", r"data.train\[0\].path=base:main is not sent"),
+        ("data.eval.sets=a/b/c", r"data.eval.sets\[0\].path=a/b/c is not sent"),
+        ("run.dir=runs", r"run.dir=runs would be in the working directory of the job"),
         ("cluster.address=1.2.3.4:6379", r"cluster.address=1.2.3.4:6379: .* --address; leave it out"),
         ("cluster.cpus=64", r"cluster.cpus=64 has no effect on a cluster that runs already"),
         ("cluster.gpus=8", r"cluster.gpus=8 has no effect on a cluster that runs already"),
@@ -193,7 +193,7 @@ def test_hub_ids_travel_as_they_are(here: Path, tmp_path: Path) -> None:
 
 
 def test_resume_names_a_folder_that_the_job_sees(here: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^resume=runs/a: give auto, or the whole path"):
+    with pytest.raises(UserError, match=r"^resume=runs/a: give auto, or an absolute path"):
         packed(written(here), tmp_path / "job", resume="runs/a")
 
 
@@ -207,7 +207,7 @@ def test_secrets_do_not_travel(here: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_variables_are_given_or_taken_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAKEN", "a=b")
     assert parse_env(["GIVEN=x=y", "TAKEN", "EMPTY="]) == {"GIVEN": "x=y", "TAKEN": "a=b", "EMPTY": ""}
-    with pytest.raises(UserError, match=r"^--env MISSING: it is not set here; give MISSING=VALUE"):
+    with pytest.raises(UserError, match=r"^--env MISSING: it is not set on this machine; give MISSING=VALUE"):
         parse_env(["MISSING"])
     with pytest.raises(UserError, match=r"^--env takes NAME=VALUE") as raised:
         parse_env(["=sesame"])
@@ -278,7 +278,7 @@ def test_an_address_where_no_job_server_is(address: str, words: str) -> None:
 
 @pytest.mark.parametrize("address", ["http://me:sesame@127.0.0.1:9", "http://me:sesame@[::1", "me:sesame@head"])
 def test_an_address_takes_no_password(address: str) -> None:
-    with pytest.raises(UserError, match=r"^--address takes no user and no password") as raised, answers(address):
+    with pytest.raises(UserError, match=r"^--address must not contain a user or password") as raised, answers(address):
         pass
     assert "sesame" not in str(raised.value)
 
@@ -290,7 +290,7 @@ def test_a_name_that_no_job_has_is_not_sent_to_the_server(
 ) -> None:
     """It would be another address there: of all jobs, or of no job."""
     assert main([command, job, "--address", "http://127.0.0.1:9"]) == 2
-    assert capsys.readouterr().err.startswith(f"grpo: {job!r} is no job's name: letters, digits, ")
+    assert capsys.readouterr().err.startswith(f"grpo: {job!r} is not a job name, which has letters, digits, ")
 
 
 def test_a_pipe_without_a_reader_ends_a_command_without_words() -> None:
@@ -349,7 +349,8 @@ def test_what_answers_is_no_job_server_or_answers_nothing(answering: Any) -> Non
         text=True, timeout=60, cwd=ROOT,
     )  # fmt: skip
     lines = ended.stdout.splitlines()
-    expected = [f"--address {address}: what answers there is no job server of Ray" for address in odd for _ in range(3)]
+    words = "the server there is not a job server of Ray"
+    expected = [f"--address {address}: {words}" for address in odd for _ in range(3)]
     assert lines[:12] == expected, ended.stderr
     assert [re.sub(".*Read timed out.*", "late", line) for line in lines[12:]] == ["late"] * 3
     assert all(line.startswith(f"--address {silent}: ") for line in lines[12:])
@@ -375,7 +376,7 @@ def test_cpus_that_no_node_has_are_refused_before_ray_waits_for_them() -> None:
     with pytest.raises(UserError) as raised:
         jobs.refuse_unplaceable(Nodes(0, 2), 2.5)
     assert str(raised.value) == (
-        "--driver-cpus 2.5: no node has as many CPUs; there is 10.0.0.0 with 0, 10.0.0.1 with 2; nearest: 2"
+        "--driver-cpus 2.5: no node has so many CPUs; there is 10.0.0.0 with 0, 10.0.0.1 with 2; nearest: 2"
     )
     several = Nodes(1, 8, 1)
     for node in several.nodes:
@@ -444,7 +445,7 @@ def test_a_signal_reaches_the_job_once_its_server_answers(
     monkeypatch.setattr(jobs.time, "sleep", sleep)
     assert followed(server, stop_on_signal=True) == 75
     assert server.stopped == 1
-    assert capsys.readouterr().out.count("asked to finish its step") == 2
+    assert capsys.readouterr().out.count(" to finish its step, save and end") == 2
 
 
 def test_a_stop_is_asked_again_where_the_server_was_away(followed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,7 +470,7 @@ def test_ctrl_c_while_a_server_is_away_ends_the_following(
 
     monkeypatch.setattr(jobs.time, "sleep", sleep)
     assert followed(Server(["one\n", AWAY])) == ExitCode.DETACHED
-    assert "the job goes on. Follow it: grpo logs job" in capsys.readouterr().out
+    assert "no longer following the job, which continues. Follow it: grpo logs job" in capsys.readouterr().out
 
 
 def test_ctrl_c_while_a_job_ends_leaves_it_to_its_end(
@@ -486,7 +487,7 @@ def test_ctrl_c_while_a_job_ends_leaves_it_to_its_end(
     monkeypatch.setattr(jobs.time, "sleep", sleep)
     assert jobs.stop("job", "http://head") == ExitCode.DETACHED
     assert server.stopped == 1
-    assert "not waited for any more; the job ends all the same" in capsys.readouterr().out
+    assert "no longer waiting; the job will still end" in capsys.readouterr().out
 
 
 def test_a_job_that_never_begins_is_not_waited_for_without_end(

@@ -77,5 +77,5 @@ def test_a_working_directory_that_is_gone_is_said(tmp_path: Path) -> None:
     run = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (
         2,
-        "grpo: the working directory has been removed; change to one that is there\n",
+        "grpo: the working directory has been removed; change to one that exists\n",
     )

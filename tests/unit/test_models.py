@@ -56,7 +56,8 @@ def test_vllm_is_asked_about_what_tests_have_not_seen(configured: Callable[..., 
     settings = tiny.settings_of("llama", 13)
     check_served(configured(), settings, said.append)
     assert not said
-    with pytest.raises(UserError, match=r"sampler\.engine\.max_logprob is no argument .*; did you mean max_logprobs"):
+    words = r"sampler\.engine\.max_logprob is not an argument .*; did you mean max_logprobs"
+    with pytest.raises(UserError, match=words):
         check_served(configured("sampler.engine={max_logprob: 3}"), settings, said.append)
     [line] = said
     assert line.startswith("asking vLLM whether it can serve")

@@ -240,5 +240,5 @@ def test_without_a_queue_a_run_is_refused_at_once(tmp_path: Path, monkeypatch: p
 
 def test_a_private_ray_has_no_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(UserError, match=r"^cluster.queue=true waits for room on a cluster that runs already"):
+    with pytest.raises(UserError, match=r"^cluster.queue=true waits for room on a running cluster"):
         cluster.session(config_of(tmp_path, queue=True), None).__enter__()

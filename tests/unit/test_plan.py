@@ -809,9 +809,9 @@ def test_a_folder_around_a_model_names_the_model(make_model: Callable[..., Path]
         return str(caught.value)
 
     run.mkdir(parents=True)
-    assert said(run).endswith("and no folder inside it has one: it is not a model's folder")
+    assert said(run).endswith("and no folder inside it has one: it is not a model folder")
     (run / "config.yaml").touch()
-    assert "is a run's folder without a model: model/ is written at the run's end" in said(run)
+    assert "is a run folder without a model: model/ is written at the end of the run" in said(run)
     for step in (9, 10):
         shutil.copytree(model, run / "checkpoints" / f"step-{step}" / "model")
     assert said(run).endswith(f"model.path={run}/checkpoints/step-10/model")

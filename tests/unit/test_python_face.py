@@ -149,7 +149,7 @@ def test_rewards_are_functions_or_paths_and_take_the_place_of_the_recipes(
         grpo.train(recipe, rewards=[3])
     with pytest.raises(UserError, match="rewards is empty"):
         grpo.train(recipe, rewards=[])
-    with pytest.raises(UserError, match=r"^allow is for a run that is resumed: resume='auto' or resume=PATH"):
+    with pytest.raises(UserError, match=r"^allow is only for a resumed run: add resume='auto' or resume=PATH"):
         grpo.train(recipe, allow=["run.steps"])
     with pytest.raises(UserError, match=r"allow=run.stepps: unknown option run.stepps; did you mean run.steps\?"):
         grpo.train(recipe, allow=["run.stepps"], resume="auto")
@@ -223,7 +223,7 @@ def test_a_ray_of_the_caller_is_left_alone(checked: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(session.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(session.ray, "shutdown", never)
     with (
-        pytest.raises(UserError, match=r"^Ray is running in this process already: call ray.shutdown\(\) first"),
+        pytest.raises(UserError, match=r"^Ray is already running in this process: call ray.shutdown\(\) first"),
         session.session(grpo.load_config(RECIPE), None if checked else tmp_path),
     ):
         raise AssertionError("not refused")
@@ -265,10 +265,10 @@ def test_an_outcome_is_raised(
 def test_a_run_folder_is_opened(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
     (run / "samples").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no run folder: it has no config.yaml$"):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config.yaml$"):
         grpo.Run(run)
     (run / "config.yaml").write_text("")
-    with pytest.raises(UserError, match=r"frst is no run folder: it has no config.yaml; did you mean .*first"):
+    with pytest.raises(UserError, match=r"frst is not a run folder: it has no config.yaml; did you mean .*first"):
         grpo.Run(tmp_path / "runs" / "frst")
     opened = grpo.Run(str(run))
     assert repr(opened) == f"Run({str(run)!r})"

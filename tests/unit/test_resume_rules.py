@@ -60,7 +60,7 @@ def test_auto_takes_the_newest_folder_of_this_recipe_only(tmp_path: Path) -> Non
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     config = config_in(tmp_path, name="project")
     (tmp_path / "runs" / "project" / "model").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"project is no run folder \(it has no config.yaml\)"):
+    with pytest.raises(UserError, match=r"project is not a run folder \(it has no config.yaml\)"):
         resume.find("auto", config, "exp.yaml")
     assert resume.find("auto", config_in(tmp_path, name="new"), "exp.yaml") == resume.Origin()
 
@@ -124,7 +124,7 @@ def test_a_run_of_that_name_with_other_options_is_neither_done_nor_begun_again(t
     with pytest.raises(UserError, match=r"is another run: data.seed"):
         prepare(other)
     finished(folder.path, steps=8)
-    with pytest.raises(UserError, match=r"one is done and has no checkpoint to go on from .*another run.name"):
+    with pytest.raises(UserError, match=r"one is done and has no checkpoint to resume from .*another run.name"):
         prepare(config_in(tmp_path, steps=9, name="one"))
     (folder.path / "config.yaml").write_text("[")
     with pytest.raises(UserError, match=r"config.yaml is damaged"):

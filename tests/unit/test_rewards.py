@@ -912,7 +912,7 @@ def test_a_worker_runs_its_own_code_and_a_reward_may_import_another_grpo(
             "grpo",
             "def f(completion, answer): return float(completion == answer)",
             "rewards[0]: {file}:1: f(completion, answer): the second argument is the whole row, not the gold answer: "
-            "call it row, and take row[COLUMN]",
+            "call it row, and use row[COLUMN]",
         ),
         (
             "grpo",
@@ -928,18 +928,18 @@ def test_a_worker_runs_its_own_code_and_a_reward_may_import_another_grpo(
         (
             "trl",
             "def f(prompts, completions, environments): pass",
-            "rewards[0]: {file}:1: f asks for environments, which is not given; give it a default",
+            "rewards[0]: {file}:1: f asks for environments, which is not supplied; give it a default",
         ),
         (
             "trl",
             "def f(prompts, completions, completions_ids): pass",
-            "rewards[0]: {file}:1: f asks for completions_ids, which is no column of the rows; did you mean "
+            "rewards[0]: {file}:1: f asks for completions_ids, which is not a column of the rows; did you mean "
             "completion_ids?; they have question, answer",
         ),
         (
             "trl",
             "def f(prompts, completions, anwser): pass",
-            "rewards[0]: {file}:1: f asks for anwser, which is no column of the rows; did you mean answer?; "
+            "rewards[0]: {file}:1: f asks for anwser, which is not a column of the rows; did you mean answer?; "
             "they have answer, question",
         ),
         (
@@ -990,7 +990,7 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         locate([rewards[0], RewardConfig(file="reward_fns/xx.py")], recipe)
     assert str(caught.value) == f"rewards[1].file=reward_fns/xx.py does not exist; did you mean {above}?"
     with pytest.raises(
-        UserError, match=r"xx.py does not exist; go to the directory that the run was started in, or give"
+        UserError, match=r"xx.py does not exist; change to the directory in which the run was started, or give"
     ):
         locate([RewardConfig(file="reward_fns/xx.py")], tmp_path / "runs" / "a" / "config.yaml")
     with pytest.raises(UserError, match=r"rewards\[0\]\.file=\.\. is a folder"):
@@ -1069,7 +1069,7 @@ def test_a_gold_answer_that_does_not_stand_out_is_refused(write: Write, tmp_path
     assert str(caught.value).startswith("rewards[0]: f on data.train gives the gold answer '2' ")
     assert said in str(caught.value)
     assert "on d.jsonl:1: {'question': '1+1'" in str(caught.value)
-    assert str(caught.value).endswith("not to try it: rewards.0.gold=false)")
+    assert str(caught.value).endswith("to turn the test off: rewards.0.gold=false)")
 
 
 def test_the_gold_answer_stands_behind_reasoning_that_the_prompt_has_begun() -> None:
@@ -1176,11 +1176,11 @@ def test_a_try_out_knows_the_ids_and_where_the_run_stands(write: Write, tmp_path
     [
         ("grpo", "def f(completion, row, info=None): return 1.0", ROW, []),
         ("grpo", "def f(completion, row, scale=1.0, *rest, judge=None): return 1.0", ROW,
-         ["f: style grpo: the default is kept of scale, judge"]),
+         ["f: style grpo: the default is kept for scale, judge"]),
         ("trl", "def f(completions, answer=None, log_extra=None, **kw): return [1.0 for _ in completions]", ROW,
          ["f: style trl: no environments; trainer_state has global_step, max_steps, epoch"]),
         ("trl", "def f(completions, anwser=None, environments=None): return [1.0 for _ in completions]", ROW,
-         ["f: style trl: no environments; trainer_state has global_step, max_steps, epoch; the default is kept of "
+         ["f: style trl: no environments; trainer_state has global_step, max_steps, epoch; the default is kept for "
           "anwser, environments"]),
         ("verl", "def f(data_source, solution_str, ground_truth, extra_info=None): return 1.0",
          {"data_source": "d", "answer": "1", "extra_info": {"index": 0}},
@@ -1189,7 +1189,7 @@ def test_a_try_out_knows_the_ids_and_where_the_run_stands(write: Write, tmp_path
          "    assert extra_info == {} and data_source is None\n    return 1.0", {"answer": "1", "extra_info": None},
          ["f: style verl: extra_info has no num_turns and rollout_reward_scores; data_source is None on 2 of 2 rows, "
           "which have no such column; extra_info is empty on 2 of 2 rows, which have no such column; the default is "
-          "kept of method"]),
+          "kept for method"]),
     ],
 )  # fmt: skip
 def test_what_a_style_does_not_give_is_said(
@@ -1199,7 +1199,7 @@ def test_what_a_style_does_not_give_is_said(
 
 
 SECRET = {"JUDGE_API_KEY": "key-31415", "SOME_DSN": "dsn-31415"}
-WITHHELD = "rewards see no JUDGE_API_KEY, which looks like a secret; rewards[1].env: [JUDGE_API_KEY] passes it on"
+WITHHELD = "rewards do not see JUDGE_API_KEY, which looks like a secret; rewards[1].env: [JUDGE_API_KEY] passes it on"
 
 
 @pytest.mark.parametrize(
@@ -1312,8 +1312,8 @@ def test_a_gold_answer_that_cannot_be_read_is_an_error_that_names_its_row(write:
         golds(reward, tmp_path, {"a": [*rows, {"answer": "n/a"}, *rows]})
     assert str(caught.value).startswith("rewards[0]: f on a cannot read the gold answer of a.jsonl:601: exception: f: ")
     assert str(caught.value).endswith(
-        "; mend the data, or go on without: rewards.0.gold=false (completions of such rows are then Failed, and in no "
-        "average)"
+        "; correct the data, or turn the test off: rewards.0.gold=false (completions of such rows are then Failed and "
+        "left out of averages)"
     )
     assert "invalid literal for int() with base 10: 'n/a'" in str(caught.value)
     calls = tmp_path / "calls"
@@ -1360,7 +1360,7 @@ def test_rewards_are_tried_on_the_sets_that_they_are_for(write: Write, tmp_path:
         "scores counts as failed",
     ]
     asks = write("def asks(completions, b): return [1.0 for _ in b]", file="asks.py", name=None, style="trl")
-    with pytest.raises(UserError, match="asks asks for b, which is no column of the rows"):
+    with pytest.raises(UserError, match="asks asks for b, which is not a column of the rows"):
         try_out([asks], [Path(asks.file)], samples, **options)
     own = dataclasses.replace(asks, sets=("b",))
     assert try_out([own], [Path(own.file)], samples, **options)[1:] == ["asks on b: ran on 1 rows"]

@@ -51,5 +51,5 @@ def test_a_long_one_is_left_for_a_short_one(named: dict[int, str], monkeypatch: 
 def test_without_a_short_one_the_run_is_refused(named: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     temporary(monkeypatch, named[90])
     monkeypatch.setattr(sockets, "SHORT_FOLDERS", ("/nowhere",))
-    with pytest.raises(UserError, match=f"TMPDIR: the path {named[90]} has 90 bytes, .* at most 23 .*/nowhere"):
+    with pytest.raises(UserError, match=f"TMPDIR: the path {named[90]} has 90 bytes, .* at most 23; .*/nowhere"):
         sockets.socket_folder(sockets.RAY)

@@ -174,9 +174,9 @@ def test_every_rank_sends_to_its_own_gpu() -> None:
 
 
 def test_samplers_out_of_reach_are_named() -> None:
-    with pytest.raises(UserError, match=r"sampler 1 on node host of n2, where no learner rank is"):
+    with pytest.raises(UserError, match=r"sampler 1 on node host of n2, which has no learner rank"):
         senders("shared_memory", [place("n1")], [place("n1"), place("n2")])
-    with pytest.raises(UserError, match=r"sampler 0 on GPU B, where no learner rank is"):
+    with pytest.raises(UserError, match=r"sampler 0 on GPU B, which has no learner rank"):
         senders("ipc", [place("n1", "A")], [place("n1", "A", "B")])
 
 
@@ -185,7 +185,7 @@ def test_what_ranks_pack_is_joined() -> None:
     assert joined([one, two]).transport["files"].keys() == {"n1", "n2"}
     assert joined([one, two]).checksums == one.checksums
     other = SharedMemorySender("n2").pack([*tensors()[:2], ("c", torch.zeros(2, 2, 2))])
-    with pytest.raises(WeightSyncError, match=r"rank 1 of the learner holds another c than rank 0"):
+    with pytest.raises(WeightSyncError, match=r"rank 1 of the learner has another c than rank 0"):
         joined([one, other])
     handles = [dataclasses.replace(one, transport={"handles": {gpu: (gpu, 1)}}) for gpu in ("A", "B")]
     assert joined(handles).transport["handles"] == {"A": ("A", 1), "B": ("B", 1)}

@@ -55,7 +55,7 @@ def memory_words(gib: float, index: int | str = "i") -> str:
 def withheld_words(names: Sequence[str], index: int) -> str:
     """Return why reward number `index` does not see these environment variables, and how to pass them on."""
     every = ", ".join(names)
-    return f"rewards see no {every}, which looks like a secret; rewards[{index}].env: [{every}] passes it on"
+    return f"rewards do not see {every}, which looks like a secret; rewards[{index}].env: [{every}] passes it on"
 
 
 def columns_words(missing: str, columns: Iterable[str]) -> str:

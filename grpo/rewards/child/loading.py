@@ -142,7 +142,7 @@ def checked_names(
         if second in CALLED_AS_GOLD:
             raise LoadError(
                 f"{where}: {spec['name']}{signature}: the second argument is the whole row, not the gold answer: call "
-                "it row, and take row[COLUMN]"
+                "it row, and use row[COLUMN]"
             )
     elif spec["style"] == "verl":
         given = list(GIVEN_BY_VERL)
@@ -171,10 +171,10 @@ def checked_columns(required: Sequence[str], spec: Spec, where: str) -> list[str
     known = list(required) if columns is None else list(columns)
     for name in required:
         if name in NOT_GIVEN and (columns is None or name not in columns):
-            raise LoadError(f"{where}: {spec['name']} asks for {name}, which is not given; give it a default")
+            raise LoadError(f"{where}: {spec['name']} asks for {name}, which is not supplied; give it a default")
         if name not in (*GIVEN_BY_TRL, *known):
             hint = f"{nearest(name, [*known, *GIVEN_BY_TRL])}; they have {columns_words(name, known)}"
-            raise LoadError(f"{where}: {spec['name']} asks for {name}, which is no column of the rows{hint}")
+            raise LoadError(f"{where}: {spec['name']} asks for {name}, which is not a column of the rows{hint}")
     return [name for name in known if name not in GIVEN_BY_TRL]
 
 

@@ -157,7 +157,7 @@ def engine_arguments(config: Config, transport: str, index: int) -> EngineArgs:
     known = [f.name for f in dataclasses.fields(EngineArgs)]
     for name in config.sampler.engine:
         if name not in known:
-            raise UserError(f"sampler.engine.{name} is no argument of vLLM's EngineArgs{suggest(name, known)}")
+            raise UserError(f"sampler.engine.{name} is not an argument of vLLM's EngineArgs{suggest(name, known)}")
     options: dict[str, Any] = {}
     if not config.on_gpu or config.sampler.kv_cache_gib is not None:
         options["kv_cache_memory_bytes"] = int((config.sampler.kv_cache_gib or 0.25) * 2**30)

@@ -136,7 +136,7 @@ class LoadRecorder:
             expected = {slot for name, _ in known for slot in self._slots_of[name]}
             slots = set(self._load(known))
             if slots != expected:
-                raise RuntimeError(f"vLLM loaded {sorted(slots ^ expected)} otherwise than in the first sync")
+                raise RuntimeError(f"vLLM loaded {sorted(slots ^ expected)} differently from the first sync")
             loaded |= slots
         for name, tensor in pairs:
             if not self._slots_of[name]:
