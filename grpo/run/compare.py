@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import yaml
 from numpy.typing import NDArray
 
-from grpo.config import RewardConfig, part_names
+from grpo.config import RewardConfig, leaves, part_names
 from grpo.evaluation.statistics import (
     GAINS,
     Judged,
@@ -251,25 +251,11 @@ def read_samples(files: Sequence[Path]) -> Samples:
 
 def differing_options(a: Subject, b: Subject) -> list[str]:
     """Return a table of the options that differ, including those inside lists (rewards[0].weight)."""
-    old, new = leaves(a.config), leaves(b.config)
+    old, new = dict(leaves(a.config)), dict(leaves(b.config))
     names = [name for name in sorted({*old, *new} - {*NOT_COMPARED}) if old.get(name) != new.get(name)]
     if not names:
         return ["options: the same"]
     return table([["option", "A", "B"], *([name, *differing_values(old.get(name), new.get(name))] for name in names)])
-
-
-def leaves(value: Json, name: str = "") -> dict[str, Json]:
-    """Return full name -> value for all values of a config; empty lists and sections are left out."""
-    out: dict[str, Json] = {}
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            out |= leaves(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            out |= leaves(inner, f"{name}[{i}]")
-    else:
-        out[name] = value
-    return out
 
 
 def differing_graders(a: Subject, b: Subject) -> list[str]:
