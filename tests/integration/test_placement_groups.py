@@ -53,7 +53,8 @@ sampler_gpus = config.sampler_workers if config.on_gpu and config.cluster.layout
 asked = {("sampler", i): sampler_gpus for i in range(config.cluster.samplers)}
 asked |= {("learner", i): int(config.on_gpu) for i in range(config.cluster.learner_ranks)}
 actors = {
-    key: Where.options(num_cpus=0.5, num_gpus=gpus, **reserved.of(*key)).remote() for key, gpus in asked.items()
+    key: Where.options(num_cpus=0.5, num_gpus=gpus, scheduling_strategy=reserved.of(*key)).remote()
+    for key, gpus in asked.items()
 }
 out["where"] = {f"{kind} {i}": ray.get(actor.where.remote()) for (kind, i), actor in actors.items()}
 try:
