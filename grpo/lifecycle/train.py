@@ -118,7 +118,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
     """Open the run folder, train, and write the summary. `started`: time.monotonic()."""
     config = plan.config
     folder = open_folder(plan, resumed, origin, recipe)
-    sessions.begin(folder.path, time.monotonic() - started)
+    begun = sessions.begin(folder.path, time.monotonic() - started)
     files = functions.keep(config.rewards, plan.reward_files, folder.path)
     plan = dataclasses.replace(plan, reward_files=files)
     with Console(steps=config.run.steps, log=folder.path / "log.txt") as console:
@@ -137,7 +137,7 @@ def train(plan: CheckedRun, resumed: Resumed, origin: Origin, recipe: Path, star
         }
         seconds = [time.monotonic() - started]
         try:
-            seconds = sessions.end(folder.path, seconds[0])
+            seconds = sessions.end(folder.path, begun, seconds[0])
             summary |= {"wall_s_all_sessions": round(sum(seconds), 3), "sessions": len(seconds)}
             folder.write_summary(summary)
         except OSError as error:

@@ -24,9 +24,11 @@ class Session:
     """None while the session is running, or if it was killed."""
 
 
-def begin(run: Path, seconds: float) -> None:
-    """Record a session that began `seconds` ago. The length of an earlier one that was killed is the time to its last
-    line in log.txt, so it must be called before anything is logged.
+def begin(run: Path, seconds: float) -> list[Session]:
+    """Record a session that began `seconds` ago. Return all sessions, this one last.
+
+    The length of an earlier one that was killed is the time to its last line in log.txt, so it must be called before
+    anything is logged.
 
     Raises UserError when sessions.json is damaged.
     """
@@ -36,12 +38,13 @@ def begin(run: Path, seconds: float) -> None:
             log = run / "log.txt"
             last = log.stat().st_mtime if log.exists() else session.began
             session.seconds = max(0.0, last - session.began)
-    _write(run, [*sessions, Session(began=time.time() - seconds, seconds=None)])
+    sessions.append(Session(began=time.time() - seconds, seconds=None))
+    _write(run, sessions)
+    return sessions
 
 
-def end(run: Path, seconds: float) -> list[float]:
-    """Record the seconds of the session that is running. Return the seconds of every session."""
-    sessions = _read(run)
+def end(run: Path, sessions: Sequence[Session], seconds: float) -> list[float]:
+    """Record the seconds of the last of `sessions`. Return the seconds of every session."""
     sessions[-1].seconds = seconds
     _write(run, sessions)
     return [session.seconds or 0.0 for session in sessions]
@@ -66,5 +69,5 @@ def _read(run: Path) -> list[Session]:
         raise UserError(f"{file} is damaged; remove it: the run then counts its seconds anew") from error
 
 
-def _write(run: Path, sessions: list[Session]) -> None:
+def _write(run: Path, sessions: Sequence[Session]) -> None:
     write_text(run / FILE, json.dumps([asdict(session) for session in sessions]) + "\n")

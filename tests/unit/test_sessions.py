@@ -14,24 +14,24 @@ from grpo.types import UserError
 
 
 def test_sessions_are_added_and_a_killed_one_counts_to_its_last_line(tmp_path: Path) -> None:
-    begin(tmp_path, 2.0)
-    assert end(tmp_path, 30.5) == [30.5]
+    assert end(tmp_path, begin(tmp_path, 2.0), 30.5) == [30.5]
     begin(tmp_path, 0.0)  # killed 40 seconds after this, when it had logged for 25
     [_, second] = json.loads((tmp_path / "sessions.json").read_text())
     assert second["seconds"] is None
     assert abs(second["began"] - time.time()) < 60
     (tmp_path / "log.txt").write_text("step 1/3\n")
     os.utime(tmp_path / "log.txt", (0, second["began"] + 25))
-    begin(tmp_path, 0.0)
-    assert end(tmp_path, 4.0) == [30.5, pytest.approx(25), 4.0]
+    assert end(tmp_path, begin(tmp_path, 0.0), 4.0) == [30.5, pytest.approx(25), 4.0]
 
 
 def test_a_session_that_was_killed_before_it_logged_counts_nothing(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text("an earlier session\n")
     os.utime(tmp_path / "log.txt", (0, 1000))
     begin(tmp_path, 0.0)
-    begin(tmp_path, 0.0)
-    assert end(tmp_path, 4.0) == [0.0, 4.0]
+    sessions = begin(tmp_path, 0.0)
+    (tmp_path / "sessions.json").unlink()  # while the run works
+    assert end(tmp_path, sessions, 4.0) == [0.0, 4.0]
+    assert [one["seconds"] for one in json.loads((tmp_path / "sessions.json").read_text())] == [0.0, 4.0]
 
 
 def test_a_session_begins_before_its_record(tmp_path: Path) -> None:
