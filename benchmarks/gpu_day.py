@@ -42,6 +42,8 @@ from benchmarks.result import Figure, print_result
 if TYPE_CHECKING:
     import torch
 
+    from grpo.batching.steps import TrainingRow
+    from grpo.learner.zero.engine import Learner
     from grpo.planning.shapes import Gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,20 +233,53 @@ def rows_64k(day: Day) -> Figures:
 
 def learner_alone(day: Day, length: int) -> Figures:
     """Run three driver steps of four rows with `length` tokens each. Return figures from the median of the last two."""
+    import torch
+    from torch.distributed import destroy_process_group
+
+    from grpo.batching.steps import rank_steps
+    from grpo.planning.shapes import shape_of
+
+    settings = TOY_QWEN3 if day.toy else QWEN3_06B
+    learner = start_learner(day, settings, length)
+    rows = random_rows(length, settings["vocab_size"])
+    [step] = rank_steps(
+        [rows], ranks=1, tokens_per_microbatch=length, aggregation="token_mean", constant_length=length, epochs=1,
+        kl_coef=0.0,
+    )  # fmt: skip
+    on_gpu, gpu = learner.device.type == "cuda", this_gpu(day.device)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        learner.step(step)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    tokens_per_s = len(rows) * length / statistics.median(seconds[1:])
+    shape = shape_of(str(day.work / "model"))
+    attention = 2 * shape.layers * shape.queries * length  # half of it is masked
+    completions = sum(len(row.completion_ids) for row in rows)  # only they are projected to the vocabulary
+    flops = 3 * (2 * shape.body + attention + 2 * shape.embedding * completions / (len(rows) * length))
+    implementation = learner.models.policy.module.config._attn_implementation
+    destroy_process_group()
+    return {
+        "tokens_per_s": tokens_per_s, "attention": implementation,
+        "mfu": tokens_per_s * flops / gpu.flops if gpu else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+    }  # fmt: skip
+
+
+def start_learner(day: Day, settings: Mapping[str, int], length: int) -> Learner:
+    """Return a learner of one rank with random weights, for rows of `length` tokens. The model is in `day.work`."""
     from grpo.cluster.environment import learner_environment
 
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-    import numpy as np
     import torch
-    from torch.distributed import HashStore, destroy_process_group
+    from torch.distributed import HashStore
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from grpo import config as config_module
-    from grpo.batching.steps import TrainingRow, rank_steps
-    from grpo.planning.shapes import shape_of
 
     model = day.work / "model"
-    settings = TOY_QWEN3 if day.toy else QWEN3_06B
     torch.manual_seed(0)
     config_of = Qwen3Config(**settings, tie_word_embeddings=True, max_position_embeddings=2 * length, eos_token_id=0)
     Qwen3ForCausalLM(config_of).to(torch.bfloat16).save_pretrained(model)
@@ -261,10 +296,18 @@ def learner_alone(day: Day, length: int) -> Figures:
     from grpo.learner.zero.engine import Learner
 
     device = setup.init_process_group(config, 0, HashStore())
-    learner = Learner(config, 0, device, day.work / "nonfinite")
+    return Learner(config, 0, device, day.work / "nonfinite")
+
+
+def random_rows(length: int, vocabulary: int) -> list[TrainingRow]:
+    """Return four rows of two prompts with `length` tokens each, the second half of them completion."""
+    import numpy as np
+
+    from grpo.batching.steps import TrainingRow
+
     random = np.random.default_rng(0)
-    half, vocabulary = length // 2, settings["vocab_size"]
-    rows = [
+    half = length // 2
+    return [
         TrainingRow(
             rollout_index=i, prompt=i // 2, prompt_ids=random.integers(1, vocabulary, half).tolist(),
             completion_ids=random.integers(1, vocabulary, length - half, dtype=np.int32), reward=float(i % 2),
@@ -274,30 +317,6 @@ def learner_alone(day: Day, length: int) -> Figures:
         )
         for i in range(4)
     ]  # fmt: skip
-    [step] = rank_steps(
-        [rows], ranks=1, tokens_per_microbatch=length, aggregation="token_mean", constant_length=length, epochs=1,
-        kl_coef=0.0,
-    )  # fmt: skip
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        learner.step(step)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    tokens_per_s = len(rows) * length / statistics.median(seconds[1:])
-    shape = shape_of(str(model))
-    attention = 2 * shape.layers * shape.queries * length  # half of it is masked
-    projection = 2 * shape.embedding * (length - half) / length  # only completions are projected to the vocabulary
-    flops = 3 * (2 * shape.body + attention + projection)
-    on_gpu, gpu = device.type == "cuda", this_gpu(day.device)
-    attention = learner.models.policy.module.config._attn_implementation
-    destroy_process_group()
-    return {
-        "tokens_per_s": tokens_per_s, "attention": attention,
-        "mfu": tokens_per_s * flops / gpu.flops if gpu else None,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-    }  # fmt: skip
 
 
 def this_gpu(device: str) -> Gpu | None:
