@@ -59,7 +59,7 @@ def line(plan: CheckedRun, *words: str) -> str:
 )  # fmt: skip
 def test_a_secret_is_seen_wherever_a_config_holds_it(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "sk-31415926")
-    with pytest.raises(UserError, match="variable JUDGE_API_KEY, and"):
+    with pytest.raises(UserError, match="variable JUDGE_API_KEY, which would be saved with the run"):
         refuse_secrets(module.load("arithmetic_cpu", [override.replace("SECRET", "sk-31415926")]))
     refuse_secrets(module.load("arithmetic_cpu", [override.replace("SECRET", "sk-3141592")]))
 

@@ -127,9 +127,9 @@ def test_between_keeps_the_closed_range_and_lists_the_rest(tmp_path: Path) -> No
     [
         ({"level": "Level 5"}, "x.jsonl:2 has 'Level 5', which is not a number"),
         ({"level": None}, "x.jsonl:2 has None, which is not a number"),
-        ({"level": True}, "which is no number"),
-        ({"level": "nan"}, "which is no number"),
-        ({"level": [3]}, "which is no number"),
+        ({"level": True}, "which is not a number"),
+        ({"level": "nan"}, "which is not a number"),
+        ({"level": [3]}, "which is not a number"),
         ({"levle": 3}, "x.jsonl:2 has no such column; it has question, levle"),
     ],
 )

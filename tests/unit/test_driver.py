@@ -542,7 +542,7 @@ def test_a_generation_that_was_given_up_is_a_failure_with_the_tokens_that_it_has
     assert line["completion/tokens_min"] == 0
     assert line["tokens/sampled"] == sum(len(row["completion_token_ids"]) for row in table)
     assert line["completion/truncated_fraction"] == sum(row["finish_reason"] == "length" for row in table) / len(table)
-    assert [row["tokens"] for row in read_rows(file)] == [len(row["completion_token_ids"]) for row in table]
+    assert [row.tokens for row in read_rows(file)] == [len(row["completion_token_ids"]) for row in table]
 
 
 @pytest.mark.parametrize("advantage", ["group_normalized", "leave_one_out", "batch_normalized", "reinforce_pp"])

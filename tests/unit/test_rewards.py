@@ -557,7 +557,7 @@ def test_a_reward_that_needs_more_memory_is_told_the_option(write: Write, tmp_pa
     limit = "memory_gib=0.375; if it needs more, set rewards[{}].memory_gib higher, such as 0.75"
     said = f"f: MemoryError (a worker may use {limit.format(0)}) at {tmp_path / 'f.py'}:5"
     assert one == Failed(kind="exception", detail=said)
-    said = f"f: the worker and what it started used more than {limit.format('i')}"
+    said = f"f: the worker and its processes used more than {limit.format('i')}"
     assert shared == Failed(kind="worker_died", detail=said)
 
 
