@@ -17,4 +17,5 @@ if [ "${1:-}" = "--full" ]; then
     select="" workers=0 # parallel tests would share the GPU's memory
   fi
 fi
-exec .venv/bin/python -m pytest -n "$workers" --dist loadscope -m "$select" "$@"
+# in the order of the folders: files with engines take minutes, and small unit files fill the end
+exec .venv/bin/python -m pytest -n "$workers" --dist loadscope --no-loadscope-reorder -m "$select" "$@"
