@@ -71,6 +71,11 @@ class Weights:
         yield from ((str(i), torch.full((300 << 20,), float(i), dtype=torch.uint8)) for i in range(5))
 
 
+def learner_with(weights: Weights) -> Any:
+    """Return a learner of which only the policy of a weight sync is used."""
+    return SimpleNamespace(device=CPU, synced=weights)
+
+
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="grpo-test-")  # short: socket paths below it are limited to 107 bytes
@@ -91,7 +96,7 @@ def connected(ends: list[str]) -> tuple[LearnerActor, list[Any]]:
         sampler_workers=1, takes_turns=False, cluster=SimpleNamespace(learner_ranks=1),
         model=SimpleNamespace(dtype="float32"),
     )  # fmt: skip
-    learner._rank, learner._learner, learner._sender = 0, Weights(), None
+    learner._rank, learner._learner, learner._sender = 0, learner_with(Weights()), None
     peers = connect(learner, ends)
     assert isinstance(learner._sender, BroadcastSender)
     return learner, peers
@@ -161,7 +166,7 @@ def test_weights_that_are_not_finite_are_refused_before_they_are_sent(local_ray:
             yield "broken", torch.full((4,), float("nan"))
 
     learner, peers = connected(["receives"])
-    learner._learner = Broken()
+    learner._learner = learner_with(Broken())
     with pytest.raises(WeightSyncError, match="not finite"):
         learner.publish(1, Probe(token_ids=((1, 2),)), False, PATIENCE_S)
     ray.kill(peers[0])
