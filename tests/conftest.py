@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,21 @@ def environment_restored() -> Iterator[None]:
 
 
 SEED = os.environ.setdefault("GRPO_TEST_SEED", str(random.randrange(10**6)))
-"""Seed of the instants at which tests kill something. Worker processes of pytest-xdist inherit it."""
+"""Seed of the instants at which tests kill something, and of the cases that `--full` draws. Worker processes of
+pytest-xdist inherit it."""
+
+
+def drawn(cases: Sequence[Any], count: int) -> list[Any]:
+    """Return `count` of the cases, drawn by GRPO_TEST_SEED, as parameters of a slow test; all with GRPO_TEST_ALL=1."""
+    if "GRPO_TEST_ALL" not in os.environ:
+        chosen = set(random.Random(SEED).sample(range(len(cases)), count))
+        cases = [case for i, case in enumerate(cases) if i in chosen]
+    return [pytest.param(*case, marks=pytest.mark.slow) if isinstance(case, tuple) else
+            pytest.param(case, marks=pytest.mark.slow) for case in cases]  # fmt: skip
 
 
 def pytest_report_header() -> str:
-    return f"instants of kills: GRPO_TEST_SEED={SEED}"
+    return f"instants of kills, and cases drawn by --full: GRPO_TEST_SEED={SEED}"
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 For each cell: the exit code and what was said; whatever survives ends as the run that nothing happened to, bit for bit;
 nothing of the run is alive 15 s after its end; the checkpoint before the fault loads; what is resumable, resumes to
-the same end. The default suite runs a few cells; `--full` runs them all.
+the same end. The default suite runs a few cells; `--full` adds half of the
+others, drawn by the seed that it prints, and with GRPO_TEST_ALL=1 all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import drawn
 
 from grpo.run.checkpoints import list_checkpoints, read
 
@@ -176,9 +178,10 @@ def marked(mark: str) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize(
-    ("fault", "phase"), [pytest.param(*c, marks=() if c in DEFAULT else pytest.mark.slow) for c in CELLS]
-)
+OTHERS = [cell for cell in CELLS if cell not in DEFAULT]
+
+
+@pytest.mark.parametrize(("fault", "phase"), [*sorted(DEFAULT), *drawn(OTHERS, len(OTHERS) // 2)])
 def test_a_fault(
     fault: str, phase: str, recipe: Path, straight: str, tmp_path: Path, make_disk: Callable[[str], Path]
 ) -> None:

@@ -43,11 +43,9 @@ def alive(processes: list[psutil.Process]) -> list[str]:
     [
         # while it samples, the learner's state can be saved
         pytest.param("kill sampler", None, "sampler-0 died", marks=pytest.mark.slow),
-        pytest.param("SIGTERM", 75, "grpo: interrupted by SIGTERM; resume it with resume=", marks=pytest.mark.slow),
         pytest.param(
             "SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; resume it with resume=", marks=pytest.mark.slow
         ),
-        pytest.param("SIGUSR1", 75, "grpo: interrupted by SIGUSR1; resume it with resume=", marks=pytest.mark.slow),
         ("Ctrl-C thrice", None, "grpo: interrupted by SIGINT; "),
         pytest.param("SIGKILL", -signal.SIGKILL, "", marks=pytest.mark.slow),
     ],
