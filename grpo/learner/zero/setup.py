@@ -14,6 +14,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from grpo.config import Config, OptimizerConfig
+from grpo.learner.zero.extensions import sole_build
 from grpo.sync.weights import torch_dtype
 
 
@@ -93,8 +94,9 @@ def make_optimizer(o: OptimizerConfig, model: torch.nn.Module, *, in_host_memory
         return torch.optim.SGD(groups, lr=o.lr)
     if in_host_memory:
         try:
-            return DeepSpeedCPUAdam(groups, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=True)
-        except RuntimeError as error:  # DeepSpeed raises it for every failure to build
+            with sole_build("cpu_adam"):
+                return DeepSpeedCPUAdam(groups, lr=o.lr, betas=o.betas, eps=o.eps, adamw_mode=True)
+        except (RuntimeError, OSError) as error:  # it cannot be built, or the folder of builds cannot be written
             why = f"{error} ({error.__cause__})"
             logging.getLogger(__name__).warning("torch's AdamW steps in host memory, slower than DeepSpeed's: %s", why)
     return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps)
