@@ -31,8 +31,8 @@ def choose(config: Config, given: Collection[str]) -> tuple[Config, str]:
     tokenizer = data.load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
     settings = config.data
     if not _is_given("data.style", given):
-        chosen["data.style"] = "chat" if tokenizer.chat_template else "template"
         settings = dataclasses.replace(settings, style="chat" if tokenizer.chat_template else "template")
+        chosen["data.style"] = settings.style
     if not _is_given("data.max_prompt_tokens", given):
         sets = [dataclasses.replace(one, limit=None) for one in settings.eval.sets]  # all rows have to fit
         held_out = dataclasses.replace(settings.eval, sets=sets)

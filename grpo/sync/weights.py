@@ -30,6 +30,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from grpo.suggest import first_of
 from grpo.sync.probe import GROUP_SIZE, POWER, RESOLUTION, STRENGTHS, Probe, Reading, Spread, group_members, spread
 from grpo.types import Unchecked
 
@@ -154,7 +155,7 @@ def refuse_not_finite(bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
     finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in bucket]).tolist()
     wrong = [name for (name, _), fine in zip(bucket, finite, strict=True) if not fine]
     if wrong:
-        raise WeightSyncError(f"the learner's weights are not finite, and are not published: {_some(wrong)}")
+        raise WeightSyncError(f"the learner's weights are not finite, and are not published: {_named(wrong)}")
 
 
 def specs_of(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[TensorSpec, ...]:
@@ -191,16 +192,16 @@ def verify(
     if report.policy_version != policy_version:
         raise WeightSyncError(f"{sampler} echoes policy version {report.policy_version}, expected {policy_version}")
     if report.unmapped_tensors:
-        raise WeightSyncError(f"{sampler} has no slot for {_some(report.unmapped_tensors)}")
+        raise WeightSyncError(f"{sampler} has no slot for {_named(report.unmapped_tensors)}")
     missing = [name for name in sent if name not in report.consumed]
     extra = [name for name in report.consumed if name not in sent]
     if missing or extra:
-        raise WeightSyncError(f"{sampler} did not consume {_some(missing)}; consumed unannounced {_some(extra)}")
+        raise WeightSyncError(f"{sampler} did not consume {_named(missing)}; consumed unannounced {_named(extra)}")
     wrong = [name for name, value in sent.items() if report.consumed[name] != value]
     if wrong:
-        raise WeightSyncError(f"{sampler} received other data than was sent for {_some(wrong)} (checksum)")
+        raise WeightSyncError(f"{sampler} received other data than was sent for {_named(wrong)} (checksum)")
     if report.unfilled_slots:
-        raise WeightSyncError(f"{sampler} was left with unfilled weights: {_some(report.unfilled_slots)}")
+        raise WeightSyncError(f"{sampler} was left with unfilled weights: {_named(report.unfilled_slots)}")
     apart, allowed = spread(report.probe_logprobs, learner.logprobs), learner.noise.allowed()
     if not apart.within(allowed):
         raise WeightSyncError(
@@ -295,6 +296,5 @@ def _movement(learner: ProbedLearner, before: Reading, after: Reading) -> tuple[
     return mean, ratio
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "nothing"
+def _named(names: Sequence[str]) -> str:
+    return first_of(names, 3) or "nothing"
