@@ -1,6 +1,6 @@
 """How runs end when they are not allowed to finish: named, with the right exit code, and with nothing left behind.
 
-The other ends of the default suite are in tests/faults and test_resume.py.
+The other ends of the default suite are in tests/faults.
 """
 
 from __future__ import annotations
@@ -38,16 +38,14 @@ def alive(processes: list[psutil.Process]) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strike", "code", "words"),
     [
-        # while it samples, the learner's state can be saved
-        pytest.param("kill sampler", None, "sampler-0 died", marks=pytest.mark.slow),
-        pytest.param(
-            "SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; resume it with resume=", marks=pytest.mark.slow
-        ),
+        ("kill sampler", None, "sampler-0 died"),  # while it samples, the learner's state can be saved
+        ("SIGTERM to the group", 75, "grpo: interrupted by SIGTERM; resume it with resume="),
         ("Ctrl-C thrice", None, "grpo: interrupted by SIGINT; "),
-        pytest.param("SIGKILL", -signal.SIGKILL, "", marks=pytest.mark.slow),
+        ("SIGKILL", -signal.SIGKILL, ""),
     ],
 )
 def test_an_end_in_mid_run(

@@ -90,6 +90,7 @@ def test_what_was_evaluated_is_not_evaluated_again(run: Path, evaluated: tuple[P
     assert any(line.split()[:3] == ["eval", "16", "avg"] for line in compared.splitlines())
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_where_it_was_cut(run: Path, evaluated: tuple[Path, dict[str, Any]]) -> None:
     """From a folder that holds some of the prompts, a file that was being written, and one that is damaged. That it
     holds a result, too, does not make it whole."""

@@ -128,7 +128,7 @@ def sgd_recipe(make_recipe: Callable[..., Path]) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_sgd_step_is_the_same_however_it_is_split(
     ranks: int, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
 ) -> None:
@@ -306,7 +306,7 @@ def test_a_moving_reference_and_a_critic_are_the_same_at_every_stage(
         assert distance(expected[one]["state"], expected[other]["state"]) > 1e-4, (one, other)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_saved_folders_load_to_the_learners_weights(
     family: str, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
 ) -> None:
@@ -322,7 +322,7 @@ def test_saved_folders_load_to_the_learners_weights(
         assert not Path(case["save"] + ".partial").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_update_that_is_not_finite_moves_nothing_on_any_rank(
     ranks: int, tmp_path: Path, make_model: Callable[..., Path], sgd_recipe: Callable[..., Path]
 ) -> None:

@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "3 critic": {"stage": 3, "algorithm": {"advantage": "gae"}},
 }
 STAGES = ["0", "1", "2", "3"]
-BY_DEFAULT = {1: STAGES, 2: [*STAGES, "3 bfloat16", "3 offloaded", "2 moving reference", "3 critic"]}
+BY_DEFAULT = {1: ["0", "3"], 2: [*STAGES, "3 bfloat16", "3 offloaded", "2 moving reference", "3 critic"]}
 """Ranks -> cases of the default suite."""
 IN_FULL = {ranks: [name for name in CASES if name not in cases] for ranks, cases in BY_DEFAULT.items()}
 """Ranks -> further cases of `--full`."""
@@ -144,13 +144,15 @@ def test_it_goes_on_bit_for_bit(request: pytest.FixtureRequest, ranks: int, case
 def test_every_stage_and_number_of_ranks_captures_the_same_names_and_sizes(captured: Any) -> None:
     shapes = set()
     for ranks in (1, 2):
-        for index in range(4):
+        for index, name in enumerate(captured[ranks][2]):
+            if name not in STAGES:
+                continue
             tensors = whole(captured[ranks][1] / str(index), "rank-*.safetensors")
-            shapes.add(tuple(sorted((name, t.numel()) for name, t in tensors.items())))
-            said = list(captured[ranks][2].values())[index]["state_bytes"]
+            shapes.add(tuple(sorted((key, t.numel()) for key, t in tensors.items())))
+            said = captured[ranks][2][name]["state_bytes"]
             assert said == sum(4 * t.numel() for t in tensors.values())  # known before the first is written
-            assert any(name.startswith("policy/exp_avg_sq/") for name in tensors)
-            assert any(name.startswith(f"policy/{PARAMETER}/") for name in tensors)
+            assert any(key.startswith("policy/exp_avg_sq/") for key in tensors)
+            assert any(key.startswith(f"policy/{PARAMETER}/") for key in tensors)
     assert len(shapes) == 1
 
 

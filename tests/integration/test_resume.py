@@ -1,4 +1,7 @@
-"""A run that is killed and resumed is the run that was never killed: metrics, completions and weights, bit for bit."""
+"""A run that is killed and resumed is the run that was never killed: metrics, completions and weights, bit for bit.
+
+The default suite kills and resumes runs in tests/faults.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_spread
+from equal_runs import assert_equal_runs, untimed
 
 from grpo.run.checkpoints import list_checkpoints
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
-TIMED = ("time", "tokens/per_second", "perf/", "sync/seconds")
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "1 rank, ZeRO 2, moving reference": {
@@ -64,34 +68,6 @@ def finish(recipe: Path, name: str, *overrides: str) -> Path:
     return recipe.parent / "runs" / name
 
 
-def untimed(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
-
-
-def weights(run: Path) -> str:
-    digest: str = json.loads((run / "summary.json").read_text())["weights_sha256"]
-    return digest
-
-
-def same(run: Path, straight: Path) -> None:
-    """Each step once, equal in everything but times; and each step learns something."""
-    assert all(line["optim/grad_norm"] > 0 for line in untimed(straight)[1:])
-    assert [line["step"] for line in untimed(run)] == list(range(STEPS + 1))
-    assert untimed(run) == untimed(straight)
-    assert weights(run) == weights(straight)
-    names = sorted(path.name for path in (straight / "samples").iterdir())
-    assert sorted(path.name for path in (run / "samples").iterdir()) == names
-    drawn = Counter[str]()
-    for name in names:
-        table = pq.read_table(run / "samples" / name)
-        assert table.equals(pq.read_table(straight / "samples" / name)), name
-        if name.startswith("step-"):
-            drawn.update(set(table["prompt_id"].to_pylist()))
-    if not any("refill/attempts" in line or "progress/retired_prompts" in line for line in untimed(run)):
-        assert set(drawn.values()) == {1}  # 8 steps of 8 prompts: each of the 64 exactly once
-
-
 def wait_until(reached: Callable[[Path], Any], recipe: Path, name: str, process: subprocess.Popen[bytes]) -> None:
     """Until `reached` is true of the run's folder."""
     deadline = time.monotonic() + 200
@@ -124,8 +100,8 @@ WORDS = {"SamplerActor": "; replaced sampler-0 in ", "LearnerActor": "restarting
     ("layout", "actors"),
     [
         ("1 rank, ZeRO 3", ["driver", "SamplerActor"]),
-        pytest.param("2 ranks, ZeRO 3, critic", ["SamplerActor", "LearnerActor"], marks=pytest.mark.slow),
-        pytest.param("1 rank, ZeRO 2, moving reference", ["SamplerActor", "LearnerActor"], marks=pytest.mark.slow),
+        ("2 ranks, ZeRO 3, critic", ["SamplerActor", "LearnerActor"]),
+        ("1 rank, ZeRO 2, moving reference", ["SamplerActor", "LearnerActor"]),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
@@ -143,7 +119,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     for actor in actors:
         if actor == "driver":
             kill_at(recipe, "killed", instant(seconds / 2), after=list_checkpoints)  # that of the second step
-            same(finish(recipe, "killed", "resume=auto"), straight)
+            assert_equal_runs(finish(recipe, "killed", "resume=auto"), straight)
             assert "resumed    " in (recipe.parent / "killed.txt").read_text()
             continue
         bereft = start(recipe, actor)
@@ -154,11 +130,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         lost.kill()
         said = recipe.parent / f"{actor}.txt"
         assert bereft.wait(timeout=300) == 0, said.read_text()[-3000:]
-        same(recipe.parent / "runs" / actor, straight)
+        assert_equal_runs(recipe.parent / "runs" / actor, straight)
         assert WORDS[actor] in said.read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_that_is_killed_twice_is_the_same_run(
     layout: str,
@@ -173,10 +148,9 @@ def test_a_run_that_is_killed_twice_is_the_same_run(
     )
     kill_at(recipe, "killed", instant(seconds))
     kill_at(recipe, "killed", instant(seconds / 2), "resume=auto")
-    same(finish(recipe, "killed", "resume=auto"), straight)
+    assert_equal_runs(finish(recipe, "killed", "resume=auto"), straight)
 
 
-@pytest.mark.slow
 def test_a_mix_of_two_sets_goes_on_where_it_was(
     make_model: Callable[..., Path], make_recipe: Callable[..., Path]
 ) -> None:
@@ -211,7 +185,7 @@ def test_a_mix_of_two_sets_goes_on_where_it_was(
         assert own[f"reward_part/{scored}"].notna().all()
         assert own[f"reward_part/{abstained}"].isna().all()
     kill_at(recipe, "killed", 0.5)
-    same(finish(recipe, "killed", "resume=auto"), straight)
+    assert_equal_runs(finish(recipe, "killed", "resume=auto"), straight)
     refused = start(recipe, "killed", "resume=auto", "data.train.0.weight=2", "run.steps=9")
     assert refused.wait(timeout=100) == 2
     assert "data.train[0].weight=2.0 was 3.0" in (recipe.parent / "killed.txt").read_text()
