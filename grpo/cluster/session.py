@@ -278,7 +278,10 @@ def _private_ray(node: Node, above: str) -> Iterator[None]:
                     object_store_memory=1 << 30,
                     _temp_dir=str(folder / "r"),  # Ray opens this folder to all users; its parent stays private
                     _node_ip_address=LOOPBACK,
-                    _system_config={"task_events_report_interval_ms": 0},  # otherwise Ray keeps the last 100,000 calls
+                    _system_config={
+                        "task_events_report_interval_ms": 0,  # otherwise Ray keeps the last 100,000 calls
+                        "prestart_worker_first_driver": False,  # actors have another environment than these workers
+                    },
                 )
             if ray.util.get_node_ip_address() != LOOPBACK:
                 raise RuntimeError(

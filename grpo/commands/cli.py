@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import os
 import select
 import sys
@@ -27,6 +28,7 @@ NAMED_ERRORS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    gc.set_threshold(50_000, 20, 20)  # with the default, a tenth of the time of all imports goes into collections
     open_closed_streams()
     parser = make_parser()
     parsed, rest = parser.parse_known_args(arguments)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import subprocess
 import sys
 
 import pytest
 
-from grpo.cluster.actors import cpus_per_gpu
+from grpo.cluster.actors import cpus_per_gpu, without_collections
 
 SCRIPT = """
 import os
@@ -33,3 +35,10 @@ def test_the_share_of_a_nodes_cpus(resources: dict[str, float], threads: int) ->
 def test_threads_are_set_for_torch_and_for_what_is_loaded_later() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3", "3"]
+
+
+def test_collections_go_on_after_a_failed_import() -> None:
+    with contextlib.suppress(ImportError), without_collections():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
