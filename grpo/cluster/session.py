@@ -32,6 +32,7 @@ from grpo.cluster.placement import THIS_MACHINE, Node, check_fit, emptied, lacki
 from grpo.config import Config, refuse_own_ray
 from grpo.machine import usable_cpus, usable_memory_gib
 from grpo.run.signals import handlers_kept
+from grpo.suggest import one_line
 from grpo.types import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -143,7 +144,7 @@ def session(
         with handlers_kept(), _restored(BREAKPOINT):
             context = ray.init(address=address, job_config=RayJob(), log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise UserError(f"{named(config)}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{named(config)}: {one_line(error)}") from error
     try:
         place = f"the cluster at {address}"
         if log_dir is None and config.cluster.queue:

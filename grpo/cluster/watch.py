@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from grpo.cluster.actors import STACK_SIGNAL
 from grpo.cluster.remote_samplers import Reference
 from grpo.run.folder import is_disk_full
+from grpo.suggest import one_line
 from grpo.sync.weights import WeightSyncError
 from grpo.types import EngineFailure, UserError
 
@@ -102,7 +103,7 @@ class ActorWatch:
                     raise cause from None
                 if isinstance(cause, ray.exceptions.RayActorError):  # the learner was waiting for a sampler that died
                     raise self._died(what, cause) from error
-                said = " ".join(str(cause).split())[:500]
+                said = one_line(cause, 500)
                 failure = f"while waiting for {what}: {type(cause).__name__}: {said}"
                 raise EngineFailure(failure, learner_answers=of_samplers) from error
             except ray.exceptions.RayActorError as error:
@@ -158,7 +159,7 @@ class ActorWatch:
             return EngineFailure(f"{lost} while waiting for {what}")
         dead = getattr(error, "actor_id", None)
         name = next((n for handle, n in self._names.items() if handle._actor_id.hex() == str(dead)), "an actor")
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error)
         if struck := _oom_kills() - self._oom_kills:
             why = f"the kernel has killed {struck} processes for lack of memory since the engines were started; {why}"
         # its death may be known before the loss of its node

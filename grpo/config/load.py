@@ -23,7 +23,7 @@ from grpo.config.python import Recipe, Reward, plain_value
 from grpo.config.schema import Config, SamplingConfig
 from grpo.config.schema_data import DatasetConfig
 from grpo.config.validate import validate
-from grpo.suggest import suggest
+from grpo.suggest import one_line, suggest
 from grpo.types import Json, Unchecked, UserError
 
 REPLAYABLE = "temperature"
@@ -150,7 +150,7 @@ def _read(path: Path) -> DictConfig:
         lines = path.read_text(errors="replace").split("\n")
         tab = mark is not None and mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]
         hint = "; the line is indented with a tab, but YAML needs spaces" if tab else ""
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}{hint}") from error
+        raise UserError(f"{path} is not valid YAML: {one_line(error, 2000)}{hint}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} must be a mapping of sections: {', '.join(_names(Config))}")
     return _listed(tree)
@@ -216,7 +216,7 @@ def _override(tree: DictConfig, text: str) -> DictConfig:
         value = None if raw == "null" else _value(kind, raw)
         OmegaConf.update(tree, bracketed, value, merge=item_class(kind) is None, force_add=True)
     except Exception as error:  # an invalid list index or an unparsable value, from omegaconf or yaml
-        raise UserError(f"override {text!r}: {' '.join(str(error).split())}") from error
+        raise UserError(f"override {text!r}: {one_line(error, 2000)}") from error
     return tree
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from grpo.data import columns
 from grpo.data.disguise import disguise_of
-from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
+from grpo.data.hub import hub_or_cache, is_path, nearest_path
 from grpo.data.mixing import MixedCursor, MixedState, most_in_one_draw, restore_cursor, start_cursor
 from grpo.data.order import Cursor, CursorState, sample_seed
 from grpo.data.overlap import find_overlaps
@@ -49,7 +49,6 @@ __all__ = [
     "map_columns",
     "most_in_one_draw",
     "nearest_path",
-    "one_line",
     "read_rows",
     "read_set",
     "render_template",

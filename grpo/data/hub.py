@@ -30,12 +30,6 @@ def nearest_path(path: Path) -> str:
     return suggest(path.name, {other.name: str(other) for other in sorted(parent.iterdir())})
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of `error` on one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 @contextmanager
 def hub_or_cache() -> Iterator[str]:
     """Load hub ids from the hub inside this context, or only from the local cache when the hub does not answer.

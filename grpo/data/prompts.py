@@ -20,10 +20,9 @@ from tokenizers.models import BPE
 
 from grpo.config import DataConfig
 from grpo.data.columns import hint
-from grpo.data.hub import one_line
 from grpo.data.rows import Row
 from grpo.data.template import render_template
-from grpo.suggest import first_of
+from grpo.suggest import first_of, one_line
 from grpo.types import Prompt, Unchecked, UserError
 
 if TYPE_CHECKING:

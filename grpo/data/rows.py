@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from grpo.data.disguise import FIRST_BYTES, PARQUET, disguise_of
-from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
-from grpo.suggest import suggest
+from grpo.data.hub import hub_or_cache, is_path, nearest_path
+from grpo.suggest import one_line, suggest
 from grpo.types import Json, Unchecked, UserError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import string
 from collections.abc import Mapping, Sequence
 
 from grpo.data.columns import hint, is_nested, line, longest_text, nested, render, value_at
-from grpo.data.hub import one_line
 from grpo.data.rows import Row
+from grpo.suggest import one_line
 from grpo.types import Unchecked, UserError
 
 

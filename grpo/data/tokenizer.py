@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo.data.disguise import disguise_of
-from grpo.data.hub import hub_or_cache, is_path, nearest_path, one_line
+from grpo.data.hub import hub_or_cache, is_path, nearest_path
+from grpo.suggest import one_line
 from grpo.types import UserError
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import transformers
 
 from grpo.config import Config
-from grpo.data import hub_or_cache, one_line
+from grpo.data import hub_or_cache
 from grpo.learner import heads
+from grpo.suggest import one_line
 from grpo.types import UserError
 
 

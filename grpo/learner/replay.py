@@ -18,6 +18,7 @@ from grpo.learner.prepare import Prepared, critic_ids
 from grpo.learner.step import objective_terms
 from grpo.learner.tokens import TrainedTokens, trained_tokens
 from grpo.objective.values import clipped_value_loss
+from grpo.suggest import one_line
 from grpo.types import Batch, UserError
 
 
@@ -44,7 +45,7 @@ def replay(folder: Path) -> list[str]:
                 if critic is not None:
                     found |= examine_critic(critic, config, batch, prepared, device)
             except (IndexError, RuntimeError, ValueError) as error:
-                what = " ".join(str(error).split())[:200]
+                what = one_line(error, 200)
                 raise UserError(f"{file}: microbatch {number} does not fit the dump's model: {what}") from error
             where = f"rank {rank} microbatch {number}"
             lines += [f"{where}: {name} {text}" for name, text in found.items()]

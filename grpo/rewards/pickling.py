@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import cloudpickle
 
+from grpo.suggest import one_line
 from grpo.types import UserError
 
 Returned: TypeAlias = float | Mapping[str, float] | Sequence[float | None] | None
@@ -40,7 +41,7 @@ def pickled(function: RewardFunction, where: str) -> bytes:
             content = cloudpickle.dumps(function)
     except Exception as error:  # whatever the values of the user raise
         raise UserError(
-            f"{where} cannot be sent to the reward workers: {' '.join(str(error).split())[:200]}; create it inside the "
+            f"{where} cannot be sent to the reward workers: {one_line(error, 200)}; create it inside the "
             "function, or put the function into a file and give its path"
         ) from error
     if len(content) > MAX_BYTES:

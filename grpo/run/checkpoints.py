@@ -28,6 +28,7 @@ import yaml
 from grpo.config import Config, OnResume, declaration, dump, general
 from grpo.files import FileRecord, seal
 from grpo.run.progress import ProgressState
+from grpo.suggest import one_line
 from grpo.types import Json, UserError
 
 FORMAT = 1
@@ -144,7 +145,7 @@ def read(folder: Path) -> Manifest:
         records = {name: FileRecord(**record) for name, record in raw["files"].items()}
         manifest = Manifest(**{**raw, "files": records})
     except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
-        raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{file} is damaged: {one_line(error, 200)}") from error
     if manifest.format != FORMAT:
         raise UserError(f"{file} is of format {manifest.format}; this version reads format {FORMAT}")
     own = folder_of(folder.parent.parent, manifest.step).name

@@ -32,6 +32,7 @@ from grpo.evaluation.statistics import (
 from grpo.metrics.measures import HEADLINE
 from grpo.run.checkpoints import MANIFEST
 from grpo.run.samples import PART, read_columns
+from grpo.suggest import one_line
 from grpo.types import Json, UserError
 
 Samples = dict[str, dict[str, list[Judged]]]
@@ -146,7 +147,7 @@ def read_record(path: Path) -> dict[str, dict[str, str]]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
+            raise UserError(f"{file} is damaged: {one_line(error, 200)}") from error
         if isinstance(record, dict) and isinstance(record.get("fingerprints"), dict):
             return {"fingerprints": record["fingerprints"], "versions": record.get("versions", {})}
     return {"fingerprints": {}, "versions": {}}
@@ -174,7 +175,7 @@ def read_config(path: Path) -> dict[str, Json]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{path} is damaged: {one_line(error, 200)}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it holds no sections")
     return config

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grpo.data import nearest_path
+from grpo.suggest import one_line
 from grpo.types import Json, UserError
 
 ACCURACY = "eval/accuracy"
@@ -99,7 +100,7 @@ def read_samples(files: list[Path]) -> pa.Table:
         try:
             table = pq.read_table(file, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+            raise UserError(f"{file} cannot be read: {one_line(error, 200)}") from error
         kind = "step" if file.name.startswith("step") else "eval"
         tables.append(table.add_column(0, "kind", pa.array([kind] * len(table), pa.string())))
     return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})

@@ -17,6 +17,7 @@ from grpo.run import checkpoints
 from grpo.run import folder as run_folder
 from grpo.run.checkpoints import Manifest
 from grpo.run.progress import Progress
+from grpo.suggest import one_line
 from grpo.types import UserError
 
 
@@ -104,7 +105,7 @@ def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
     except UserError as error:
         raise UserError(f"{run} is another run: {error}; or choose another run.name") from error
     except (OSError, ValueError, AttributeError, TypeError, LookupError, yaml.YAMLError) as error:
-        raise UserError(f"{run / 'config.yaml'} is damaged: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{run / 'config.yaml'} is damaged: {one_line(error, 200)}") from error
 
 
 def newest(config: Config, recipe: str) -> Path | None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from grpo.evaluation.statistics import final_answer
+from grpo.suggest import one_line
 from grpo.types import Failed, Group, Scored, Unchecked, UserError
 
 PART = "reward_part/"
@@ -140,7 +141,7 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
         table.validate(full=True)
         return table.cast(pa.schema(fields))
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error, 200)}") from error
 
 
 def list_column(arrays: Sequence[NDArray[np.generic]]) -> pa.ListArray:

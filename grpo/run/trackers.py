@@ -13,6 +13,7 @@ from grpo.evaluation.statistics import final_answer
 from grpo.objective.advantages import has_spread
 from grpo.run.checkpoints import plain
 from grpo.run.samples import UNTRAINED, Trained, gold_answer
+from grpo.suggest import one_line
 from grpo.types import Failed, Group, UserError
 
 TABLE_EVERY = 10
@@ -132,7 +133,7 @@ class WandB:
                 config=plain(config),
             )
         except wandb.Error as error:
-            raise UserError(f"run.wandb=true: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"run.wandb=true: {one_line(error)}") from error
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
 

@@ -1,10 +1,10 @@
-"""Parts of messages: the suggestion for an unknown name, and a list that is not too long."""
+"""Parts of messages: the suggestion for an unknown name, a list that is not too long, and an error on one line."""
 
 from __future__ import annotations
 
 import pytest
 
-from grpo.suggest import first_of, suggest
+from grpo.suggest import first_of, one_line, suggest
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,21 @@ def test_a_list_is_cut_and_the_rest_is_counted(texts: list[str], words: str) -> 
 def test_ten_are_listed() -> None:
     assert first_of("abcdefghij") == "a, b, c, d, e, f, g, h, i, j"
     assert first_of("abcdefghijk") == "a, b, c, d, e, f, g, h, i, j and 1 more"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("a\n  b\tc "), "a b c"),
+        (ValueError("abcdefgh"), "abcdefgh"),
+        (ValueError("abcdefghi"), "abcde..."),
+        (KeyError(), "KeyError"),  # it has no message
+    ],
+)
+def test_an_error_is_put_on_one_line_of_limited_length(error: Exception, words: str) -> None:
+    assert one_line(error, 8) == words
+
+
+def test_an_error_has_300_characters() -> None:
+    assert one_line(ValueError("x" * 300)) == "x" * 300
+    assert one_line(ValueError("x" * 301)) == "x" * 297 + "..."
