@@ -1,30 +1,48 @@
-"""A group of completions on its way through a reward pool: its calls, its jobs, its answers and its outcomes."""
+"""A group of completions on its way through a reward pool: its calls, its jobs, its answers and its outcomes.
+
+Answers come from untrusted code, so they are either parsed into numbers and short texts, or refused.
+"""
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from math import isfinite
+from typing import TypeGuard, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grpo.config import RewardConfig
-from grpo.rewards.child.calls import Info, Item
-from grpo.rewards.process import Part
-from grpo.types import NOTHING_LOGGED, Failed, Logged, Moment, Scored, Unchecked
+from grpo.rewards.child.calls import MAX_NAME, MAX_PARTS, Info, Item, Loggable
+from grpo.types import NOTHING_LOGGED, Failed, FailureKind, Json, Logged, Moment, Scored, Unchecked
 
 CALLS_PER_JOB = 8
 """Small enough to spread a group of slow calls over the workers, large enough to keep message overhead low."""
 
-ABSTAINED = Part(value=None)
-"""Result of a reward for a row that it does not apply to."""
+MAX_DETAIL = 300
 
 Call = tuple[int, Sequence[int]]
 """(index of the reward, items)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Result of one reward function for one completion."""
+
+    value: float | Failed | None
+    """None: the reward abstains."""
+    entries: Mapping[str, float] = field(default_factory=dict)
+    """Entries of the mapping that the function returned."""
+    logged: Logged = NOTHING_LOGGED
+
+
+ABSTAINED = Part(value=None)
+"""Result of a reward for a row that it does not apply to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,3 +196,102 @@ def combine(parts: Sequence[Part], rewards: Sequence[RewardConfig], names: Seque
         detail = f"the weighted sum of {', '.join(names)} is {total}"
         return Failed(kind="not_finite", detail=detail, logged=logged)
     return Scored(value=total, parts=shown, logged=logged)
+
+
+def parse_answer(line: bytes, name: str, count: int) -> tuple[list[Part], str | None]:
+    """Parse the answer to one call of the reward `name` on `count` completions.
+
+    Return the parts, and what the call has changed in the worker's surroundings, or None. A changed worker must not be
+    reused.
+
+    Raises ValueError when the line is anything else.
+    """
+    message = json.loads(line)
+    results = message.get("results") if isinstance(message, dict) else None
+    if not isinstance(results, list) or len(results) != count:
+        raise ValueError("no results of this call")
+    columns = _parse_columns(message.get("columns", {}), name, count)
+    metrics = _parse_metrics(message.get("metrics", {}), name)
+    parts = [_parse_result(result, name) for result in results]
+    if columns or metrics:
+        parts = [
+            replace(
+                part,
+                logged=Logged(
+                    columns={column: values[i] for column, values in columns.items()}, metrics={} if i else metrics
+                ),
+            )
+            for i, part in enumerate(parts)
+        ]
+    changed = message.get("changed")
+    return parts, None if changed is None else str(changed)[:100]
+
+
+def _parse_columns(columns: Json, name: str, count: int) -> dict[str, list[Loggable]]:
+    """Return `<reward>/<column>` -> one value per completion. Texts are made encodable as UTF-8."""
+    out: dict[str, list[Loggable]] = {}
+    for column, values in _named(columns).items():
+        if not isinstance(values, list) or len(values) != count:
+            raise ValueError("a column has one value per completion")
+        valid = out[f"{name}/{column}"] = [
+            writable(value) if isinstance(value, str) else value
+            for value in values
+            if value is None or isinstance(value, str | int | float)
+        ]
+        if len(valid) != count:
+            raise ValueError("values of columns are texts, numbers or None")
+    return out
+
+
+def _parse_metrics(metrics: Json, name: str) -> dict[str, tuple[float, int]]:
+    """Return `<reward>/metric/<name>` -> (sum, count)."""
+    out = {}
+    for metric, pair in _named(metrics).items():
+        if not isinstance(pair, list) or len(pair) != 2 or not _is_number(pair[0]) or type(pair[1]) is not int:
+            raise ValueError("a metric is a sum and a count")
+        if pair[1] < 1:
+            raise ValueError("a metric has values")
+        out[f"{name}/metric/{metric}"] = (pair[0], pair[1])
+    return out
+
+
+def _named(logged: Json) -> dict[str, Json]:
+    """Return `logged`. Raises ValueError unless it is a mapping with short names."""
+    if not isinstance(logged, dict) or len(logged) > MAX_PARTS:
+        raise ValueError("what is logged is a mapping of some names")
+    if not all(len(name) <= MAX_NAME and name.isprintable() for name in logged):
+        raise ValueError("names of what is logged are short and printable")
+    return logged
+
+
+def _parse_result(result: Json, name: str) -> Part:
+    if not isinstance(result, dict):
+        raise ValueError("a result is a mapping")
+    if "failed" in result:
+        if result["failed"] not in get_args(FailureKind):
+            raise ValueError("no kind of failure")
+        return Part(value=failed(name, cast(FailureKind, result["failed"]), str(result.get("detail"))))
+    value, parts = result.get("value"), result.get("parts")
+    if not _are_numbers(parts):
+        raise ValueError("parts are numbers")
+    if value is not None and not _is_number(value):
+        raise ValueError("a value is a finite number")
+    return Part(value=value, entries={f"{name}/{writable(key)}": part for key, part in parts.items()})
+
+
+def failed(name: str, kind: FailureKind, detail: str) -> Failed:
+    """Return a failure of the reward `name`, with its detail on one line."""
+    return Failed(kind=kind, detail=" ".join(writable(f"{name}: {detail}").split())[:MAX_DETAIL])
+
+
+def writable(text: str) -> str:
+    """Return `text` with each lone surrogate replaced by a question mark: UTF-8 cannot encode them."""
+    return text.encode(errors="replace").decode()
+
+
+def _is_number(value: Json) -> TypeGuard[float]:
+    return type(value) is float and isfinite(value)
+
+
+def _are_numbers(values: Json) -> TypeGuard[dict[str, float]]:
+    return isinstance(values, dict) and all(_is_number(value) for value in values.values())

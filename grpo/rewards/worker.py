@@ -1,4 +1,5 @@
-"""Reward worker: `python -P worker.py FD PARENT MEMORY_BYTES`, started by its reaper. It makes one call at a time.
+"""Reward worker: `python -P worker.py FD PARENT MEMORY_BYTES`, started by its reaper. It makes one call at a time, and
+checks after each what the call has changed in its process.
 
 The parent sends pickles, each preceded by its length, which it made from the rows of the data set. The worker answers
 each call, in order, with one line of JSON. So the parent never unpickles data that a reward function touched. Each line
@@ -10,15 +11,20 @@ second. It is started by its path and imports `grpo.rewards.child` from its own 
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
 import json
+import math
 import os
 import pickle
+import random
+import re
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, BinaryIO
@@ -31,7 +37,7 @@ if __name__ == "__main__":  # empty packages: nothing else of this package is im
         sys.modules[_name] = ModuleType(_name)
         sys.modules[_name].__path__ = [str(_folder)]
 
-from grpo.rewards.child import calls, errors, loading, log, results, surroundings
+from grpo.rewards.child import calls, errors, loading
 
 if __name__ == "__main__":  # a reward file that imports `grpo` finds what `sys.path` names
     for _name in [name for name in sys.modules if name.partition(".")[0] == "grpo"]:
@@ -44,6 +50,9 @@ LOG_BYTES = 1 << 24
 """A log that has grown beyond this is truncated before the next call."""
 HEADER_BYTES = 8
 """Size of the header: the length of the pickle that follows, little endian."""
+TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+LIMITS = (resource.RLIMIT_DATA, resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
+HANDLED = (signal.SIGALRM, signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
 
 
 def main(fd: int, parent: int, memory_bytes: int) -> None:
@@ -65,7 +74,7 @@ def main(fd: int, parent: int, memory_bytes: int) -> None:
         rewards = [loading.load(spec) for spec in pickle.loads(receive(stream))]
     except loading.LoadError as error:
         return send(fd, {"load_error": str(error)})
-    watched = surroundings.Surroundings([sys.modules["__main__"], calls, errors, loading, log, results, surroundings])
+    watched = Surroundings([sys.modules["__main__"], calls, errors, loading])
     own = os.getpid()
     send(fd, {"ready": True, "unfilled": [reward.unfilled for reward in rewards]})
     while message := receive(stream):
@@ -100,6 +109,56 @@ def cut_log() -> None:
     with contextlib.suppress(OSError):
         if os.fstat(1).st_size > LOG_BYTES:
             os.ftruncate(1, 0)
+
+
+def _inode(fd: int) -> int:
+    try:
+        return os.fstat(fd).st_ino
+    except OSError:
+        return -1
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+class Surroundings:
+    """State that a call could change for later calls, such as built-in names and functions of the standard library."""
+
+    def __init__(self, own: Sequence[ModuleType]) -> None:
+        """Record the state. `own`: modules of the worker, which are watched too."""
+        watched = (builtins, json, math, os, pickle, random, re, signal, time)
+        holders: tuple[ModuleType | type, ...] = (*watched, json.JSONDecoder, json.JSONEncoder, *own)
+        self._modules = [(holder, dict(vars(holder))) for holder in holders]
+        self._others = self._look()
+
+    def changed(self) -> str | None:
+        """Return the name of the first thing that has changed, or None. Additions to a module do not count."""
+        for module, before in self._modules:
+            now = vars(module)
+            if now != before:  # comparing the dictionaries takes a microsecond
+                for name, value in before.items():
+                    if name not in ("_", "_runner") and now.get(name) is not value and now.get(name) != value:
+                        return f"{module.__name__}.{name}"
+        others = self._look()
+        return next((name for name, value in self._others.items() if others[name] != value), None)
+
+    def _look(self) -> dict[str, Unchecked]:
+        return {
+            "sys.stdout": sys.stdout,
+            "sys.stderr": sys.stderr,
+            "the working directory": os.getcwd(),
+            "a timer": [signal.getitimer(timer) != (0.0, 0.0) for timer in TIMERS],
+            "a limit": [resource.getrlimit(limit) for limit in LIMITS],
+            "a signal's handler": [signal.getsignal(number) for number in HANDLED],
+            "the recursion limit": sys.getrecursionlimit(),
+            "a file of the prints": [_inode(fd) for fd in (1, 2)],
+            "the processes, leaving some": _has_children(),
+        }
 
 
 if __name__ == "__main__":

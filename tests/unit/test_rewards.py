@@ -22,11 +22,11 @@ from grpo.config import RewardConfig
 from grpo.rewards import golds as golds_module
 from grpo.rewards.child.errors import user_place
 from grpo.rewards.golds import Unsampled, corrupt, declares_gold, try_golds
-from grpo.rewards.groups import RewardItem
+from grpo.rewards.groups import RewardItem, parse_answer
 from grpo.rewards.imports import locate
 from grpo.rewards.pool import RewardPool
 from grpo.rewards.preflight import check_loads, key_hint, try_out
-from grpo.rewards.process import parse_answer, parse_greeting
+from grpo.rewards.process import parse_greeting
 from grpo.types import Failed, Logged, Moment, Prompt, Scored, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
