@@ -192,7 +192,8 @@ def run_on_gold(
     """Check that each gold answer scores above 0 and above a corrupted one. Return the first row's values, in words."""
     shown = ""
     for prompt in prompts:
-        texts = [*gold_texts(prompt, where, gold_template, answer_column), ""]
+        gold_answer = gold_text(prompt, where, gold_template, answer_column)
+        texts = [gold_answer, gold_text(prompt, where, gold_template, answer_column, corrupted=True), ""]
         outcomes = [score(pool, prompt, [text], unsampled)[0] for text in texts]  # one at a time: trl sees groups
         gold, wrong, empty = outcomes
         if isinstance(gold, Failed) and isinstance(empty, Failed) and gold.kind == empty.kind == "exception":
@@ -217,41 +218,27 @@ def unreadable(where: str, i: int, rows: Sequence[str]) -> str:
     )
 
 
-def gold_texts(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> tuple[str, str]:
-    """Return the gold answer and a corrupted one, written as completions."""
-    gold = gold_text(prompt, where, gold_template, answer_column)
-    answer = prompt.row[answer_column]
-    wrong = corrupt(str(answer))
-    try:
-        # a number stays a number, for templates like {answer:d}
-        other = type(answer)(wrong) if isinstance(answer, int | float) else wrong
-        return gold, closing(prompt, gold_template) + render(
-            gold_template, {**prompt.row, answer_column: other, GOLD: other}
-        )
-    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise _unfit_template(gold_template, prompt, error) from error
-
-
-def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str) -> str:
-    """Return the gold answer, written as a completion."""
+def gold_text(prompt: Prompt, where: str, gold_template: str, answer_column: str, *, corrupted: bool = False) -> str:
+    """Return the gold answer, or a corrupted one, written as a completion."""
     if answer_column not in prompt.row:
         raise UserError(
             f"{where} has gold: true, by the recipe or by GOLD in its file, and needs the gold answer, but "
             f"data.answer_column={answer_column} is no column of {prompt.where}: {dict(prompt.row)!r:.300}"
             + (hint(answer_column, prompt.row) or "; name the column that holds it: data.answer_column=COLUMN")
         )
+    answer = prompt.row[answer_column]
     try:
-        return closing(prompt, gold_template) + render(gold_template, {**prompt.row, GOLD: prompt.row[answer_column]})
+        if corrupted:  # a number stays a number, for templates like {answer:d}
+            wrong = corrupt(str(answer))
+            answer = type(answer)(wrong) if isinstance(answer, int | float) else wrong
+        return closing(prompt, gold_template) + render(
+            gold_template, {**prompt.row, answer_column: answer, GOLD: answer}
+        )
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise _unfit_template(gold_template, prompt, error) from error
-
-
-def _unfit_template(gold_template: str, prompt: Prompt, error: Exception) -> UserError:
-    """Return the error for a template that a row does not fit."""
-    return UserError(
-        f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}; it may name answer, which is "
-        f"the gold answer, and the columns {', '.join(prompt.row)}"
-    )
+        raise UserError(
+            f"data.gold_template={gold_template!r} does not fit {prompt.where}: {error!r}; it may name answer, which "
+            f"is the gold answer, and the columns {', '.join(prompt.row)}"
+        ) from error
 
 
 def closing(prompt: Prompt, gold_template: str) -> str:

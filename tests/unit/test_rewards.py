@@ -1079,7 +1079,15 @@ def test_the_gold_answer_stands_behind_reasoning_that_the_prompt_has_begun() -> 
         (plain, "{answer}", "2"), (begun, "{answer}", "</think>2"), (begun, "so</think>{answer}", "so</think>2"),
     ):  # fmt: skip
         assert golds_module.gold_text(given, "rewards[0]", template, "answer") == written
-        assert golds_module.gold_texts(given, "rewards[0]", template, "answer")[0] == written
+        corrupted = golds_module.gold_text(given, "rewards[0]", template, "answer", corrupted=True)
+        assert corrupted == written.replace("2", "3")
+
+
+def test_a_corrupted_number_stays_a_number() -> None:
+    given = prompt({"question": "1+1", "answer": 1.95}, "d", 1)
+    template = "{answer:.1f} or {answer}"
+    assert golds_module.gold_text(given, "rewards[0]", template, "answer") == "1.9 or 1.95"
+    assert golds_module.gold_text(given, "rewards[0]", template, "answer", corrupted=True) == "2.1 or 2.06"
 
 
 def test_rewards_that_fail_on_every_row_are_refused(write: Write, tmp_path: Path) -> None:

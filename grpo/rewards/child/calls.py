@@ -155,7 +155,7 @@ def call_trl(
             results.append(failed("exception", described(value)))
             continue
         try:
-            results.append(result(None if value is None else number(value)))
+            results.append(result(value))
         except BadReturnError as error:  # fails this completion only
             results.append(failed(*error.args))
     return results
@@ -189,7 +189,7 @@ def call_verl(reward: Reward, completion: str, row: Mapping[str, Unchecked]) -> 
 def value_of(returned: Unchecked) -> Result:
     """Return the result of style grpo: a number, None, or a mapping whose entries are summed and logged."""
     if not isinstance(returned, Mapping):
-        return result(None if returned is None else number(returned))
+        return result(returned)
     if not returned:
         raise BadReturnError("wrong_type", "returned an empty mapping")
     refuse_crowd(returned)
@@ -202,7 +202,7 @@ def value_of(returned: Unchecked) -> Result:
             if "score" in returned and key != "score":
                 detail += "; style: verl takes score as the reward and logs the others"
             raise BadReturnError(kind, detail) from error
-    return result(number(sum(parts.values())), parts)
+    return result(sum(parts.values()), parts)
 
 
 def score_of(returned: Unchecked, log: Log) -> Result:
@@ -211,7 +211,7 @@ def score_of(returned: Unchecked, log: Log) -> Result:
     The other entries of the mapping are only logged: numbers as parts, the rest as columns of the samples file.
     """
     if not isinstance(returned, Mapping):
-        return result(None if returned is None else number(returned))
+        return result(returned)
     if "score" not in returned:
         raise BadReturnError("wrong_type", f"returned a mapping without 'score', with {list(returned)!r:.100}")
     refuse_crowd(returned)
@@ -245,8 +245,9 @@ def awaited(returned: Unchecked) -> Unchecked:
 _runner: asyncio.Runner | None = None
 
 
-def result(value: float | None, parts: Mapping[str, float] | None = None) -> Result:
-    return {"value": value, "parts": parts or {}}
+def result(value: Unchecked, parts: Mapping[str, float] | None = None) -> Result:
+    """Return the result of one completion. Raises BadReturnError unless `value` is a finite number or None."""
+    return {"value": None if value is None else number(value), "parts": parts or {}}
 
 
 def failed(kind: str, detail: str) -> Result:
