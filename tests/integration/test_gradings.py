@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config import RewardConfig
+from grpo.rewards.child.calls import Info
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.pool import RewardPool
 from grpo.types import Failed, Scored
@@ -30,7 +31,8 @@ def test_ten_thousand_gradings_with_one_in_a_hundred_hanging(tmp_path: Path) -> 
         if n % 100 == 50:
             row = {"answer": "64"}  # a gold answer of another kind is told apart from the integral at once
         text = HANGS if n % 100 == 50 else rf"The answer is \boxed{{{row['answer'] if right else 'no such thing'}}}."
-        items.append(RewardItem(completion=text, row=row, messages=None, info={}, dataset="math"))
+        info: Info = {"token_count": 1, "finish_reason": "stop", "prompt": "", "step": 1}
+        items.append(RewardItem(completion=text, row=row, messages=None, info=info, dataset="math"))
     reward = RewardConfig(file=str(ROOT / "reward_fns" / "math_answer.py"), timeout_s=4.0)
     with RewardPool([reward], files=[Path(reward.file)], workers=2, log_dir=tmp_path) as pool:
         futures = [pool.submit([item]) for item in items]
