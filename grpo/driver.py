@@ -254,7 +254,7 @@ def turn(loop: Loop, step: int, probe: Probe) -> dict[str, float] | None:
     metrics = step_metrics(config, at.step, at.cursor, sampled, learned)  # while the weights are transferred
     if config.algorithm.kl_coef > 0:
         metrics |= {"policy/kl_coef": at.kl_coef}
-        at.kl_coef = next_kl_coef(at.kl_coef, metrics, config)
+        at.kl_coef = next_kl_coef(at.kl_coef, learned.result.kl_ref.value, config)
     if config.algorithm.retire_reward is not None:
         at.retired |= solved(loop, sampled.sampled_groups)
         metrics["progress/retired_prompts"] = float(len(at.retired))
@@ -344,12 +344,13 @@ def solved(loop: Loop, groups: Sequence[Group]) -> set[int]:
     return {i for i, prompt in enumerate(loop.prompts) if prompt.prompt_id in done}
 
 
-def next_kl_coef(kl_coef: float, metrics: Mapping[str, float], config: Config) -> float:
-    """Return the KL coefficient of the next step: unchanged, or adapted towards `kl_target`."""
+def next_kl_coef(kl_coef: float, kl_ref: float | None, config: Config) -> float:
+    """Return the KL coefficient of the next step: unchanged, or adapted towards `kl_target`. `kl_ref`: the measured KL
+    to the reference, None without any token."""
     a = config.algorithm
-    if a.kl_target is None or "policy/kl_ref" not in metrics:
+    if a.kl_target is None or kl_ref is None:
         return kl_coef
-    return adapted_coefficient(kl_coef, metrics["policy/kl_ref"], target=a.kl_target, horizon=a.kl_horizon)
+    return adapted_coefficient(kl_coef, kl_ref, target=a.kl_target, horizon=a.kl_horizon)
 
 
 def moment_of(loop: Loop, step: int) -> Moment:

@@ -305,6 +305,23 @@ class RankStep:
         return len(self.minibatches) * self.epochs > 1
 
 
+@dataclass(slots=True)
+class Mean:
+    """A mean as its sum and count, so that parts of it can be added up before they are divided."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def add(self, total: float, count: float) -> None:
+        self.total += total
+        self.count += count
+
+    @property
+    def value(self) -> float | None:
+        """Return the mean; None if nothing was counted."""
+        return self.total / self.count if self.count else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """Result of one driver step of the learner: sums and counts over all ranks, never means."""
@@ -319,6 +336,10 @@ class StepResult:
     """name -> maximum over tokens and ranks."""
     minima: Mapping[str, float]
     """name -> minimum over tokens and ranks."""
+    mismatch_square: Mean
+    """Squared difference between sampler and learner logprobs, over tokens."""
+    kl_ref: Mean
+    """KL to the frozen reference, over tokens."""
     learner_logprob_sums: Mapping[int, float]
     """rollout index -> sum of learner logprobs over its completion, at the start of the step."""
     mismatch_counts: NDArray[np.int64]

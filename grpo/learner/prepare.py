@@ -97,7 +97,7 @@ def kl_penalty(
     assert old_logprobs is not None
     assert ref_logprobs is not None
     kl = estimate(old_logprobs, ref_logprobs, estimator=algorithm.kl_estimator)
-    tally.add("policy/kl_ref", float(kl.sum()), float(kl.numel()))
+    tally.kl_ref.add(float(kl.sum()), float(kl.numel()))
     return -kl_coef * kl
 
 

@@ -306,7 +306,7 @@ def _tally_objective(
     }
     if terms.kl_ref is not None:
         shares["policy/kl_ref_loss"] = (weights * terms.kl_ref).sum()
-        means["policy/kl_ref"] = terms.kl_ref.sum()
+        tally.kl_ref.add(float(terms.kl_ref.sum()), tokens)
     if not algorithm.entropy_coef:
         del shares["policy/entropy_loss"]
     numbers = torch.stack([value.double() for value in (*shares.values(), *means.values())]).tolist()
@@ -351,7 +351,7 @@ def _tally_mismatch(
     if count:
         token_weight = difference.exp()
         tally.add("mismatch/mean", float(difference.abs().sum()), count)
-        tally.add("mismatch/square", float(difference.square().sum()), count)
+        tally.mismatch_square.add(float(difference.square().sum()), count)
         tally.add("mismatch/equal_fraction", float((difference == 0).sum()), count)
         tally.mismatch_counts += mismatch_counts(difference.abs().numpy())
         tally.add("mismatch/kl", float((token_weight - 1 - difference).sum()), count)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from grpo.metrics.measures import MISMATCH_EDGES
-from grpo.types import StepResult
+from grpo.types import Mean, StepResult
 
 
 @dataclass(slots=True)
@@ -22,6 +22,8 @@ class Tally:
     sums: dict[str, list[float]] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     minima: dict[str, float] = field(default_factory=dict)
+    mismatch_square: Mean = field(default_factory=Mean)
+    kl_ref: Mean = field(default_factory=Mean)
     learner_logprob_sums: dict[int, float] = field(default_factory=dict)
     mismatch_counts: NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(len(MISMATCH_EDGES) + 1, dtype=np.int64)
@@ -53,6 +55,8 @@ class Tally:
             self.maximum(name, value)
         for name, value in other.minima.items():
             self.minimum(name, value)
+        self.mismatch_square.add(other.mismatch_square.total, other.mismatch_square.count)
+        self.kl_ref.add(other.kl_ref.total, other.kl_ref.count)
         self.learner_logprob_sums |= other.learner_logprob_sums
         self.mismatch_counts += other.mismatch_counts
         self.skipped_updates = max(self.skipped_updates, other.skipped_updates)
@@ -76,6 +80,8 @@ def merge(tallies: Sequence[Tally], optimizer_steps: int) -> StepResult:
         metrics={name: (total, count) for name, (total, count) in merged.sums.items()},
         maxima=merged.maxima,
         minima=merged.minima,
+        mismatch_square=merged.mismatch_square,
+        kl_ref=merged.kl_ref,
         learner_logprob_sums=merged.learner_logprob_sums,
         mismatch_counts=merged.mismatch_counts,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from grpo.config import Config
-from grpo.metrics import measures
 from grpo.sync.probe import Spread
 from grpo.types import StepResult
 
@@ -31,7 +31,7 @@ def guard_mismatch(result: StepResult, config: Config, noise: Spread) -> None:
     bar = config.algorithm.max_mismatch
     if bar is None:
         bar = noise.allowed().rms / min(1.0, config.sampling.temperature)
-    rms = measures.learner_metrics(result).get("mismatch/rms", 0.0)
+    rms = math.sqrt(result.mismatch_square.value or 0.0)
     if not rms <= bar:
         raise MismatchError(
             f"the logprobs of the sampled tokens differ by {rms:.3g} between sampler and learner (root mean square; "

@@ -177,7 +177,6 @@ def learner_metrics(result: StepResult) -> dict[str, float]:
     """Return the learner's sums as means, and the metrics that are derived from them."""
     pairs = dict(result.metrics)
     square = pairs.pop("mismatch/importance_weight_square", None)
-    mismatch = pairs.pop("mismatch/square", None)
     out = value_metrics(pairs)
     updates = result.maxima.get("policy/updates", 0.0)
     for name, (total, count) in pairs.items():
@@ -188,8 +187,10 @@ def learner_metrics(result: StepResult) -> dict[str, float]:
                 out[name] = total / updates
         elif count:
             out[name] = total / count
-    if mismatch is not None and mismatch[1]:
-        out["mismatch/rms"] = math.sqrt(mismatch[0] / mismatch[1])
+    if (kl_ref := result.kl_ref.value) is not None:
+        out["policy/kl_ref"] = kl_ref
+    if (square_mean := result.mismatch_square.value) is not None:
+        out["mismatch/rms"] = math.sqrt(square_mean)
         out["mismatch/q99"] = counted_quantile(result.mismatch_counts, 0.99)
     if square is not None and square[0] > 0:
         weight_sum, count = pairs["mismatch/importance_weight_mean"]

@@ -29,7 +29,7 @@ from grpo.sync import transaction, transport
 from grpo.sync.probe import Probe, Reading, Spread
 from grpo.sync.transport import Place
 from grpo.sync.weights import Bucket, SyncReport
-from grpo.types import StepResult
+from grpo.types import Mean, StepResult
 
 PROBE = Probe(token_ids=((1, 2, 3),))
 LOGPROBS: tuple[NDArray[np.float32], ...] = (np.asarray([-1.0, -2.0], dtype=np.float32),)
@@ -137,6 +137,8 @@ class BookingLearner:
             metrics={},
             maxima={},
             minima={},
+            mismatch_square=Mean(),
+            kl_ref=Mean(),
             learner_logprob_sums={},
             mismatch_counts=np.zeros(1, np.int64),
         )

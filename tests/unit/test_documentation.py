@@ -106,7 +106,6 @@ SUMS = {
     "value/error",
     "value/error_square",
     "value/return_square",
-    "mismatch/square",
     "mismatch/importance_weight_square",
 }
 """Sums from which `learner_metrics` derives metrics; not logged."""

@@ -50,6 +50,7 @@ from grpo.types import (
     Failed,
     FailureKind,
     Group,
+    Mean,
     Prompt,
     RewardOutage,
     Rollout,
@@ -1298,8 +1299,9 @@ def test_the_mismatch_gate(tmp_path: Path) -> None:
     def result(*differences: float) -> StepResult:
         squares = sum(d * d for d in differences)
         return StepResult(
-            optimizer_steps=1, skipped_updates=0, metrics={"mismatch/square": (squares, float(len(differences)))},
-            maxima={}, minima={}, learner_logprob_sums={}, mismatch_counts=mismatch_counts(np.abs(differences)),
+            optimizer_steps=1, skipped_updates=0, metrics={}, maxima={}, minima={},
+            mismatch_square=Mean(squares, len(differences)), kl_ref=Mean(), learner_logprob_sums={},
+            mismatch_counts=mismatch_counts(np.abs(differences)),
         )  # fmt: skip
 
     def config(*overrides: str) -> Config:

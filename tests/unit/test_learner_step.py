@@ -489,7 +489,7 @@ def test_kl_in_the_reward_is_a_return_to_go_on_top_of_the_advantage() -> None:
         got = in_row(ready.advantages, batch, i)
         assert got == pytest.approx(expected, abs=1e-6)
         total += sum(kl)
-    assert tally.sums["policy/kl_ref"][0] == pytest.approx(total, abs=1e-6)
+    assert tally.kl_ref.total == pytest.approx(total, abs=1e-6)
 
 
 def test_the_reference_is_asked_once_a_step_however_many_epochs() -> None:

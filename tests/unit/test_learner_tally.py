@@ -18,12 +18,16 @@ def test_ranks_are_merged() -> None:
             tally.minimum("weight/min", value)
     second.minimum("other/min", -1.0)
     first.learner_logprob_sums, second.learner_logprob_sums = {0: -1.0}, {1: -2.0}
+    first.kl_ref.add(0.5, 2)
+    for tally, square in ((first, 0.25), (second, 1.0)):
+        tally.mismatch_square.add(square, 4)
     first.mismatch_counts[1], second.mismatch_counts[1] = 3, 4
     result = merge([first, second], 7)
     assert result.optimizer_steps == 7
     assert result.metrics == {"policy/loss": (3.5, 0), "policy/entropy": (35.0, 8)}
     assert result.maxima == {"weight/max": 3.0}
     assert result.minima == {"weight/min": 0.25, "other/min": -1.0}
+    assert (result.kl_ref.value, result.mismatch_square.value) == (0.25, 1.25 / 8)
     assert result.learner_logprob_sums == {0: -1.0, 1: -2.0}
     assert result.mismatch_counts[1] == np.sum(result.mismatch_counts) == 7
     assert first.sums["policy/loss"] == [1.5, 0]  # what is merged stays as it was

@@ -19,7 +19,7 @@ from grpo.metrics.measures import (
     rollout_metrics,
     staleness_metrics,
 )
-from grpo.types import Completion, Failed, Group, Logged, Prompt, Rollout, Scored, StepResult
+from grpo.types import Completion, Failed, Group, Logged, Mean, Prompt, Rollout, Scored, StepResult
 
 PROMPT = Prompt(prompt_id="d:0:x", token_ids=(1, 2, 3), text="p", row={}, messages=None, dataset="d", where="d[0]")
 
@@ -131,11 +131,12 @@ def test_learner_sums_become_means_and_shares() -> None:
             "policy/clip_fraction_high": (2.0, 10.0),
             "mismatch/importance_weight_mean": (8.0, 4.0),
             "mismatch/importance_weight_square": (20.0, 4.0),
-            "mismatch/square": (0.08, 2.0),
-            "policy/kl_ref": (0.0, 0.0),
+            "policy/kl_old": (0.0, 0.0),
         },
         maxima={"policy/updates": 2.0, "mismatch/max": 0.1},
         minima={"mismatch/importance_weight_min": 0.5},
+        mismatch_square=Mean(0.08, 2.0),
+        kl_ref=Mean(),
         learner_logprob_sums={},
         mismatch_counts=mismatch_counts(np.asarray([0.0] + 97 * [1e-4] + [0.02, 0.5])),
     )
@@ -148,7 +149,7 @@ def test_learner_sums_become_means_and_shares() -> None:
     assert numbers["mismatch/max"] == 0.1
     assert numbers["mismatch/rms"] == pytest.approx(0.2)
     assert 0.02 <= numbers["mismatch/q99"] < 0.02 * 1.06  # of a hundred tokens the second largest
-    assert "policy/kl_ref" not in numbers  # nothing was observed
+    assert not {"policy/kl_old", "policy/kl_ref"} & numbers.keys()  # nothing was observed
 
 
 def test_counted_quantiles_hold_what_they_count() -> None:
