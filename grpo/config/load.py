@@ -162,7 +162,7 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
         tree = _listed(_override(tree, override))
     sections = _plain(tree)
     _answer_others(sections, path)
-    _check_keys(sections, Config, "", path)
+    _check_keys(sections, path)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
         config = OmegaConf.to_object(merged)
@@ -171,7 +171,7 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
         reason = str(error).split("\n")[0]
         if "Missing mandatory" in reason or "MissingMandatoryValue" in type(error).__name__:
             raise UserError(f"{path}: {option} is required and not set") from error
-        raise UserError(f"{path}: {_misfit(sections, Config, '') or reason}") from error
+        raise UserError(f"{path}: {_misfit(sections) or reason}") from error
     assert isinstance(config, Config)
     validate(config)
     return config
@@ -252,7 +252,7 @@ def _names(cls: type) -> list[str]:
 
 def _answer_others(tree: Json, source: str) -> None:
     """Raise UserError with an answer to each option of another trainer."""
-    said = [aliases.answer(name, value, _own_names()) for name, value in _unknown(tree, Config, "")]
+    said = [aliases.answer(name, value, _own_names()) for name, value in _unknown(tree)]
     if answers := [answer for answer in said if answer]:
         raise UserError(f"{source}: {aliases.joined(answers)}")
 
@@ -271,21 +271,29 @@ def refuse_flags(tokens: typing.Sequence[str]) -> None:
         raise UserError(aliases.joined(answers))
 
 
-def _unknown(node: Json, cls: type, prefix: str) -> Iterator[tuple[str, Json]]:
-    """Yield (full name, value) of every key that is not an option and is not similar to one. Mappings below such a key
-    are flattened."""
+def _walk(node: Json, cls: type, prefix: str = "") -> Iterator[tuple[str, str, Json, type, Kind]]:
+    """Yield (prefix, key, value, class of the section, type) of every key, a section before its options. The prefix is
+    that of the full name. The type of an unknown key is None."""
     hints = typing.get_type_hints(cls)
     for key, value in node.items() if isinstance(node, dict) else ():
-        name, inner = f"{prefix}{key}", hints.get(str(key))
-        if inner is None:
-            like = difflib.get_close_matches(str(key), hints, n=1, cutoff=aliases.LIKE) and not aliases.is_known(name)
-            if not like and not (cls is SamplingConfig and key in NOT_REPLAYABLE):
-                yield from _leaves(name, value)
-        elif section := section_class(inner):
-            yield from _unknown(value, section, f"{name}.")
-        elif below := item_class(inner):
-            for i, item in enumerate(value if isinstance(value, list) else []):
-                yield from _unknown(item, below, f"{name}[{i}].")
+        kind = hints.get(str(key))
+        yield prefix, str(key), value, cls, kind
+        if section := section_class(kind):
+            yield from _walk(value, section, f"{prefix}{key}.")
+        elif (below := item_class(kind)) and isinstance(value, list):
+            for i, item in enumerate(value):
+                yield from _walk(item, below, f"{prefix}{key}[{i}].")
+
+
+def _unknown(tree: Json) -> Iterator[tuple[str, Json]]:
+    """Yield (full name, value) of every key that is not an option and is not similar to one. Mappings below such a key
+    are flattened."""
+    for prefix, key, value, cls, kind in _walk(tree, Config):
+        if kind is not None or (cls is SamplingConfig and key in NOT_REPLAYABLE):
+            continue
+        name, own = f"{prefix}{key}", typing.get_type_hints(cls)
+        if aliases.is_known(name) or not difflib.get_close_matches(key, own, n=1, cutoff=aliases.LIKE):
+            yield from _leaves(name, value)
 
 
 def _leaves(name: str, value: Json) -> Iterator[tuple[str, Json]]:
@@ -302,31 +310,28 @@ def _own_names() -> frozenset[str]:
     return frozenset(option.rpartition(".")[2] for option in options())
 
 
-def _check_keys(node: Json, cls: type, prefix: str, source: str) -> None:
+def _check_keys(tree: Json, source: str) -> None:
     """Raise UserError for a key that is not an option, naming the nearest one, and for a value of the wrong shape."""
-    if not isinstance(node, dict):
-        raise UserError(f"{source}: {prefix.rstrip('.') or 'the recipe'} must be a mapping, not {node!r}")
-    hints = typing.get_type_hints(cls)
-    for key, value in node.items():
+    for prefix, key, value, cls, kind in _walk(tree, Config):
         name = f"{prefix}{key}"
         if cls is SamplingConfig and key in NOT_REPLAYABLE:
             raise UserError(
                 f"{source}: {name} cannot be used in training: the learner replays only {REPLAYABLE}, so the ratio "
                 f"would be wrong; data.eval accepts top_p, top_k and min_p"
             )
-        if key not in hints:
-            raise UserError(f"{source}: unknown option {name}{_nearest(str(key), cls, prefix)}")
-        if section := section_class(hints[key]):
-            _check_keys(value, section, f"{name}.", source)
-        elif below := item_class(hints[key]):
+        if kind is None:
+            raise UserError(f"{source}: unknown option {name}{_nearest(key, cls, prefix)}")
+        mappings = {name: value} if section_class(kind) else {}
+        if below := item_class(kind):
             if not isinstance(value, list) and value != MISSING:
                 shape = f"a list of {{{', '.join(_names(below)[:3])}, ...}}"
                 shape = f"a path or {shape}" if issubclass(below, DatasetConfig) else shape
                 raise UserError(f"{source}: {name} must be {shape}, not {value!r}")
-            for i, item in enumerate(value if isinstance(value, list) else []):
-                _check_keys(item, below, f"{name}[{i}].", source)
-        else:
-            _check_texts(value, hints[key], name, source)
+            mappings = {f"{name}[{i}]": item for i, item in enumerate(value)} if isinstance(value, list) else {}
+        for place, item in mappings.items():
+            if not isinstance(item, dict):
+                raise UserError(f"{source}: {place} must be a mapping, not {item!r}")
+        _check_texts(value, kind, name, source)
 
 
 def _check_texts(value: Json, kind: Kind, name: str, source: str) -> None:
@@ -346,33 +351,23 @@ def _check_texts(value: Json, kind: Kind, name: str, source: str) -> None:
             _check_texts(text, str, f"{name}.{key}", source)
 
 
-def _misfit(node: Json, cls: type, prefix: str) -> str | None:
+def _misfit(tree: Json) -> str | None:
     """Return a message naming the first option whose value does not fit its type, or None.
 
     omegaconf reports the error for the whole tree, so each option is tried separately.
     """
-    hints = typing.get_type_hints(cls)
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if section := section_class(hints[key]):
-            found = _misfit(value, section, f"{prefix}{key}.")
-        elif (below := item_class(hints[key])) and isinstance(value, list):
-            items = (_misfit(item, below, f"{prefix}{key}[{i}].") for i, item in enumerate(value))
-            found = next((item for item in items if item), None)
-        else:
-            found = None
-            try:
-                OmegaConf.merge(OmegaConf.structured(cls), {key: value})
-            except (OmegaConfBaseException, TypeError):
-                choices = [str(choice) for choice in typing.get_args(hints[key])]
-                if typing.get_origin(hints[key]) is typing.Literal:
-                    hint = _nearest_choice(f"{prefix}{key}", value, choices)
-                    found = f"{prefix}{key} must be one of {', '.join(choices)}, not {value!r}{hint}"
-                else:
-                    kind = hints[key]
-                    wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-                    found = f"{prefix}{key} must be of type {wanted}, not {value!r}"
-        if found:
-            return found
+    for prefix, key, value, cls, kind in _walk(tree, Config):
+        if section_class(kind) or (item_class(kind) and isinstance(value, list)):
+            continue
+        try:
+            OmegaConf.merge(OmegaConf.structured(cls), {key: value})
+        except (OmegaConfBaseException, TypeError):
+            if typing.get_origin(kind) is typing.Literal:
+                choices = [str(choice) for choice in typing.get_args(kind)]
+                hint = _nearest_choice(f"{prefix}{key}", value, choices)
+                return f"{prefix}{key} must be one of {', '.join(choices)}, not {value!r}{hint}"
+            wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            return f"{prefix}{key} must be of type {wanted}, not {value!r}"
     return None
 
 
