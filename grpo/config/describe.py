@@ -66,12 +66,8 @@ def plain(name: str) -> str:
     return re.sub(r"\[\w*\]|\.\d+(?=\.|$)", "", name.strip().rstrip("."))
 
 
-def sections() -> Iterator[Section]:
-    """Yield every section with its direct options."""
-    yield from _sections(Config, "")
-
-
-def _sections(cls: type, prefix: str) -> Iterator[Section]:
+def sections(cls: type = Config, prefix: str = "") -> Iterator[Section]:
+    """Yield every section of `cls`, whose options begin with `prefix`, with its direct options."""
     hints = typing.get_type_hints(cls)
     if prefix:
         meaning, _, examples = (cls.__doc__ or "").partition("\n\n")
@@ -83,21 +79,23 @@ def _sections(cls: type, prefix: str) -> Iterator[Section]:
         )
     for name, kind in hints.items():
         if section := section_class(kind):
-            yield from _sections(section, f"{prefix}{name}.")
+            yield from sections(section, f"{prefix}{name}.")
         elif item := item_class(kind):
-            yield from _sections(item, f"{prefix}{name}[i].")
+            yield from sections(item, f"{prefix}{name}[i].")
 
 
 @functools.cache
 def field_texts(cls: type) -> dict[str, str]:
-    """Return the docstring below each field of `cls` and its base classes, read from the source."""
+    """Return the docstring below each field of a dataclass and its base classes, or below each member of an enum, read
+    from the source."""
     found = {}
-    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)) if dataclasses.is_dataclass(cls) else [cls]:
         [node] = ast.parse(inspect.getsource(base)).body
         assert isinstance(node, ast.ClassDef)
         for field, text in itertools.pairwise(node.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[ast.unparse(field.target)] = in_yaml(str(text.value.value))
+            match field, text:
+                case ast.AnnAssign(name) | ast.Assign([name]), ast.Expr(ast.Constant(str(said))):
+                    found[ast.unparse(name)] = in_yaml(said)
     return found
 
 

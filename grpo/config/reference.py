@@ -6,14 +6,10 @@ python -m grpo.config.reference exit-codes > docs/exit-codes.md
 
 from __future__ import annotations
 
-import ast
-import itertools
 import re
 import sys
-from pathlib import Path
 
-from grpo import types
-from grpo.config.describe import Section, default_text, in_yaml, meaning_text, sections, type_text
+from grpo.config.describe import Section, default_text, field_texts, meaning_text, sections, type_text
 from grpo.types import ExitCode
 
 OPTIONS_HEAD = """\
@@ -48,7 +44,7 @@ def options_page() -> str:
 
 def exit_codes_page() -> str:
     """Return the text of docs/exit-codes.md."""
-    meanings = _member_texts("ExitCode")
+    meanings = field_texts(ExitCode)
     rows = [f"| {code.value} | `{code.name}` | {_cell(meanings[code.name])} |\n" for code in ExitCode]
     return EXIT_CODES_HEAD + "".join(rows) + EXIT_CODES_END
 
@@ -74,17 +70,6 @@ def _cell(text: str) -> str:
 def _linked(text: str) -> str:
     """Return `text` with each path docs/x.md as a link from a page in docs/."""
     return re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", text)
-
-
-def _member_texts(name: str) -> dict[str, str]:
-    """Return the docstring below each member of the enum `name` of grpo.types, read from the source."""
-    tree = ast.parse(Path(types.__file__).read_text(encoding="utf-8"))
-    [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    return {
-        ast.unparse(member.targets[0]): in_yaml(str(text.value.value))
-        for member, text in itertools.pairwise(body)
-        if isinstance(member, ast.Assign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
 
 
 PAGES = {"options": options_page, "exit-codes": exit_codes_page}
