@@ -134,7 +134,11 @@ def join_store(host: str, port: int, world_size: int, timeout_s: float) -> Rende
 
 
 class Sender(Protocol):
-    """A learner rank's end of a transport."""
+    """A learner rank's end of a transport.
+
+    A sender whose memory the receivers map inherits from it and overrides `init_info` and `pack`: there is nothing to
+    connect, to transmit or to abort.
+    """
 
     def init_info(self, sampler: int, place: Place) -> Mapping[str, Json]:
         """Return the arguments that sampler number `sampler` needs to open its end before the first sync."""
@@ -142,7 +146,7 @@ class Sender(Protocol):
 
     def connect(self) -> None:
         """Open the learner's end while the samplers open theirs."""
-        ...
+        return
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Make `tensors` available and describe them. The previous bucket must have been consumed."""
@@ -150,15 +154,15 @@ class Sender(Protocol):
 
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Begin to send the bytes while the samplers receive, if the transport is a collective."""
-        ...
+        return
 
     def transmitted(self) -> None:
         """Wait for the end of `transmit`. Raises RuntimeError if it failed."""
-        ...
+        return
 
     def abort(self) -> None:
         """Abort a `transmit` that some samplers do not take part in. Nothing can be sent afterwards."""
-        ...
+        return
 
 
 def joined(buckets: Sequence[Bucket]) -> Bucket:
@@ -179,23 +183,7 @@ def joined(buckets: Sequence[Bucket]) -> Bucket:
     return replace(first, transport=transport)
 
 
-class _MappedSender:
-    """Base of the senders whose memory the receivers map: there is nothing to connect, to transmit or to abort."""
-
-    def connect(self) -> None:
-        """Do nothing."""
-
-    def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Do nothing."""
-
-    def transmitted(self) -> None:
-        """Do nothing."""
-
-    def abort(self) -> None:
-        """Do nothing."""
-
-
-class IpcSender(_MappedSender):
+class IpcSender(Sender):
     """A buffer on this rank's GPU. The sampler's worker there maps it through CUDA IPC and copies each bucket from it.
 
     The buffer is exported once for the whole run: torch counts one mapping for each export, and memory that was
@@ -250,7 +238,7 @@ class IpcReceiver:
         return copies
 
 
-class SharedMemorySender(_MappedSender):
+class SharedMemorySender(Sender):
     """Writes buckets into an anonymous memory file that other processes of this user map through /proc.
 
     The file has no name in any file system. The kernel frees it when the last process that maps it has ended, even if
