@@ -332,9 +332,9 @@ def jobs(address: str) -> int:
     if len(rows) == 1:
         print(f"no run has been submitted to {address}")
         return ExitCode.DONE
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    from grpo.run.compare import table  # noqa: PLC0415 - pyarrow takes time to import
+
+    print("\n".join(table(rows)))
     return ExitCode.DONE
 
 

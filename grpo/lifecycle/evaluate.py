@@ -16,7 +16,6 @@ from grpo.cluster import session as cluster
 from grpo.config import Config
 from grpo.lifecycle import evaluation_folder
 from grpo.lifecycle.evaluation_folder import SetResult
-from grpo.machine import usable_cpus
 from grpo.rewards import functions
 from grpo.rewards.pool import RewardPool
 from grpo.run.console import Console
@@ -95,9 +94,8 @@ def sample(
 ) -> dict[str, SetResult]:
     """Start samplers and reward workers, evaluate the prompts of `left`, and shut them down. Return the results."""
     config, logs = plan.config, folder / "logs"
-    workers = config.cluster.reward_workers or min(8, usable_cpus())
     with (
-        RewardPool(config.rewards, files=plan.reward_files, workers=workers, log_dir=logs) as scorer,
+        RewardPool(config.rewards, files=plan.reward_files, workers=config.reward_workers, log_dir=logs) as scorer,
         cluster.session(config, logs),
     ):
         interrupt_early()  # Ray has replaced our signal handlers

@@ -86,7 +86,7 @@ def key_of(plan: CheckedRun, model: str) -> dict[str, Json]:
         "model": model,
         "tokenizer": tokenizer_fingerprint(config.model.path),
         "fingerprints": {name: value for name, value in plan.fingerprints.items() if name != "data.train"},
-        "samples_per_prompt": {name: samples_of(plan, name) for name in set_names(plan)},
+        "samples_per_prompt": {name: config.data.eval.samples_of(name) for name in set_names(plan)},
         "settings": dataclasses.asdict(eval_settings(config, plan.end_token_ids)),
         "dtype": config.model.dtype,
         "float32_head": config.model.float32_head,
@@ -141,11 +141,6 @@ def set_names(plan: CheckedRun) -> list[str]:
     return list(dict.fromkeys(prompt.dataset for prompt in plan.eval_prompts))
 
 
-def samples_of(plan: CheckedRun, name: str) -> int:
-    """Return the number of completions per prompt of a data set."""
-    return plan.config.data.eval.samples_of(name)
-
-
 def unfinished(plan: CheckedRun, folder: Path, say: Callable[[str], None]) -> dict[str, list[Prompt]]:
     """Return data set -> its prompts whose completions are not in the folder, for the sets that have any.
 
@@ -177,7 +172,8 @@ def evaluate(
     writer = Writer(folder, plan.config)
     try:
         for name, prompts in left.items():
-            say(f"sampling {samples_of(plan, name)} completions of {len(prompts)} prompts of {name}")
+            each = plan.config.data.eval.samples_of(name)
+            say(f"sampling {each} completions of {len(prompts)} prompts of {name}")
             sample_set(plan, name, prompts, sampler, scorer, writer, say)
     finally:
         writer.flush()
@@ -228,7 +224,7 @@ def sample_set(
             said = time.monotonic()
             say(f"{name}: {count} of {len(prompts)} prompts, {tokens / (said - started):.0f} tokens/s")
 
-    each = samples_of(plan, name)
+    each = config.data.eval.samples_of(name)
     with Watch(name, len(prompts) * each, sampler=sampler, scorer=scorer, say=say) as watched:
         collected = collect(
             prompts,
@@ -267,13 +263,8 @@ class Writer:
     def flush(self) -> None:
         for groups in (self._whole, self._failed):
             if groups:
-                write_groups(
-                    self._folder / f"{self._number:06d}.parquet",
-                    0,
-                    groups,
-                    rewards=self._rewards,
-                    answer_column=self._answer_column,
-                )
+                target = self._folder / f"{self._number:06d}.parquet"
+                write_groups(target, 0, groups, rewards=self._rewards, answer_column=self._answer_column)
                 self._number += 1
         self._whole, self._failed, self._written = [], [], time.monotonic()
 
@@ -295,7 +286,7 @@ def survey(plan: CheckedRun, folder: Path) -> tuple[set[str], dict[Path, str]]:
     file with failures that a retry may fix does not count either.
     """
     concluded = (folder / RESULT).exists()
-    asked = {prompt.prompt_id: samples_of(plan, prompt.dataset) for prompt in plan.eval_prompts}
+    asked = {p.prompt_id: plan.config.data.eval.samples_of(p.dataset) for p in plan.eval_prompts}
     done: set[str] = set()
     unusable: dict[Path, str] = {}
     for path in sorted((folder / "samples").glob("*.parquet")):

@@ -68,23 +68,21 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
             return Origin()
         if not (run / "config.yaml").is_file():
             raise UserError(f"resume=auto: {run} is not a run folder (it has no config.yaml); choose another run.name")
-        every = checkpoints.list_checkpoints(run)
-        done = run_folder.is_done(run, config.run.steps)
-        return Origin(run=run, checkpoint=every[-1] if every else None, done=done, state=state_of(run))
-    path = Path(resume).expanduser().resolve()
-    if path.parent.name == "checkpoints" and path in checkpoints.list_checkpoints(path.parent.parent):
-        return Origin(run=path.parent.parent, checkpoint=path, state=state_of(path.parent.parent))
-    if not (path / "checkpoints").is_dir():
-        raise UserError(
-            f"resume={resume} is neither a run folder nor a checkpoint (runs/NAME or .../checkpoints/step-N)"
-        )
-    every = checkpoints.list_checkpoints(path)
-    if not every:
+    else:
+        run = Path(resume).expanduser().resolve()
+        if run.parent.name == "checkpoints" and run in checkpoints.list_checkpoints(run.parent.parent):
+            return Origin(run=run.parent.parent, checkpoint=run, state=state_of(run.parent.parent))
+        if not (run / "checkpoints").is_dir():
+            raise UserError(
+                f"resume={resume} is neither a run folder nor a checkpoint (runs/NAME or .../checkpoints/step-N)"
+            )
+    every = checkpoints.list_checkpoints(run)
+    if not every and resume != "auto":
         raise UserError(
             f"resume={resume}: the run has no checkpoint (run.save_every writes them); resume=auto starts over"
         )
-    done = run_folder.is_done(path, config.run.steps)
-    return Origin(run=path, checkpoint=every[-1], done=done, state=state_of(path))
+    done = run_folder.is_done(run, config.run.steps)
+    return Origin(run=run, checkpoint=every[-1] if every else None, done=done, state=state_of(run))
 
 
 def state_of(run: Path) -> tuple[str, ...]:
@@ -139,6 +137,7 @@ def prepare(origin: Origin, plan: CheckedRun, allowed: Sequence[str]) -> Resumed
     """
     config = plan.config
     if origin.checkpoint is None:
+        lines: tuple[str, ...] = ()
         if origin.run is not None:
             if run_folder.is_done(origin.run, 0):
                 raise UserError(
@@ -146,16 +145,13 @@ def prepare(origin: Origin, plan: CheckedRun, allowed: Sequence[str]) -> Resumed
                     "another run.name"
                 )
             refuse_other_run(origin.run, config, allowed)
-        lines = (
-            () if origin.run is None else (f"resumed    {origin.run.name} from its beginning: it has no checkpoint",)
-        )
+            lines = (f"resumed    {origin.run.name} from its beginning: it has no checkpoint",)
         return Resumed(progress=Progress.start(config, plan.prompts), folder=None, manifest=None, lines=lines)
     try:
         manifest = checkpoints.read(origin.checkpoint)
     except UserError as error:
-        others = [
-            path for path in checkpoints.list_checkpoints(origin.checkpoint.parent.parent) if path < origin.checkpoint
-        ]
+        every = checkpoints.list_checkpoints(origin.checkpoint.parent.parent)
+        others = [path for path in every if path < origin.checkpoint]
         hint = f"; the checkpoint before it: resume={others[-1]}" if others else ""
         raise UserError(f"{error}{hint}") from error
     notes = checkpoints.compare(manifest, config, fingerprints(plan), allowed)

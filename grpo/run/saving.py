@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,12 +27,6 @@ class Captured(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pending:
-    partial: Path
-    manifest: Callable[[Mapping[str, FileRecord]], Manifest]
-
-
 class Saver:
     """Writer of one checkpoint at a time: `save` begins it, `poll` publishes it when its files are on the disk."""
 
@@ -49,7 +43,8 @@ class Saver:
         """`flush`: waits until the metrics and samples of all steps so far are on the disk."""
         self._config, self._run, self._engines = config, run, engines
         self._fingerprints, self._flush, self._say = fingerprints, flush, say
-        self._pending: _Pending | None = None
+        self._pending: tuple[Path, Manifest] | None = None
+        """The folder that is being written, and its manifest without the files."""
         self._size = 0
         """Bytes of the previous checkpoint."""
 
@@ -66,21 +61,18 @@ class Saver:
         learner = self._engines.capture(partial / "learner")
         if self._config.run.save_model:
             self._engines.save(partial / "model")
-
-        def manifest(files: Mapping[str, FileRecord]) -> Manifest:
-            return Manifest(
-                format=checkpoints.FORMAT,
-                step=step,
-                config=plain(self._config),
-                fingerprints=self._fingerprints(),
-                versions=versions(),
-                driver=driver,
-                learner=learner,
-                metrics=metrics,
-                files=files,
-            )
-
-        self._pending = _Pending(partial=partial, manifest=manifest)
+        manifest = Manifest(
+            format=checkpoints.FORMAT,
+            step=step,
+            config=plain(self._config),
+            fingerprints=self._fingerprints(),
+            versions=versions(),
+            driver=driver,
+            learner=learner,
+            metrics=metrics,
+            files={},
+        )
+        self._pending = partial, manifest
 
     def poll(self, *, wait: bool = False) -> None:
         """Publish the pending checkpoint once its files are written, and delete checkpoints that are no longer kept."""
@@ -89,12 +81,13 @@ class Saver:
         records = self._engines.captured(wait=wait)
         if records is None:
             return
-        partial, files = self._pending.partial, {f"learner/{name}": record for name, record in records.items()}
+        partial, manifest = self._pending
+        files = {f"learner/{name}": record for name, record in records.items()}
         if self._config.run.save_model:
             written = [path for path in (partial / "model").rglob("*") if path.is_file()]
             files |= {str(path.relative_to(partial)): seal(path) for path in written}
         self._flush()  # a run resumed from here has all data of the steps before
-        target = checkpoints.publish(partial, self._pending.manifest(files))
+        target = checkpoints.publish(partial, replace(manifest, files=files))
         self._pending = None
         self._size = sum(record.bytes for record in files.values())
         c = self._config.run
