@@ -195,10 +195,15 @@ class Run:
 def test_wandb_keeps_what_is_logged_after_a_resume_from_an_earlier_step(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run()
-    module = SimpleNamespace(init=lambda **_: run, Error=OSError, Table=lambda columns, data: data)
+    run, projects = Run(), []
+
+    def init(*, project: str, **_: Any) -> Run:
+        projects.append(project)
+        return run
+
+    module = SimpleNamespace(init=init, Error=OSError, Table=lambda columns, data: data)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    wandb = dataclasses.replace(config.run, wandb=True, tensorboard=False)
+    wandb = dataclasses.replace(config.run, wandb=True, wandb_project="sums", tensorboard=False)
     for steps in ((1, 2, 3), (2, 3, 4)):  # the second session resumes after step 1
         [tracker] = make_trackers(dataclasses.replace(config, run=wandb), tmp_path, steps[0] - 1)
         for step in steps:
@@ -208,6 +213,7 @@ def test_wandb_keeps_what_is_logged_after_a_resume_from_an_earlier_step(
     assert [line["reward/mean"] for line in run.history if "reward/mean" in line] == [0.1, 0.2, 0.3, 0.2, 0.3, 0.4]
     assert [line["step"] for line in run.history if "samples/eval" in line] == [3, 4]
     assert run.axes == {"step": None, "*": "step"}
+    assert projects == ["sums", "sums"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed: the extra `wandb`")

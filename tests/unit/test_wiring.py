@@ -24,7 +24,7 @@ LR, EPOCHS, STEP_KL_COEF = 4.0, 3, 0.3
 PLAIN: dict[str, Any] = {
     "loss": "ppo_clip", "eps_low": 0.2, "eps_high": 0.2, "dual_clip": None, "sapo_tau_positive": 1.0,
     "sapo_tau_negative": 1.05, "kl_coef": 0.0, "kl_estimator": "k3", "kl_gradient": "autodiff", "kl_clamp": None,
-    "entropy_coef": 0.0, "importance_high": 2.0,
+    "entropy_coef": 0.0, "importance_low": 0.0, "importance_high": 2.0,
 }  # fmt: skip
 ANCHORED = {"kl_coef": 0.01}  # the recipe's; the step says STEP_KL_COEF, as an adaptive coefficient would
 
@@ -46,6 +46,7 @@ CASES: list[dict[str, Any]] = [
     ANCHORED | {"kl_clamp": 0.1},
     {"importance_level": "token"},
     {"importance_level": "token", "importance_high": 1.2},
+    {"importance_level": "token", "importance_low": 0.9},
 ]
 
 
@@ -90,7 +91,8 @@ def written_out(engine: PlainEngine, batch: list[TrainingRow], **options: Any) -
                 tau_negative=o["sapo_tau_negative"],
             ).loss[0]  # fmt: skip
             if "importance_level" in o:
-                policy = policy * (old - torch.tensor(row.sampler_logprobs)).exp().clamp(max=o["importance_high"])
+                weight = (old - torch.tensor(row.sampler_logprobs)).exp()
+                policy = policy * weight.clamp(o["importance_low"], o["importance_high"])
             total = total + policy.sum() / tokens - o["entropy_coef"] * entropy.sum() / tokens
             if o["kl_coef"]:
                 kl = anchor_kl(
