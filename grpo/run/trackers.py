@@ -38,11 +38,9 @@ class Tracker(Protocol):
 
     def table(self, step: int, name: str, rows: Sequence[Row]) -> None:
         """Show a table. `rows`: column in COLUMNS -> text."""
-        ...
 
     def close(self, *, failed: bool) -> None:
         """End its threads and files. Another run of this process has a tracker of its own."""
-        ...
 
 
 def table_is_due(name: str, step: int) -> bool:

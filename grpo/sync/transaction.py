@@ -41,27 +41,21 @@ class SyncedLearner(ProbedLearner, Protocol):
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every weight by its name in the model folder. A collective."""
-        ...
 
     def reload(self) -> None:
         """Load states and weights into the memory that `offload` left."""
-        ...
 
     def offload(self) -> None:
         """Leave the memory to the samplers."""
-        ...
 
     def drop_cache(self) -> None:
         """Release the memory that is cached for the next step."""
-        ...
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        ...
 
     def gathered(self, ours: Bucket | None) -> list[Bucket | None]:
         """Return the bucket of every rank. A collective."""
-        ...
 
 
 class SyncedSamplers(Protocol):
@@ -70,35 +64,27 @@ class SyncedSamplers(Protocol):
     @property
     def lost(self) -> Exception | None:
         """Error of a sampler that died during this sync. No other call is made then."""
-        ...
 
     def sleep(self) -> None:
         """Release the memory, weights included, and wait until that is done."""
-        ...
 
     def wake(self, part: str) -> None:
         """Allocate the memory of "weights" or "kv_cache", and wait until that is done."""
-        ...
 
     def begin_sync(self, policy_version: int) -> None:
         """Announce a sync, without waiting."""
-        ...
 
     def load_bucket(self, bucket: Bucket) -> None:
         """Have a bucket loaded, without waiting."""
-        ...
 
     def loaded(self) -> None:
         """Wait until the bucket has been loaded."""
-        ...
 
     def died(self) -> bool:
         """Return whether a sampler has died, after the transfer of the bucket has failed; it is `lost` then."""
-        ...
 
     def finish_sync(self, probe: Probe) -> list[SyncReport]:
         """Return the reports; none if a sampler has died."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

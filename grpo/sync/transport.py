@@ -142,7 +142,6 @@ class Sender(Protocol):
 
     def init_info(self, sampler: int, place: Place) -> Mapping[str, Json]:
         """Return the arguments that sampler number `sampler` needs to open its end before the first sync."""
-        ...
 
     def connect(self) -> None:
         """Open the learner's end while the samplers open theirs."""
@@ -150,7 +149,6 @@ class Sender(Protocol):
 
     def pack(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> Bucket:
         """Make `tensors` available and describe them. The previous bucket must have been consumed."""
-        ...
 
     def transmit(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Begin to send the bytes while the samplers receive, if the transport is a collective."""

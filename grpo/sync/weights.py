@@ -217,20 +217,16 @@ class ProbedLearner(Protocol):
 
     def parameter_count(self) -> int:
         """Return the number of parameter tensors."""
-        ...
 
     def read_probe(self, probe: Probe) -> Reading:
         """Return the probe's reading under the current weights."""
-        ...
 
     def perturbation(self, group: int, groups: int) -> AbstractContextManager[Callable[[float], None]]:
         """Return a context that yields a function. The function perturbs a group of the parameters by a given strength,
         until the context ends."""
-        ...
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """Return the means over the ranks, identical on each rank."""
-        ...
 
 
 def prove(
