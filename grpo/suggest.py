@@ -1,4 +1,5 @@
-"""Parts of messages: the suggestion for an unknown name, a list that is not too long, and an error on one line."""
+"""Parts of messages: the suggestion for an unknown name, a list that is not too long, an error on one line, and where two
+texts differ."""
 
 from __future__ import annotations
 
@@ -28,3 +29,9 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """Return the message of `error`, or its class if it has none, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def common_start(one: str, other: str) -> int:
+    """Return the number of characters at the beginning of two texts that are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

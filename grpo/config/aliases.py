@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import yaml
 
@@ -189,7 +189,10 @@ def _parsed(values: list[str]) -> Json:
     return True if not read else read[0] if len(read) == 1 else read
 
 
-def joined(answers: list[str]) -> str:
-    """Join answers into one message, which shows at most SHOWN of them."""
+def joined(found: Iterable[str | None]) -> str:
+    """Join the answers that were found into one message, which shows at most SHOWN of them; empty without any."""
+    answers = [answer for answer in found if answer]
+    if not answers:
+        return ""
     more = f"; and {len(answers) - SHOWN} more: docs/migrating.md" if len(answers) > SHOWN else ""
     return f"{'options' if len(answers) > 1 else 'an option'} of another trainer: {'; '.join(answers[:SHOWN])}{more}"

@@ -23,7 +23,7 @@ from grpo.config.python import Recipe, Reward, plain_value
 from grpo.config.schema import Config, SamplingConfig
 from grpo.config.schema_data import DatasetConfig
 from grpo.config.validate import validate
-from grpo.suggest import one_line, suggest
+from grpo.suggest import common_start, one_line, suggest
 from grpo.types import Json, Unchecked, UserError
 
 REPLAYABLE = "temperature"
@@ -161,7 +161,8 @@ def _configure(tree: DictConfig, overrides: typing.Sequence[str], path: str) -> 
     for override in overrides:
         tree = _listed(_override(tree, override))
     sections = _plain(tree)
-    _answer_others(sections, path)
+    if answers := aliases.joined(aliases.answer(name, value, _own_names()) for name, value in _unknown(sections)):
+        raise UserError(f"{path}: {answers}")
     _check_keys(sections, path)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
@@ -250,13 +251,6 @@ def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _answer_others(tree: Json, source: str) -> None:
-    """Raise UserError with an answer to each option of another trainer."""
-    said = [aliases.answer(name, value, _own_names()) for name, value in _unknown(tree)]
-    if answers := [answer for answer in said if answer]:
-        raise UserError(f"{source}: {aliases.joined(answers)}")
-
-
 def refuse_flags(tokens: typing.Sequence[str]) -> None:
     """Raise UserError for options given as flags: ours are written `section.option=value`; those of other trainers are
     answered."""
@@ -267,8 +261,8 @@ def refuse_flags(tokens: typing.Sequence[str]) -> None:
         if option in ours:
             raise UserError(f"--{name}: options are given without dashes: {option}={aliases.written(value)}")
         said.append(aliases.answer(name, value, _own_names()))
-    if answers := [answer for answer in said if answer]:
-        raise UserError(aliases.joined(answers))
+    if answers := aliases.joined(said):
+        raise UserError(answers)
 
 
 def _walk(node: Json, cls: type, prefix: str = "") -> Iterator[tuple[str, str, Json, type, Kind]]:
@@ -383,7 +377,7 @@ def _nearest(key: str, cls: type, prefix: str) -> str:
     """Return `; did you mean ...?` with the nearest option: one of exactly this name, then the nearest in this section,
     then the nearest of all. An option of another trainer is suggested if it is more similar."""
     everywhere: dict[str, str] = {}
-    for option in sorted(options(), key=lambda option: _shared(option, prefix), reverse=True):
+    for option in sorted(options(), key=lambda option: common_start(option, prefix), reverse=True):
         everywhere.setdefault(option.rpartition(".")[2], option)
     here = suggest(key, {name: f"{prefix}{name}" for name in _names(cls)})
     other = aliases.nearest(key) if not (prefix and here) else None
@@ -392,11 +386,6 @@ def _nearest(key: str, cls: type, prefix: str) -> str:
     if key not in everywhere and here:
         return here
     return suggest(key, everywhere) or f"; {prefix.rstrip('.') or 'a recipe'} has {', '.join(_names(cls))}"
-
-
-def _shared(option: str, prefix: str) -> int:
-    """Return the length of the common prefix."""
-    return next((i for i, (a, b) in enumerate(zip(option, prefix, strict=False)) if a != b), len(prefix))
 
 
 def refuse_unknown(name: str, source: str) -> None:

@@ -45,7 +45,7 @@ def page() -> str:
 def _example() -> list[str]:
     own = frozenset[str]()
     given = dict[str, Json](num_generations=8, beta=0.04, loss_type="dr_grpo", use_vllm=True, lora_r=16)
-    said = [answer(name, value, own) or "" for name, value in given.items()]
+    said = [answer(name, value, own) for name, value in given.items()]
     shown = f"$ grpo check recipe.yaml {' '.join(f'{name}={written(value)}' for name, value in given.items())}"
     return [shown, f"grpo: recipe.yaml: {joined(said)}"]
 

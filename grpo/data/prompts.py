@@ -104,7 +104,8 @@ def make_prompts(
 
 def prompt_id(dataset: str, row: Row) -> str:
     """Return `<data set>:<row index>:<content hash>`; the content is the row with its mapped columns."""
-    return f"{dataset}:{row.index}:{_content_hash(row.values)}"
+    canonical = json.dumps(row.values, sort_keys=True, separators=(",", ":"), default=str)
+    return f"{dataset}:{row.index}:{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -330,8 +331,3 @@ def _within_limit(prompts: list[Prompt], data: DataConfig, name: str, option: st
     dropped = tuple(f"{prompt.prompt_id} ({len(prompt.token_ids)} tokens)" for prompt in long)
     note = f"dropped    {len(long)} prompts of {option} with more than {limit} tokens: {first_of(dropped)}"
     return PromptSet(name=name, option=option, prompts=kept, dropped=dropped, notes=(note,) if long else ())
-
-
-def _content_hash(values: Mapping[str, Unchecked]) -> str:
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

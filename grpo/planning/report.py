@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Literal
 
-from grpo.config import Config, validate, written
+from grpo.config import Config, validate, values, written
 from grpo.planning.estimate import Estimate, Lengths, estimate
 from grpo.planning.memory import Parts
 from grpo.planning.shapes import Gpu, Shape, shape_of
@@ -79,10 +79,9 @@ def changes(config: Config, other: Config) -> list[str]:
     """Return the options in which `other` differs, as `option=value`."""
     found = []
     for section in ("cluster", "learner", "sampler"):
-        old, new = getattr(config, section), getattr(other, section)
-        names = [name for name in type(old).__dataclass_fields__ if getattr(old, name) != getattr(new, name)]
-        values = {name: getattr(new, name) for name in names}
-        found += [f"{section}.{name}={written(value)}" for name, value in values.items()]
+        old = dict(values(getattr(config, section), f"{section}."))
+        new = values(getattr(other, section), f"{section}.")
+        found += [f"{name}={written(value)}" for name, value in new if value != old[name]]
     return found
 
 

@@ -32,19 +32,12 @@ from grpo.evaluation.statistics import (
 from grpo.metrics.measures import HEADLINE
 from grpo.run.checkpoints import MANIFEST
 from grpo.run.samples import PART, read_columns
-from grpo.suggest import one_line
+from grpo.suggest import common_start, one_line
 from grpo.types import Json, UserError
 
 Samples = dict[str, dict[str, list[Judged]]]
 """Data set -> prompt_id -> its completions."""
-COLUMNS = (
-    "dataset",
-    "prompt_id",
-    "sample_index",
-    "completion",
-    "finish_reason",
-    "completion_token_ids",
-)
+COLUMNS = ("dataset", "prompt_id", "sample_index", "completion", "finish_reason", "completion_token_ids")
 BY_ITSELF = "grpo eval"
 NOT_COMPARED = ("run.name", "run.dir")
 SHOWN = 40
@@ -303,9 +296,7 @@ def differing_values(old: Json, new: Json) -> tuple[str, str]:
     one, other = ("-" if value is None else str(value).replace("\n", "\\n") for value in (old, new))
     if max(len(one), len(other)) <= SHOWN:
         return one, other
-    pairs = enumerate(zip(one, other, strict=False))
-    differs = next((i for i, (x, y) in pairs if x != y), min(len(one), len(other)))
-    start = max(0, differs - SHOWN // 4)
+    start = max(0, common_start(one, other) - SHOWN // 4)
 
     def part(text: str) -> str:
         text = f"...{text[start + 3 :]}" if start > 3 else text

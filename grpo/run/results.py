@@ -48,7 +48,8 @@ class Run:
 
         Raises UserError if a file cannot be read.
         """
-        return read_samples(sorted((self.path / "samples").glob("*.parquet"), key=_order))
+        files = (self.path / "samples").glob("*.parquet")
+        return read_samples(sorted(files, key=lambda file: (file.name.startswith("eval"), file.name)))
 
     @property
     def model_path(self) -> Path:
@@ -104,7 +105,3 @@ def read_samples(files: list[Path]) -> pa.Table:
         kind = "step" if file.name.startswith("step") else "eval"
         tables.append(table.add_column(0, "kind", pa.array([kind] * len(table), pa.string())))
     return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
-
-
-def _order(file: Path) -> tuple[bool, str]:
-    return file.name.startswith("eval"), file.name
