@@ -40,6 +40,7 @@ from grpo.run import folder as run_folder
 from grpo.run.console import Console
 from grpo.run.folder import RunFolder
 from grpo.run.heartbeat import waiting
+from grpo.run.results import metric_lines, numbers
 from grpo.run.resume import Origin, Resumed
 from grpo.run.saving import Saver
 from grpo.run.signals import Stopper, interrupt_early
@@ -306,7 +307,7 @@ def loop_of(
 ) -> driver.Loop:
     """Assemble the parts of the training loop."""
     plan, folder, console, stopper = training.plan, training.folder, training.console, training.stopper
-    health = Health(plan.config, folder.metrics())
+    health = Health(plan.config, map(numbers, metric_lines(folder.path / "metrics.jsonl")))
     folder.facts["warnings"] = health.warnings()
     saver = Saver(
         plan.config,

@@ -12,7 +12,6 @@ from typing import TypedDict
 
 from grpo.config import Config
 from grpo.objective.compatibility import GROUP_RELATIVE
-from grpo.types import Json
 
 CONSTANT_REWARD_STEPS = 3
 NO_SPREAD_STEPS = 5
@@ -53,15 +52,14 @@ class SignWarning(TypedDict):
 class Health:
     """Follows the metrics of a run and records the steps in which each sign held."""
 
-    def __init__(self, config: Config, lines: Iterable[Mapping[str, Json]] = ()) -> None:
+    def __init__(self, config: Config, lines: Iterable[Metrics] = ()) -> None:
         """`lines`: lines of metrics.jsonl from the steps before a resume. Signs in them are recorded, not printed."""
         self._config = config
         self._held: dict[str, list[int]] = {sign.name: [] for sign in SIGNS}
         self._texts: dict[str, str] = {}
         self._reported: set[str] = set()
         for line in lines:
-            numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
-            self.see(int(numbers["step"]), numbers)
+            self.see(int(line["step"]), line)
 
     def see(self, step: int, metrics: Metrics) -> list[str]:
         """Record the metrics of a step; return the warnings to print now."""

@@ -31,6 +31,7 @@ from grpo.evaluation.statistics import (
 )
 from grpo.metrics.measures import HEADLINE
 from grpo.run.checkpoints import MANIFEST
+from grpo.run.results import metric_lines, numbers
 from grpo.run.samples import PART, read_columns
 from grpo.suggest import common_start, one_line
 from grpo.types import Json, UserError
@@ -176,16 +177,9 @@ def read_config(path: Path) -> dict[str, Json]:
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """Return step -> metrics; empty without a file. Raises UserError naming a damaged line."""
-    if not path.is_file():
-        return {}
-    out: dict[int, dict[str, float]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            step = out.setdefault(int(values.pop("step")), {})  # an evaluation may have a separate line
-            step |= {k: float(v) for k, v in values.items() if k != "time"}
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path}:{number} is damaged: {line[:80]!r}") from error
+    out: dict[int, dict[str, float]] = defaultdict(dict)
+    for values in map(numbers, metric_lines(path)):
+        out[int(values.pop("step"))] |= values  # an evaluation may have a separate line
     return out
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from grpo import config as config_module
 from grpo.config import Config, part_names
+from grpo.run.results import metric_lines
 from grpo.run.samples import UNTRAINED, Trained, write_groups
 from grpo.run.trackers import make_trackers, table_is_due, table_rows
 from grpo.types import Group, Json, UserError
@@ -151,16 +152,8 @@ def truncate_after(path: Path, step: int) -> None:
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
     metrics = path / "metrics.jsonl"
     if metrics.exists():
-        kept = []
-        lines = metrics.read_bytes().splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line.decode())
-            except (ValueError, LookupError, TypeError) as error:
-                if number < len(lines):  # the last line may be incomplete
-                    raise UserError(f"{metrics}:{number} is damaged: {line[:80]!r}") from error
-        write_text(metrics, "".join(f"{line}\n" for line in kept))
+        kept = [line for line in metric_lines(metrics) if int(line["step"]) <= step]
+        write_text(metrics, "".join(f"{json.dumps(line)}\n" for line in kept))
     if (path / "model").exists():
         shutil.rmtree(path / "model.before", ignore_errors=True)
         os.rename(path / "model", path / "model.before")
@@ -230,10 +223,6 @@ class RunFolder:
         self._metrics.flush()
         if self._trackers or self._exporters:
             self._later(functools.partial(self._track, step, dict(metrics)))
-
-    def metrics(self) -> list[dict[str, float | str]]:
-        """Return the lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def _track(self, step: int, metrics: Mapping[str, float]) -> None:
         for tracker in self._trackers:

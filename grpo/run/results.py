@@ -37,7 +37,7 @@ class Run:
 
         Raises UserError naming a damaged line.
         """
-        lines = self._metrics()
+        lines = metric_lines(self.path / "metrics.jsonl")
         names = dict.fromkeys(name for line in lines for name in line)
         return pa.table({name: [line.get(name) for line in lines] for name in names})
 
@@ -66,7 +66,7 @@ class Run:
         It is the mean of the data sets' accuracies (`eval/accuracy`). Before the first evaluation after a step, it is
         the accuracy of the base model.
         """
-        found = [line[ACCURACY] for line in self._metrics() if ACCURACY in line]
+        found = [line[ACCURACY] for line in metric_lines(self.path / "metrics.jsonl") if ACCURACY in line]
         return float(found[-1]) if found else None
 
     @property
@@ -78,17 +78,29 @@ class Run:
             raise UserError(f"{self.path} has no summary.json: the run has not ended, or it was killed") from error
         return summary
 
-    def _metrics(self) -> list[dict[str, float | str]]:
-        file = self.path / "metrics.jsonl"
-        lines = file.read_bytes().splitlines() if file.is_file() else []
-        found = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                if number < len(lines):  # the last line may still be being written
-                    raise UserError(f"{file}:{number} is damaged: {line[:80]!r}") from error
-        return found
+
+def metric_lines(file: Path) -> list[dict[str, float | str]]:
+    """Return the lines of metrics.jsonl; none without a file. An incomplete last line is left out: it may still be
+    being written.
+
+    Raises UserError naming a damaged line.
+    """
+    data = file.read_bytes() if file.is_file() else b""
+    lines, found = data.splitlines(), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            int(values["step"]), numbers(values)
+            found.append(values)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            if number < len(lines) or data.endswith(b"\n"):
+                raise UserError(f"{file}:{number} is damaged: {line[:80]!r}") from error
+    return found
+
+
+def numbers(line: Mapping[str, float | str]) -> dict[str, float]:
+    """Return the step and the metrics of a line. Raises an error if one of them is not a number."""
+    return {name: float(value) for name, value in line.items() if name != "time"}
 
 
 def read_samples(files: list[Path]) -> pa.Table:

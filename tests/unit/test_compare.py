@@ -342,7 +342,8 @@ def test_a_flipped_bit_anywhere_in_the_samples_is_seen(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_with_a_line_of_its_own_belongs_to_its_step(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "reward/mean": 0.5}\n{"step": 3, "eval/accuracy": 0.25}\n')
+    lines = '{"step": 3, "reward/mean": 0.5}\n{"step": 3, "time": "12:00", "eval/accuracy": 0.25}\n'
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 4, "rew')  # the last line is being written
     assert read_metrics(tmp_path / "metrics.jsonl") == {3: {"reward/mean": 0.5, "eval/accuracy": 0.25}}
 
 

@@ -39,6 +39,7 @@ from grpo.run.checkpoints import list_checkpoints, read
 from grpo.run.compare import read_rows
 from grpo.run.folder import RunFolder, reopen
 from grpo.run.progress import Progress
+from grpo.run.results import metric_lines, numbers
 from grpo.run.samples import Trained
 from grpo.run.saving import Saver
 from grpo.run.timeline import Timeline
@@ -260,7 +261,7 @@ def make_loop(
         eval_settings=settings, progress=Progress.start(config, prompts),
         saver=Saver(config, folder.path, engines=policy, fingerprints=dict, flush=lambda: None, say=lambda text: None),
         stopping=lambda: False, timeline=Timeline(tmp_path / "run" / "trace" if config.run.trace else None),
-        health=Health(config, folder.metrics()),
+        health=Health(config, map(numbers, metric_lines(folder.path / "metrics.jsonl"))),
     )  # fmt: skip
     return loop, policy
 
