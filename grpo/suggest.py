@@ -1,5 +1,4 @@
-"""Parts of messages: the suggestion for an unknown name, a list that is not too long, an error on one line, and where two
-texts differ."""
+"""Parts of messages: a suggestion for an unknown name, a list that is not too long, an error on one line."""
 
 from __future__ import annotations
 

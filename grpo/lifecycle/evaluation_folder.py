@@ -6,7 +6,6 @@ evals/<model>-<key>/  config.yaml  key.json  samples/<n>.parquet  evaluation.jso
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -125,11 +124,7 @@ def opened(folder: Path, key: Mapping[str, Json], plan: CheckedRun) -> Iterator[
             (folder / sub).mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"--out {folder.parent}: no folder can be created there: {error.strerror}") from error
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is evaluating into {folder}") from error
+    with run_folder.lock(folder, f"another process is evaluating into {folder}"):
         run_folder.drop_unfinished(folder)
         run_folder.write_text(folder / "config.yaml", config_module.dump(plan.config))
         run_folder.write_text(folder / KEY, json.dumps(key, indent=2, sort_keys=True) + "\n")

@@ -184,9 +184,8 @@ def retire(run: Path, *, keep_last: int, keep_every: int, best_by: str | None) -
     if keep_every:
         kept |= {path for path in every if steps[path] % keep_every == 0}
     if best_by:
-        values = {path: _rating(path, best_by) for path in every}
-        rated = [path for path in every if math.isfinite(values[path])]
-        kept |= {max(rated, key=lambda path: values[path])} if rated else set()
+        rated = {path: value for path in every if (value := _rating(path, best_by)) is not None}
+        kept |= {max(rated, key=lambda path: rated[path])} if rated else set()
     gone = [path for path in every if path not in kept]
     for path in gone:
         aside = path.with_name(path.name + PARTIAL)  # a partly deleted folder must not look like a checkpoint
@@ -195,12 +194,13 @@ def retire(run: Path, *, keep_last: int, keep_every: int, best_by: str | None) -
     return gone
 
 
-def _rating(folder: Path, metric: str) -> float:
-    """Return a checkpoint's metric; NaN if it is absent or cannot be read."""
+def _rating(folder: Path, metric: str) -> float | None:
+    """Return a checkpoint's metric; None if it is absent, not finite, or cannot be read."""
     try:
-        return float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["metrics"].get(metric, math.nan))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return math.nan
+        value = float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["metrics"][metric])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 # --- resuming with different settings ---------------------------------------------------------------------------------

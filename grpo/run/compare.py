@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import yaml
 from numpy.typing import NDArray
 
 from grpo.config import RewardConfig, leaves, part_names
@@ -31,7 +30,7 @@ from grpo.evaluation.statistics import (
 )
 from grpo.metrics.measures import HEADLINE
 from grpo.run.checkpoints import MANIFEST
-from grpo.run.results import metric_lines, numbers
+from grpo.run.results import metric_lines, numbers, read_config
 from grpo.run.samples import PART, read_columns
 from grpo.suggest import common_start, one_line
 from grpo.types import Json, UserError
@@ -162,17 +161,6 @@ def check_counts(path: Path, samples: Samples) -> None:
                 f"{path / 'samples'} has {have[0]} prompts of {name} with {have[1]} completions each, and its "
                 f"evaluation.json is of {asked[0]} with {asked[1]}; the same grpo eval command samples what is missing"
             )
-
-
-def read_config(path: Path) -> dict[str, Json]:
-    """Return a saved config. Raises UserError when it is damaged."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: {one_line(error, 200)}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: it holds no sections")
-    return config
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from grpo import config as config_module
 from grpo.config import Config, part_names
@@ -96,6 +96,18 @@ def create(config: Config, recipe: str) -> RunFolder:
         return RunFolder(path, config)
 
 
+def lock(path: Path, refusal: str) -> TextIO:
+    """Lock a folder against other processes until the returned file is closed. Raises UserError with `refusal` when
+    another process has locked it."""
+    handle = (path / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise UserError(refusal) from error
+    return handle
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an error means a full disk: by errno, or by its message if a library hides the errno."""
     known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -123,18 +135,13 @@ def reopen(path: Path, config: Config, step: int, unchanged: Callable[[], bool] 
     return folder
 
 
-def is_done(path: Path, steps: int) -> bool:
-    """Return whether the run in the folder `path` is done after at least `steps` steps."""
+def steps_done(path: Path) -> int | None:
+    """Return how many steps the run in the folder `path` has, if it is done; else None."""
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        return bool(summary["exit_reason"] == "done" and summary["steps"] >= steps)
+        return int(summary["steps"]) if summary["exit_reason"] == "done" else None
     except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
-def steps_done(path: Path) -> int:
-    """Return how many steps the run in the folder `path`, which is done, has."""
-    return int(json.loads((path / "summary.json").read_text(encoding="utf-8"))["steps"])
+        return None
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -178,12 +185,7 @@ class RunFolder:
         self.path = path
         self.facts: dict[str, Any] = {"steps": 0, "warnings": []}
         """Content of the summary, however the run ends."""
-        self._lock = (path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise UserError(f"another process is working in {path}") from error
+        self._lock = lock(path, f"another process is working in {path}")
         if not unchanged():
             self._lock.close()
             raise UserError(f"another process has worked in {path} since this one looked at it; start again")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from grpo.data import nearest_path
 from grpo.suggest import one_line
@@ -77,6 +78,17 @@ class Run:
         except FileNotFoundError as error:
             raise UserError(f"{self.path} has no summary.json: the run has not ended, or it was killed") from error
         return summary
+
+
+def read_config(path: Path) -> dict[str, Json]:
+    """Return a saved config. Raises UserError when it is damaged."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error, 200)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it holds no sections")
+    return config
 
 
 def metric_lines(file: Path) -> list[dict[str, float | str]]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from grpo.checks.check import CheckedRun
 from grpo.checks.model_folder import model_fingerprint
 from grpo.config import Config
@@ -17,6 +15,7 @@ from grpo.run import checkpoints
 from grpo.run import folder as run_folder
 from grpo.run.checkpoints import Manifest
 from grpo.run.progress import Progress
+from grpo.run.results import read_config
 from grpo.suggest import one_line
 from grpo.types import UserError
 
@@ -81,7 +80,8 @@ def find(resume: str | None, config: Config, recipe: str) -> Origin:
         raise UserError(
             f"resume={resume}: the run has no checkpoint (run.save_every writes them); resume=auto starts over"
         )
-    done = run_folder.is_done(run, config.run.steps)
+    steps = run_folder.steps_done(run)
+    done = steps is not None and steps >= config.run.steps
     return Origin(run=run, checkpoint=every[-1] if every else None, done=done, state=state_of(run))
 
 
@@ -97,12 +97,12 @@ def refuse_other_run(run: Path, config: Config, allowed: Sequence[str]) -> None:
 
     Raises UserError naming the first option that differs and is not in `allowed`.
     """
+    before = read_config(run / "config.yaml")
     try:
-        before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         checkpoints.compare_options(before, config, allowed)
     except UserError as error:
         raise UserError(f"{run} is another run: {error}; or choose another run.name") from error
-    except (OSError, ValueError, AttributeError, TypeError, LookupError, yaml.YAMLError) as error:
+    except (ValueError, AttributeError, TypeError, LookupError) as error:
         raise UserError(f"{run / 'config.yaml'} is damaged: {one_line(error, 200)}") from error
 
 
@@ -139,7 +139,7 @@ def prepare(origin: Origin, plan: CheckedRun, allowed: Sequence[str]) -> Resumed
     if origin.checkpoint is None:
         lines: tuple[str, ...] = ()
         if origin.run is not None:
-            if run_folder.is_done(origin.run, 0):
+            if run_folder.steps_done(origin.run) is not None:
                 raise UserError(
                     f"{origin.run} is done and has no checkpoint to resume from (run.save_every writes them); choose "
                     "another run.name"
