@@ -46,19 +46,19 @@ class Lengths:
 
 def sampling_seconds(
     shape: Shape, gpu: Gpu, lengths: Lengths, *, completions: float, prompts: float, kv: float, max_num_seqs: int,
-    width: int = 2, eager: bool = False, until_all_end: bool = True,
+    width: int = 2, eager: bool = False,
 ) -> float:  # fmt: skip
     """Return the seconds that one sampler takes for its `completions` of `prompts`.
 
     `gpu` stands for all GPUs of the sampler; `kv`: bytes of its whole cache. A decoding step reads the weights once,
-    and the keys and values of the completions in flight. With `until_all_end`, the last completions are decoded alone;
-    otherwise others follow without a pause. GPUs that share each layer sum up its two results in all-reduces.
+    and the keys and values of the completions in flight. The last completions are decoded alone. GPUs that share each
+    layer sum up its two results in all-reduces.
     """
     held = lengths.prompt + lengths.completion / 2
     per_token = shape.kv_bytes(width)
     in_flight = max(1.0, min(completions, max_num_seqs, kv / (held * per_token)))
     tokens = completions * lengths.completion
-    steps = tokens / in_flight + (max(0.0, lengths.longest - lengths.completion) if until_all_end else 0)
+    steps = tokens / in_flight + max(0.0, lengths.longest - lengths.completion)
     read = (steps * width * shape.multiplied + tokens * held * per_token) / (MEMORY_SHARE * gpu.bandwidth)
     flops = 2 * shape.multiplied * tokens / (LEARNER_SHARE * gpu.flops)
     prefill = 2 * shape.multiplied * prompts * lengths.prompt / (LEARNER_SHARE * gpu.flops)
