@@ -42,7 +42,7 @@ from benchmarks.result import Figure, print_result
 if TYPE_CHECKING:
     import torch
 
-    from grpo.batching.steps import TrainingRow
+    from grpo.batching import TrainingRow
     from grpo.learner.zero.engine import Learner
     from grpo.planning.shapes import Gpu
 
@@ -236,7 +236,7 @@ def learner_alone(day: Day, length: int) -> Figures:
     import torch
     from torch.distributed import destroy_process_group
 
-    from grpo.batching.steps import rank_steps
+    from grpo.batching import rank_steps
     from grpo.planning.shapes import shape_of
 
     settings = TOY_QWEN3 if day.toy else QWEN3_06B
@@ -303,7 +303,7 @@ def random_rows(length: int, vocabulary: int) -> list[TrainingRow]:
     """Return four rows of two prompts with `length` tokens each, the second half of them completion."""
     import numpy as np
 
-    from grpo.batching.steps import TrainingRow
+    from grpo.batching import TrainingRow
 
     random = np.random.default_rng(0)
     half = length // 2

@@ -15,7 +15,7 @@ the learner and the reward workers (`benchmarks.call_recorder`). The second step
     row_to_optimizer_step      files in either of the two. Files in ASIDE, which only measure or check, are left out of
                                all three.
     cli_to_loss                files of the shortest chain of calls from `main` of the command line to a function in
-                               grpo/objective/policy.py. A remote call leads to the actor's method of that name.
+                               grpo/objective/losses.py. A remote call leads to the actor's method of that name.
     called_in_step             all files with a function that was called in the followed step, measuring and all
 
 At most two elements of a container and 30 values of a function are searched for a record. Prints each file with its
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "recipes/arithmetic_cpu.yaml"
 OPTIONS = ("run.steps=2", "run.tensorboard=false", "data.eval.sets[0].limit=32")
 START = "grpo/commands/cli.py:main"
-LOSS = "grpo/objective/policy.py:"
+LOSS = "grpo/objective/losses.py:"
 ACTORS = "grpo/cluster/actors.py:"
 ASIDE = ("grpo/metrics/", "grpo/learner/tally.py:", "grpo/rewards/golds.py:")
 """Files that read the records to measure or check them: nothing of theirs reaches the optimizer."""

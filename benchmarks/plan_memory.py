@@ -85,7 +85,7 @@ def learner(config: Config, folder: Path) -> int:
     import numpy as np
     from torch.distributed import FileStore
 
-    from grpo.batching.steps import TrainingRow, rank_steps
+    from grpo.batching import TrainingRow, rank_steps
     from grpo.learner.zero import setup
     from grpo.learner.zero.engine import Learner
 

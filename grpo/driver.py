@@ -26,8 +26,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo.batching.rows import Credit, advantages_of, members_needed, training_rows
-from grpo.batching.steps import rank_steps
+from grpo.batching import Credit, advantages_of, members_needed, rank_steps, training_rows
 from grpo.config import Config
 from grpo.data import sample_seed
 from grpo.evaluation.metrics import eval_metrics, eval_names, evaluation_line

@@ -4,9 +4,9 @@ Dimension letters in all docstrings of the package:
     P prompts of a step    G completions of a prompt (group_size)    R = P*G rollouts
     L tokens of a prompt   C tokens of a completion                  S = L+C tokens of a row
     B rows of a microbatch T = max(S)-1 target positions, right-padded
-    N trained tokens of a microbatch, row after row (`grpo.learner.tokens`)
+    N trained tokens of a microbatch, row after row (`grpo.learner.prepare`)
 
-The token axis is shifted once, in `grpo.batching.steps`: every [B,T] tensor is aligned to the *target* token.
+The token axis is shifted once, in `grpo.batching`: every [B,T] tensor is aligned to the *target* token.
 """
 
 from __future__ import annotations

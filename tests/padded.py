@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from grpo.objective import mismatch, policy, token_advantages
-from grpo.objective.rows import Rows
+from grpo.objective import advantages as family
+from grpo.objective import losses
+from grpo.objective.losses import Rows
 
 
 def rows_of(mask: torch.Tensor) -> Rows:
@@ -22,10 +23,10 @@ def put_back(values: torch.Tensor, mask: torch.Tensor, elsewhere: float = 0.0) -
     return torch.full(mask.shape, elsewhere, dtype=values.dtype).masked_scatter(mask, values)
 
 
-def policy_term(loss: Any, *, mask: torch.Tensor, **arguments: Any) -> policy.PolicyTerm:
+def policy_term(loss: Any, *, mask: torch.Tensor, **arguments: Any) -> losses.PolicyTerm:
     flat = {name: x[mask] if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    term = policy.policy_term(loss, rows=rows_of(mask), **flat)
-    return policy.PolicyTerm(
+    term = losses.policy_term(loss, rows=rows_of(mask), **flat)
+    return losses.PolicyTerm(
         loss=put_back(term.loss, mask),
         clipped_low=put_back(term.clipped_low, mask),
         clipped_high=put_back(term.clipped_high, mask),
@@ -33,30 +34,28 @@ def policy_term(loss: Any, *, mask: torch.Tensor, **arguments: Any) -> policy.Po
 
 
 def importance_weight(old: torch.Tensor, sampler: torch.Tensor, mask: torch.Tensor, *, level: Any) -> torch.Tensor:
-    return put_back(mismatch.importance_weight(old[mask], sampler[mask], rows_of(mask), level=level), mask, 1.0)
+    return put_back(losses.importance_weight(old[mask], sampler[mask], rows_of(mask), level=level), mask, 1.0)
 
 
 def kept_sequences(
     old: torch.Tensor, sampler: torch.Tensor, mask: torch.Tensor, *, low: float, high: float
 ) -> torch.Tensor:
-    return mismatch.kept_sequences(old[mask], sampler[mask], rows_of(mask), low=low, high=high)
+    return losses.kept_sequences(old[mask], sampler[mask], rows_of(mask), low=low, high=high)
 
 
 def rewards_to_go(token_rewards: torch.Tensor, mask: torch.Tensor, *, gamma: float) -> torch.Tensor:
-    return put_back(token_advantages.rewards_to_go(token_rewards[mask], rows_of(mask), gamma=gamma), mask)
+    return put_back(family.rewards_to_go(token_rewards[mask], rows_of(mask), gamma=gamma), mask)
 
 
 def generalized_advantages(
     token_rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    advantages, returns = token_advantages.generalized_advantages(
-        token_rewards[mask], values[mask], rows_of(mask), **options
-    )
+    advantages, returns = family.generalized_advantages(token_rewards[mask], values[mask], rows_of(mask), **options)
     return put_back(advantages, mask), put_back(returns, mask)
 
 
 def at_last_token(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return put_back(token_advantages.at_last_token(values, rows_of(mask)), mask)
+    return put_back(family.at_last_token(values, rows_of(mask)), mask)
 
 
 def whiten(
@@ -67,5 +66,5 @@ def whiten(
     all_sum: Callable[[Sequence[float]], list[float]],
 ) -> list[torch.Tensor]:
     flat = [values[mask] for values, mask in zip(advantages, masks, strict=True)]
-    whitened = token_advantages.whiten(flat, eps=eps, all_sum=all_sum)
+    whitened = family.whiten(flat, eps=eps, all_sum=all_sum)
     return [put_back(values, mask) for values, mask in zip(whitened, masks, strict=True)]

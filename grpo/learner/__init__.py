@@ -3,8 +3,7 @@
 Losses are dot products with `token_weights`: nothing here divides by a batch size.
 
     protocol  the interface of a step to the models and their optimizers
-    tokens    the trained tokens of a microbatch, on one axis
-    prepare   old and reference logprobs, values -> token-level advantages, whitened over the step
+    prepare   the trained tokens of a microbatch; old and reference logprobs, values -> advantages of tokens
     step      microbatches -> backward, optimizer steps, metric sums
 """
 

@@ -1,4 +1,8 @@
-"""The quantities that are computed before a step's first update: old and reference logprobs, values, advantages."""
+"""The trained tokens of a microbatch on one axis, and what is computed for them before a step's first update: old and
+reference logprobs, values, advantages.
+
+Only this module derives a token's row from the layout of a batch.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,42 @@ import torch
 from grpo.config import AlgorithmConfig, CriticConfig
 from grpo.learner.protocol import StepEngine
 from grpo.learner.tally import Tally
-from grpo.learner.tokens import TrainedTokens, trained_tokens
+from grpo.objective.advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
 from grpo.objective.compatibility import WHITENED
 from grpo.objective.kl import estimate
-from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
+from grpo.objective.losses import Rows
 from grpo.types import Batch, RankStep
 
 WHITEN_EPS = 1e-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedTokens:
+    """The N tokens of a microbatch's completion mask, row after row and in order, on the learner's device."""
+
+    positions: torch.Tensor
+    """[N] int64; index of each token in a flattened [B,T] tensor."""
+    rows: Rows
+    """Its ids index the [B] tensors of the batch."""
+    weights: torch.Tensor
+    """[N] float32; the batch's token weights."""
+    sampler_logprobs: torch.Tensor
+    """[N] float32"""
+
+    def select(self, padded: torch.Tensor) -> torch.Tensor:
+        """Return the elements of a [B,T] tensor at these tokens, [N]. All others get no gradient."""
+        return padded.flatten().index_select(0, self.positions)
+
+
+def trained_tokens(batch: Batch, device: torch.device) -> TrainedTokens:
+    """Return the trained tokens of `batch`. A filler microbatch has none."""
+    mask = batch.completion_mask
+    return TrainedTokens(
+        positions=mask.flatten().nonzero()[:, 0].to(device),
+        rows=Rows(mask.nonzero()[:, 0].to(device), len(mask)),
+        weights=batch.token_weights[mask].to(device),
+        sampler_logprobs=batch.sampler_logprobs[mask].to(device),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The interface of a step to the models and their optimizers; `grpo.learner.zero.step_engine` implements it."""
+"""The interface of a step to the models and their optimizers; `grpo.learner.zero.engine` implements it."""
 
 from __future__ import annotations
 

@@ -1,23 +1,24 @@
-"""`grpo replay DUMP`: recompute an update that was not finite, and report the first quantity that is not finite.
+"""Dumps of updates that were not finite. `grpo replay DUMP` reports the first quantity that is not finite.
 
-It runs in one process without DeepSpeed: plain torch with the dump's weights, on the GPU if there is one.
+A replay runs in one process without DeepSpeed: plain torch with the dump's weights, on the GPU if there is one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from grpo import config as config_module
 from grpo.config import Config
 from grpo.learner import heads
-from grpo.learner.prepare import Prepared, critic_ids
+from grpo.learner.prepare import Prepared, TrainedTokens, critic_ids, trained_tokens
 from grpo.learner.step import objective_terms
-from grpo.learner.tokens import TrainedTokens, trained_tokens
-from grpo.objective.values import clipped_value_loss
+from grpo.objective.losses import clipped_value_loss
 from grpo.suggest import one_line
 from grpo.types import Batch, UserError
 
@@ -161,3 +162,26 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 def _counted(tensor: torch.Tensor) -> str:
     return f"not finite in {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} numbers"
+
+
+MAX_DUMPS = 3
+"""Maximum number of dumps of a process; each dump holds the weights."""
+
+
+def write_dump(
+    folder: Path, minibatch: Sequence[Batch], prepared: Sequence[Prepared], *, rank: int, step: int, kl_coef: float
+) -> None:
+    """Write one rank's inputs of an update to `folder`, which is created."""
+    tensors = {
+        f"{i}/{field.name}": getattr(part, field.name)
+        .contiguous()
+        .cpu()
+        .clone()  # a filler shares tensors, which safetensors refuses
+        for i, parts in enumerate(zip(minibatch, prepared, strict=True))
+        for part in parts
+        for field in dataclasses.fields(part)
+        if getattr(part, field.name) is not None and not (part is parts[0] and field.name == "advantages")
+    }
+    about = {"step": str(step), "kl_coef": repr(kl_coef), "microbatches": str(len(minibatch))}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"rank-{rank}.safetensors", about)

@@ -9,16 +9,20 @@ from dataclasses import dataclass
 import torch
 
 from grpo.config import AlgorithmConfig, CriticConfig
-from grpo.learner.prepare import Prepared, critic_ids, prepare
+from grpo.learner.prepare import Prepared, TrainedTokens, critic_ids, prepare, trained_tokens
 from grpo.learner.protocol import Model, StepEngine
 from grpo.learner.tally import Tally
-from grpo.learner.tokens import TrainedTokens, trained_tokens
 from grpo.metrics.measures import mismatch_counts
 from grpo.objective.kl import anchor_kl, estimate, k3
-from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
-from grpo.objective.policy import PolicyTerm, policy_term
-from grpo.objective.rows import Rows
-from grpo.objective.values import clipped_value_loss
+from grpo.objective.losses import (
+    PolicyTerm,
+    Rows,
+    bounded_weight,
+    clipped_value_loss,
+    importance_weight,
+    kept_sequences,
+    policy_term,
+)
 from grpo.types import Batch, RankStep
 
 

@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grpo.batching.rows import Credit, account, members_needed
-from grpo.batching.steps import TrainingRow
+from grpo.batching import Credit, TrainingRow, account, members_needed
 from grpo.config import Config
 from grpo.data import Cursor, MixedCursor
 from grpo.metrics import measures

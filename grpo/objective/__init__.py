@@ -2,13 +2,8 @@
 
 __all__ = [
     "advantages",
-    "aggregation",
     "compatibility",
     "kl",
     "logprobs",
-    "mismatch",
-    "policy",
-    "rows",
-    "token_advantages",
-    "values",
+    "losses",
 ]

@@ -19,12 +19,16 @@ from typing import Any
 import torch
 
 from grpo.objective import advantages as family
-from grpo.objective.aggregation import aggregation_weights
+from grpo.objective.advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
 from grpo.objective.kl import k1, k2, k3
-from grpo.objective.mismatch import bounded_weight, importance_weight, kept_sequences
-from grpo.objective.policy import policy_term
-from grpo.objective.rows import Rows
-from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
+from grpo.objective.losses import (
+    Rows,
+    aggregation_weights,
+    bounded_weight,
+    importance_weight,
+    kept_sequences,
+    policy_term,
+)
 
 TOLERANCE = 1e-9
 WHITEN_EPS = 1e-8

@@ -21,7 +21,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
     from torch.distributed import FileStore
 
     from grpo import config as config_module
-    from grpo.batching.steps import rank_steps
+    from grpo.batching import rank_steps
     from grpo.learner.zero import setup
     from grpo.learner.zero.engine import Learner
     from grpo.learner.zero.weights import weights_of

@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from grpo.batching.steps import TrainingRow
+from grpo.batching import TrainingRow
 from grpo.learner.replay import replay
 from grpo.objective.compatibility import LEGAL_AGGREGATIONS
 

@@ -21,7 +21,7 @@ def main(job: dict[str, Any]) -> list[dict[str, Any]]:
     from torch.distributed import FileStore
 
     from grpo import config as config_module
-    from grpo.batching.steps import rank_steps
+    from grpo.batching import rank_steps
     from grpo.learner.zero import setup
     from grpo.learner.zero.engine import Learner
 

@@ -32,7 +32,7 @@ from benchmarks import (
     weight_check,
 )
 from benchmarks.result import print_result
-from grpo.batching.steps import TrainingRow, rank_steps
+from grpo.batching import TrainingRow, rank_steps
 from grpo.cluster.cuda import LOADED_DRIVER
 from grpo.config import Config, load
 from grpo.types import Batch

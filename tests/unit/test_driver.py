@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo import config as module
-from grpo.batching.rows import training_rows
-from grpo.batching.steps import rank_steps
+from grpo.batching import rank_steps, training_rows
 from grpo.config import Config, RewardConfig
 from grpo.driver import Loop, train
 from grpo.evaluation.metrics import eval_names

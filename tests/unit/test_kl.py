@@ -14,7 +14,7 @@ from padded import rewards_to_go
 
 from grpo.objective.compatibility import ILLEGAL_KL, Estimator, Gradient
 from grpo.objective.kl import adapted_coefficient, anchor_kl, estimate, k1, k2, k3
-from grpo.objective.policy import reinforce
+from grpo.objective.losses import reinforce
 
 ALL_PAIRS: list[tuple[Estimator, Gradient]] = list(product(get_args(Estimator), get_args(Gradient)))
 LEGAL = [pair for pair in ALL_PAIRS if pair not in ILLEGAL_KL]

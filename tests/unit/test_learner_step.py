@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.batching.steps import TrainingRow, rank_steps
+from grpo.batching import TrainingRow, rank_steps
 from grpo.config import AlgorithmConfig, CriticConfig
 from grpo.learner.prepare import prepare
 from grpo.learner.step import run_step

@@ -18,13 +18,16 @@ from padded import put_back, rows_of
 
 from grpo.config import AlgorithmConfig
 from grpo.learner.step import objective_terms
-from grpo.objective.aggregation import aggregation_weights
+from grpo.objective.advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
 from grpo.objective.compatibility import LEGAL_AGGREGATIONS, PolicyLoss
-from grpo.objective.mismatch import importance_weight, kept_sequences
-from grpo.objective.policy import policy_term
-from grpo.objective.rows import Rows
-from grpo.objective.token_advantages import at_last_token, generalized_advantages, rewards_to_go, whiten
-from grpo.objective.values import clipped_value_loss
+from grpo.objective.losses import (
+    Rows,
+    aggregation_weights,
+    clipped_value_loss,
+    importance_weight,
+    kept_sequences,
+    policy_term,
+)
 
 Tensors = dict[str, torch.Tensor]
 LOSSES: tuple[PolicyLoss, ...] = get_args(PolicyLoss)

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from test_batching import lay_out, row
 
 from grpo.learner.prepare import Prepared
-from grpo.learner.replay import read
-from grpo.learner.zero.dumps import write_dump
+from grpo.learner.replay import read, write_dump
 from grpo.types import Batch, UserError
 
 

@@ -1,6 +1,6 @@
 """Every option of the objective reaches its term: two epochs of `run_step` against the same written out.
 
-The terms themselves are proven elsewhere (test_policy_losses, test_kl, test_golden); here they are called with each
+The terms themselves are proven elsewhere (test_losses, test_kl, test_golden); here they are called with each
 option given by name and value, on whole rows one at a time.
 """
 
@@ -15,7 +15,7 @@ import torch
 from padded import policy_term
 from test_learner_step import PlainEngine, lay_out, rows, step
 
-from grpo.batching.steps import TrainingRow
+from grpo.batching import TrainingRow
 from grpo.config import CriticConfig
 from grpo.learner.step import measured_kl_old
 from grpo.objective.kl import anchor_kl

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from grpo.config import Config
 from grpo.learner.zero.models import Models
-from grpo.learner.zero.ranks import Ranks
+from grpo.learner.zero.setup import Ranks
 from grpo.learner.zero.weights import weights_of
 
 Tensors = dict[str, torch.Tensor]

@@ -1,9 +1,10 @@
-"""Set-up of a learner rank: process group, DeepSpeed config, optimizer, schedule, and a check of the gradient scale."""
+"""Set-up of a learner rank: its process group, and the DeepSpeed config, optimizer and schedule of its engines."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from grpo.config import Config, OptimizerConfig
 from grpo.learner.zero.extensions import sole_build
-from grpo.sync.weights import torch_dtype
 
 
 def init_process_group(config: Config, rank: int, store: Store) -> torch.device:
@@ -127,60 +127,32 @@ def make_schedule(
     )
 
 
-def plain_grad_norm(module: torch.nn.Module) -> float:
-    """Return the global gradient norm at ZeRO 0, where DeepSpeed computes none.
+class Ranks:
+    """One rank's view of the group that `init_process_group` joined; `device` is that function's result.
 
-    ZeRO 0 trains in float32, and every rank has the complete gradients after the last `backward`.
+    Every method is a collective.
     """
-    norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
-    return float(torch.stack(norms).norm())
 
+    def __init__(self, config: Config, rank: int, device: torch.device) -> None:
+        self.rank, self.count, self._device = rank, config.cluster.learner_ranks, device
+        patience = timedelta(seconds=config.cluster.step_timeout_s)
+        self._control = dist.new_group(backend="gloo", timeout=patience) if config.on_gpu else dist.group.WORLD
 
-def backward(engine: Any, loss: torch.Tensor, *, last: bool, world_size: int) -> None:
-    """Accumulate the gradient of `loss`, a share of the sum over the ranks; `last` ends the accumulation.
+    def all_sum(self, values: Sequence[float]) -> list[float]:
+        """Return each of `values` summed over the ranks."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(total)
+        summed: list[float] = total.tolist()
+        return summed
 
-    DeepSpeed averages gradients over the ranks. The factor `world_size` turns the average into the sum.
-    """
-    engine.set_gradient_accumulation_boundary(last)
-    engine.backward(loss * world_size)
+    def barrier(self) -> None:
+        """Wait for every rank. The barrier runs on the CPU: a kernel that waits would occupy the sampler's GPU."""
+        dist.barrier(group=self._control)
 
-
-def prove_gradient_scale(config: Config) -> None:
-    """Check that `backward` on shares of a loss accumulates the gradient of their sum, and does so in float32.
-
-    The check trains a temporary parameter w under the run's DeepSpeed config. Each rank contributes a microbatch of
-    w/ranks and four of w/(512 ranks). One SGD step at lr 1 must then move w by exactly -(1 + 1/128). A sum in bfloat16,
-    whose numbers above 1 differ by 1/128, would stay at 1.
-
-    Raises RuntimeError, with the actual movement of w, if it does not.
-    """
-    world = config.cluster.learner_ranks
-
-    class Scalar(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = torch.nn.Parameter(torch.zeros(8, dtype=torch_dtype(config.model.dtype)))
-
-        def forward(self) -> torch.Tensor:
-            return self.w.float().sum()
-
-    model = Scalar()
-    settings = deepspeed_config(config)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        config=settings,
-        dist_init_required=False,
-    )
-    for share in (1.0, 1 / 512, 1 / 512, 1 / 512):
-        backward(engine, engine() * share / world, last=False, world_size=world)
-    backward(engine, engine() / (512 * world), last=True, world_size=world)
-    engine.step()
-    with deepspeed.zero.GatheredParameters([engine.module.w], enabled=config.learner.zero_stage == 3):
-        moved = engine.module.w.detach().float().cpu()
-    engine.destroy()
-    if not torch.equal(moved, torch.full((8,), -1 - 1 / 128)):
-        raise RuntimeError(
-            f"DeepSpeed made {-float(moved[0]):g} of gradients that add up to {1 + 1 / 128:g} at ZeRO "
-            f"{config.learner.zero_stage} with {world} ranks; the learner's steps would be wrong by that factor"
-        )
+    def gathered(self, ours: Any) -> list[Any]:
+        """Return the object `ours` of every rank, in the order of the ranks. The exchange runs on the CPU."""
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, ours, group=self._control)
+        return found

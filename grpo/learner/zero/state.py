@@ -7,7 +7,8 @@ rank's partition covers; at ZeRO 3, it is the rank's shard. `capture` returns a 
 from the files of all ranks. So a checkpoint depends neither on the number of ranks nor on the stage, and it contains
 no pickle.
 
-`grpo.run.checkpoints` handles the location of the files, their checksums and the rest of a run's state.
+`Captures` writes and reads the part of one rank, of all its models. `grpo.run.checkpoints` handles the location of the
+files, their checksums and the rest of a run's state.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,10 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from grpo.config import Config
 from grpo.files import FileRecord, seal
+from grpo.learner.zero.models import Models, reference_moves
+from grpo.learner.zero.weights import drop_gathered, whole_numel
 from grpo.types import UserError
 
 PARAMETER = "parameter"
@@ -266,3 +271,63 @@ def restore_random_states(text: str, device: torch.device) -> None:
     torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
     if device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8), device)
+
+
+class Captures:
+    """Writer and reader of one rank's part of a checkpoint."""
+
+    def __init__(self, config: Config, models: Models, rank: int, device: torch.device) -> None:
+        self._config, self._models, self._rank, self._device = config, models, rank, device
+        self._zero_stage = config.learner.zero_stage
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[FileRecord] | None = None
+
+    def capture(self, file: Path) -> dict[str, Any]:
+        """Copy this rank's state to host memory and start to write it to `file`; `captured` waits until it is written.
+
+        Returns the counters of the state, as plain JSON.
+        """
+        zero_stage, tensors, counters = self._zero_stage, dict[str, torch.Tensor](), {}
+        for section, engine in self._models.trained().items():
+            captured, counters[section] = capture(engine, section, zero_stage=zero_stage, rank=self._rank)
+            tensors |= captured
+        if reference_moves(self._models, self._config.algorithm):
+            module = self._models.reference_module
+            tensors |= capture_frozen(module, "reference", zero_stage=zero_stage, rank=self._rank)
+        generators = {"random": random_states(self._device)}
+        self._writing = self._writer.submit(write, file, tensors, generators)
+        return counters
+
+    def state_bytes(self) -> int:
+        """Return the size of all ranks' captures in bytes: float32 parameters, and AdamW's two moments of each."""
+        kinds = {"adamw": 3, "sgd": 1}
+        optimizers = {"policy": self._config.optimizer, "critic": self._config.critic.optimizer}
+        total = sum(
+            kinds[optimizers[section].name] * sum(whole_numel(p) for p in engine.module.parameters())
+            for section, engine in self._models.trained().items()
+        )
+        if reference_moves(self._models, self._config.algorithm):
+            total += sum(whole_numel(p) for p in self._models.policy.module.parameters())
+        return 4 * total
+
+    def captured(self, *, wait: bool) -> FileRecord | None:
+        """Return the record of the file that `capture` started to write, or None while it is not on the disk.
+
+        `wait`: block until it is.
+        """
+        assert self._writing is not None
+        return self._writing.result() if wait or self._writing.done() else None
+
+    def restore(self, files: Sequence[Path], counters: Mapping[str, Any]) -> None:
+        """Restore the state that the ranks of an earlier learner captured to `files`."""
+        zero_stage = self._zero_stage
+        with Reader(files) as reader:
+            for section, engine in self._models.trained().items():
+                restore(engine, section, reader, counters[section], zero_stage=zero_stage, rank=self._rank)
+                drop_gathered(list(engine.module.parameters()), zero_stage)
+            if reference_moves(self._models, self._config.algorithm):
+                module = self._models.reference_module
+                restore_frozen(module, "reference", reader, zero_stage=zero_stage, rank=self._rank)
+                drop_gathered(list(module.parameters()), zero_stage)
+            if self._rank < len(files):
+                restore_random_states(reader.metadata(self._rank)["random"], self._device)

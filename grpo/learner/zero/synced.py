@@ -11,7 +11,7 @@ import torch
 from grpo.learner import heads
 from grpo.learner.probe import Perturbation, read_probe
 from grpo.learner.zero.models import Models
-from grpo.learner.zero.ranks import Ranks
+from grpo.learner.zero.setup import Ranks
 from grpo.learner.zero.weights import drop_gathered, stored_alike, weights_of
 from grpo.sync.probe import Probe, Reading, group_members
 from grpo.sync.weights import Bucket

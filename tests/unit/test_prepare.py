@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from grpo.batching.steps import TrainingRow, rank_steps
-from grpo.learner.tokens import trained_tokens
+from grpo.batching import TrainingRow, rank_steps
+from grpo.learner.prepare import trained_tokens
 from grpo.types import Batch
 
 CPU = torch.device("cpu")

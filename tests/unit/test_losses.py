@@ -1,4 +1,4 @@
-"""Each policy loss against a naive loop of its formula, its gradient, and that no layout of a step changes either."""
+"""The parts of a loss by hand and against naive loops, their gradients, and that no layout of a step changes them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from padded import policy_term
+from padded import importance_weight, kept_sequences, policy_term
 
-from grpo.objective.aggregation import aggregation_weights
 from grpo.objective.compatibility import LEGAL_AGGREGATIONS, Aggregation, PolicyLoss
-from grpo.objective.policy import PolicyTerm, ppo_clip
+from grpo.objective.losses import PolicyTerm, aggregation_weights, bounded_weight, clipped_value_loss, ppo_clip
 
 EPS_LOW, EPS_HIGH, DUAL_CLIP, TAU_POSITIVE, TAU_NEGATIVE = 0.2, 0.3, 1.7, 1.0, 1.4
 OPTIONS: dict[str, Any] = {
@@ -409,3 +408,241 @@ def test_every_loss_has_its_legal_aggregations() -> None:
     assert len(PAIRS) == 4 * 5 + 2
     for loss in ("gspo", "gmpo"):
         assert LEGAL_AGGREGATIONS[loss] == ("sequence_mean",)
+
+
+ALL: tuple[Aggregation, ...] = get_args(Aggregation)
+MEANS: tuple[Aggregation, ...] = ("token_mean", "sequence_mean", "prompt_mean")
+
+LENGTHS, PROMPTS = [1, 4, 5], [7, 7, 3]
+BY_HAND: dict[Aggregation, list[float]] = {
+    "token_mean": [1 / 10, 1 / 10, 1 / 10],
+    "sequence_mean": [1 / 3, 1 / 12, 1 / 15],
+    "sequence_sum": [1 / 3, 1 / 3, 1 / 3],
+    "constant_length": [1 / 24, 1 / 24, 1 / 24],
+    "prompt_mean": [1 / 10, 1 / 10, 1 / 10],
+}
+
+rows = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=1, max_size=12)
+
+
+def weigh(lengths: list[int], prompts: list[int], aggregation: Aggregation) -> list[float]:
+    return aggregation_weights(lengths, prompts, aggregation=aggregation, constant_length=8)
+
+
+@pytest.mark.parametrize("aggregation", ALL)
+def test_weights_by_hand(aggregation: Aggregation) -> None:
+    assert weigh(LENGTHS, PROMPTS, aggregation) == pytest.approx(BY_HAND[aggregation], abs=1e-15)
+
+
+def test_prompt_mean_by_hand_with_prompts_of_unequal_size() -> None:
+    # three prompts with 3, 6 and 1 tokens
+    weights = weigh([1, 6, 2, 1], [0, 1, 0, 5], "prompt_mean")
+    assert weights == pytest.approx([1 / 9, 1 / 18, 1 / 9, 1 / 3], abs=1e-15)
+
+
+@pytest.mark.parametrize("aggregation", ALL)
+def test_loss_is_the_mean_that_its_name_says(aggregation: Aggregation) -> None:
+    losses = [[2.0], [1.0, 3.0, 5.0, 7.0], [1.0, 1.0, 1.0, 1.0, 6.0]]  # row sums 2, 16, 10
+    expected = {
+        "token_mean": 28 / 10,
+        "sequence_mean": (2 + 4 + 2) / 3,
+        "sequence_sum": 28 / 3,
+        "constant_length": 28 / (3 * 8),
+        "prompt_mean": (18 / 5 + 10 / 5) / 2,
+    }[aggregation]
+    weights = weigh(LENGTHS, PROMPTS, aggregation)
+    assert sum(w * sum(row) for w, row in zip(weights, losses, strict=True)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", MEANS)
+@given(rows)
+def test_means_add_up_to_one(aggregation: Aggregation, step: list[tuple[int, int]]) -> None:
+    lengths, prompts = [length for length, _ in step], [prompt for _, prompt in step]
+    weights = weigh(lengths, prompts, aggregation)
+    assert sum(w * n for w, n in zip(weights, lengths, strict=True)) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", ALL)
+@given(rows, st.data())
+def test_row_order_and_prompt_names_do_not_matter(
+    aggregation: Aggregation, step: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(step))))
+    names = data.draw(st.permutations(range(10, 14)))
+    before = weigh([n for n, _ in step], [p for _, p in step], aggregation)
+    after = weigh([step[i][0] for i in order], [names[step[i][1]] for i in order], aggregation)
+    assert after == pytest.approx([before[i] for i in order], abs=1e-15)
+
+
+@pytest.mark.parametrize("aggregation", MEANS)
+def test_a_split_step_needs_the_weights_of_the_whole(aggregation: Aggregation) -> None:
+    lengths, prompts, values = [2, 3, 9, 1], [0, 0, 1, 1], [1.0, -2.0, 0.5, 4.0]
+    weights = weigh(lengths, prompts, aggregation)
+    parts = [sum(weights[i] * lengths[i] * values[i] for i in part) for part in ([0, 2], [1], [3])]
+    whole = {
+        "token_mean": (2 - 6 + 4.5 + 4) / 15,
+        "sequence_mean": (1 - 2 + 0.5 + 4) / 4,
+        "prompt_mean": (-4 / 5 + 8.5 / 10) / 2,
+    }[aggregation]
+    assert sum(parts) == pytest.approx(whole, abs=1e-12)
+    of_parts = [
+        w
+        for part in ([0, 1], [2, 3])
+        for w in weigh([lengths[i] for i in part], [prompts[i] for i in part], aggregation)
+    ]
+    assert of_parts != pytest.approx(weights)
+
+
+def test_only_constant_length_reads_the_constant() -> None:
+    for aggregation in ALL:
+        other = aggregation_weights(LENGTHS, PROMPTS, aggregation=aggregation, constant_length=16)
+        scale = 0.5 if aggregation == "constant_length" else 1.0
+        assert other == pytest.approx([scale * w for w in weigh(LENGTHS, PROMPTS, aggregation)], abs=1e-15)
+
+
+MASK = torch.tensor(
+    [
+        [True, True, True, True],
+        [False, True, False, True],
+        [True, False, False, False],
+        [False, False, False, False],
+    ]
+)
+
+
+def draw(seed: int, scale: float = 0.5) -> torch.Tensor:
+    return scale * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def taken(row: int) -> list[int]:
+    return [t for t in range(4) if MASK[row, t]]
+
+
+OLD, SAMPLER = draw(0) - 1, draw(1) - 1
+
+
+def test_no_level_gives_ones() -> None:
+    assert torch.equal(importance_weight(OLD, SAMPLER, MASK, level="none"), torch.ones(4, 4, dtype=torch.float64))
+
+
+def test_token_weights_equal_a_naive_loop() -> None:
+    weight = importance_weight(OLD, SAMPLER, MASK, level="token")
+    for b in range(4):
+        for t in range(4):
+            expected = math.exp(float(OLD[b, t]) - float(SAMPLER[b, t])) if MASK[b, t] else 1.0
+            assert float(weight[b, t]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_sequence_weights_are_the_product_over_the_row() -> None:
+    weight = importance_weight(OLD, SAMPLER, MASK, level="sequence")
+    for b in range(4):
+        product = math.prod(math.exp(float(OLD[b, t]) - float(SAMPLER[b, t])) for t in taken(b))
+        for t in range(4):
+            assert float(weight[b, t]) == pytest.approx(product if MASK[b, t] else 1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+def test_weights_carry_no_gradient_and_read_nothing_off_the_mask(level: str) -> None:
+    poison = torch.where(MASK, 0.0, float("nan"))
+    leaf = (OLD + poison).requires_grad_()
+    weight = importance_weight(leaf, SAMPLER + poison, MASK, level=level)
+    assert not weight.requires_grad
+    assert torch.equal(weight, importance_weight(OLD, SAMPLER, MASK, level=level))
+
+
+def test_truncation_clamps_both_ends() -> None:
+    weight = torch.tensor([0.1, 0.5, 1.0, 2.0, 7.0])
+    assert bounded_weight(weight, mode="truncate", low=0.5, high=2.0).tolist() == [0.5, 0.5, 1.0, 2.0, 2.0]
+    assert bounded_weight(weight, mode="truncate", low=0.0, high=1.5).tolist() == pytest.approx([0.1, 0.5, 1, 1.5, 1.5])
+
+
+def test_masking_keeps_the_weight_within_the_band_ends_included() -> None:
+    weight = torch.tensor([0.1, 0.5, 1.25, 2.0, 7.0])
+    assert bounded_weight(weight, mode="mask", low=0.5, high=2.0).tolist() == [0.0, 0.5, 1.25, 2.0, 0.0]
+
+
+def test_sequences_are_kept_by_their_geometric_mean() -> None:
+    # means of exp over the row's tokens: sqrt(4 * 0.25) = 1, (8 * 1 * 1)^(1/3) = 2, 0.5
+    sampler = torch.zeros(4, 3, dtype=torch.float64)
+    old = torch.tensor([[4.0, 0.25, 99.0], [8.0, 1.0, 1.0], [99.0, 0.5, 99.0], [99.0, 99.0, 99.0]]).double().log()
+    mask = torch.tensor([[True, True, False], [True, True, True], [False, True, False], [False, False, False]])
+
+    def kept(low: float, high: float) -> list[bool]:
+        result = kept_sequences(old, sampler, mask, low=low, high=high)
+        assert result.shape == (4,)
+        assert result.dtype == torch.bool
+        return [bool(x) for x in result]
+
+    assert kept(0.9, 1.1) == [True, False, False, True]
+    assert kept(0.9, 2.1) == [True, True, False, True]
+    assert kept(0.4, 1.1) == [True, False, True, True]
+    assert kept(1.5, 3.0) == [False, True, False, False]
+    assert kept(0.0, math.inf) == [True, True, True, True]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kept_sequences_equal_a_naive_loop(seed: int) -> None:
+    old, sampler = draw(seed + 10), draw(seed + 20)
+    result = kept_sequences(old.clone().requires_grad_(), sampler, MASK, low=0.8, high=1.25)
+    for b in range(4):
+        weights = [math.exp(float(old[b, t] - sampler[b, t])) for t in taken(b)]
+        mean = math.prod(weights) ** (1 / len(weights)) if weights else 1.0
+        assert bool(result[b]) == (0.8 <= mean <= 1.25)
+    poison = torch.where(MASK, 0.0, float("nan"))
+    assert torch.equal(kept_sequences(old + poison, sampler + poison, MASK, low=0.8, high=1.25), result)
+
+
+def naive_value_loss(v: float, old: float, target: float, eps: float) -> tuple[float, float, bool]:
+    """loss, d loss / d v, clipped."""
+    plain = (v - target) ** 2 / 2
+    if abs(v - old) <= eps:
+        return plain, v - target, False
+    bounded = (min(max(v, old - eps), old + eps) - target) ** 2 / 2
+    return (bounded, 0.0, True) if bounded > plain else (plain, v - target, False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_value_loss_and_gradient_equal_a_naive_loop(seed: int) -> None:
+    values, old, returns = draw(seed, 1.0).requires_grad_(), draw(seed + 30, 1.0), draw(seed + 40, 1.0)
+    loss, clipped = clipped_value_loss(values, old, returns, eps=0.4)
+    [grad] = torch.autograd.grad(loss.sum(), values)
+    for b in range(4):
+        for t in range(4):
+            numbers = (float(x[b, t].detach()) for x in (values, old, returns))
+            value, slope, stopped = naive_value_loss(*numbers, eps=0.4)
+            assert float(loss[b, t].detach()) == pytest.approx(value, abs=1e-12)
+            assert float(grad[b, t]) == pytest.approx(slope, abs=1e-12)
+            assert bool(clipped[b, t]) == stopped
+
+
+def test_value_loss_by_hand() -> None:
+    values = torch.tensor([1.0, 1.0, 1.0, 0.1], dtype=torch.float64, requires_grad=True)
+    old, returns = torch.zeros(4, dtype=torch.float64), torch.tensor([2.0, 0.5, -1.0, 3.0], dtype=torch.float64)
+    loss, clipped = clipped_value_loss(values, old, returns, eps=0.25)
+    # held at 0.25 it is 1.75 from 2: stopped; 0.25 from 0.5 and 1.25 from -1: not; 0.1 is inside the band
+    assert loss.tolist() == pytest.approx([1.75**2 / 2, 0.125, 2.0, 2.9**2 / 2], abs=1e-12)
+    assert clipped.tolist() == [True, False, False, False]
+    loss.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == pytest.approx([0.0, 0.5, 2.0, -2.9], abs=1e-12)
+
+
+def test_without_eps_it_is_half_the_squared_error() -> None:
+    values, old, returns = draw(50), draw(51), draw(52)
+    loss, clipped = clipped_value_loss(values, old, returns, eps=None)
+    for b in range(4):
+        for t in range(4):
+            assert float(loss[b, t]) == pytest.approx(float(values[b, t] - returns[b, t]) ** 2 / 2, abs=1e-12)
+    assert clipped.shape == values.shape
+    assert not clipped.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_value_within_its_band_is_never_called_clipped(dtype: torch.dtype) -> None:
+    # near 0, as a new critic's: v_old + (v - v_old) is not always v in floating point
+    generator = torch.Generator().manual_seed(0)
+    old = 0.18 * torch.rand(10_000, generator=generator, dtype=dtype) - 0.09
+    values = 0.18 * torch.rand(10_000, generator=generator, dtype=dtype) - 0.09
+    returns = torch.rand(10_000, generator=generator, dtype=dtype)
+    _, clipped = clipped_value_loss(values, old, returns, eps=0.2)
+    assert int(clipped.sum()) == 0
