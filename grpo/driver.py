@@ -44,7 +44,15 @@ from grpo.metrics.step import (
 )
 from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
-from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget, eval_seed
+from grpo.rollout.collect import (
+    Collected,
+    SamplerGroup,
+    Scorer,
+    collect,
+    enforce_failure_budget,
+    eval_seed,
+    requests_of,
+)
 from grpo.run.folder import RunFolder, is_disk_full
 from grpo.run.heartbeat import Watch, waiting
 from grpo.run.progress import Progress, ProgressState
@@ -379,10 +387,12 @@ def sample_and_score(
 ) -> Collected:  # fmt: skip
     """Sample and score groups, with a heartbeat named `what` while the driver waits for them."""
     completions, say = len(prompts) * samples_per_prompt, loop.reporter.say
-    with Watch(what, completions, sampler=loop.engines, scorer=loop.scorer, say=say) as both:
+    requests = requests_of(prompts, samples_per_prompt, seed_of)
+    engines, scorer, timeline = loop.engines, loop.scorer, loop.timeline
+    with Watch(what, completions, sampler=engines, scorer=scorer, timeline=timeline, say=say) as watch:
         return collect(
-            prompts, sampler=both, scorer=both, settings=settings, samples_per_prompt=samples_per_prompt,
-            seed_of=seed_of, decode=loop.decode, moment=moment, reward_timeout_s=loop.config.cluster.step_timeout_s,
+            prompts, requests, sampler=engines, scorer=scorer, settings=settings, decode=loop.decode, moment=moment,
+            reward_timeout_s=loop.config.cluster.step_timeout_s, observer=watch,
         )  # fmt: skip
 
 

@@ -28,11 +28,12 @@ from grpo.cluster import engines
 from grpo.config import Config
 from grpo.evaluation.statistics import Interval, Judged, interval, parts_by, repeats_of_avg, statistics_of, with_bounds
 from grpo.files import fingerprint
-from grpo.rollout.collect import PASSING, Scorer, collect, enforce_failure_budget, eval_seed, may_pass
+from grpo.rollout.collect import PASSING, Scorer, collect, enforce_failure_budget, eval_seed, may_pass, requests_of
 from grpo.run import folder as run_folder
 from grpo.run.compare import Samples, read_rows, read_samples, table
 from grpo.run.heartbeat import Watch
 from grpo.run.samples import read_columns, write_groups
+from grpo.run.timeline import Timeline
 from grpo.sampler.settings import eval_settings
 from grpo.types import Group, Json, Moment, Prompt, UserError
 
@@ -220,17 +221,18 @@ def sample_set(
             say(f"{name}: {count} of {len(prompts)} prompts, {tokens / (said - started):.0f} tokens/s")
 
     each = config.data.eval.samples_of(name)
-    with Watch(name, len(prompts) * each, sampler=sampler, scorer=scorer, say=say) as watched:
+    completions, timeline = len(prompts) * each, Timeline(None)
+    with Watch(name, completions, sampler=sampler, scorer=scorer, timeline=timeline, say=say) as watch:
         collected = collect(
             prompts,
-            sampler=watched,
-            scorer=watched,
+            requests_of(prompts, each, lambda prompt, index: eval_seed(config, prompt, index)),
+            sampler=sampler,
+            scorer=scorer,
             settings=eval_settings(config, plan.end_token_ids),
-            samples_per_prompt=each,
-            seed_of=lambda prompt, index: eval_seed(config, prompt, index),
             decode=functools.partial(data.completion_texts, plan.tokenizer),
             moment=Moment(),
             reward_timeout_s=config.cluster.step_timeout_s,
+            observer=watch,
             when_scored=keep,
         )
     enforce_failure_budget(collected.groups, config.algorithm)

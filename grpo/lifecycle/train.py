@@ -44,7 +44,7 @@ from grpo.run.results import metric_lines, numbers
 from grpo.run.resume import Origin, Resumed
 from grpo.run.saving import Saver
 from grpo.run.signals import Stopper, interrupt_early
-from grpo.run.timeline import TimedScorer, Timeline
+from grpo.run.timeline import Timeline
 from grpo.sampler.settings import eval_settings, train_settings
 from grpo.types import EngineFailure, ExitCode, Json, RewardOutage, UserError
 
@@ -322,7 +322,7 @@ def loop_of(
         prompts=plan.prompts,
         eval_prompts=plan.eval_prompts,
         engines=group,
-        scorer=TimedScorer(scorer, timeline),
+        scorer=scorer,
         timeline=timeline,
         folder=folder,
         reporter=console,

@@ -64,6 +64,18 @@ class Scorer(Protocol):
         ...
 
 
+class Observer(Protocol):
+    """Receiver of the progress of `collect`; implemented by `grpo.run.heartbeat.Watch`."""
+
+    def sampled(self, completions: int) -> None:
+        """Count completions that have arrived."""
+        ...
+
+    def submitted(self, completions: int) -> Callable[[], None]:
+        """Count completions that are submitted for scoring. The returned function is called when they are scored."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
     """The groups of one call, in the order of its prompts."""
@@ -77,29 +89,29 @@ class Collected:
 
 def collect(
     prompts: Sequence[Prompt],
+    requests: Sequence[SampleRequest],
     *,
     sampler: SamplerGroup,
     scorer: Scorer,
     settings: SamplingSettings,
-    samples_per_prompt: int,
-    seed_of: Callable[[Prompt, int], int | None],
     decode: Callable[[Sequence[NDArray[np.int32]]], list[str]],
     moment: Moment,
     reward_timeout_s: float,
+    observer: Observer,
     when_scored: Callable[[Group], object] = lambda group: None,
 ) -> Collected:
-    """Sample `samples_per_prompt` completions of every prompt and score each.
+    """Sample the requested completions of every prompt and score each.
 
     Args:
+        requests: of the prompts, in order, see `requests_of`.
         settings: passed to the sampler unchanged.
-        seed_of: (prompt, sample index) -> seed.
         decode: lists of token ids -> texts, special tokens skipped.
         moment: position in the run, passed to the reward functions.
         reward_timeout_s: deadline in seconds for each group's rewards, once all completions have arrived.
+        observer: receives the progress.
         when_scored: called with each group as soon as its scores are available.
     """
     started = time.monotonic()
-    requests = requests_of(prompts, samples_per_prompt, seed_of)
     completions: list[dict[int, Completion]] = [{} for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     scores: list[Future[list[Scored | Failed]] | None] = [None for _ in prompts]
@@ -111,17 +123,19 @@ def collect(
         when_scored(groups[p])
 
     for block in sampler.sample(requests, settings):
+        observer.sampled(len(block.lengths))
         complete: list[int] = []
         for p, i, completion in completions_of(block, requests):
             completions[p][i] = completion
-            if len(completions[p]) == samples_per_prompt:
+            if len(completions[p]) == len(requests[p].seeds):
                 complete.append(p)
-        decoded = decode([completions[p][i].token_ids for p in complete for i in range(samples_per_prompt)])
-        for n, p in enumerate(complete):
-            texts[p] = decoded[n * samples_per_prompt : (n + 1) * samples_per_prompt]
-            own = [completions[p][i] for i in range(samples_per_prompt)]
-            items = reward_items(prompts[p], own, texts[p], moment)
-            scores[p] = scorer.submit([item for i, item in enumerate(items) if is_whole(completions[p][i])])
+        own = [[completions[p][i] for i in range(len(requests[p].seeds))] for p in complete]
+        decoded = iter(decode([completion.token_ids for group in own for completion in group]))
+        for p, group in zip(complete, own, strict=True):
+            texts[p] = [next(decoded) for _ in group]
+            items = reward_items(prompts[p], group, texts[p], moment)
+            whole = [item for item, completion in zip(items, group, strict=True) if is_whole(completion)]
+            scores[p] = submit(whole, scorer, observer)
         for p, future in enumerate(scores):
             if future is not None and p not in groups and future.done():
                 take(p, future)
@@ -148,6 +162,14 @@ def requests_of(
         )
         for p, prompt in enumerate(prompts)
     ]
+
+
+def submit(items: Sequence[RewardItem], scorer: Scorer, observer: Observer) -> Future[list[Scored | Failed]]:
+    """Submit `items` for scoring, and report it to the observer."""
+    scored = observer.submitted(len(items))
+    future = scorer.submit(items)
+    future.add_done_callback(lambda _: scored())
+    return future
 
 
 def is_whole(completion: Completion) -> bool:

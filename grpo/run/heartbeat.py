@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
 
-from grpo.rewards.counts import SLOW_S, Counted
-from grpo.rewards.groups import RewardItem
+from grpo.rewards.counts import SLOW_S
 from grpo.rollout.collect import SamplerGroup, Scorer
-from grpo.types import Failed, SampledBlock, SampleRequest, SamplingSettings, Scored
+from grpo.run.timeline import Timeline
 
 HEARTBEAT_S = 30.0
 """Seconds between two lines."""
@@ -45,10 +43,18 @@ def waiting(what: str, awaited: str, say: Callable[[str], None]) -> Heartbeat:
 
 
 class Watch:
-    """Wrapper around the samplers and the scorer of one `collect` that counts completions. A context manager."""
+    """Observer of one `collect`: its heartbeat counts completions, and its timeline has the scoring as spans. A context
+    manager."""
 
     def __init__(
-        self, what: str, completions: int, *, sampler: SamplerGroup, scorer: Scorer, say: Callable[[str], None]
+        self,
+        what: str,
+        completions: int,
+        *,
+        sampler: SamplerGroup,
+        scorer: Scorer,
+        timeline: Timeline,
+        say: Callable[[str], None],
     ) -> None:
         """Prepare the heartbeat.
 
@@ -57,7 +63,7 @@ class Watch:
             completions: Number of completions that are requested.
         """
         self._what, self._completions = what, completions
-        self._sampler, self._scorer = sampler, scorer
+        self._sampler, self._scorer, self._timeline = sampler, scorer, timeline
         self._sampled = self._submitted = 0
         self._started = time.monotonic()
         self._before = scorer.counts()
@@ -70,24 +76,14 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._heartbeat.__exit__()
 
-    def sample(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> Iterator[SampledBlock]:
-        """Sample `requests` and count the completions."""
-        for block in self._sampler.sample(requests, settings):
-            self._sampled += len(block.lengths)
-            yield block
+    def sampled(self, completions: int) -> None:
+        """Count completions that have arrived."""
+        self._sampled += completions
 
-    def outstanding(self) -> dict[str, int]:
-        """Return the outstanding completions of the samplers."""
-        return self._sampler.outstanding()
-
-    def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
-        """Score `items` and count them."""
-        self._submitted += len(items)
-        return self._scorer.submit(items)
-
-    def counts(self) -> Counted:
-        """Return the counts of the scorer."""
-        return self._scorer.counts()
+    def submitted(self, completions: int) -> Callable[[], None]:
+        """Count completions that are submitted for scoring, and begin their span. The returned function ends it."""
+        self._submitted += completions
+        return self._timeline.begin("rewards", "score", completions=completions)
 
     def line(self) -> str:
         """Return the heartbeat line: what is awaited now."""

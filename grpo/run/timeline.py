@@ -9,16 +9,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo.rewards.counts import Counted
-from grpo.rewards.groups import RewardItem
-from grpo.rollout.collect import Scorer
-from grpo.types import Failed, Json, Scored
+from grpo.types import Json
 
 
 class Timeline:
@@ -66,19 +62,3 @@ class Timeline:
         events.sort(key=lambda event: event["ts"])
         text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
         (self._folder / f"step-{step:06d}.json").write_text(text, encoding="utf-8")
-
-
-class TimedScorer:
-    """Scorer that records each call as a span."""
-
-    def __init__(self, scorer: Scorer, timeline: Timeline) -> None:
-        self._scorer, self._timeline = scorer, timeline
-
-    def submit(self, items: Sequence[RewardItem]) -> Future[list[Scored | Failed]]:
-        end = self._timeline.begin("rewards", "score", completions=len(items))
-        future = self._scorer.submit(items)
-        future.add_done_callback(lambda _: end())
-        return future
-
-    def counts(self) -> Counted:
-        return self._scorer.counts()

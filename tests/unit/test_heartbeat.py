@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from grpo.rewards import counts
 from grpo.rewards.counts import Counted, total
 from grpo.rewards.groups import RewardItem
 from grpo.rewards.pool import RewardPool
+from grpo.rollout.collect import collect, requests_of
 from grpo.run import heartbeat
 from grpo.run.heartbeat import Watch, waiting
-from grpo.types import SampledBlock
+from grpo.run.timeline import Timeline
+from grpo.types import Moment, Prompt, SampledBlock, Scored
 
 GATED = """
 import pathlib, time
@@ -36,24 +38,14 @@ def quiet(completion, row):
 """A reward that answers `quick` and `wrong` at once, the others when the gate is open; and one that abstains."""
 
 
-def block(completions: int) -> SampledBlock:
-    """Completions of one token each."""
-    ones = np.ones(completions, dtype=np.int32)
-    return SampledBlock(
-        index=ones, sample_index=ones, lengths=ones, truncated=ones == 1, aborted=ones == 0, token_ids=ones,
-        sampler_logprobs=ones.astype(np.float32), policy_versions=ones,
-    )  # fmt: skip
-
-
 class Sampler:
-    """Gives blocks of so many completions."""
+    """Owes what a test says."""
 
-    def __init__(self, *sizes: int) -> None:
-        self.sizes = sizes
+    def __init__(self) -> None:
         self.left: dict[str, int] = {}
 
     def sample(self, requests: Sequence[Any], settings: Any) -> Iterator[SampledBlock]:
-        yield from (block(size) for size in self.sizes)
+        raise NotImplementedError
 
     def outstanding(self) -> dict[str, int]:
         return self.left
@@ -82,28 +74,74 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_line_says_who_is_awaited(now: list[float]) -> None:
     scorer = Scorer()
-    watch = Watch("step 8", 64, sampler=Sampler(30, 11, 23), scorer=scorer, say=print)
-    blocks = watch.sample([], None)
+    watch = Watch("step 8", 64, sampler=Sampler(), scorer=scorer, timeline=Timeline(None), say=print)
     assert watch.line() == "step 8: sampling, 0 of 64 completions; 0 s"
-    next(blocks)
-    next(blocks)
+    watch.sampled(30)
+    watch.sampled(11)
     now[0] += 65
     assert watch.line() == "step 8: sampling, 41 of 64 completions; 65 s"
-    watch.submit([None] * 16)  # type: ignore[list-item]
+    watch.submitted(16)
     scorer.counted = Counted(scored=112, failed=10, slow=5, slowest="judge", slowest_s=21.4)
     assert watch.line() == (
         "step 8: sampling, 41 of 64 completions; scoring, 12 of 16; reward judge slowest, 21 s; 2 calls over 10 s; "
         "3 failed; 65 s"
     )
-    next(blocks)
-    watch.submit([None] * 48)  # type: ignore[list-item]
+    watch.sampled(23)
+    watch.submitted(48)
     scorer.counted = Counted(scored=163, failed=7, slow=3)
     assert watch.line() == "step 8: scoring, 63 of 64; 65 s"
 
 
+def block(*places: tuple[int, int]) -> SampledBlock:
+    """Completions of one token each, by request and sample index."""
+    ones = np.ones(len(places), dtype=np.int32)
+    index, sample_index = np.asarray(places, dtype=np.int32).T
+    return SampledBlock(
+        index=index, sample_index=sample_index, lengths=ones, truncated=ones == 0, aborted=ones == 0, token_ids=ones,
+        sampler_logprobs=ones.astype(np.float32), policy_versions=ones,
+    )  # fmt: skip
+
+
+def test_a_collection_reports_what_arrives_is_submitted_and_is_scored() -> None:
+    """Two groups of two. The first is complete after three completions, the second after the fourth."""
+    log: list[Any] = []
+
+    class Blocks(Sampler):
+        def sample(self, requests: Sequence[Any], settings: Any) -> Iterator[SampledBlock]:
+            yield from (block((0, 1), (1, 0), (0, 0)), block((1, 1)))
+
+    class AtOnce(Scorer):
+        def submit(self, items: Sequence[Any]) -> Future[Any]:
+            future: Future[Any] = Future()
+            log.append([item.completion for item in items])
+            future.set_result([Scored(value=1.0, parts={}) for _ in items])
+            return future
+
+    class Log:
+        def sampled(self, completions: int) -> None:
+            log.append(completions)
+
+        def submitted(self, completions: int) -> Callable[[], None]:
+            log.append(f"{completions} submitted")
+            return lambda: log.append(f"{completions} scored")
+
+    prompts = [
+        Prompt(prompt_id=f"a:{i}", token_ids=(1,), text="", row={}, messages=None, dataset="a", where="a[0]")
+        for i in range(2)
+    ]
+    collected = collect(
+        prompts, requests_of(prompts, 2, lambda prompt, index: index), sampler=Blocks(), scorer=AtOnce(),
+        settings=None, decode=lambda ids: [f"text {k}" for k in range(len(ids))], moment=Moment(),  # type: ignore[arg-type]
+        reward_timeout_s=1.0, observer=Log(),
+    )  # fmt: skip
+    texts = ["text 0", "text 1"]
+    assert log == [3, "2 submitted", texts, "2 scored", 1, "2 submitted", texts, "2 scored"]
+    assert [[rollout.completion.seed for rollout in group.rollouts] for group in collected.groups] == [[0, 1], [0, 1]]
+
+
 def test_the_slowest_of_several_samplers_is_named(now: list[float]) -> None:
     sampler = Sampler()
-    watch = Watch("step 8", 64, sampler=sampler, scorer=Scorer(), say=print)
+    watch = Watch("step 8", 64, sampler=sampler, scorer=Scorer(), timeline=Timeline(None), say=print)
     sampler.left = {"sampler-0": 24}
     assert watch.line() == "step 8: sampling, 0 of 64 completions; 0 s"  # there is no other
     sampler.left = {"sampler-0": 3, "sampler-1": 24, "sampler-2": 0}
@@ -120,7 +158,7 @@ def test_it_is_said_every_interval_and_only_while_waiting(monkeypatch: pytest.Mo
         if len(said) == 2:
             second.set()
 
-    with Watch("step 1", 4, sampler=Sampler(), scorer=Scorer(), say=say):
+    with Watch("step 1", 4, sampler=Sampler(), scorer=Scorer(), timeline=Timeline(None), say=say):
         assert second.wait(timeout=60)
     count = len(said)
     assert all(text.startswith("step 1: sampling, 0 of 4 completions; ") for text in said)
@@ -147,7 +185,7 @@ def test_a_wait_for_an_engine_is_said_with_its_seconds(now: list[float], monkeyp
 
 def test_a_quick_collection_says_nothing() -> None:
     said: list[str] = []
-    with Watch("step 1", 4, sampler=Sampler(), scorer=Scorer(), say=said.append):
+    with Watch("step 1", 4, sampler=Sampler(), scorer=Scorer(), timeline=Timeline(None), say=said.append):
         pass
     assert said == []
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from grpo.rewards.counts import Counted
+from grpo.rollout.collect import submit
 from grpo.run import timeline as module
-from grpo.run.timeline import TimedScorer, Timeline
+from grpo.run.heartbeat import Watch
+from grpo.run.timeline import Timeline
 
 
 @pytest.fixture
@@ -61,8 +64,12 @@ def test_scoring_lasts_until_the_verdict(tmp_path: Path, clock: list[float]) -> 
         def submit(self, items: Any) -> Future[Any]:
             return future
 
-    timeline = Timeline(tmp_path)
-    assert TimedScorer(Later(), timeline).submit(["one", "two"]) is future  # type: ignore[list-item]
+        def counts(self) -> Counted:
+            return Counted()
+
+    timeline, scorer, sampler = Timeline(tmp_path), Later(), None
+    watch = Watch("step 1", 2, sampler=sampler, scorer=scorer, timeline=timeline, say=print)  # type: ignore[arg-type]
+    assert submit(["one", "two"], scorer, watch) is future  # type: ignore[list-item]
     clock[0] += 5
     future.set_result([])
     timeline.write(1)
