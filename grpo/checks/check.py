@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from grpo import data
 from grpo.checks import models
 from grpo.checks.chosen import choose
 from grpo.checks.describe import describe
 from grpo.checks.model_folder import check_critic, check_model
-from grpo.checks.prompts import check_batch, check_by, check_token_ids, read_data
 from grpo.checks.rewards import check_reward_sets, decide_gold, reward_fingerprints, try_rewards, unsampled_by
 from grpo.config import Config, DatasetConfig, leaves
+from grpo.data.columns import hint
 from grpo.rewards.imports import locate
 from grpo.rewards.process import MIN_SECRET, secrets
 from grpo.types import Moment, Prompt, UserError
@@ -87,7 +87,7 @@ def check(
     models.check_trained(config, settings, say)
     check_trackers(config)
     tokenizer, ends = load_tokenizer(config)
-    train, held_out = read_data(config, tokenizer)
+    train, held_out = data.read_data(config, tokenizer)
     check_token_ids(config, settings, tokenizer, ends, [*train, *held_out])
     prompts = tuple(prompt for dataset in train for prompt in dataset.prompts)
     eval_prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
@@ -142,7 +142,7 @@ def check_evaluation(
     settings = check_model(config)
     models.check_served(config, settings, say)
     tokenizer, ends = load_tokenizer(config)
-    _, held_out = read_data(config, tokenizer)
+    _, held_out = data.read_data(config, tokenizer)
     check_token_ids(config, settings, tokenizer, ends, held_out)
     prompts = tuple(prompt for dataset in held_out for prompt in dataset.prompts)
     check_by(config, prompts)
@@ -225,3 +225,71 @@ def resolve_paths(config: Config) -> Config:
     if not path.is_dir():
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(path.resolve())))
+
+
+def check_token_ids(
+    config: Config,
+    settings: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
+    sets: Sequence[data.PromptSet],
+) -> None:
+    """Check that every token id has a row in the model's embedding: a tokenizer may have more tokens than the model.
+
+    Raises UserError naming the data row and the token, or the option at fault.
+    """
+    rows = settings.get_text_config().vocab_size
+    beyond = f"beyond the {rows} rows of the model's embedding (config.json's vocab_size)"
+    for token_id in config.sampling.stop_token_ids:
+        if token_id >= rows:
+            raise UserError(f"sampling.stop_token_ids: {token_id} is {beyond}: it is never sampled")
+    if min(ends) >= rows:
+        raise UserError(f"model.path: every token that ends a completion, {', '.join(map(str, ends))}, is {beyond}")
+    for dataset in sets:
+        for prompt in dataset.prompts:
+            token_id = max(prompt.token_ids)
+            if token_id >= rows:
+                raise UserError(
+                    f"{dataset.option}: {prompt.where}: the prompt has the token "
+                    f"{tokenizer.convert_ids_to_tokens(token_id)!r}, whose id {token_id} is {beyond}"
+                )
+
+
+def check_batch(config: Config, train: Sequence[data.PromptSet]) -> None:
+    """Check that a step never needs the same prompt twice.
+
+    Raises UserError with the nearest number of prompts.
+    """
+    a, total = config.algorithm, sum(len(dataset.prompts) for dataset in train)
+    if a.prompts_per_step > total:
+        raise UserError(
+            f"algorithm.prompts_per_step={a.prompts_per_step} is more than the number of prompts in data.train "
+            f"({total}); nearest: {total}"
+        )
+    weights = [dataset.weight for dataset in config.data.train if dataset.weight is not None]
+
+    def short(count: int) -> tuple[data.PromptSet, int] | None:
+        needed = data.most_in_one_draw(weights, count, any_start=a.max_refills > 0)
+        pairs = zip(train, needed, strict=bool(weights))
+        return next(((dataset, most) for dataset, most in pairs if most > len(dataset.prompts)), None)
+
+    lacking = short(a.prompts_per_step)
+    if lacking is not None:
+        dataset, most = lacking
+        fits = [n for n in range(a.prompts_per_step - 1, 0, -1) if n % a.minibatches_per_step == 0 and not short(n)]
+        hint = f"nearest: {fits[0]}" if fits else "no smaller step fits either; lower its weight"
+        raise UserError(
+            f"algorithm.prompts_per_step={a.prompts_per_step} may need {most} prompts of {dataset.option} "
+            f"({dataset.name}) in one step because of its weight, but it has {len(dataset.prompts)}; {hint}"
+        )
+
+
+def check_by(config: Config, held_out: Sequence[Prompt]) -> None:
+    """Raise UserError if a column of `data.eval.by` is in no row of the evaluation data."""
+    columns = sorted({column for prompt in held_out for column in prompt.row})
+    for column in config.data.eval.by:
+        if column not in columns:
+            raise UserError(
+                f"data.eval.by: no row of data.eval.sets has a column {column!r}; there are {', '.join(columns)}"
+                f"{hint(column, {name: value for prompt in held_out for name, value in prompt.row.items()})}"
+            )

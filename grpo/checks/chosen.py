@@ -8,7 +8,6 @@ from pathlib import Path
 
 from grpo import data
 from grpo.checks.model_folder import read_config
-from grpo.checks.prompts import read_data
 from grpo.config import Config
 from grpo.types import UserError
 
@@ -37,7 +36,7 @@ def choose(config: Config, given: Collection[str]) -> tuple[Config, str]:
         sets = [dataclasses.replace(one, limit=None) for one in settings.eval.sets]  # all rows have to fit
         held_out = dataclasses.replace(settings.eval, sets=sets)
         whole = dataclasses.replace(settings, max_prompt_tokens=ANY_LENGTH, eval=held_out)
-        _, read = read_data(dataclasses.replace(config, data=whole), tokenizer)
+        _, read = data.read_data(dataclasses.replace(config, data=whole), tokenizer)
         longest = max(len(prompt.token_ids) for dataset in read for prompt in dataset.prompts)
         chosen["data.max_prompt_tokens"] = longest
         settings = dataclasses.replace(settings, max_prompt_tokens=longest)

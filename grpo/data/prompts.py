@@ -1,27 +1,38 @@
-"""Turn rows into prompts: render, tokenize once and check lengths, before any engine starts.
+"""Turn the configured data sets into prompts, before any engine starts.
 
-After this point only token ids are passed on; the text of a `Prompt` is a view. This module decides all special tokens:
-the ids are what the tokenizer adds by default (style template) or what the chat template writes (style chat), with at
-most one BOS at the start.
+    read_data     every set of a run: read, remove overlaps with the evaluation, apply the limit
+    read_set      one set: read, map columns, filter
+    make_prompts  rows: render, tokenize once, check lengths
+
+Each filter reports the rows that it drops: as a summary in the plan (`notes`) and one by one (`dropped`).
+
+After this point only token ids are passed on; the text of a `Prompt` is a view. The special tokens are those that the
+tokenizer adds by default (style template) or that the chat template writes (style chat), with at most one BOS at the
+start.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import re
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-from tokenizers.models import BPE
 
-from grpo.config import DataConfig
+from grpo.config import Config, DataConfig, DatasetConfig
 from grpo.data.columns import hint
-from grpo.data.rows import Row
-from grpo.data.template import render_template
+from grpo.data.overlap import find_overlaps
+from grpo.data.rows import Row, dataset_name, read_rows
+from grpo.data.template import render_template, values_of
+from grpo.data.tokenizer import encode, without_doubled_ends
 from grpo.suggest import first_of, one_line
 from grpo.types import Prompt, Unchecked, UserError
 
@@ -49,6 +60,148 @@ class PromptSet:
     """Messages about the effect of the filters, for the plan."""
 
 
+def read_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[PromptSet], list[PromptSet]]:
+    """Return the filtered prompts of every training set and every evaluation set.
+
+    Raises UserError, also if two data sets have the same name.
+    """
+
+    def read(option: str, sets: Sequence[DatasetConfig]) -> list[PromptSet]:
+        names: dict[str, str] = {}
+        for i, dataset in enumerate(sets):
+            here, name = f"{option}[{i}]", dataset.name or dataset_name(dataset.path)
+            if name in names:
+                raise UserError(f"{names[name]} and {here} are both called {name}; rename one of them: {here}.name")
+            names[name] = here
+        return [
+            read_set(dataset, data=config.data, tokenizer=tokenizer, option=here)
+            for dataset, here in zip(sets, names.values(), strict=True)
+        ]
+
+    held_out = read("data.eval.sets", config.data.eval.sets)
+    held_out = [limited(dataset, of.limit) for dataset, of in zip(held_out, config.data.eval.sets, strict=True)]
+    asked = [prompt for dataset in held_out for prompt in dataset.prompts]
+    train = [without_overlaps(dataset, asked, config.data) for dataset in read("data.train", config.data.train)]
+    return [limited(dataset, of.limit) for dataset, of in zip(train, config.data.train, strict=True)], held_out
+
+
+def read_set(dataset: DatasetConfig, *, data: DataConfig, tokenizer: PreTrainedTokenizerBase, option: str) -> PromptSet:
+    """Return the prompts of one data set, in the order of its rows, before `limit` is applied.
+
+    Raises UserError naming the option and the row at fault.
+    """
+    name = dataset.name or dataset_name(dataset.path)
+    if dataset.split != type(dataset)().split and Path(dataset.path).expanduser().is_file():
+        raise UserError(f"{option}.split={dataset.split} has no effect: {dataset.path} is a file, which has no splits")
+    rows = map_columns(read_rows(dataset.path, split=dataset.split, option=option), dataset.columns, option=option)
+    dropped, notes = list[str](), list[str]()
+    for column, (low, high) in dataset.between.items():
+        numbers = [_number(row, column, option) for row in rows]
+        kept = [row for row, number in zip(rows, numbers, strict=True) if low <= number <= high]
+        if not kept:
+            raise UserError(
+                f"{option}.between.{column}=[{low:g}, {high:g}] leaves no row; the values lie between "
+                f"{min(numbers):g} and {max(numbers):g}"
+            )
+        notes.append(f"kept       {len(kept)} of {len(rows)} rows of {option} by between {column} {low:g}..{high:g}")
+        dropped += [
+            f"{prompt_id(name, row)} ({column} {number:g})"
+            for row, number in zip(rows, numbers, strict=True)
+            if not low <= number <= high
+        ]
+        rows = kept
+    made = make_prompts(rows, data=data, tokenizer=tokenizer, dataset=name, option=option)
+    return dataclasses.replace(made, dropped=(*dropped, *made.dropped), notes=(*notes, *made.notes))
+
+
+def map_columns(rows: Sequence[Row], columns: Mapping[str, str], *, option: str) -> list[Row]:
+    """Return rows with added columns, each a format string over the row's own columns. A string that consists of one
+    field gives the value itself, so lists and numbers keep their type.
+
+    Raises UserError naming the option and the row.
+    """
+    mapped = []
+    for row in rows:
+        new: dict[str, Unchecked] = {}
+        for column, template in columns.items():
+            name = f"{option}.columns.{column}"
+            if _is_one_field(template):
+                [new[column]] = values_of(template, row, option=name)
+            else:
+                new[column] = render_template(template, row, option=name)
+        mapped.append(dataclasses.replace(row, values={**row.values, **new}) if new else row)
+    return mapped
+
+
+def _is_one_field(template: str) -> bool:
+    """Return whether the template is exactly one field, without format or conversion."""
+    try:
+        return [(text, spec, how) for text, _, spec, how in string.Formatter().parse(template)] == [("", "", None)]
+    except ValueError:  # _fields reports the error
+        return False
+
+
+def _number(row: Row, column: str, option: str) -> float:
+    """Return the number in a row's column; a text that parses as a number counts as one. Raises UserError."""
+    if column not in row.values:
+        raise UserError(
+            f"{option}.between.{column}: {row.where} has no such column; it has {', '.join(row.values)}"
+            f"{hint(column, row.values)}"
+        )
+    value = row.values[column]
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{option}.between.{column}: {row.where} has {value!r:.80}, which is not a number")
+    return number
+
+
+def without_overlaps(train: PromptSet, held_out: Sequence[Prompt], data: DataConfig) -> PromptSet:
+    """Return `train` with a note about the prompts that overlap with the evaluation, and without these prompts if
+    `data.contaminated` is drop.
+
+    Raises UserError when no prompt is left.
+    """
+    overlaps = find_overlaps(train.prompts, held_out, data)
+    if not overlaps:
+        return train
+    total, exact = len(train.prompts), sum(overlap.exact for overlap in overlaps)
+    drop = data.contaminated == "drop"
+    if drop and len(overlaps) == total:
+        raise UserError(
+            f"{train.option}: data.contaminated=drop leaves no prompt: all {total} overlap with data.eval.sets, the "
+            f"first one with {overlaps[0].held_out.prompt_id}"
+        )
+    shown = first_of([f"{o.prompt.prompt_id} with {o.held_out.prompt_id}" for o in overlaps])
+    by_words = f" and {len(overlaps) - exact} by {data.overlap_ngram} words in a row" if data.overlap_ngram else ""
+    note = (
+        f"{'dropped' if drop else 'warning':11}{len(overlaps)} of {total} prompts of {train.option} overlap with "
+        f"data.eval.sets, {exact} as the same text{by_words}: {shown}"
+    )
+    if not drop:
+        return dataclasses.replace(train, notes=(*train.notes, note))
+    gone = {overlap.prompt.prompt_id for overlap in overlaps}
+    return dataclasses.replace(
+        train,
+        prompts=tuple(prompt for prompt in train.prompts if prompt.prompt_id not in gone),
+        dropped=(
+            *train.dropped, *(f"{o.prompt.prompt_id} (overlaps with {o.held_out.prompt_id})" for o in overlaps)
+        ),
+        notes=(*train.notes, note),
+    )  # fmt: skip
+
+
+def limited(prompts: PromptSet, limit: int | None) -> PromptSet:
+    """Return the first `limit` prompts of the set, with a note; the set itself if it has no more."""
+    total = len(prompts.prompts)
+    if limit is None or limit >= total:
+        return prompts
+    note = f"limit      the first {limit} of {total} prompts of {prompts.option}"
+    return dataclasses.replace(prompts, prompts=prompts.prompts[:limit], notes=(*prompts.notes, note))
+
+
 def make_prompts(
     rows: Sequence[Row], *, data: DataConfig, tokenizer: PreTrainedTokenizerBase, dataset: str, option: str
 ) -> PromptSet:
@@ -68,15 +221,15 @@ def make_prompts(
     if data.style == "chat":
         turns: list[Messages | None] = [_messages(row, data, option) for row in rows]
         texts = _apply_chat_template(rows, turns, data, tokenizer, option)
-        token_ids = _encode(tokenizer, rows, texts, option, add_special_tokens=False)
+        token_ids = encode(tokenizer, rows, texts, option, add_special_tokens=False)
     else:
         turns = [None] * len(rows)
         texts = [render_template(data.template, row, option=f"{option}: data.template") for row in rows]
         for row, text in zip(rows, texts, strict=True):
             if not text.strip():
                 raise UserError(f"{option}: {row.where}: the prompt is empty")
-        token_ids = _without_doubled_ends(
-            _encode(tokenizer, rows, texts, option, add_special_tokens=True), texts[0], tokenizer
+        token_ids = without_doubled_ends(
+            encode(tokenizer, rows, texts, option, add_special_tokens=True), texts[0], tokenizer
         )
     bos = tokenizer.bos_token_id
     prompts = []
@@ -227,93 +380,6 @@ def _apply_chat_template(
     if data.date is not None and not asked:
         raise UserError(f"data.date={data.date} has no effect: the chat template writes no date; leave it out")
     return texts
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], texts: list[str], option: str, *, add_special_tokens: bool
-) -> list[list[int]]:
-    """Return the ids of each text. Raise UserError for a character that the tokenizer cannot represent.
-
-    An unknown token counts as a representation, because it is the tokenizer's own. Without one, some tokenizers raise,
-    some return None as the id, and some drop the character.
-    """
-    options = {
-        "add_special_tokens": add_special_tokens,
-        "padding": False,
-        "truncation": False,
-        "return_attention_mask": False,
-        "verbose": False,
-    }
-    # The tokenizers library raises a bare Exception, the classes written in Python raise exceptions of any type.
-    try:
-        encoded = tokenizer(texts, **options)
-    except Exception as error:
-        for row, text in zip(rows, texts, strict=True):
-            try:
-                tokenizer([text], **options)
-            except Exception as inner:
-                raise UserError(f"{option}: {row.where}: cannot be tokenized: {one_line(inner)}") from inner
-        raise UserError(f"{option}: the prompts cannot be tokenized: {one_line(error)}") from error
-    token_ids: list[list[int]] = encoded["input_ids"]
-    for i, ids in enumerate(token_ids):
-        if None in ids:
-            raise UserError(f"{option}: {rows[i].where}: the tokenizer has no id for a part of {texts[i][:80]!r}")
-    left_out = _left_out(tokenizer, texts)
-    if left_out:
-        added = re.compile("|".join(re.escape(t) for t in sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
-        for row, text in zip(rows, texts, strict=True):
-            lost = sorted(left_out.intersection(added.sub("", text)))
-            if lost:
-                raise UserError(
-                    f"{option}: {row.where}: the tokenizer leaves out {''.join(lost)!r}, which it cannot represent"
-                )
-    return token_ids
-
-
-def _left_out(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> set[str]:
-    """Return the characters of `texts` that are encoded as no tokens, or without some of their bytes.
-
-    Only BPE without an unknown token and without all 256 bytes drops characters. It does so whatever the context, so
-    each distinct character is tested once. The result may include characters that occur only in special tokens. White
-    space and unprintable characters are not tested: normalizers remove them on purpose.
-    """
-    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, BPE):
-        return set()
-    characters = sorted(c for c in set().union(*texts) if c.isprintable() and not c.isspace())
-    if not characters:
-        return set()
-    encoded = tokenizer(characters, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
-    decoded = tokenizer.batch_decode(encoded)
-    return {
-        character
-        for character, ids, text in zip(characters, encoded, decoded, strict=True)
-        if not ids or ("\ufffd" in text and character != "\ufffd")
-    }
-
-
-def _without_doubled_ends(
-    token_ids: list[list[int]], first_text: str, tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """Remove two kinds of tokens that a tokenizer may add to a text and that a prompt must not have.
-
-    - A BOS before a text that itself begins with BOS: the row or the template already supplies it.
-    - An EOS after the text (add_eos_token): it marks the end of the text, which the completion must continue. It is
-      removed rather than refused, because the setting belongs to the tokenizer's files and serves training on whole
-      texts. An EOS at the end of the text itself stays: there it is a separator of the format.
-    """
-    bare = tokenizer([first_text], add_special_tokens=False, padding=False, truncation=False)["input_ids"][0]
-    full = token_ids[0]
-    front = next((k for k in range(len(full) - len(bare) + 1) if full[k : k + len(bare)] == bare), None)
-    if front is None:
-        raise UserError("model.path: the tokenizer splits a text differently when it adds special tokens")
-    prefix, suffix = full[:front], full[front + len(bare) :]
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ends = len(suffix) if eos is not None and eos in suffix else 0
-    out = []
-    for ids in token_ids:
-        start = 1 if bos is not None and prefix == [bos] and ids[1:2] == [bos] else 0
-        out.append(ids[start : len(ids) - ends])
-    return out
 
 
 def _within_limit(prompts: list[Prompt], data: DataConfig, name: str, option: str) -> PromptSet:

@@ -1,12 +1,11 @@
-"""Python format strings over a row's columns: they render prompts and map columns."""
+"""Python format strings over a row's columns, which render prompts and map columns."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from grpo.data.columns import hint, is_nested, line, longest_text, nested, render, value_at
 from grpo.data.rows import Row
@@ -61,33 +60,6 @@ def _unwritable(column: str, row: Row) -> str:
     return (
         f"; {found[0]!r} cannot be named in a format string, give the column a name without : ! {{ }}" if found else ""
     )
-
-
-def map_columns(rows: Sequence[Row], columns: Mapping[str, str], *, option: str) -> list[Row]:
-    """Return rows with added columns, each a format string over the row's own columns. A string that consists of one
-    field gives the value itself, so lists and numbers keep their type.
-
-    Raises UserError naming the option and the row.
-    """
-    mapped = []
-    for row in rows:
-        new: dict[str, Unchecked] = {}
-        for column, template in columns.items():
-            name = f"{option}.columns.{column}"
-            if _is_one_field(template):
-                [new[column]] = values_of(template, row, option=name)
-            else:
-                new[column] = render_template(template, row, option=name)
-        mapped.append(dataclasses.replace(row, values={**row.values, **new}) if new else row)
-    return mapped
-
-
-def _is_one_field(template: str) -> bool:
-    """Return whether the template is exactly one field, without format or conversion."""
-    try:
-        return [(text, spec, how) for text, _, spec, how in string.Formatter().parse(template)] == [("", "", None)]
-    except ValueError:  # _fields reports the error
-        return False
 
 
 @functools.cache

@@ -12,8 +12,9 @@ import yaml
 from test_data_sets import read, refused, write
 
 from grpo.config import TrainSetConfig
-from grpo.data import Row, map_columns
 from grpo.data.columns import hint, nested
+from grpo.data.prompts import map_columns
+from grpo.data.rows import Row
 from grpo.data.template import render_template
 from grpo.rewards.golds import gold_text
 from grpo.rewards.preflight import nested_hint

@@ -30,17 +30,16 @@ from grpo.config import DataConfig, load
 from grpo.data import (
     Cursor,
     PromptSet,
-    Row,
     completion_texts,
     dataset_name,
     end_token_ids,
     fingerprint,
     load_tokenizer,
-    make_prompts,
-    read_rows,
-    render_template,
     sample_seed,
 )
+from grpo.data.prompts import make_prompts
+from grpo.data.rows import Row, read_rows
+from grpo.data.template import render_template
 from grpo.types import UserError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -16,7 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo.config import DataConfig, DatasetConfig, EvalSetConfig, TrainSetConfig
-from grpo.data import PromptSet, Row, find_overlaps, limited, map_columns, read_set, without_overlaps
+from grpo.data import PromptSet
+from grpo.data.overlap import find_overlaps
+from grpo.data.prompts import limited, map_columns, read_set, without_overlaps
+from grpo.data.rows import Row
 from grpo.types import Prompt, UserError
 
 
