@@ -1,24 +1,35 @@
-"""The engines of a run as the driver's loop uses them. A sampler that dies is replaced."""
+"""The engines of a run as the driver's loop uses them.
+
+`Engines` samples, steps, syncs and closes. `Maker` creates the actors of its `Fleet` where the placement has room.
+`LearnerState` writes checkpoints and restores them. `put_to_sleep` and `learner_between_steps` pass the memory between
+samplers and learner that take turns in it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import ray
 from ray import ObjectRefGenerator
+from ray.actor import ActorHandle
 
-from grpo.cluster.fleet import Maker, connect, load, load_samplers
-from grpo.cluster.learner_state import LearnerState
+from grpo.cluster.actors import LearnerActor, SamplerActor
+from grpo.cluster.environment import learner_environment, sampler_environment
+from grpo.cluster.placement import ENGINES, Reservation
 from grpo.cluster.remote_samplers import Reference
-from grpo.cluster.turns import put_to_sleep
 from grpo.cluster.watch import ActorDied, ActorWatch
 from grpo.config import Config
+from grpo.files import FileRecord
+from grpo.run.checkpoints import LearnerRecord
 from grpo.run.timeline import Timeline
 from grpo.sync.probe import Probe
 from grpo.sync.transaction import SyncResult
-from grpo.types import RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, only
+from grpo.sync.transport import transport_of
+from grpo.types import EngineFailure, RankStep, SampledBlock, SampleRequest, SamplingSettings, StepResult, only
 
 
 class Engines:
@@ -151,3 +162,181 @@ class Engines:
         """Kill every actor and release its placement."""
         self._watch.kill_all()
         self._maker.release()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """The actors of a run by index, and their watch."""
+
+    config: Config
+    transport: str
+    watch: ActorWatch
+    learners: list[ActorHandle]
+    samplers: list[ActorHandle]
+    """A sampler that is replaced is replaced here."""
+
+
+class Maker:
+    """Creates actors where the placement of the run has room for them."""
+
+    def __init__(self, config: Config, log_dir: Path, watch: ActorWatch) -> None:
+        """Reserve the room. Raises EngineFailure when there is none."""
+        self._config, self._log_dir, self._watch = config, log_dir, watch
+        self._transport = transport_of(config)
+        try:
+            self._reserved = Reservation(config, config.cluster.start_timeout_s, ENGINES)
+        except TimeoutError as error:
+            raise EngineFailure(str(error)) from error
+
+    def fleet(self) -> Fleet:
+        """Return a whole fleet, whose engines are still to be loaded."""
+        cluster = self._config.cluster
+        return Fleet(
+            config=self._config,
+            transport=self._transport,
+            watch=self._watch,
+            learners=[self._learner(i) for i in range(cluster.learner_ranks)],
+            samplers=[self.sampler(i, replaced=0) for i in range(cluster.samplers)],
+        )
+
+    def sampler(self, index: int, *, replaced: int) -> ActorHandle:
+        """Return a new sampler. `replaced`: how many samplers of the run have been replaced."""
+        gpus = self._config.sampler_workers if self._config.on_gpu and self._transport != "ipc" else 0
+        # unique in the run's namespace; the name of an actor that died may not be free yet
+        suffix = f".{replaced}" if replaced else ""
+        return self._make(SamplerActor, "sampler", index, sampler_environment(self._config), gpus=gpus, suffix=suffix)
+
+    def _learner(self, rank: int) -> ActorHandle:
+        environment = learner_environment(self._config, rank)
+        return self._make(LearnerActor, "learner", rank, environment, gpus=int(self._config.on_gpu))
+
+    def _make(
+        self, actor: type, kind: str, index: int, environment: dict[str, str], *, gpus: int, suffix: str = ""
+    ) -> ActorHandle:
+        name = f"{kind}-{index}"
+        cluster = self._config.cluster
+        made = ray.remote(actor).options(
+            scheduling_strategy=self._reserved.of(kind, index),
+            num_cpus=cluster.sampler_cpus if kind == "sampler" else cluster.learner_cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": environment},
+            name=f"{name}{suffix}",
+        )
+        handle = made.remote(self._config, index, str(self._log_dir / f"{name}.log"))
+        self._watch.add(handle, name)
+        return handle
+
+    def release(self) -> None:
+        self._reserved.release()
+
+
+def load(fleet: Fleet) -> None:
+    """Load the engines, all at once or, if they share GPUs, the samplers first, and open the weight transfer."""
+    config, watch, start = fleet.config, fleet.watch, fleet.config.cluster.start_timeout_s
+    loading = [s.start.remote(fleet.transport, _devices_of(fleet, i)) for i, s in enumerate(fleet.samplers)]
+    if fleet.learners and (config.takes_turns or fleet.transport == "ipc"):
+        watch.wait(loading, "the samplers to load", start)  # vLLM measures the free memory while it loads
+        loading = []
+    if config.takes_turns and fleet.learners:
+        leaving = [sampler.sleep.remote(False) for sampler in fleet.samplers]
+        watch.wait(leaving, "the samplers to release their memory", start)
+    if fleet.learners:
+        host, port = watch.wait([fleet.learners[0].open_store.remote()], "the learner's rendezvous", start)[0]
+        loading += [learner.start.remote(host, port) for learner in fleet.learners]
+    watch.wait(loading, "the engines to load", start)
+    if fleet.learners:
+        connect(fleet)
+
+
+def load_samplers(fleet: Fleet, indices: Sequence[int]) -> None:
+    """Load the engines of samplers that replace others."""
+    starting = [fleet.samplers[i].start.remote(fleet.transport, _devices_of(fleet, i)) for i in indices]
+    fleet.watch.wait(starting, "a sampler to be replaced", fleet.config.cluster.start_timeout_s)
+
+
+def connect(fleet: Fleet) -> None:
+    """Open the weight transfer between learner and samplers."""
+    watch, start = fleet.watch, fleet.config.cluster.start_timeout_s
+    ranks = watch.wait([rank.place.remote() for rank in fleet.learners], "the learner's places", start)
+    at = watch.wait([sampler.place.remote() for sampler in fleet.samplers], "the samplers' places", start)
+    watch.hosts = {f"learner-{i}": place.host for i, place in enumerate(ranks)}
+    watch.hosts |= {f"sampler-{i}": place.host for i, place in enumerate(at)}
+    connecting = [rank.connect.remote(ranks, fleet.samplers, at, fleet.transport, start) for rank in fleet.learners]
+    watch.wait(connecting, "the weight transfer to open", start)
+
+
+def _devices_of(fleet: Fleet, sampler: int) -> list[str]:
+    """Return the GPUs that a sampler shares with learner ranks, in the order of the sampler's workers."""
+    if fleet.transport != "ipc":
+        return []
+    workers = fleet.config.sampler_workers
+    ranks = fleet.learners[sampler * workers : (sampler + 1) * workers]
+    start = fleet.config.cluster.start_timeout_s
+    found = fleet.watch.wait([rank.devices.remote() for rank in ranks], "the learner's GPUs", start)
+    return [device for devices in found for device in devices]
+
+
+def put_to_sleep(fleet: Fleet, *, keep_weights: bool) -> dict[str, float]:
+    """Put the samplers to sleep, if samplers and learner take turns in memory. Return the memory that the samplers
+    still use, as a metric."""
+    if not fleet.config.takes_turns:
+        return {}
+    pending = [sampler.sleep.remote(keep_weights) for sampler in fleet.samplers]
+    what, timeout_s = "the samplers to release their memory", fleet.config.cluster.step_timeout_s
+    return {"memory/residual_gib": max(fleet.watch.wait(pending, what, timeout_s))}
+
+
+@contextlib.contextmanager
+def learner_between_steps(fleet: Fleet) -> Iterator[None]:
+    """Give the learner the memory for the block, then return it to the samplers."""
+    put_to_sleep(fleet, keep_weights=True)
+    yield
+    if fleet.config.takes_turns:
+        timeout_s = fleet.config.cluster.step_timeout_s
+        leaving = [rank.offload.remote() for rank in fleet.learners]
+        fleet.watch.wait(leaving, "the learner to release its memory", timeout_s)
+        waking = [sampler.wake.remote("weights", "kv_cache") for sampler in fleet.samplers]
+        fleet.watch.wait(waking, "the samplers to wake", timeout_s)
+
+
+class LearnerState:
+    """Checkpoints of the learner in a fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._timeout = fleet.config.cluster.step_timeout_s
+
+    def save(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder."""
+        with learner_between_steps(self._fleet):
+            pending = [learner.save.remote(str(folder)) for learner in self._fleet.learners]
+            self._fleet.watch.wait(pending, "the model to be saved", self._timeout)
+
+    def capture(self, folder: Path) -> LearnerRecord:
+        """Have every rank copy its state and start to write it to `folder`. Return the parts that are not tensors."""
+        with learner_between_steps(self._fleet):
+            pending = [learner.capture.remote(str(folder)) for learner in self._fleet.learners]
+            counters = self._fleet.watch.wait(pending, "the checkpoint's copy", self._timeout)[0]
+        config = self._fleet.config
+        return {**counters, "ranks": config.cluster.learner_ranks, "zero_stage": config.learner.zero_stage}
+
+    def state_bytes(self) -> int:
+        """Return the approximate size of a learner checkpoint, in bytes."""
+        pending = [self._fleet.learners[0].state_bytes.remote()]
+        return int(self._fleet.watch.wait(pending, "the size of a checkpoint", self._timeout)[0])
+
+    def captured(self, *, wait: bool) -> dict[str, FileRecord] | None:
+        """Return the written files by name, or None while a rank is still writing."""
+        pending = [learner.captured.remote(wait) for learner in self._fleet.learners]
+        records = self._fleet.watch.wait(pending, "the checkpoint to be written", self._timeout)
+        if None in records:
+            return None
+        return {f"rank-{rank}.safetensors": record for rank, record in enumerate(records)}
+
+    def restore(self, folder: Path, learner: LearnerRecord) -> None:
+        """Restore the learner from a checkpoint whose files have been verified."""
+        files = [folder / "learner" / f"rank-{rank}.safetensors" for rank in range(learner["ranks"])]
+        pending = [rank.restore.remote(files, learner) for rank in self._fleet.learners]
+        start = self._fleet.config.cluster.start_timeout_s
+        self._fleet.watch.wait(pending, "the learner to load the checkpoint", start)

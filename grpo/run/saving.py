@@ -16,7 +16,7 @@ from grpo.run.progress import ProgressState
 
 
 class Captured(Protocol):
-    """Interface of the learner for checkpoints; implemented by `grpo.cluster.learner_state.LearnerState`."""
+    """Interface of the learner for checkpoints; implemented by `grpo.cluster.engines.LearnerState`."""
 
     def capture(self, folder: Path) -> LearnerRecord: ...
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from test_plan import config_of
 
-from grpo.cluster import actors, engines, fleet, remote_samplers, watch
+from grpo.cluster import actors, engines, remote_samplers, watch
 from grpo.config import Config
 from grpo.planning.estimate import Lengths, estimate
 from grpo.planning.memory import Parts, learner_memory, perturbed_bytes, sampler_memory, states, transfer_bytes
@@ -240,7 +240,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Ledger,
         (learner, _), sampler = learner_memory(config, shape), sampler_memory(config, shape, GPUS["h100"].memory)
         transfer = transfer_bytes(shape, 2 if config.model.dtype == "bfloat16" else 4)
         flying: Any = InFlight(ledger)
-        for module in (actors, fleet, remote_samplers, watch):
+        for module in (actors, engines, remote_samplers, watch):
             monkeypatch.setattr(module, "ray", flying)
         monkeypatch.setattr(actors, "_log_to", lambda path: None)
         monkeypatch.setattr(actors, "network_environment", lambda host: {})
@@ -250,7 +250,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Ledger,
         monkeypatch.setattr(actors, "_place", lambda gpus: Place(node="node", host="127.0.0.1", gpus=tuple(gpus)))
         monkeypatch.setattr(actors, "open_store", lambda *_: SimpleNamespace(port=1))
         monkeypatch.setattr(transaction, "prove", full_check)
-        monkeypatch.setattr(fleet, "Reservation", lambda *_: SimpleNamespace(of=lambda *_: {}, release=lambda: None))
+        monkeypatch.setattr(engines, "Reservation", lambda *_: SimpleNamespace(of=lambda *_: {}, release=lambda: None))
         monkeypatch.setattr(watch.ActorWatch, "_lost", lambda self: None)
         monkeypatch.setattr(transport, "BUCKET_BYTES", 64)
         monkeypatch.setattr(transport, "reduce_tensor", lambda flat: (None, (0,) * 15))
