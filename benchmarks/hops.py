@@ -12,10 +12,10 @@ the learner and the reward workers (`benchmarks.call_recorder`). The second step
                                array or sequence of numbers (not parameters). `self` counts if it is a record itself.
                                What a step does later (sync, metrics, samples file, console, checkpoint) is not on the
                                way to its optimizer step.
-    row_to_optimizer_step      files in either of the two. Files in ASIDE, which only measure or check, are left out of
-                               all three.
-    cli_to_loss                files of the shortest chain of calls from `main` of the command line to a function in
-                               grpo/objective/losses.py. A remote call leads to the actor's method of that name.
+    row_to_optimizer_step      files in either of the two. Files in ASIDE, which only measure, check or log, are left
+                               out of all three.
+    cli_to_loss                files of the shortest chain of calls from `main` of the command line to `policy_term`. A
+                               remote call leads to the actor's method of that name.
     called_in_step             all files with a function that was called in the followed step, measuring and all
 
 At most two elements of a container and 30 values of a function are searched for a record. Prints each file with its
@@ -44,10 +44,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "recipes/arithmetic_cpu.yaml"
 OPTIONS = ("run.steps=2", "run.tensorboard=false", "data.eval.sets[0].limit=32")
 START = "grpo/commands/cli.py:main"
-LOSS = "grpo/objective/losses.py:"
+LOSS = "grpo/objective/losses.py:policy_term"
 ACTORS = "grpo/cluster/actors.py:"
-ASIDE = ("grpo/metrics/", "grpo/learner/tally.py:", "grpo/rewards/golds.py:")
-"""Files that read the records to measure or check them: nothing of theirs reaches the optimizer."""
+ASIDE = ("grpo/metrics/", "grpo/learner/tally.py:", "grpo/rewards/golds.py:", "grpo/run/samples.py:")
+"""Files that read the records to measure, check or log them: nothing of theirs reaches the optimizer. The samples of an
+earlier step may still be written, in the background, while the followed one runs."""
 ROLES = {
     "driver": "grpo/driver.py:",
     "sampler": "grpo/sampler/vllm/engine.py:",
@@ -156,7 +157,7 @@ def report(recipe: str, calls: Calls) -> None:
     aside = {f: kind for f, kind in (calls.sources | calls.carriers).items() if f.startswith(ASIDE)}
     before = show("row_to_prompt", {f: kind for f, kind in calls.sources.items() if f not in aside})
     step = show("prompt_to_optimizer_step", {f: kind for f, kind in calls.carriers.items() if f not in aside})
-    left_out = show("left out, they measure or check", aside)
+    left_out = show("left out, they measure, check or log", aside)
     way = chain(calls.edges, START, LOSS)
     print(f"cli_to_loss: {len(files_of(way))} files, {len(way)} functions")
     print("".join(f"    {function}\n" for function in way), end="")

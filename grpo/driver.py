@@ -17,6 +17,7 @@ This file accesses no engine: it uses `Loop`, whose parts are protocols. Tests p
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -409,10 +410,7 @@ def evaluate(loop: Loop, step: int) -> Evaluation:
     """
     config = loop.config
     groups: dict[str, tuple[Group, ...]] = {}
-
-    def seed_of(prompt: Prompt, index: int) -> int | None:
-        return eval_seed(config, prompt, index)
-
+    seed_of = functools.partial(eval_seed, config)
     for name in dict.fromkeys(prompt.dataset for prompt in loop.eval_prompts):
         prompts = [prompt for prompt in loop.eval_prompts if prompt.dataset == name]
         each = config.data.eval.samples_of(name)

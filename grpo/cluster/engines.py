@@ -115,7 +115,7 @@ class Engines:
         load_samplers(self.fleet, lost)
         if self._published is not None:
             connect(self.fleet)
-            self._publish(*self._published, full_check=True)
+            self._synced(self._publishing(*self._published, full_check=True))
         names = ", ".join(f"sampler-{i}" for i in lost)
         self._say(f"{str(error).splitlines()[0]}; replaced {names} in {time.monotonic() - started:.0f} s")
 
@@ -133,7 +133,7 @@ class Engines:
         def finish() -> SyncResult:
             self._published = (policy_version, probe)
             try:
-                return self._watch.wait(pending, "the weight sync", self._timeout)[0]
+                return self._synced(pending)
             except ActorDied as error:
                 if not error.name.startswith("sampler"):
                     raise
@@ -141,7 +141,7 @@ class Engines:
                 # the others are in a sync that will not end, so they are replaced, too
                 self._replace(range(len(self.fleet.samplers)), error)
                 # the metrics are the same as without a replacement
-                return self._publish(policy_version, probe, full_check=full_check)
+                return self._synced(self._publishing(policy_version, probe, full_check))
 
         return finish
 
@@ -150,8 +150,7 @@ class Engines:
             learner.publish.remote(policy_version, probe, full_check, self._timeout) for learner in self.fleet.learners
         ]
 
-    def _publish(self, policy_version: int, probe: Probe, *, full_check: bool) -> SyncResult:
-        pending = self._publishing(policy_version, probe, full_check)
+    def _synced(self, pending: Sequence[Reference[SyncResult]]) -> SyncResult:
         return self._watch.wait(pending, "the weight sync", self._timeout)[0]
 
     def save(self, folder: Path) -> None:

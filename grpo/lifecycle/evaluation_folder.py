@@ -225,7 +225,7 @@ def sample_set(
     with Watch(name, completions, sampler=sampler, scorer=scorer, timeline=timeline, say=say) as watch:
         collected = collect(
             prompts,
-            requests_of(prompts, each, lambda prompt, index: eval_seed(config, prompt, index)),
+            requests_of(prompts, each, functools.partial(eval_seed, config)),
             sampler=sampler,
             scorer=scorer,
             settings=eval_settings(config, plan.end_token_ids),

@@ -144,13 +144,15 @@ DRIVEN = lines(
     {"stage": ROWS, "caller": CLI, "callee": STEP},
     {"stage": ROWS, "caller": STEP, "remote": "step"},
     {"stage": ROWS, "caller": STEP, "remote": "save"},
+    {"stage": ROWS, "caller": STEP, "callee": "grpo/objective/losses.py:aggregation_weights"},  # nearer, but no loss
+    {"stage": ROWS, "function": "grpo/run/samples.py:write_groups", "record": "Group"},
     {"stage": ROWS, "function": "grpo/rollout/collect.py:collect", "record": "Prompt"},
     {"stage": REST, "caller": STEP, "callee": "grpo/run/folder.py:write"},
 )
 LEARNED = lines(
     {"stage": ROWS, "caller": None, "callee": ACTOR},
     {"stage": ROWS, "caller": ACTOR, "callee": "grpo/learner/step.py:run_step"},
-    {"stage": ROWS, "caller": "grpo/learner/step.py:run_step", "callee": f"{POLICY}policy_term"},
+    {"stage": ROWS, "caller": "grpo/learner/step.py:run_step", "callee": POLICY},
     {"stage": ROWS, "function": "grpo/learner/step.py:run_step", "record": "RankStep"},
     {"stage": ROWS, "function": "grpo/metrics/measures.py:mismatch_counts", "record": "Tensor"},
 )
@@ -159,7 +161,7 @@ LEARNED = lines(
 def test_a_remote_call_leads_to_the_method_of_the_actor() -> None:
     calls = hops.read_calls([DRIVEN, LEARNED])
     assert hops.chain(calls.edges, CLI, POLICY) == [
-        CLI, STEP, ACTOR, "grpo/learner/step.py:run_step", f"{POLICY}policy_term",
+        CLI, STEP, ACTOR, "grpo/learner/step.py:run_step", POLICY,
     ]  # fmt: skip
     assert hops.chain(calls.edges, CLI, "grpo/view/") == []
     assert calls.roles == {"driver": 1, "sampler": 0, "learner": 1, "reward worker": 0}
@@ -171,9 +173,9 @@ def test_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["benchmark"] == "hops"
     assert found["row_files"] == ["grpo/data/rows.py", "grpo/learner/step.py", "grpo/rollout/collect.py"]
     assert (found["row_to_optimizer_step"], found["row_to_prompt"], found["prompt_to_optimizer_step"]) == (3, 1, 2)
-    assert found["left_out_files"] == ["grpo/metrics/measures.py", "grpo/rewards/golds.py"]
+    assert found["left_out_files"] == ["grpo/metrics/measures.py", "grpo/rewards/golds.py", "grpo/run/samples.py"]
     assert found["cli_to_loss"] == 5
-    # driver, actors, step, policy and folder; the command had begun before
+    # driver, actors, step, losses and folder; the command had begun before
     assert found["called_in_step"] == 5
 
 

@@ -12,7 +12,7 @@ from grpo.learner import heads
 from grpo.learner.probe import Perturbation, read_probe
 from grpo.learner.zero.models import Models
 from grpo.learner.zero.setup import Ranks
-from grpo.learner.zero.weights import drop_gathered, stored_alike, weights_of
+from grpo.learner.zero.weights import drop_gathered, weights_of
 from grpo.sync.probe import Probe, Reading, group_members
 from grpo.sync.weights import Bucket
 
@@ -41,7 +41,12 @@ class SyncedPolicy:
         They are cached: the conversion in transformers takes a millisecond per parameter, a third of a small model's
         sync.
         """
-        return stored_alike(self._models.policy.module)
+        module, alike = self._models.policy.module, []
+        for name, parameter in module.named_parameters():
+            blank = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+            if heads.as_in_folder(module, name, blank).get(name) is blank:
+                alike.append(name)
+        return frozenset(alike)
 
     def parameter_count(self) -> int:
         """Return the number of the policy's parameter tensors."""

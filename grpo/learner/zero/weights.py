@@ -9,7 +9,6 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-from grpo.learner import heads
 from grpo.sync.weights import buckets_of
 
 
@@ -26,16 +25,6 @@ def weights_of(engine: Any, zero_stage: int) -> Iterator[tuple[str, torch.Tensor
         gathered = [by_name[name] for name, _ in bucket]
         with deepspeed.zero.GatheredParameters(gathered):
             yield from ((name, by_name[name].detach()) for name, _ in bucket)
-
-
-def stored_alike(module: torch.nn.Module) -> frozenset[str]:
-    """Return the names of the parameters that the model folder has unchanged."""
-    alike = []
-    for name, parameter in module.named_parameters():
-        blank = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
-        if heads.as_in_folder(module, name, blank).get(name) is blank:
-            alike.append(name)
-    return frozenset(alike)
 
 
 def drop_gathered(parameters: Sequence[Any], zero_stage: int) -> None:
