@@ -296,7 +296,7 @@ def start_learner(day: Day, settings: Mapping[str, int], length: int) -> Learner
     from grpo.learner.zero.engine import Learner
 
     device = setup.init_process_group(config, 0, HashStore())
-    return Learner(config, 0, device, day.work / "nonfinite")
+    return Learner(config, 0, device, day.work)
 
 
 def random_rows(length: int, vocabulary: int) -> list[TrainingRow]:

@@ -106,7 +106,7 @@ def learner(config: Config, folder: Path) -> int:
         [rows], ranks=1, tokens_per_microbatch=config.learner.tokens_per_microbatch, aggregation="token_mean",
         constant_length=128, epochs=1, kl_coef=0.0,
     )  # fmt: skip
-    engine = Learner(config, 0, device, folder / "nonfinite")
+    engine = Learner(config, 0, device, folder)
     with Peak() as peak:
         engine.step(step)
         engine.step(step)

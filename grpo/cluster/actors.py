@@ -160,7 +160,7 @@ class LearnerActor:
     def __init__(self, config: Config, rank: int, log: str) -> None:
         _log_to(log)
         self._config, self._rank = config, rank
-        self._dumps = Path(log).parents[1] / "nonfinite"
+        self._run = Path(log).parents[1]
         self._store: Rendezvous | None = None
         self._sender: Sender | None = None
         self._sending: list[int] = [0]
@@ -194,7 +194,7 @@ class LearnerActor:
             timeout = self._config.cluster.start_timeout_s
             self._store = join_store(host, port, self._config.cluster.learner_ranks, timeout)
         device = setup.init_process_group(self._config, self._rank, self._store)
-        self._learner = Learner(self._config, self._rank, device, self._dumps)
+        self._learner = Learner(self._config, self._rank, device, self._run)
         freeze_garbage()
 
     def place(self) -> Place:

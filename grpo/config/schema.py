@@ -170,6 +170,10 @@ def part_names(rewards: Sequence[RewardConfig]) -> list[str]:
     ]
 
 
+TOKEN_COLUMNS_LIMIT = 1 << 16
+"""Completion tokens of a step up to which values per token are written by default."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """The run: length, folder, checkpoints and trackers.
@@ -206,6 +210,10 @@ class RunConfig:
     """Time to finish and save the current step after SIGTERM, SIGUSR1 or Ctrl-C, in seconds."""
     trace: bool = False
     """Write a timeline of every step to trace/, to be viewed in Perfetto or chrome://tracing."""
+    token_columns: bool | None = None
+    """Write the learner's logprob, advantage, entropy and importance weight of every trained token to tokens/, for
+    `grpo view`: at most 16 bytes per token. None: if a step has at most 65,536 completion tokens
+    (`algorithm.prompts_per_step` x `algorithm.group_size` x `sampling.max_tokens`)."""
     tensorboard: bool = True
     """Also write the metrics as TensorBoard events to tensorboard/ in the run folder."""
     prometheus: bool = False
@@ -316,6 +324,14 @@ class Config:
     @property
     def optimizer_steps_per_step(self) -> int:
         return self.algorithm.minibatches_per_step * self.algorithm.epochs_per_step
+
+    @property
+    def token_columns(self) -> bool:
+        """Return whether the learner writes its values per token."""
+        if self.run.token_columns is not None:
+            return self.run.token_columns
+        completions = self.algorithm.prompts_per_step * self.algorithm.group_size
+        return completions * self.sampling.max_tokens <= TOKEN_COLUMNS_LIMIT
 
     @property
     def reward_workers(self) -> int:

@@ -12,6 +12,7 @@ from grpo.config import AlgorithmConfig, CriticConfig
 from grpo.learner.prepare import Prepared, TrainedTokens, critic_ids, prepare, trained_tokens
 from grpo.learner.protocol import Model, StepEngine
 from grpo.learner.tally import Tally
+from grpo.learner.token_columns import TokenColumns
 from grpo.metrics.measures import mismatch_counts
 from grpo.objective.kl import anchor_kl, estimate, k3
 from grpo.objective.losses import (
@@ -27,16 +28,23 @@ from grpo.types import Batch, RankStep
 
 
 def run_step(
-    step: RankStep, engine: StepEngine, algorithm: AlgorithmConfig, critic: CriticConfig, device: torch.device
+    step: RankStep,
+    engine: StepEngine,
+    algorithm: AlgorithmConfig,
+    critic: CriticConfig,
+    device: torch.device,
+    token_columns: TokenColumns | None = None,
 ) -> Tally:
     """Run the optimizer steps of one driver step on this rank; return this rank's metric sums.
+
+    `token_columns`: gets the values per token of the updates that were not skipped.
 
     An update whose loss or gradient is not finite on any rank is skipped on all ranks and passed to `engine.set_aside`.
     A skipped update of the policy counts in `optim/skipped_updates`, and its tokens in `gradient/zero_advantage` or
     `gradient/stopped`. A skipped update of the critic counts in `value/skipped_updates`. No other sum over the updates
     includes a skipped one.
     """
-    tally = Tally()
+    tally = Tally(token_columns=token_columns)
     prepared = prepare(step, engine, algorithm, critic, device, tally)
     uses = list(zip(step.minibatches, prepared, strict=True)) * step.epochs
     updates = left_out = skipped = values_skipped = 0
@@ -81,7 +89,7 @@ def _update(
 
     `measure`: add the mismatch between sampler and learner to the tally.
     """
-    policy, value = Tally(), Tally()
+    policy, value = Tally(token_columns=TokenColumns() if tally.token_columns is not None else None), Tally()
     pairs = list(zip(minibatch, prepared, strict=True))
     not_finite = 0
     for position, (batch, ready) in enumerate(pairs, 1):
@@ -231,6 +239,11 @@ def _policy_microbatch(
     with torch.no_grad():
         if measure:
             _tally_mismatch(tally, batch, tokens, old, terms, algorithm)
+            if tally.token_columns is not None:
+                tally.token_columns.add(
+                    batch.rollout_index, tokens.rows, learner_logprobs=old, advantages=prepared.advantages,
+                    entropies=entropy, importance_weights=terms.weight,
+                )  # fmt: skip
         _tally_objective(tally, terms, tokens.weights, entropy.detach(), algorithm)
         _tally_uses(tally, _accounted(batch, tokens), prepared.advantages, terms, algorithm)
     return not_finite

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from grpo.learner.token_columns import TokenColumns
 from grpo.metrics.measures import MISMATCH_EDGES
 from grpo.types import Mean, StepResult
 
@@ -29,6 +30,8 @@ class Tally:
         default_factory=lambda: np.zeros(len(MISMATCH_EDGES) + 1, dtype=np.int64)
     )
     """Numbers of tokens by |learner - sampler| logprob, in the bins of MISMATCH_EDGES."""
+    token_columns: TokenColumns | None = None
+    """Values per token, if they are recorded. They stay on this rank."""
     skipped_updates: int = 0
     """Updates of policy and critic that were not finite; the same on every rank."""
 
@@ -59,6 +62,8 @@ class Tally:
         self.kl_ref.add(other.kl_ref.total, other.kl_ref.count)
         self.learner_logprob_sums |= other.learner_logprob_sums
         self.mismatch_counts += other.mismatch_counts
+        if self.token_columns is not None and other.token_columns is not None:
+            self.token_columns.absorb(other.token_columns)
         self.skipped_updates = max(self.skipped_updates, other.skipped_updates)
 
     @contextmanager

@@ -151,7 +151,7 @@ def truncate_after(path: Path, step: int) -> None:
     """
     drop_unfinished(path)
     # checkpoints first: if this is interrupted, the next resume removes the rest
-    for sub in ("checkpoints", "samples", "nonfinite"):
+    for sub in ("checkpoints", "samples", "tokens", "nonfinite"):
         beyond = [(n, file) for file in (path / sub).glob("*-*") if (n := step_of(file)) is not None and n > step]
         for _, file in sorted(beyond, reverse=True):
             aside = file.with_name(file.name + ".partial")  # a partly deleted folder must not look like a checkpoint

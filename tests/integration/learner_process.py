@@ -50,7 +50,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
             critic=critic,
             algorithm=dataclasses.replace(base.algorithm, aggregation=case["aggregation"], **case["algorithm"]),
         )
-        learner = Learner(config, rank, device, Path(job["dumps"]) / str(number))
+        learner = Learner(config, rank, device, Path(job["runs"]) / str(number))
         if case["unscaled"]:
             unscale(learner)
         taken = [

@@ -58,7 +58,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
             folder.mkdir(parents=True)
         torch.distributed.barrier()
         out = {}
-        first = Learner(config, rank, device, folder / "nonfinite")
+        first = Learner(config, rank, device, folder)
         for _ in range(2):
             first.step(steps)
         out["state_bytes"] = first.state_bytes()
@@ -74,7 +74,7 @@ def main(rank: int, ranks: int, job: dict) -> None:
         source = Path(case["restore"]) if "restore" in case else folder
         rate = case.get("lr", config.optimizer.lr)
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=rate))
-        second = Learner(config, rank, device, folder / "nonfinite")
+        second = Learner(config, rank, device, folder)
         second.restore(sorted(source.glob("*.safetensors")), json.loads((source / "counters.json").read_text()))
         second.capture(folder / f"again-{rank}.bin")  # what was restored, captured again
         second.captured(wait=True)

@@ -86,7 +86,7 @@ def run_cases(tmp_path: Path, recipe: Path, rows: list[TrainingRow], ranks: int,
     torch.save(rows, tmp_path / "rows.pt")
     job = {
         "recipe": str(recipe), "rows": str(tmp_path / "rows.pt"), "store": str(tmp_path / f"store-{ranks}"),
-        "out": str(tmp_path / f"out-{ranks}"), "dumps": str(tmp_path / f"dumps-{ranks}"),
+        "out": str(tmp_path / f"out-{ranks}"), "runs": str(tmp_path / f"runs-{ranks}"),
         "cases": [
             {"aggregation": "token_mean", "offload": "none", "unscaled": False, "save": None, "budget": 4096,
              "algorithm": {}, "minibatches": 1, "epochs": 1, "driver_steps": 1, "rows": None, "poisoned": [], **case}
@@ -352,7 +352,7 @@ def test_an_update_that_is_not_finite_moves_nothing_on_any_rank(
         assert without["maxima"]["optim/skipped_updates"] == 0
         assert all(math.isfinite(total) for total, _ in poisoned["metrics"].values())
         assert all(math.isfinite(value) for value in poisoned["maxima"].values())
-        dump = tmp_path / f"dumps-{ranks}" / str(2 * stage) / "step-000001-1"
+        dump = tmp_path / f"runs-{ranks}" / str(2 * stage) / "nonfinite" / "step-000001-1"
         lines = replay(dump)
         assert lines[0] == f"{dump}: {ranks} ranks, float32 on cpu"
         assert "advantages not finite at" in lines[-1]

@@ -184,6 +184,23 @@ def test_samples_agree_with_the_metrics_and_each_other(first_run: Any) -> None:
     assert (ends == 0).all()
 
 
+def test_values_per_token_agree_with_the_samples(first_run: Any) -> None:
+    folder, _, metrics, _ = first_run
+    samples = pq.read_table(folder / "samples" / "step-000002.parquet").to_pandas()
+    tokens = pq.read_table(folder / "tokens" / "step-000002-rank-0.parquet").to_pandas()
+    assert len(tokens) > 0
+    of = samples.iloc[tokens.position].reset_index()
+    assert (tokens.learner_logprobs.map(len) == of.completion_token_ids.map(len)).all()
+    sums = tokens.learner_logprobs.map(lambda values: values.sum(dtype=float))
+    assert list(sums) == pytest.approx(list(of.learner_logprob_sum), abs=1e-5)
+    assert all(set(values) == {advantage} for values, advantage in zip(tokens.advantages, of.advantage, strict=True))
+    count = tokens.entropies.map(len).sum()
+    assert sum(values.sum() for values in tokens.entropies) / count == pytest.approx(
+        metrics[2]["policy/entropy"], rel=1e-4
+    )
+    assert all((values == 1).all() for values in tokens.importance_weights)  # of none is bounded
+
+
 def test_the_final_model_loads_and_is_the_last_policy(first_run: Any) -> None:
     """Logits of the saved folder against the sampler's logprobs of the last evaluation, made with those weights."""
     folder, _, _, _ = first_run

@@ -23,6 +23,7 @@ from grpo.learner.protocol import Model
 from grpo.learner.replay import MAX_DUMPS, write_dump
 from grpo.learner.step import run_step
 from grpo.learner.tally import merge
+from grpo.learner.token_columns import TokenColumns
 from grpo.learner.zero import model_folder, setup
 from grpo.learner.zero.models import Models, build, move_reference
 from grpo.learner.zero.setup import Ranks
@@ -35,15 +36,16 @@ from grpo.types import Batch, RankStep, StepResult
 class Learner:
     """One rank of the process group that `setup.init_process_group` joined; `device` is that function's result."""
 
-    def __init__(self, config: Config, rank: int, device: torch.device, dumps: Path) -> None:
-        """`dumps`: the folder for dumps of updates that were not finite."""
+    def __init__(self, config: Config, rank: int, device: torch.device, run: Path) -> None:
+        """`run`: the run folder, for dumps of updates that were not finite and for values per token."""
         self._config = config
+        self._run = run
         self.device = device
         self._ranks = Ranks(config, rank, device)
         torch.manual_seed(config.run.seed)
         prove_gradient_scale(config)
         self.models = build(config, device)
-        self.step_engine = ZeroStepEngine(config, self.models, self._ranks, dumps)
+        self.step_engine = ZeroStepEngine(config, self.models, self._ranks, run / "nonfinite")
         self.synced = SyncedPolicy(self.models, self._ranks, config.learner.zero_stage)
         self._captures = Captures(config, self.models, rank, device)
 
@@ -55,8 +57,12 @@ class Learner:
         """Train on one driver step's minibatches; return the result over all ranks, which is the same on each."""
         config, engine = self._config, self.step_engine
         learning_rate = float(self.models.policy.optimizer.param_groups[0]["lr"])
-        tally = run_step(step, engine, config.algorithm, config.critic, self.device)
+        columns = TokenColumns() if config.token_columns else None
+        tally = run_step(step, engine, config.algorithm, config.critic, self.device, columns)
         tally.add("optim/lr", learning_rate, 1)
+        if columns is not None:
+            columns.write(self._run / "tokens" / f"step-{engine.steps + 1:06d}-rank-{self._ranks.rank}.parquet")
+            tally.token_columns = None  # not sent to the other ranks
         tallies = self._ranks.gathered(tally) if self._ranks.count > 1 else [tally]
         engine.steps += 1
         move_reference(self.models, config.algorithm, engine.steps, config.learner.zero_stage)
