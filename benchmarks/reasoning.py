@@ -28,7 +28,7 @@ import yaml
 from benchmarks import curves
 from benchmarks.result import Figure, print_result
 from grpo import config as config_module
-from grpo.run.folder import is_done
+from grpo.run.folder import steps_done
 
 LIST = Path("benchmarks/reasoning_variants.yaml")
 RUNS = Path("runs/reasoning")
@@ -135,7 +135,7 @@ def train(name: str, recipe: str, options: Sequence[str], target: Path) -> None:
         if then != now:
             raise SystemExit(f"{target} was made with config {then}, which is {now} now; remove it to run it again")
         return
-    if not is_done(RUNS / name, config.run.steps):
+    if (steps_done(RUNS / name) or 0) < config.run.steps:
         print(f"{name}: training", flush=True)
         command = [sys.executable, "-m", "grpo", "train", recipe, *options, "resume=auto"]
         done = subprocess.run(command, capture_output=True, text=True)
