@@ -37,6 +37,7 @@ from grpo.metrics.health import Health
 from grpo.metrics.step import (
     Learned,
     Sampled,
+    full_check_line,
     full_check_metrics,
     refuse_unknown_best,
     step_metrics,
@@ -131,8 +132,10 @@ def train(loop: Loop) -> Outcome:
     with waiting("weights", "the full check", loop.reporter.say):
         proof = engines.publish(at.step, probe, full_check=True)()
     at.noise = proof.noise
-    report_full_check(loop, proof)
-    if at.step == 0 or eval_is_due(config, at.step):
+    if checked := full_check_metrics(proof):
+        loop.folder.facts["full_check"] = checked
+        loop.reporter.say(full_check_line(proof))
+    if at.step == 0 or config.evaluates_after(at.step):
         evaluate_once(loop)
     whole = Whole(at.state(loop.prompts), {})
     try:
@@ -143,7 +146,7 @@ def train(loop: Loop) -> Outcome:
                 whole = Whole(at.state(loop.prompts), {**whole.metrics, **evaluate_once(loop)})
                 break
             whole = Whole(at.state(loop.prompts), metrics)
-            if eval_is_due(config, at.step) and loop.eval_prompts:
+            if config.evaluates_after(at.step) and loop.eval_prompts:
                 evaluating = time.monotonic()
                 with loop.timeline.span("driver", "evaluate"):
                     metrics |= eval_metrics(evaluate(loop, at.step))
@@ -166,7 +169,7 @@ def train(loop: Loop) -> Outcome:
         with waiting("end", "the model and the last checkpoint", loop.reporter.say):
             loop.saver.poll(wait=True)
             engines.save(loop.folder.path / "model")
-            save_last(loop, whole)
+            loop.saver.save_last(at.step, at.state(loop.prompts), whole.metrics)
     except Exception as error:
         rescue(loop, whole, error)
         raise
@@ -179,20 +182,6 @@ class Whole:
 
     state: ProgressState
     metrics: Mapping[str, float]
-
-
-def save_last(loop: Loop, whole: Whole) -> None:
-    """Write the checkpoint from which a longer run can resume. The run does not depend on it: a full disk is only
-    reported."""
-    if not loop.config.run.save_last:
-        return
-    try:
-        loop.saver.save(loop.progress.step, loop.progress.state(loop.prompts), whole.metrics)
-        loop.saver.poll(wait=True)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        loop.reporter.say(f"the last checkpoint could not be written: {error} (run.save_last=false turns it off)")
 
 
 def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
@@ -216,20 +205,6 @@ def rescue(loop: Loop, whole: Whole, error: Exception) -> None:
         loop.saver.poll(wait=True)
     except Exception as second:  # noqa: BLE001 - reported in addition to the first failure
         loop.reporter.say(f"also, the state after step {at.step} could not be saved: {second}")
-
-
-def report_full_check(loop: Loop, proof: SyncResult) -> None:
-    """Show the figures of the full check at the start, and store them in the facts of the folder."""
-    metrics = full_check_metrics(proof)
-    if not metrics:
-        return
-    loop.folder.facts["full_check"] = metrics
-    count = len(proof.movement_errors)
-    groups = f"worst of {count} groups of parameters" if count > 1 else "one group of parameters"
-    loop.reporter.say(
-        f"weights: the samplers follow the learner: under perturbed weights their logprobs differ by "
-        f"{metrics['sync/movement_error']:.2g} of its movement ({groups}; full check, {proof.full_check_s:.1f} s)"
-    )
 
 
 def evaluate_once(loop: Loop) -> dict[str, float]:
@@ -395,12 +370,6 @@ def sample_and_score(
             prompts, requests, sampler=engines, scorer=scorer, settings=settings, decode=loop.decode, moment=moment,
             reward_timeout_s=loop.config.cluster.step_timeout_s, observer=watch,
         )  # fmt: skip
-
-
-def eval_is_due(config: Config, step: int) -> bool:
-    """Return whether to evaluate: after the last step, and every `data.eval.every` steps."""
-    every = config.data.eval.every
-    return step == config.run.steps or (every > 0 and step % every == 0)
 
 
 def evaluate(loop: Loop, step: int) -> Evaluation:

@@ -325,6 +325,11 @@ class Config:
     def optimizer_steps_per_step(self) -> int:
         return self.algorithm.minibatches_per_step * self.algorithm.epochs_per_step
 
+    def evaluates_after(self, step: int) -> bool:
+        """Return whether to evaluate after `step`: the last one, and every `data.eval.every` steps."""
+        every = self.data.eval.every
+        return step == self.run.steps or (every > 0 and step % every == 0)
+
     @property
     def token_columns(self) -> bool:
         """Return whether the learner writes its values per token."""

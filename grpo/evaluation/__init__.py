@@ -1,3 +1,3 @@
-"""Evaluations: answers, statistics, and the folder of `grpo eval`."""
+"""Evaluations: answers, statistics and the folder of `grpo eval`."""
 
-__all__ = ["metrics", "statistics"]
+__all__ = ["answers", "metrics", "statistics"]

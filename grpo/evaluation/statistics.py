@@ -8,7 +8,6 @@ many completions each has.
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from grpo.evaluation.answers import final_answer
 from grpo.metrics.measures import fraction, logged_metrics
 from grpo.types import Group, Rollout, Scored, Unchecked
 
@@ -30,20 +30,6 @@ BLOCK = 2_000_000
 """Maximum number of resampled values held in memory."""
 FEW = 20
 """If fewer prompts than this differ from the most common value, resampling underestimates the spread."""
-
-BOX = re.compile(r"\\boxed\s*(?:(?=\{)|(-?\.?\d[^\s$\\{}]*))")
-BRACE = re.compile(r"\\.|[{}]", re.S)
-NUMBER = re.compile(r"-?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?(?:/\d+)?")
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
-BRACKET = re.compile(r"[(\[]|\\\{")
-MARKUP = re.compile(r"\\(?:text|math)[a-z]*|\*\*|[${}\\]")
-LONE = re.compile(r"\(?([A-Z])\)?[.:]?")
-"""A multiple-choice letter: B, (B), B."""
-SAID = re.compile(
-    rf"(?i:answer)(?i:\s+is\b\s*+:?|\s*+:)\s*+(?:(?i:option\s+)?(?!I\s+[a-z])({LONE.pattern})(?=\s|[,;!]|$)"
-    rf"(?!\s*(?:[=+<>]|(?:or|and|/|,|&)\s*\(?[A-Z]\b))|((?>{NUMBER.pattern}))(?!\s*(?:[-=+*/^]|times|cdot)))"
-)
-"""Matches "answer is B" and "answer is 5"; not alternatives (A or B), a variable (N = 5) or a sum (5 + 2 = 7)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,49 +122,6 @@ def judged(rollout: Rollout, by: str | None) -> Judged:
         tokens=len(rollout.completion.token_ids),
         truncated=rollout.completion.finish_reason == "length",
     )
-
-
-def final_answer(text: str) -> str:
-    """Return the final answer of a completion, normalized for voting; empty if its last box is not closed.
-
-    The answer is the first of these that exists: the content of the last `\\boxed{...}`, the text after the last `####`
-    on its line, the last `<answer>...</answer>`, the letter or number of the last "answer is ...", a last line that is
-    a single letter, the last number, the whole text.
-    """
-    found = ending(text.rpartition("</think>")[2].replace("\u2212", "-"))
-    if letter := LONE.fullmatch(MARKUP.sub("", found).strip()):
-        return letter[1]
-    if not BRACKET.search(found):  # within brackets, commas separate members
-        found = THOUSANDS.sub(lambda number: number[0].replace(",", ""), found)
-    return "".join(found.split()).rstrip(".,")
-
-
-def ending(text: str) -> str:
-    """Return the final answer as written."""
-    if boxes := list(BOX.finditer(text)):
-        return boxes[-1][1] or inside(text, boxes[-1].end())
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
-    if "<answer>" in text:
-        return text.rpartition("<answer>")[2].partition("</answer>")[0]
-    plain = MARKUP.sub("", text).strip()
-    if said := list(SAID.finditer(plain)):
-        return said[-1][1] or said[-1][3]
-    last = plain.rpartition("\n")[2].strip()
-    if LONE.fullmatch(last):
-        return last
-    numbers = NUMBER.findall(text)
-    return numbers[-1] if numbers else text
-
-
-def inside(text: str, start: int) -> str:
-    """Return the text inside the brace at `start`; empty if it is not closed. Escaped braces do not count."""
-    depth = 0
-    for mark in BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(mark[0], 0)
-        if depth == 0:
-            return text[start + 1 : mark.start()]
-    return ""
 
 
 def summarize(samples: Mapping[str, Sequence[Judged]]) -> SetEvaluation:

@@ -117,6 +117,16 @@ def full_check_metrics(sync: SyncResult) -> dict[str, float]:
     return {"sync/movement_error": max(sync.movement_errors), "time/full_check_s": sync.full_check_s}
 
 
+def full_check_line(sync: SyncResult) -> str:
+    """Return the result of a full check in words."""
+    count = len(sync.movement_errors)
+    groups = f"worst of {count} groups of parameters" if count > 1 else "one group of parameters"
+    return (
+        f"weights: the samplers follow the learner: under perturbed weights their logprobs differ by "
+        f"{max(sync.movement_errors):.2g} of its movement ({groups}; full check, {sync.full_check_s:.1f} s)"
+    )
+
+
 def timings(
     sampled: Sampled, learned: Learned, sync: SyncResult, started: float, synced: float, ended: float
 ) -> dict[str, float]:

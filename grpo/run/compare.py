@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from grpo.config import RewardConfig, leaves, part_names
+from grpo.evaluation.answers import final_answer
 from grpo.evaluation.statistics import (
     GAINS,
     Judged,
     bounds,
-    final_answer,
     interval,
     judge,
     repeats_of_avg,

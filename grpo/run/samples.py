@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from grpo.evaluation.statistics import final_answer
+from grpo.evaluation.answers import final_answer
 from grpo.suggest import one_line
 from grpo.types import Failed, Group, Scored, Unchecked, UserError
 

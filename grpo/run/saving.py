@@ -11,7 +11,7 @@ from grpo.config import Config
 from grpo.files import FileRecord, seal
 from grpo.run import checkpoints
 from grpo.run.checkpoints import LearnerRecord, Manifest, plain
-from grpo.run.folder import versions
+from grpo.run.folder import is_disk_full, versions
 from grpo.run.progress import ProgressState
 
 
@@ -73,6 +73,19 @@ class Saver:
             files={},
         )
         self._pending = partial, manifest
+
+    def save_last(self, step: int, driver: ProgressState, metrics: Mapping[str, float]) -> None:
+        """Write the checkpoint from which a longer run can resume, with `run.save_last`. The run does not depend on it:
+        a full disk is only reported."""
+        if not self._config.run.save_last:
+            return
+        try:
+            self.save(step, driver, metrics)
+            self.poll(wait=True)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            self._say(f"the last checkpoint could not be written: {error} (run.save_last=false turns it off)")
 
     def poll(self, *, wait: bool = False) -> None:
         """Publish the pending checkpoint once its files are written, and delete checkpoints that are no longer kept."""

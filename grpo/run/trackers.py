@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo.config import Config
-from grpo.evaluation.statistics import final_answer
+from grpo.evaluation.answers import final_answer
 from grpo.objective.advantages import has_spread
 from grpo.run.checkpoints import plain
 from grpo.run.samples import UNTRAINED, Trained, gold_answer

@@ -252,13 +252,13 @@ def make_loop(
     settings = SimpleNamespace(max_tokens=6)
     if reopened is None:
         (tmp_path / "run").mkdir()
-    folder = RunFolder(tmp_path / "run", config, step=reopened or 0)
+    folder, reporter = RunFolder(tmp_path / "run", config, step=reopened or 0), Silent()
     loop = Loop(
         config=config, prompts=prompts, eval_prompts=prompts[:3] if config.data.eval.sets else [], engines=policy,
-        scorer=scorer or CountTwos(), folder=folder, reporter=Silent(),
+        scorer=scorer or CountTwos(), folder=folder, reporter=reporter,
         decode=lambda lists: ["".join(str(t) for t in ids) for ids in lists], train_settings=settings,
         eval_settings=settings, progress=Progress.start(config, prompts),
-        saver=Saver(config, folder.path, engines=policy, fingerprints=dict, flush=lambda: None, say=lambda text: None),
+        saver=Saver(config, folder.path, engines=policy, fingerprints=dict, flush=lambda: None, say=reporter.say),
         stopping=lambda: False, timeline=Timeline(tmp_path / "run" / "trace" if config.run.trace else None),
         health=Health(config, map(numbers, metric_lines(folder.path / "metrics.jsonl"))),
     )  # fmt: skip

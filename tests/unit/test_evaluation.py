@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.config import load
+from grpo.evaluation.answers import final_answer
 from grpo.evaluation.metrics import evaluation_line
 from grpo.evaluation.statistics import (
     Evaluation,
     Judged,
     SetEvaluation,
     bounds,
-    final_answer,
     interval,
     majority,
     paired,
