@@ -49,6 +49,10 @@ REFUSED_ON_CPU: dict[str, str] = {
 there the first weight sync decides."""
 
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Elements of an attention head that vLLM computes on CPU."""
+
+
 def refuse(config: Config, settings: PreTrainedConfig) -> None:
     """Raise UserError if training the model's family is known to fail. `settings`: the model's config.json."""
     own = settings.get_text_config()
@@ -57,9 +61,25 @@ def refuse(config: Config, settings: PreTrainedConfig) -> None:
         raise UserError(f"{where} on CPU: {REFUSED_ON_CPU[own.model_type]}")
     if own.model_type in BFLOAT16_ON_CPU and not config.on_gpu and config.model.dtype != "bfloat16":
         raise UserError(f"{where} in {config.model.dtype} on CPU; nearest: model.dtype=bfloat16")
+    if not config.on_gpu and (size := head_size(own)) is not None and size not in CPU_HEAD_SIZES:
+        near = min(CPU_HEAD_SIZES, key=lambda known: abs(known - size))
+        raise UserError(
+            f"model.path: its attention heads have {size} elements, and vLLM computes only those of "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))} on CPU; nearest: {near} (config.json's head_dim, or hidden_size / "
+            "num_attention_heads)"
+        )
     window = getattr(own, "sliding_window", None)
     if own.model_type in WINDOW_PLUS_ONE and window is not None and config.max_row_tokens > window:
         raise UserError(
             f"{where} on rows longer than config.json's sliding_window={window}, which vLLM makes a token longer than "
             f"transformers does; data.max_prompt_tokens + max_tokens are {config.max_row_tokens}, nearest: {window}"
         )
+
+
+def head_size(own: PreTrainedConfig) -> int | None:
+    """Return the number of elements of an attention head; None for a model without heads, or with compressed keys."""
+    heads = getattr(own, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1 or getattr(own, "kv_lora_rank", None):
+        return None
+    size = getattr(own, "head_dim", None) or getattr(own, "hidden_size", 0) // heads
+    return size if isinstance(size, int) and size > 0 else None

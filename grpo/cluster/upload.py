@@ -52,30 +52,33 @@ def pack(options: Config, recipe: Path, folder: Path, resume: str | None = None)
 
 
 def refuse_local(options: Config, resume: str | None) -> None:
-    """Raise UserError for an option whose value is valid only on this machine."""
+    """Raise UserError naming every option whose value is valid only on this machine."""
     if options.cluster.address is not None:
         raise UserError(
             f"cluster.address={options.cluster.address}: a submitted run joins the cluster of --address; leave it out"
         )
     config.refuse_own_ray(options)
+    problems = []
     for option, value in config.values(options):
         declared = config.declaration(option)
         submit = declared.submit if declared else None
         if not isinstance(value, str) or os.path.isabs(value):
             continue
         if submit is OnSubmit.SHARED:
-            raise UserError(
+            problems.append(
                 f"{option}={value} would be in the working directory of the job, which is deleted with it: give an "
                 "absolute path that all nodes share"
             )
         bare = Path(value.rpartition(":")[0] or value)  # the path in FOLDER:config
         if submit is OnSubmit.SHARED_OR_HUB and (data.is_path(value) or Path(value).exists() or bare.exists()):
-            raise UserError(
+            problems.append(
                 f"{option}={value} is not sent with the job: put it on storage that all nodes share and give its "
                 f"absolute path (here it is {os.path.abspath(os.path.expanduser(value))}), or a hub id"
             )
     if resume not in (None, "auto") and not os.path.isabs(resume or ""):
-        raise UserError(f"resume={resume}: give auto, or an absolute path that all nodes share")
+        problems.append(f"resume={resume}: give auto, or an absolute path that all nodes share")
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def rewards(options: Config, recipe: Path, files: Mapping[Path, Path]) -> tuple[Config, dict[Path, Path]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from grpo.cluster import jobs
 from grpo.config import Config
+from grpo.types import UserError
 
 
 def jobs_command(parsed: argparse.Namespace) -> int:
@@ -23,8 +24,10 @@ def jobs_command(parsed: argparse.Namespace) -> int:
 
 
 def submit_command(config: Config, recipe: Path, asked: Mapping[str, str], parsed: argparse.Namespace) -> int:
-    """Submit a recipe as a job. Return the exit code."""
+    """Submit a recipe as a job. Return the exit code. Raises UserError without an address."""
+    if parsed.address is None and parsed.then != "nothing":
+        raise UserError("grpo submit needs --address http://HEAD:8265; only --dry-run does without it")
     return jobs.submit(
-        config, recipe, asked, address=parsed.address, env=parsed.env, then=parsed.then,
+        config, recipe, asked, address=parsed.address or "", env=parsed.env, then=parsed.then,
         driver_cpus=parsed.driver_cpus,
     )  # fmt: skip

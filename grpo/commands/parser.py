@@ -143,7 +143,7 @@ def add_job_commands(commands: Commands) -> None:
     then = command.add_mutually_exclusive_group()
     words = "exit after the job has been submitted"
     then.add_argument("--no-follow", dest="then", action="store_const", const="end", default="follow", help=words)
-    words = "check and pack the recipe, and submit nothing"
+    words = "check and pack the recipe, and submit nothing; needs no --address"
     then.add_argument("--dry-run", dest="then", action="store_const", const="nothing", help=words)
     words = "on Ctrl-C, SIGTERM and SIGUSR1, stop the job as grpo stop does"
     then.add_argument(
@@ -160,10 +160,9 @@ def add_job_commands(commands: Commands) -> None:
     ):
         every.append(add_command(commands, name, words, f"{name} grpo-0123456789abcdef --address http://HEAD:8265"))
         every[-1].add_argument("job", help="name of the job, as grpo submit prints it")
-    for command in every:
-        command.add_argument(
-            "--address", required=True, metavar="http://HEAD:8265", help="address of the job server on the head node"
-        )
+    for number, command in enumerate(every):  # submit, the first, does without it in a dry run
+        words = "address of the job server on the head node"
+        command.add_argument("--address", required=number > 0, metavar="http://HEAD:8265", help=words)
 
 
 def split_resume_options(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:

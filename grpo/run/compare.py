@@ -40,6 +40,8 @@ Samples = dict[str, dict[str, list[Judged]]]
 COLUMNS = ("dataset", "prompt_id", "sample_index", "completion", "finish_reason", "completion_token_ids")
 BY_ITSELF = "grpo eval"
 NOT_COMPARED = ("run.name", "run.dir")
+TRAINING = ("critic.", "learner.", "optimizer.", "run.")
+"""Beginnings of options that have no effect on an evaluation."""
 SHOWN = 40
 """Maximum number of characters shown of a value."""
 LAST_STEPS = 10
@@ -226,9 +228,12 @@ def read_samples(files: Sequence[Path]) -> Samples:
 
 
 def differing_options(a: Subject, b: Subject) -> list[str]:
-    """Return a table of the options that differ, including those inside lists (rewards[0].weight)."""
+    """Return a table of the options that differ, including those inside lists (rewards[0].weight). Of two evaluations
+    by themselves, options of training are left out."""
     old, new = dict(leaves(a.config)), dict(leaves(b.config))
     names = [name for name in sorted({*old, *new} - {*NOT_COMPARED}) if old.get(name) != new.get(name)]
+    if a.evaluated == b.evaluated == BY_ITSELF:
+        names = [name for name in names if not name.startswith(TRAINING)]
     if not names:
         return ["options: the same"]
     return table([["option", "A", "B"], *([name, *differing_values(old.get(name), new.get(name))] for name in names)])

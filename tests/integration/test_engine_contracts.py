@@ -17,12 +17,15 @@ import pytest
 import stand_in
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+from grpo.checks import families
+
 VLLM = """
 import inspect, json, os, sys
 from types import SimpleNamespace
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 from vllm import EngineArgs, LLMEngine
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.executor.abstract import SLEEP_TAGS
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.sample import gumbel, sampler, states
@@ -41,6 +44,7 @@ print("RESULT " + json.dumps({
     "unsupported_by_the_new_runner": on._get_v2_model_runner_unsupported_features(),
     "async_on_cpu": [on.scheduler_config.async_scheduling, off.scheduler_config.async_scheduling],
     "sleep_tags": sorted(SLEEP_TAGS),
+    "head_sizes": CPUAttentionBackend.get_supported_head_sizes(),
     "wake_up": list(inspect.signature(LLMEngine.wake_up).parameters),
     "pools": [tag for tag in SLEEP_TAGS if f'tag="{tag}"' in inspect.getsource(gpu_worker)],
     "seeds_of_requests": inspect.getsource(states.SamplingStates.add_request),
@@ -67,6 +71,10 @@ def result_of(script: str, model: Path) -> dict[str, Any]:
     assert lines, done.stdout[-2000:] + done.stderr[-3000:]
     found: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
     return found
+
+
+def test_heads_that_are_computed_on_cpu(vllm: dict[str, Any]) -> None:
+    assert tuple(vllm["head_sizes"]) == families.CPU_HEAD_SIZES
 
 
 def test_seeds_are_drawn_in_the_sampling_kernel(vllm: dict[str, Any]) -> None:

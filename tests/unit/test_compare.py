@@ -278,6 +278,17 @@ def make_evaluation(folder: Path, groups: list[Group], prompts: int, k: int) -> 
     return folder
 
 
+def test_options_of_training_are_left_out_between_evaluations(tmp_path: Path) -> None:
+    a, b = (make_evaluation(tmp_path / name, [group(1, [1.0])], 1, 1) for name in "ab")
+    for folder, value in ((a, 1), (b, 2)):
+        sections = {"optimizer": {"lr": value}, "run": {"steps": value}, "sampling": {"max_tokens": value}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(sections))
+    said = "\n".join(compare(a, b))
+    assert "sampling.max_tokens" in said
+    assert "optimizer.lr" not in said
+    assert "run.steps" not in said
+
+
 def test_an_evaluation_that_is_not_finished_is_said(tmp_path: Path) -> None:
     a = make_evaluation(tmp_path / "a", [group(1, [1.0])], 1, 1)
     b = make_evaluation(tmp_path / "b", [group(1, [1.0])], 1, 1)

@@ -185,6 +185,19 @@ def test_what_means_something_here_only_is_refused(here: Path, tmp_path: Path, o
         packed(written(here), tmp_path / "job", override)
 
 
+def test_every_option_that_means_something_here_only_is_named(here: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^model.path=./base is not sent.*; data.train\[0\].path=./rows.jsonl is not"):
+        packed(written(here), tmp_path / "job", "model.path=./base", "data.train=./rows.jsonl")
+
+
+def test_only_a_dry_run_does_without_an_address(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = written(here)
+    assert main(["submit", str(recipe), "run.dir=/shared/runs", "--dry-run"]) == 0
+    assert "nothing has been submitted" in capsys.readouterr().out
+    assert main(["submit", str(recipe), "run.dir=/shared/runs"]) == 2
+    assert "grpo submit needs --address http://HEAD:8265" in capsys.readouterr().err
+
+
 def test_hub_ids_travel_as_they_are(here: Path, tmp_path: Path) -> None:
     packed(
         written(here), tmp_path / "job", "model.path=owner/name", "data.train=owner/data:main", resume="/shared/runs/a"

@@ -41,6 +41,19 @@ def test_linear_attention_on_cpu_needs_bfloat16(configured: Callable[..., Config
     families.refuse(configured("model.dtype=bfloat16"), settings)
 
 
+def test_heads_that_are_not_computed_on_cpu_are_refused(make_recipe: Callable[..., Path]) -> None:
+    recipe, settings = make_recipe(Path("a/b")), tiny.settings_of("qwen2", 13)
+    settings.hidden_size, settings.num_attention_heads, settings.head_dim = 96, 4, None
+    with pytest.raises(UserError, match=r"its attention heads have 24 elements, .* nearest: 32 "):
+        families.refuse(module.load(recipe), settings)
+    families.refuse(module.load(recipe, ["cluster.device=gpu", "model.dtype=bfloat16"]), settings)
+    settings.num_attention_heads = 3
+    families.refuse(module.load(recipe), settings)
+    settings.head_dim = 48
+    with pytest.raises(UserError, match=r"have 48 elements, .* nearest: 32 "):
+        families.refuse(module.load(recipe), settings)
+
+
 def test_a_window_that_engines_read_differently_must_hold_the_rows(configured: Callable[..., Config]) -> None:
     """vLLM's Cohere 2 sees one token more; rows that the window holds never meet its end."""
     config = configured()
