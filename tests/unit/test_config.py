@@ -50,6 +50,23 @@ def test_values_defaults_and_overrides(recipe: Path) -> None:
         config.algorithm.group_size = 2  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
+def test_defaults_on_each_device(recipe: Path, layout: str) -> None:
+    """CUDA graphs on GPUs; no turns where samplers and learner have memory of their own; seeds everywhere. What is not
+    given in bfloat16 goes together."""
+    cpu, gpu = (
+        load(recipe, [f"cluster.device={device}", f"cluster.layout={layout}", "model.dtype=bfloat16"])
+        for device in ("cpu", "gpu")
+    )
+    assert (cpu.enforce_eager, gpu.enforce_eager) == (True, False)
+    assert (cpu.takes_turns, gpu.takes_turns) == (False, layout == "colocated")
+    assert cpu.sampling.seeded
+    assert gpu.sampling.seeded
+    assert cpu.learner.zero_stage == gpu.learner.zero_stage == 2
+    for eager in (False, True):
+        assert load(recipe, ["cluster.device=gpu", f"sampler.enforce_eager={str(eager).lower()}"]).enforce_eager == eager
+
+
 def test_text_overrides_are_taken_as_they_stand(recipe: Path) -> None:
     config = load(recipe, ["data.template={question}= :", "rewards[0].name=on", "run.name=7", "data.eval.sets=x: y"])
     assert config.data.template == "{question}= :"

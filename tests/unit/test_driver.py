@@ -269,6 +269,32 @@ def lines(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_completions_have_the_same_seeds_on_every_device(tmp_path: Path) -> None:
+    """Of steps and of evaluations: without them, a resumed run would be another one."""
+
+    def seeds(device: str) -> list[int | None]:
+        folder = tmp_path / device
+        folder.mkdir()
+        found: list[int | None] = []
+        loop, policy = make_loop(
+            folder, make_config(folder, "run.steps=1", "data.eval.sets=x", f"cluster.device={device}")
+        )
+        sample = policy.sample
+
+        def recorded(requests: Sequence[SampleRequest], settings: Any) -> Iterator[SampledBlock]:
+            found.extend(seed for request in requests for seed in request.seeds)
+            return sample(requests, settings)
+
+        policy.sample = recorded  # type: ignore[method-assign]
+        train(loop)
+        return found
+
+    on_cpu = seeds("cpu")
+    assert len(on_cpu) == 3 + 4 * 8 + 3  # three prompts before and after the step
+    assert None not in on_cpu
+    assert seeds("gpu") == on_cpu
+
+
 class Patient(CountTwos):
     """Scores once something has been said since the last step."""
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.learner.probe import GENTLE, UNIT_ROUNDOFF, ZERO_SCALE, Perturbation, rounded_at_random
+from grpo.learner.probe import (
+    GENTLE,
+    TF32_ROUNDOFF,
+    UNIT_ROUNDOFF,
+    ZERO_SCALE,
+    Perturbation,
+    rounded_at_random,
+)
 from grpo.sync.probe import TOKENS, Spread, group_members, make_probe, spread
 from grpo.types import Prompt
 
@@ -81,6 +88,29 @@ def test_random_rounding_changes_layers_by_their_unit_roundoff(dtype: torch.dtyp
     with rounded_at_random(layer, without=layer), torch.no_grad():
         given = torch.rand(3, 4096, generator=torch.Generator().manual_seed(2))
         assert torch.equal(layer(given), torch.nn.functional.linear(given, layer.weight))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, TF32_ROUNDOFF), (torch.bfloat16, 2.0**-8)])
+def test_float32_on_a_gpu_rounds_as_tf32(dtype: torch.dtype, unit: float) -> None:
+    """TF32 keeps 10 bits of the significand: half a unit in the last place is 2^-11. A tolerance for float32's 23 bits
+    would refuse a healthy sampler, whose attention multiplies in TF32."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return given.as_subclass(OnGpu)
+
+    layer = Layer()
+    ones = torch.ones(20_000, dtype=dtype)
+    with rounded_at_random(torch.nn.Sequential(layer), without=torch.nn.Identity()):
+        moved = (layer(ones).as_subclass(torch.Tensor).double() - 1).abs()
+    assert TF32_ROUNDOFF == 2.0**-11
+    assert 0.9 * unit < float(moved.max()) <= unit
 
 
 def parameters() -> list[torch.nn.Parameter]:

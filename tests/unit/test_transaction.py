@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -130,6 +131,32 @@ def test_turns_in_memory_are_taken_by_all_ranks_at_once() -> None:
         "load b", "transmit", "loaded", "transmitted", "barrier", "offload", "barrier", "wake kv_cache",
         "barrier", "finish",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dies_with", ["", "b"])
+def test_nothing_refers_to_a_weight_when_the_learner_leaves_the_memory(dies_with: str) -> None:
+    """A view that is still there would keep its whole buffer on the GPU while the sampler works."""
+
+    sent: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(Learner):
+        def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in super().weights():
+                sent.append(weakref.ref(tensor))
+                yield name, tensor
+
+        def offload(self) -> None:
+            self._said.append(f"offload beside {sum(reference() is not None for reference in sent)}")
+
+    said: list[str] = []
+    end = end_of(said, Samplers(said, dies_with), learner=Watched(said), takes_turns=True)
+    if dies_with:
+        with pytest.raises(ConnectionError):
+            publish(end, 5, PROBE, dtype="float32", full_check=False)
+    else:
+        publish(end, 5, PROBE, dtype="float32", full_check=False)
+    assert [each for each in said if each.startswith("offload")] == ["offload beside 0"]
+    assert len(sent) == 2
 
 
 def test_after_a_death_the_learner_completes_its_collectives_without_any_sampler() -> None:
