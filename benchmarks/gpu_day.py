@@ -1,7 +1,7 @@
 """Measure all figures of docs/gpu.md on a GPU, in pieces. Resumable.
 
     python -m benchmarks.gpu_day                   # all pieces that are not done yet; each takes at most 8 minutes
-    python -m benchmarks.gpu_day kernels tests     # these, even if they are done
+    python -m benchmarks.gpu_day kernels smollm2   # these, even if they are done
     python -m benchmarks.gpu_day --toy             # on CPU at toy sizes, in a few minutes: tests the code, no figures
 
 Each piece is a separate process with a time limit. Its figures are written to OUT/<piece>.json with the machine, the
@@ -9,7 +9,7 @@ versions and the commit. The page OUT/README.md is then written from all existin
 with its exit code or time limit, and the remaining pieces run.
 
     kernels      bfloat16 products in TFLOP/s, a device copy in GB/s, attention against its plain form, checksums
-    tests        pytest -m gpu
+    test_...     pytest -m gpu, one piece for the transfer of weights and one for each run on a GPU
     arithmetic   recipes/arithmetic_cpu.yaml on the GPU: accuracy, seconds of each part of a step
     smollm2      recipes/smollm2_word_problems.yaml on the GPU: the same, tokens/s, sync GB/s, peak and planned memory
     rows_16k     the learner alone: Qwen3-0.6B's shape, random weights, one row of 16,384 tokens per microbatch
@@ -22,6 +22,7 @@ tokens/s, 12.5 and 19.6 GiB.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from grpo.planning.shapes import Gpu
 
 ROOT = Path(__file__).resolve().parents[1]
+GPU_TESTS = "tests/gpu/test_cuda_runs.py"
 LIMIT_S = 480
 Figures = dict[str, Figure]
 
@@ -129,12 +131,12 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(seconds[2:])
 
 
-def tests(day: Day) -> Figures:
-    """Run the tests that need a GPU. At toy sizes they are only collected."""
+def tests(day: Day, names: Sequence[str]) -> Figures:
+    """Run tests of GPU_TESTS that need a GPU. At toy sizes they are only collected."""
     only = ["--collect-only"] if day.toy else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", *only], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *(f"{GPU_TESTS}::{name}" for name in names), *only],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     print(done.stdout[-5000:], flush=True)
     if done.returncode:
@@ -332,9 +334,19 @@ def this_gpu(device: str) -> Gpu | None:
     return GPUS[name] if name else None
 
 
+BOTH, ALONE = "test_engines_that_share_a_gpu_give_the_same_run_asleep_and_awake", "test_a_run_on_one_shared_gpu"
+TESTS = {
+    "test_transfer": (
+        "test_checksum_on_the_device_sees_swaps", "test_cuda_ipc_carries_every_bit_to_another_process",
+    ),
+    "test_asleep": (f"{BOTH}[true]",), "test_awake": (f"{BOTH}[false]",),
+    "test_float32": (f"{ALONE}[float32]",), "test_bfloat16": (f"{ALONE}[bfloat16]",),
+}  # fmt: skip
+"""Piece -> its tests: at most one run, which starts vLLM and DeepSpeed."""
+
 PIECES: dict[str, Callable[[Day], Figures]] = {
-    "kernels": kernels, "tests": tests, "arithmetic": arithmetic, "smollm2": smollm2, "rows_16k": rows_16k,
-    "rows_64k": rows_64k,
+    "kernels": kernels, **{piece: functools.partial(tests, names=names) for piece, names in TESTS.items()},
+    "arithmetic": arithmetic, "smollm2": smollm2, "rows_16k": rows_16k, "rows_64k": rows_64k,
 }  # fmt: skip
 
 

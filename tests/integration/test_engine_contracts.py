@@ -29,8 +29,20 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.executor.abstract import SLEEP_TAGS
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.sample import gumbel, sampler, states
+from grpo.config import AlgorithmConfig, ClusterConfig, Config, DataConfig, ModelConfig, RunConfig
 from grpo.sampler.vllm import transfer
-from grpo.sampler.vllm.engine import completion_of
+from grpo.sampler.vllm.engine import completion_of, engine_arguments
+
+OURS = ("async_scheduling", "enforce_eager", "enable_chunked_prefill", "enable_sleep_mode", "kv_cache_memory_bytes")
+
+def given(device, layout, transport):
+    config = Config(
+        model=ModelConfig(path=sys.argv[1]), data=DataConfig(train=[]), run=RunConfig(steps=1),
+        algorithm=AlgorithmConfig(prompts_per_step=1, group_size=2),
+        cluster=ClusterConfig(device=device, layout=layout),
+    )
+    arguments = engine_arguments(config, transport, 0)
+    return [getattr(arguments, name) for name in OURS] + [arguments.weight_transfer_config.backend]
 
 def ended(reason, ids, logprobs):
     output = SimpleNamespace(token_ids=ids, logprobs=SimpleNamespace(logprobs=logprobs), finish_reason=reason)
@@ -43,6 +55,8 @@ ours = (transfer.SharedMemoryEngine, transfer.IpcEngine, transfer.BroadcastEngin
 print("RESULT " + json.dumps({
     "unsupported_by_the_new_runner": on._get_v2_model_runner_unsupported_features(),
     "async_on_cpu": [on.scheduler_config.async_scheduling, off.scheduler_config.async_scheduling],
+    "given": [given("gpu", "colocated", "ipc"), given("gpu", "disaggregated", "nccl"),
+              given("cpu", "colocated", "shared_memory")],
     "sleep_tags": sorted(SLEEP_TAGS),
     "head_sizes": CPUAttentionBackend.get_supported_head_sizes(),
     "wake_up": list(inspect.signature(LLMEngine.wake_up).parameters),
@@ -92,6 +106,16 @@ def test_the_runner_is_the_new_one_where_triton_is(vllm: dict[str, Any]) -> None
 
 def test_scheduling_beside_the_gpu_is_off_on_cpu_whatever_is_asked(vllm: dict[str, Any]) -> None:
     assert vllm["async_on_cpu"] == [False, False]
+
+
+def test_what_vllm_is_given_on_each_device(vllm: dict[str, Any]) -> None:
+    """In turn: scheduling beside the GPU, not eager (so with CUDA graphs), prompts in chunks, sleep, a KV cache of its
+    own size, and the transport."""
+    assert vllm["given"] == [
+        [True, False, True, True, None, "grpo_ipc"],
+        [True, False, True, False, None, "grpo_broadcast"],
+        [False, True, False, False, 2**28, "grpo_shared_memory"],
+    ]
 
 
 def test_what_sleeps_and_wakes(vllm: dict[str, Any]) -> None:

@@ -167,6 +167,19 @@ def test_gpu_day_at_toy_sizes(pieces: list[str], tmp_path: Path) -> None:
         assert (tmp_path / "kernels.json").exists()
 
 
+def test_each_test_of_a_gpu_is_in_one_piece_of_a_gpu_day() -> None:
+    """A piece that is over its limit is begun anew: with all tests in one, it might never end."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:xdist", "-m", "gpu", "tests/gpu"]
+    collected = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    here = [line for line in collected.stdout.splitlines() if line.startswith("tests/") and "::" in line]
+    assert collected.returncode == 0, collected.stdout
+    assert len(here) == 6
+    assert sorted(f"{gpu_day.GPU_TESTS}::{name}" for names in gpu_day.TESTS.values() for name in names) == sorted(here)
+    assert max(sum("run" in name for name in names) for names in gpu_day.TESTS.values()) == 1
+    assert gpu_day.TESTS.keys() < gpu_day.PIECES.keys()
+    assert gpu_day.LIMIT_S <= 8 * 60
+
+
 def test_gpu_day_reports_a_piece_that_fails_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"kernels": "it ended with 1", "rows_16k": ""}
 
