@@ -100,6 +100,15 @@ install --no-deps -r <(grep -v '^torch==' "locks/$lock.txt") || fail "installati
 install --no-deps -e . || fail "installation failed"
 mv "$log" .venv/install.log
 fingerprint "$lock" >".venv/.installed-$lock"
+if [ "$larger" = gpu-dev ]; then # only a note: a login node has no GPU
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || driver=""
+  driver=${driver%%$'\n'*} # a line for each GPU
+  if [[ ! "$driver" =~ ^[0-9]+\. ]]; then
+    echo "note: nvidia-smi finds no NVIDIA driver here; runs need version 580 or newer" >&2
+  elif [ "${driver%%.*}" -lt 580 ]; then
+    echo "note: the NVIDIA driver here is version $driver; runs need version 580 or newer" >&2
+  fi
+fi
 case "$lock" in
   gpu) next=".venv/bin/grpo check RECIPE cluster.device=gpu shows the plan of a run (recipes: docs/recipes.md)" ;;
   cpu) next=".venv/bin/python recipes/arithmetic.py makes a model, .venv/bin/grpo train arithmetic_cpu trains it" ;;

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from grpo.cluster.cuda import DRIVER
 from grpo.cluster.jobs import TAKING_DOWN_S
 from grpo.config.schema import RunConfig
 
@@ -388,6 +389,29 @@ def test_setup_wants_what_a_run_would_end_without(clone: Clone) -> None:
     assert "(on Debian and Ubuntu: apt install g++)" in ended.stderr
     clone.script("c++-14", "#!/bin/sh\n")
     assert clone.setup("cpu", CXX="c++-14").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "note"),
+    [
+        ("echo 580.65.06; echo 580.65.06", ""),
+        ("echo 1000.1", ""),
+        ("echo 575.57.08", "note: the NVIDIA driver here is version 575.57.08; "),
+        ("echo NVIDIA-SMI has failed; exit 9", "note: nvidia-smi finds no NVIDIA driver here; "),
+        (None, "note: nvidia-smi finds no NVIDIA driver here; "),
+    ],
+)
+def test_setup_for_gpus_looks_for_the_driver(answer: str | None, note: str, clone: Clone) -> None:
+    """It installs all the same: the node of a cluster where one logs in has no GPU. For CPUs it asks for none."""
+    clone.python("python3.13", "3.13")
+    if answer is not None:
+        clone.script("nvidia-smi", f"#!/bin/sh\n{answer}\n")
+    ended = clone.setup("gpu")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("installed. next: ")
+    assert ended.stderr == (f"{note}runs need version {DRIVER} or newer\n" if note else "")
+    shutil.rmtree(clone.folder / ".venv")
+    assert clone.setup("cpu").stderr == ""
 
 
 def test_setup_refuses_a_python_that_it_cannot_use(clone: Clone) -> None:
