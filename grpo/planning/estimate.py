@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from grpo.config import Config
-from grpo.planning.memory import Parts, itemsize, learner_memory, sampler_memory, states, sync_memory
+from grpo.planning.memory import (
+    Parts,
+    itemsize,
+    learner_memory,
+    rounding_bytes,
+    sampler_memory,
+    states,
+    sync_memory,
+)
 from grpo.planning.shapes import Gpu, Shape, split_problems
 
 LEARNER_SHARE = 0.3
@@ -127,6 +135,8 @@ def estimate(
     sampler = sampler_memory(config, shape, gpu.memory)
     if config.takes_turns:  # before a save, both are briefly offloaded, the sampler including its weights
         host = host | {"set aside": states(learner) + sampler["weights"]}
+    if (rounding := rounding_bytes(config, shape)) > 0:
+        host = host | {"rounding": rounding}
     sync = sync_memory(config, shape, learner, sampler) if config.takes_turns else {}
     cache = sampler["KV cache"] * config.sampler_workers
     shared = shape.over(config.cluster.tensor_parallel)

@@ -5,6 +5,8 @@ The bytes are counted tensor by tensor, as the engines hold them. docs/scale.md 
 
 from __future__ import annotations
 
+import math
+
 from grpo.config import Config
 from grpo.objective.logprobs import CHUNK_ELEMENTS
 from grpo.planning.shapes import Shape
@@ -17,6 +19,10 @@ ZERO_LIVE = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters and sub_group_size, in elements."""
 SAMPLING_COPIES = 4
 """Number of float32 copies of the logits of a decoding step: logits, logprobs, probabilities, noise."""
+
+PERTURB_ELEMENT = 9
+"""Bytes per element of a parameter that `grpo.learner.probe.Perturbation` takes while it changes the parameter: one for
+the random sign, and two float32 numbers."""
 
 Parts = dict[str, float]
 """Name of a part -> bytes, or seconds."""
@@ -110,7 +116,8 @@ def learner_memory(config: Config, shape: Shape) -> tuple[Parts, Parts]:
     share = shape.parameters if c.zero_stage == 0 else min(shape.parameters / ranks, ZERO_LIVE)
     # float32 flattened gradients and square root of the second moment, or a sync; neither overlaps with activations
     step = 0.0 if c.offload != "none" else 4 * (1 if c.zero_stage < 2 else 2) * share
-    later = max(step, transfer_bytes(shape, width) + perturbed_bytes(config, shape))
+    sync = perturbed_bytes(config, shape) + max(transfer_bytes(shape, width), perturbing_bytes(config, shape))
+    later = max(step, sync)
     device |= {"activations": activations, "logits": head, "step and sync": max(0.0, later - activations - head)}
     return device, host
 
@@ -129,10 +136,18 @@ def perturbed_bytes(config: Config, shape: Shape) -> float:
     return itemsize(config) * kept / (config.cluster.learner_ranks if config.learner.zero_stage == 3 else 1)
 
 
+def perturbing_bytes(config: Config, shape: Shape) -> float:
+    """Return the bytes per rank that the full check takes while it changes the largest parameter, in addition to
+    `perturbed_bytes`. They are free again before weights are sent."""
+    largest = max(shape.embedding, shape.hidden * shape.intermediate)
+    return PERTURB_ELEMENT * largest / (config.cluster.learner_ranks if config.learner.zero_stage == 3 else 1)
+
+
 def sync_memory(config: Config, shape: Shape, learner: Parts, sampler: Parts) -> Parts:
     """Return the bytes on a GPU during a weight sync of engines that take turns, when both have their weights on it.
 
-    From ZeRO 2 on, there are no gradients between steps.
+    From ZeRO 2 on, there are no gradients between steps. While the full check changes parameters, the sampler is
+    asleep; its weights take more than `perturbing_bytes`.
     """
     gradients = learner.get("gradients", 0.0) if config.learner.zero_stage >= 2 else 0.0
     return {
@@ -163,3 +178,49 @@ def sampler_memory(config: Config, shape: Shape, memory: float) -> Parts:
 def states(learner: Parts) -> float:
     """Return the bytes of a rank that are offloaded from the GPU while the sampler works."""
     return sum(learner.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "critic", "reference"))
+
+
+def pinned(nbytes: float) -> float:
+    """Return the bytes that torch allocates for a pinned buffer: the next power of two.
+
+    torch keeps a buffer that is released, for the next one of its size.
+    """
+    return 2.0 ** math.ceil(math.log2(nbytes)) if nbytes > 0 else 0.0
+
+
+def rounding_bytes(config: Config, shape: Shape) -> float:
+    """Return by how much the pinned buffers in host memory are larger than their contents, for each rank.
+
+    DeepSpeed pins the weights, the master copy and each moment of a model that is offloaded for the sampler, and the
+    master copy and the gradients of an optimizer in host memory. vLLM pins each of its matrices before a save.
+    """
+    c, width, share = config.learner, itemsize(config), 1 / config.cluster.learner_ranks
+    trained = [(shape.parameters, config.optimizer.name)]
+    if config.algorithm.advantage == "gae":
+        trained.append((shape.body + shape.embedding, config.critic.optimizer.name))
+    buffers: list[tuple[float, float]] = []
+    for parameters, optimizer in trained:
+        whole = 4 * parameters * share
+        if c.offload != "none":
+            buffers.append((2, whole))
+        if c.offload == "parameters":
+            buffers.append((1, width * parameters * share))
+        if config.takes_turns:
+            buffers.append((1, width * parameters))
+            buffers.append(((3 if optimizer == "adamw" else 1) if c.offload == "none" else 0, whole))
+    if config.takes_turns:
+        buffers += sampler_matrices(config, shape)
+    return sum(count * (pinned(nbytes) - nbytes) for count, nbytes in buffers)
+
+
+def sampler_matrices(config: Config, shape: Shape) -> list[tuple[float, float]]:
+    """Return (number, bytes) of the matrices of each size on a GPU of a sampler, as vLLM merges them."""
+    parts, width = config.cluster.tensor_parallel, itemsize(config)
+    shared = shape.over(parts)
+    layer = (
+        shape.hidden * (shared.queries + 2 * shared.keys), shared.queries * shape.hidden,
+        2 * shape.hidden * shape.intermediate, shape.intermediate * shape.hidden,
+    )  # fmt: skip
+    layers = shape.layers / config.cluster.pipeline_parallel
+    vocabulary = [(1.0, width * size / parts) for size in (shape.embedding, shape.head) if size]
+    return vocabulary + [(layers, width * size / parts) for size in layer]

@@ -23,7 +23,15 @@ from test_plan import config_of
 from grpo.cluster import actors, engines, remote_samplers, watch
 from grpo.config import Config
 from grpo.planning.estimate import Lengths, estimate
-from grpo.planning.memory import Parts, learner_memory, perturbed_bytes, sampler_memory, states, transfer_bytes
+from grpo.planning.memory import (
+    Parts,
+    learner_memory,
+    perturbed_bytes,
+    perturbing_bytes,
+    sampler_memory,
+    states,
+    transfer_bytes,
+)
 from grpo.planning.shapes import GPUS, shape_of
 from grpo.sync import transaction, transport
 from grpo.sync.probe import Probe, Reading, Spread
@@ -108,11 +116,11 @@ class BookingLearner:
 
     device = torch.device("cpu")
 
-    def __init__(self, ledger: Ledger, parts: Parts, perturbed: float) -> None:
+    def __init__(self, ledger: Ledger, parts: Parts, perturbed: float, perturbing: float) -> None:
         self.models = self.synced = self
         self._ledger, self._states = ledger, states(parts)
         self._step = sum(parts.values()) - self._states
-        self._perturbed = perturbed
+        self._perturbed, self._perturbing = perturbed, perturbing
         self.reload()
 
     def gpus(self) -> tuple[str, ...]:
@@ -153,8 +161,12 @@ class BookingLearner:
 
     @contextmanager
     def perturbation(self, group: int, groups: int) -> Iterator[Callable[[float], None]]:
+        def perturb(strength: float) -> None:
+            self._ledger.book(perturbing=self._perturbing)
+            self._ledger.unbook("perturbing")
+
         self._ledger.book(perturbed=self._perturbed)
-        yield lambda strength: None
+        yield perturb
         self._ledger.unbook("perturbed")
 
     def mean(self, values: Sequence[float]) -> list[float]:
@@ -263,8 +275,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], tuple[Ledger,
         pack = transport.IpcSender.pack
         monkeypatch.setattr(transport.IpcSender, "pack", booked_pack)
         stub("grpo.sampler.vllm.engine", Sampler=lambda *_: BookingSampler(ledger, sampler, transfer))
-        perturbed = perturbed_bytes(config, shape)
-        stub("grpo.learner.zero.engine", Learner=lambda *_: BookingLearner(ledger, learner, perturbed))
+        copies = (perturbed_bytes(config, shape), perturbing_bytes(config, shape))
+        stub("grpo.learner.zero.engine", Learner=lambda *_: BookingLearner(ledger, learner, *copies))
         stub("grpo.learner.zero.setup", init_process_group=lambda *_: torch.device("cpu"))
         return ledger, engines.Engines(config, Path("logs"), lambda _: None, SimpleNamespace())  # type: ignore[arg-type]
 

@@ -549,15 +549,17 @@ def test_the_options_that_a_plan_names_are_those_that_the_sampler_looks_at(capsy
 
 def test_in_turns_host_memory_has_the_states_and_the_weights_that_are_set_aside() -> None:
     """0.49 B parameters in bfloat16 on one rank at ZeRO 2: 2 of weights, 4 of gradients, 12 of the optimizer, and 2 of
-    the sampler's weights; 2 more of a reference."""
+    the sampler's weights; 2 more of a reference. Pinned buffers are rounded up by 1.46 GB (test_planned_memory.py)."""
     lengths = Lengths(prompt=9, completion=9, longest=9)
 
     def host(*overrides: str) -> Parts:
         config = config_of("gsm8k_qwen2.5_0.5b", "learner.zero_stage=2", "algorithm.kl_coef=0", *overrides)
         return estimate(config, shape_of(config.model.path), GPUS["h100"], lengths, nodes=1, gpus_per_node=8).host
 
-    assert host("cluster.sleep=true") == {"set aside": 20 * 494_032_768}
-    assert host("cluster.sleep=true", "algorithm.kl_coef=0.001") == {"set aside": 22 * 494_032_768}
+    rounding = 1_457_305_344
+    assert host("cluster.sleep=true") == {"set aside": 20 * 494_032_768, "rounding": rounding}
+    with_reference = host("cluster.sleep=true", "algorithm.kl_coef=0.001")
+    assert with_reference == {"set aside": 22 * 494_032_768, "rounding": rounding}
     assert host("cluster.sleep=false") == {}
 
 
