@@ -83,8 +83,10 @@ def covering(cases: list[list[str]]) -> list[list[str]]:
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_ways_of_holding_the_learner_that_are_allowed(recipe: Path, tmp_path: Path, every: bool) -> None:
-    """Offloaded while it is perturbed, the learner gets its weights back bit for bit; its steps, its checkpoint and
-    what is resumed from that are those of a learner that never left."""
+    """Published from host memory to a new sampler, with a full check, the weights are the same on both sides, and
+    nothing holds their former storage when the sampler takes the memory. Offloaded while it is perturbed, the learner
+    gets its weights back bit for bit; its steps, its checkpoint and what is resumed from that are those of a learner
+    that never left."""
     cases = [options(*choice) for choice in itertools.product(DTYPES, STAGES, OFFLOADS, (False, True))]
     cases = [case for case in cases if not refusal(recipe, case)]
     asleep = [case for case in cases if case[-1] == "cluster.sleep=true"]
@@ -95,6 +97,7 @@ def test_the_ways_of_holding_the_learner_that_are_allowed(recipe: Path, tmp_path
         name = " ".join(result["overrides"])
         in_host_memory = "learner.offload=none" not in result["overrides"]
         assert result["optimizer"] == ("DeepSpeedCPUAdam" if in_host_memory else "AdamW"), name
+        assert result["published"], name
         assert result["perturbed"], name
         assert result["restored"], name
         assert result["resumed"], name
@@ -102,6 +105,7 @@ def test_the_ways_of_holding_the_learner_that_are_allowed(recipe: Path, tmp_path
         if "cluster.sleep=true" in result["overrides"]:
             assert result["elsewhere"], f"{name}: the parameters were not given new storage, so this test shows nothing"
             assert result["kept"], name
+            assert result["released"], f"{name}: something refers to the weights' former storage"
             assert result["like_its_twin"], name
 
 
