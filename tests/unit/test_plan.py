@@ -771,6 +771,18 @@ def test_the_7b_recipe_has_a_layout_that_none_beats_by_a_tenth() -> None:
     assert plan.hours < before.hours
 
 
+AS_IN_ITS_SOURCE = {"tulu_rlvr_8b"}
+"""Recipes that keep separate GPUs although turns would be quicker; docs/recipes.md says so."""
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if config_of(name).on_gpu])
+def test_recipes_take_turns_where_that_is_quicker(name: str) -> None:
+    _, found = hours_of(name)
+    quicker_in_turn = found is not None and "cluster.layout=colocated" in found[0]
+    assert quicker_in_turn == (name in AS_IN_ITS_SOURCE)
+    assert not quicker_in_turn or f"`{name}`, as in its source" in (ROOT / "docs" / "recipes.md").read_text()
+
+
 def test_a_layout_that_fits_is_proposed_for_one_that_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", str(RECIPES["math_drgrpo_7b"]), "--gpu", "a100-40"]
     assert main(command) == 2
