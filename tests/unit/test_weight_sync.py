@@ -95,6 +95,24 @@ def test_a_good_sync_returns_how_far_sampler_and_learner_are_apart() -> None:
     assert apart.q90 == pytest.approx(0.01, rel=1e-4)
 
 
+def test_one_token_of_two_hundred_may_be_far_apart() -> None:
+    """In bfloat16 rounding alone moves a token in a few hundred by half a nat: the largest difference has no limit. All
+    others are 0.05 apart, and the root mean square is sqrt((199 x 0.0025 + 0.25) / 200) = 0.0611: twice the noise, of
+    which five times are allowed."""
+    learner = np.full(200, -1.0, dtype=np.float32)
+    sampler = learner + np.float32(0.05)
+    sampler[17] = -0.5
+    apart = verify(
+        report=dataclasses.replace(REPORT, probe_logprobs=(sampler,)),
+        policy_version=3,
+        sent={"a": 1, "b": 2},
+        learner=Reading(logprobs=(learner,), noise=Spread(rms=0.03, q90=0.04)),
+        sampler="sampler 0",
+    )
+    assert apart.rms == pytest.approx(0.0611, rel=1e-2)
+    assert apart.q90 == pytest.approx(0.05, rel=1e-4)
+
+
 ONE_OFF = (np.asarray([-1.0, -2.0], dtype=np.float32), np.asarray([-3.0, -4.1], dtype=np.float32))
 NOT_A_NUMBER = (np.asarray([-1.0, -2.0], dtype=np.float32), np.asarray([-3.0, np.nan], dtype=np.float32))
 
