@@ -14,7 +14,7 @@ from grpo.cluster import actors
 from grpo.config import ClusterConfig, Config, DataConfig, LearnerConfig, ModelConfig, RunConfig
 from grpo.config.schema import AlgorithmConfig
 from grpo.learner import heads
-from grpo.learner.zero.ranks import Ranks
+from grpo.learner.zero.setup import Ranks
 from grpo.learner.zero.synced import SyncedPolicy
 
 
