@@ -43,8 +43,8 @@ from grpo.metrics.step import (
     throughput,
     timings,
 )
-from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
+from grpo.objective.spread import has_spread
 from grpo.rollout.collect import Collected, SamplerGroup, Scorer, collect, enforce_failure_budget, eval_seed
 from grpo.run.folder import RunFolder, is_disk_full
 from grpo.run.heartbeat import Watch, waiting

@@ -9,6 +9,7 @@ __all__ = [
     "mismatch",
     "policy",
     "rows",
+    "spread",
     "token_advantages",
     "values",
 ]

@@ -1,0 +1,336 @@
+"""Answers about the samples of a run: the groups of a file, one group, and one completion with its tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from grpo.run.samples import PART, SAMPLE_SCHEMA
+from grpo.types import Json, Unchecked, UserError
+from grpo.view import filters
+from grpo.view.files import NotFoundError, RunFiles, SamplesFile, number
+from grpo.view.query import Query, whole
+from grpo.view.rows import TOKENS, VIRTUAL, Groups, batches, doc_of, load, matches, rewards_of, schema_of, statistics_of
+from grpo.view.rows import types_of as columns_of
+from grpo.view.tokens import Decoder, decoder_of
+
+SORTS = ("group", "spread", "mean", "length", "failed", "dataset")
+PREVIEW = 200
+"""Characters of a prompt in a list."""
+MAX_TEXT = 200_000
+"""Characters of a completion in a group; the completion's own answer has its tokens, page by page."""
+TOKEN_COLUMNS = {
+    "sampler_logprob": ("sampler_logprobs", "the sampler's logprobs are in every samples file of this version"),
+    "learner_logprob": ("token_learner_logprobs", "run.token_columns=true stores the learner's logprob of each token"),
+    "entropy": ("token_entropies", "run.token_columns=true stores the entropy at each token"),
+    "advantage": ("token_advantages", "run.token_columns=true stores the advantage of each token"),
+    "mask": ("token_mask", "run.token_columns=true stores which tokens are trained on"),
+    "version": ("token_versions", "run.token_columns=true stores the version that sampled each token"),
+}
+"""Field of a token -> (column of the samples file, why it may be absent)."""
+IDENTITY = ("dataset", "prompt_id", "sample_index", "reward", "failed", "finish_reason", "advantage", "gold", "prompt")
+
+
+def parsed_filter(text: str, schema: pa.Schema) -> filters.Filter | None:
+    """Return the filter, or None for an empty text. Raises UserError if it is wrong."""
+    return filters.parse(text, columns_of(schema)) if text.strip() else None
+
+
+def groups_answer(files: RunFiles, stem: str, query: Query) -> Json:
+    """Return a page of the groups of a samples file, filtered and sorted."""
+    file = files.samples_file(stem)
+    offset, limit = query.page(100)
+    sort = query.choice("sort", SORTS, "group")
+    descending = query.choice("order", ("asc", "desc"), "asc") == "desc"
+    schema = schema_of(files, file)
+    chosen = parsed_filter(query.text("filter"), schema)
+    names = [*IDENTITY, "length", *(chosen.columns if chosen else ())]
+    table, groups = load(files, file, names, schema)
+    found = matches(table, chosen)
+    rewards = rewards_of(table)
+    matching = np.flatnonzero(np.logical_or.reduceat(found, groups.starts)) if len(groups.starts) else groups.starts
+    order = sorted_groups(table, groups, matching, sort, descending)
+    return {
+        "file": file.stem,
+        "step": file.step,
+        "groups": [group_row(table, groups, int(g), found) for g in order[offset : offset + limit]],
+        "total_groups": len(groups.starts),
+        "matching_groups": len(matching),
+        "total_rows": len(table),
+        "matching_rows": int(found.sum()),
+        "columns": column_list(schema),
+        "reward_range": [number(float(f(rewards))) for f in (np.nanmin, np.nanmax)] if np.isfinite(rewards).any()
+        else [None, None],
+        "problem": None if len(table) else f"{file.path.name} has no rows",
+    }  # fmt: skip
+
+
+def column_list(schema: pa.Schema) -> list[Json]:
+    """Return name, type and meaning of the columns that a filter can name."""
+    return [
+        {"name": name, "type": filters.type_word(kind), "doc": doc_of(name), "virtual": name in VIRTUAL}
+        for name, kind in columns_of(schema).items()
+    ]
+
+
+def sorted_groups(table: pa.Table, groups: Groups, chosen: NDArray[np.int64], sort: str, descending: bool) -> list[int]:
+    """Return the numbers of the `chosen` groups in the requested order; groups without a value come last."""
+    low, high, mean = statistics_of(rewards_of(table), groups)
+    keys: dict[str, Callable[[int], float | str]] = {
+        "group": lambda g: g,
+        "spread": lambda g: float(high[g] - low[g]),
+        "mean": lambda g: float(mean[g]),
+        "length": lambda g: length_mean(table, groups, g) or 0.0,
+        "failed": lambda g: float(failures(table, groups, g)),
+        "dataset": lambda g: str(value_of(table, "dataset", int(groups.starts[g])) or ""),
+    }
+    key = keys[sort]
+    valued = [(key(int(g)), int(g)) for g in chosen]
+    missing = [g for value, g in valued if isinstance(value, float) and math.isnan(value)]
+    present = [(value, g) for value, g in valued if not (isinstance(value, float) and math.isnan(value))]
+    present.sort(key=lambda pair: pair[0], reverse=descending)
+    return [g for _, g in present] + missing
+
+
+def value_of(table: pa.Table, name: str, row: int) -> Unchecked:
+    """Return one value of a table; None if it does not have the column."""
+    value: Unchecked = table[name][row].as_py() if name in table.column_names else None
+    return value
+
+
+def text_of(table: pa.Table, name: str, row: int) -> str | None:
+    """Return one text of a table."""
+    value = value_of(table, name, row)
+    return value if isinstance(value, str) else None
+
+
+def failures(table: pa.Table, groups: Groups, g: int) -> int:
+    """Return the number of failed completions of a group."""
+    if "failed" not in table.column_names:
+        return 0
+    column = table["failed"].slice(int(groups.starts[g]), int(groups.sizes[g]))
+    return len(column) - int(column.null_count)
+
+
+def length_mean(table: pa.Table, groups: Groups, g: int) -> float | None:
+    """Return the mean number of tokens of the completions of a group."""
+    if "length" not in table.column_names:
+        return None
+    return float(table["length"].slice(int(groups.starts[g]), int(groups.sizes[g])).to_numpy().mean())
+
+
+def group_row(table: pa.Table, groups: Groups, g: int, found: NDArray[np.bool_]) -> dict[str, Json]:
+    """Return a group as a row of the step's page."""
+    start, size = int(groups.starts[g]), int(groups.sizes[g])
+    part = table.slice(start, size)
+    low, high, mean = statistics_of(rewards_of(part), Groups(np.array([0]), np.array([size])))
+    prompt = text_of(table, "prompt", start) or ""
+    return {
+        "group": g,
+        "prompt_id": text_of(table, "prompt_id", start),
+        "dataset": text_of(table, "dataset", start),
+        "prompt": prompt[:PREVIEW],
+        "gold": (text_of(table, "gold", start) or "")[:PREVIEW] or None,
+        "mean": number(float(mean[0])),
+        "spread": number(float(high[0] - low[0])),
+        "length_mean": length_mean(table, groups, g),
+        "failed": failures(table, groups, g),
+        "cells": [
+            {
+                "index": i,
+                "reward": number(value_of(part, "reward", i)),
+                "failed": text_of(part, "failed", i),
+                "finish_reason": text_of(part, "finish_reason", i),
+                "length": number(value_of(part, "length", i)),
+                "advantage": number(value_of(part, "advantage", i)),
+                "matches": bool(found[start + i]),
+            }
+            for i in range(size)
+        ],
+    }
+
+
+def group_place(files: RunFiles, file: SamplesFile, group: str) -> tuple[Groups, int]:
+    """Return the groups of a file and the number of the requested one. Raises NotFoundError if there is none."""
+    _, groups = load(files, file, ())
+    g = whole("group", group)
+    if g >= len(groups.starts):
+        last = f"its groups are 0 to {len(groups.starts) - 1}" if len(groups.starts) else "it has no groups"
+        raise NotFoundError(f"{file.stem} has no group {g}; {last}")
+    return groups, g
+
+
+def read_group(
+    files: RunFiles, file: SamplesFile, groups: Groups, g: int, names: Sequence[str]
+) -> list[dict[str, Json]]:
+    """Return the rows of a group with these columns. Only the batches that have them are kept in memory.
+
+    Raises UserError when the file is damaged.
+    """
+    start, end = int(groups.starts[g]), int(groups.starts[g] + groups.sizes[g])
+    parts, at = [], 0
+    for batch in batches(files, file, names, size=64):
+        first, last = max(start - at, 0), min(end - at, len(batch))
+        if first < last:
+            parts += batch.slice(first, last - first).to_pylist()
+        at += len(batch)
+        if at >= end:
+            break
+    return parts
+
+
+def group_answer(files: RunFiles, stem: str, group: str) -> Json:
+    """Return the completions of a group side by side."""
+    file = files.samples_file(stem)
+    groups, g = group_place(files, file, group)
+    schema = schema_of(files, file)
+    names = [one.name for one in schema if not pa.types.is_list(one.type)]
+    counted = [TOKENS] if TOKENS in schema.names else []
+    rows = read_group(files, file, groups, g, [*names, *counted])
+    first = rows[0]
+    return {
+        "file": file.stem,
+        "step": file.step,
+        "group": g,
+        "prompt": as_text(first.get("prompt")),
+        "prompt_id": as_text(first.get("prompt_id")),
+        "dataset": as_text(first.get("dataset")),
+        "gold": as_text(first.get("gold")),
+        "row": data_row(first.get("row")),
+        "common_prefix": common_prefix([as_text(row.get("completion")) or "" for row in rows]),
+        "completions": [completion_row(row, i) for i, row in enumerate(rows)],
+        "previous": g - 1 if g else None,
+        "next": g + 1 if g + 1 < len(groups.starts) else None,
+    }
+
+
+def common_prefix(texts: Sequence[str]) -> int:
+    """Return the number of characters (code points) that all texts begin with; 0 for a single text."""
+    if len(texts) < 2:
+        return 0
+    first, last = min(texts), max(texts)
+    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+
+
+def completion_row(row: Mapping[str, Json], index: int) -> dict[str, Json]:
+    """Return a completion with everything that is known about it besides its tokens."""
+    text = as_text(row.get("completion")) or ""
+    parts, logged = {}, dict[str, Json]()
+    for name, value in row.items():
+        if name.startswith(PART):
+            parts[name.removeprefix(PART)] = number(value)
+        elif name not in SAMPLE_SCHEMA.names and not isinstance(value, list):
+            logged[name] = value if isinstance(value, str | bool | int) else number(value)
+    ids = row.get(TOKENS)
+    return {
+        "index": index,
+        "text": text[:MAX_TEXT],
+        "truncated_text": len(text) > MAX_TEXT,
+        "extracted": grader_column(logged, "extracted") or as_text(row.get("extracted")),
+        "why": grader_column(logged, "why"),
+        "reward": number(row.get("reward")),
+        "parts": parts,
+        "logged": logged,
+        "advantage": number(row.get("advantage")),
+        "failed": as_text(row.get("failed")),
+        "failed_detail": as_text(row.get("failed_detail")),
+        "finish_reason": as_text(row.get("finish_reason")),
+        "policy_version": number(row.get("policy_version")),
+        "seed": None if row.get("seed") is None else str(row["seed"]),
+        "length": len(ids) if isinstance(ids, list) else None,
+        "sampler_logprob_sum": number(row.get("sampler_logprob_sum")),
+        "learner_logprob_sum": number(row.get("learner_logprob_sum")),
+    }
+
+
+def grader_column(logged: Mapping[str, Json], name: str) -> str | None:
+    """Return what the first reward that logged `<reward>/<name>` logged there."""
+    values = (value for column, value in logged.items() if column.endswith(f"/{name}"))
+    return next((str(value) for value in values if value is not None), None)
+
+
+def as_text(value: Unchecked) -> str | None:
+    """Return a text as it is, and None for anything else."""
+    return value if isinstance(value, str) else None
+
+
+def data_row(text: Unchecked) -> dict[str, Json]:
+    """Return the row of the data; empty if it is none."""
+    try:
+        found = json.loads(text, parse_constant=lambda _: None) if isinstance(text, str) else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def completion_answer(files: RunFiles, stem: str, group: str, index: str, query: Query) -> Json:
+    """Return one completion with a page of its tokens."""
+    file = files.samples_file(stem)
+    groups, g = group_place(files, file, group)
+    i, size = whole("index", index), int(groups.sizes[g])
+    if i >= size:
+        raise NotFoundError(f"group {g} of {file.stem} has no completion {i}; its completions are 0 to {size - 1}")
+    offset, limit = query.whole("offset", 0), query.whole("limit", 2000, 10_000)
+    schema = schema_of(files, file)
+    one = Groups(np.array([groups.starts[g] + i]), np.array([1]))
+    [row] = read_group(files, file, one, 0, schema.names)
+    ids = integers(row.get(TOKENS))
+    decoder = decoder_of(files)
+    prompt_ids = integers(row.get("prompt_token_ids"))
+    columns = {name: row.get(column) for name, (column, _) in TOKEN_COLUMNS.items()}
+    for name, values in columns.items():
+        if values is not None and (not isinstance(values, list) or len(values) != len(ids)):
+            raise UserError(f"{file.path} is damaged: {TOKEN_COLUMNS[name][0]} has not one value per token")
+    return {
+        **completion_row(row, i),
+        "file": file.stem,
+        "step": file.step,
+        "group": g,
+        "group_size": size,
+        "prompt": as_text(row.get("prompt")),
+        "prompt_id": as_text(row.get("prompt_id")),
+        "dataset": as_text(row.get("dataset")),
+        "gold": as_text(row.get("gold")),
+        "prompt_tokens": [decoder.token(token) for token in prompt_ids[:limit]],
+        "total_prompt_tokens": len(prompt_ids),
+        "tokens": token_list(decoder, ids, columns, offset, limit),
+        "total_tokens": len(ids),
+        "absent": absent_columns(columns, decoder),
+        "tokenizer": decoder.folder,
+    }
+
+
+def integers(value: Unchecked) -> list[int]:
+    """Return a list of token ids; empty if there is none."""
+    return [one for one in value if isinstance(one, int)] if isinstance(value, list) else []
+
+
+def token_list(
+    decoder: Decoder, ids: Sequence[int], columns: Mapping[str, Json], offset: int, limit: int
+) -> list[Json]:
+    """Return a page of tokens with their values."""
+    chosen = range(offset, min(offset + limit, len(ids)))
+    out: list[Json] = []
+    for at in chosen:
+        token: dict[str, Json] = {"index": at, **decoder.token(ids[at])}
+        for name, values in columns.items():
+            value = values[at] if isinstance(values, list) else None
+            token[name] = value if isinstance(value, bool) else number(value)
+        sampler, learner = number(token["sampler_logprob"]), number(token["learner_logprob"])
+        token["difference"] = None if sampler is None or learner is None else learner - sampler
+        out.append(token)
+    return out
+
+
+def absent_columns(columns: Mapping[str, Json], decoder: Decoder) -> list[Json]:
+    """Return what is not known about the tokens, and which option gives it."""
+    absent: list[Json] = [
+        {"column": TOKEN_COLUMNS[name][0], "why": TOKEN_COLUMNS[name][1]}
+        for name, values in columns.items() if values is None
+    ]  # fmt: skip
+    return [*absent, *([{"column": "text", "why": decoder.problem}] if decoder.problem else [])]
