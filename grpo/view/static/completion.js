@@ -1,10 +1,11 @@
 // One completion: its tokens, coloured by a quantity.
 import { get } from "./api.js";
 import { empty, facts, h, link, section, select } from "./dom.js";
-import { number, textBlock, visible } from "./format.js";
+import { brief, number, textBlock, visible } from "./format.js";
+import { pager } from "./pager.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
-import { oneLine, walk } from "./step.js";
-import { stepName, verdict } from "./group.js";
+import { oneLine, stepName, walk } from "./step.js";
+import { verdict } from "./group.js";
 
 const PAGE_TOKENS = 2000;
 // sided: two colours tell the sign, and tokens below 0 are underlined; otherwise one colour grows.
@@ -52,7 +53,7 @@ export async function completionPage({ parts: [, run, , file, , group, index], q
         { class: "verdict" },
         facts([
           ["Reward", h("b", null, number(answer.reward))],
-          ["Gold", whole?.gold === null || whole === null ? null : h("b", { dir: "auto" }, visible(whole.gold))],
+          ["Gold", whole?.gold === null || whole === null ? null : h("b", { dir: "auto" }, brief(whole.gold))],
           ["Prompt", whole && link(promptHash(run, whole.prompt_id), null, oneLine(whole.prompt_id))],
           ["Policy version", answer.policy_version],
           ["Seed", answer.seed === null ? null : String(answer.seed)],
@@ -80,7 +81,7 @@ function tokens(answer, query) {
   const color = present.includes(query.color) ? query.color : (present[0] ?? "");
   const offset = Number(query.offset ?? 0);
   const colour = scale(
-    answer.tokens.map((token) => token[color] ?? null),
+    answer.tokens.map((token) => plain(token[color])),
     color,
   );
   const inspector = h(
@@ -109,9 +110,15 @@ function tokens(answer, query) {
       ),
     tokenList(answer, offset, query.color === "none" ? () => null : colour.of, inspector),
     inspector,
-    pager(answer, offset),
+    h("p", { class: "muted" }, `${number(answer.total_tokens)} tokens`),
+    pager("tokens", query, PAGE_TOKENS, answer.tokens.length, answer.total_tokens),
     absent(answer),
   ];
+}
+
+// The mask is a truth value.
+function plain(value) {
+  return typeof value === "boolean" ? Number(value) : (value ?? null);
 }
 
 // Return the colours of a quantity and their legend: the least, the middle and the greatest of the page.
@@ -136,7 +143,7 @@ function scale(values, name) {
       ? [-reach, 0, reach]
       : [...new Set(falling ? [high, (low + high) / 2, low] : [low, (low + high) / 2, high])];
   return {
-    of: (token) => [style(token[name]), kind(token[name])],
+    of: (token) => [style(plain(token[name])), kind(plain(token[name]))],
     legend: h(
       "ul",
       { class: "legend", "aria-label": `Legend: ${QUANTITIES[name]?.label}` },
@@ -159,7 +166,7 @@ function tokenList(answer, offset, colour, inspector) {
         id: `token-${offset + i}`,
         "data-i": i,
         "aria-selected": "false",
-        class: `token ${style ? kind : ""} ${token.special ? "special" : ""} ${token.mask === 0 ? "masked" : ""}`,
+        class: `token ${style ? kind : ""} ${token.special ? "special" : ""} ${token.mask === false || token.mask === 0 ? "masked" : ""}`,
         style,
       },
       tokenText(token),
@@ -211,7 +218,7 @@ function tokenList(answer, offset, colour, inspector) {
 }
 
 function tokenText(token) {
-  if (token.text === null || token.text === undefined) return String(token.id);
+  if (token.text === null || token.text === undefined) return h("span", { class: "id" }, String(token.id));
   return token.text === "" ? h("span", { class: "mark" }, "∅") : visible(token.text, true);
 }
 
@@ -223,32 +230,10 @@ function details(token, position) {
     ["Special", token.special ? "yes" : null],
     ...Object.entries(QUANTITIES).map(([name, quantity]) => [
       quantity.label,
-      token[name] === null || token[name] === undefined ? null : number(token[name]),
+      token[name] === null || token[name] === undefined ? null : number(plain(token[name])),
       quantity.doc,
     ]),
   ]);
-}
-
-function pager(answer, offset) {
-  const end = offset + answer.tokens.length;
-  if (offset === 0 && end >= answer.total_tokens)
-    return h("p", { class: "muted" }, `${number(answer.total_tokens)} tokens`);
-  const go = (to) => setQuery({ offset: to || null });
-  return h(
-    "nav",
-    { class: "pager", "aria-label": "Pages of tokens" },
-    h(
-      "button",
-      { type: "button", disabled: offset === 0, on: { click: () => go(Math.max(0, offset - PAGE_TOKENS)) } },
-      "← previous tokens",
-    ),
-    h("span", null, `tokens ${number(offset)} to ${number(end - 1)} of ${number(answer.total_tokens)}`),
-    h(
-      "button",
-      { type: "button", disabled: end >= answer.total_tokens, on: { click: () => go(end) } },
-      "next tokens →",
-    ),
-  );
 }
 
 function absent(answer) {
