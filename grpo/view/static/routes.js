@@ -1,0 +1,46 @@
+// Addresses of the pages. The part after # holds the whole state of a page, so that it can be linked.
+import { address, has } from "./api.js";
+
+// Return {parts, query} of a hash such as #/run/0/step/step-000010?sort=spread.
+export function parseHash(hash) {
+  const [path, query] = hash.replace(/^#\/?/, "").split(/\?(.*)/s);
+  return {
+    parts: path.split("/").filter(Boolean).map(decodeURIComponent),
+    query: Object.fromEntries(new URLSearchParams(query ?? "")),
+  };
+}
+
+export function runHash(run) {
+  return `#/run/${run}`;
+}
+
+export function samplesPath(run, file) {
+  return `/api/runs/${run}/samples/${encodeURIComponent(file)}`;
+}
+
+// The four below return null where a self-contained page does not hold the page.
+export function fileHash(run, file, query) {
+  return has(samplesPath(run, file)) ? address(`#/run/${run}/step/${encodeURIComponent(file)}`, query) : null;
+}
+
+export function groupHash(run, file, group, query) {
+  if (!has(`${samplesPath(run, file)}/groups/${group}`)) return null;
+  return address(`#/run/${run}/step/${encodeURIComponent(file)}/group/${group}`, query);
+}
+
+export function completionHash(run, file, group, index, query) {
+  if (!has(`${samplesPath(run, file)}/groups/${group}/${index}`)) return null;
+  return address(`#/run/${run}/step/${encodeURIComponent(file)}/group/${group}/${index}`, query);
+}
+
+export function promptHash(run, id) {
+  return has(`/api/runs/${run}/prompts/one`, { id }) ? `#/run/${run}/prompt/${encodeURIComponent(id)}` : null;
+}
+
+// Replace parameters of the current address; null removes one. Going back leaves the page in one step.
+export function setQuery(changes) {
+  const { parts, query } = parseHash(location.hash);
+  const next = address(`#/${parts.map(encodeURIComponent).join("/")}`, { ...query, ...changes });
+  history.replaceState(null, "", next);
+  dispatchEvent(new HashChangeEvent("hashchange"));
+}
