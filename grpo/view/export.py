@@ -9,24 +9,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from grpo.types import Json, UserError
 from grpo.view import api, samples
+from grpo.view.bundle import STATIC, bundle
 from grpo.view.files import NotFoundError
 from grpo.view.query import Query
 from grpo.view.runs import Run
-from grpo.view.server import STATIC
 
 MAX_BYTES = 8 << 20
 """Bytes of the data of the page. Longer texts of completions are truncated to fit, and marked."""
 SHORTEST = 500
 """Characters that are kept of every completion, however many there are."""
-IMPORT = re.compile(r'^import\s*(?:\{([^}]*)\}\s*from\s*)?"\./([\w./-]+)";?[ \t]*$', re.M)
-EXPORTED = re.compile(r"^export\s+(?=(?:async\s+)?function\*?\s+(\w+)|(?:const|class)\s+(\w+))", re.M)
-EXPORT_LIST = re.compile(r"^export\s*\{([^}]*)\};?[ \t]*$", re.M)
 
 
 def html_page(opened: api.Runs, step: str | None = None) -> str:
@@ -47,6 +42,8 @@ def html_page(opened: api.Runs, step: str | None = None) -> str:
         data[f"{root}/series"] = json_of(api.answer(opened, f"{root}/series", {}))
         for stem in chosen[run.number]:
             add_file(data, run, stem)
+        if step is not None and chosen[run.number] and "start" not in data:
+            data["start"] = f"#/run/{run.number}/step/{chosen[run.number][0]}"
     shorten(data)
     return assemble(data)
 
@@ -104,22 +101,18 @@ def completions_of(answer: Mapping[str, Json]) -> list[dict[str, Json]]:
 
 def assemble(data: Mapping[str, Json]) -> str:
     """Return the HTML of the page with its data."""
-    page = static("index.html")
-    style = "".join(static(name) for name in re.findall(r'<link[^>]*href="/static/([\w./-]+\.css)"', page))
-    entry = re.search(r'<script[^>]*src="/static/([\w./-]+\.js)"[^>]*></script>', page)
-    if entry is None:
-        raise RuntimeError(f"{STATIC / 'index.html'} has no script")
-    script = bundle(entry[1]).replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    page, script = static("index.html"), bundle()
+    style = static("style.css")
     policy = (
         f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
     text = api.to_json(dict(data)).decode().replace("<", "\\u003c")
-    page = re.sub(r'<link[^>]*href="/static/[^>]*>\s*', "", page.replace(entry[0], ""))
-    head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{style}</style>'
-    tail = f'<script type="application/json" id="data">{text}</script>\n<script type="module">{script}</script>'
-    page = put(page, "<head>", f"<head>\n{head}")
-    return put(page, "</body>", f"{tail}\n</body>")
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    page = put(page, "<head>", f"<head>\n{meta}")
+    page = put(page, '<link rel="stylesheet" href="/static/style.css">', f"<style>{style}</style>")
+    inline = f'<script type="application/json" id="data">{text}</script>\n<script type="module">{script}</script>'
+    return put(page, '<script type="module" src="/static/app.js"></script>', inline)
 
 
 def put(page: str, mark: str, text: str) -> str:
@@ -141,53 +134,3 @@ def static(name: str) -> str:
         return (STATIC / name).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"the installation has no {error.filename}; install grpo again") from error
-
-
-def bundle(entry: str) -> str:
-    """Return one script with the module `entry` and those that it imports, each in a function of its own.
-
-    Modules import and export by name, each in a statement of its own lines, and not in circles.
-    """
-    done: dict[str, str] = {}
-    add_module(entry, done, ())
-    return "\n".join(done.values())
-
-
-def add_module(name: str, done: dict[str, str], above: tuple[str, ...]) -> None:
-    """Add a module after those that it imports. Raises RuntimeError for an import or export in another form."""
-    if name in above:
-        raise RuntimeError(f"static modules import each other in a circle: {' -> '.join([*above, name])}")
-    if name in done:
-        return
-    text = static(name)
-    folder = Path(name).parent
-    for target in IMPORT.findall(text):
-        add_module(str(folder / target[1]), done, (*above, name))
-    exported = [first or second for first, second in EXPORTED.findall(text)]
-    pairs = [(one, one) for one in exported]
-    for names in EXPORT_LIST.findall(text):
-        pairs += [renamed(one) for one in names.split(",") if one.strip()]
-    text = EXPORT_LIST.sub("", EXPORTED.sub("", text))
-    text = IMPORT.sub(lambda found: imported(str(folder / found[2]), found[1]), text)
-    if odd := re.search(r"^(?:import|export)\b.*", text, re.M):
-        raise RuntimeError(f"static/{name}: cannot be bundled: {odd[0][:80]}")
-    returned = ", ".join(one if one == other else f"{other}: {one}" for one, other in pairs)
-    done[name] = f"const {variable(name)} = (() => {{\n{text}\nreturn {{ {returned} }};\n}})();"
-
-
-def imported(name: str, names: str | None) -> str:
-    """Return the statement that replaces an import. `names`: None for a module that is only run."""
-    pairs = [renamed(one) for one in (names or "").split(",") if one.strip()]
-    inside = ", ".join(one if one == other else f"{one}: {other}" for one, other in pairs)
-    return f"const {{ {inside} }} = {variable(name)};" if pairs else ""
-
-
-def renamed(text: str) -> tuple[str, str]:
-    """Return (name, new name) of `a` or `a as b`."""
-    words = text.split()
-    return words[0], words[-1]
-
-
-def variable(name: str) -> str:
-    """Return the variable with the exports of a module."""
-    return "module_" + re.sub(r"\W", "_", name.removesuffix(".js"))
