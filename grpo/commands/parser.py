@@ -151,6 +151,14 @@ def add_view_command(commands: Commands) -> None:
         "print the answer of an endpoint as JSON, and start no server (default: /api/runs/0; /api/describe lists them)"
     )
     other.add_argument("--json", nargs="?", const="/api/runs/0", metavar="PATH", help=words)
+    words = "write one HTML page that can be sent, and start no server"
+    other.add_argument("--html", type=Path, metavar="FILE", help=words)
+    words = (
+        "print to the terminal: the run, or a step, group or completion (step-000010, step-000010/3, step-000010/3/0)"
+    )
+    other.add_argument("--text", nargs="?", const="", metavar="PLACE", help=words)
+    words = "for --html: number of the step, or name of the samples file (default: the last step and evaluation)"
+    command.add_argument("--step", metavar="STEP", help=words)
 
 
 def add_job_commands(commands: Commands) -> None:

@@ -45,6 +45,15 @@ COMPARE = {"<": "<", "<=": "<=", ">": ">", ">=": ">=", "==": "==", "=": "==", "!
 Value = bool | int | float | str
 
 
+class FilterError(UserError):
+    """A mistake in a filter."""
+
+    def __init__(self, sentence: str, position: int | None = None) -> None:
+        """`position`: of the character at fault, from 0."""
+        super().__init__(f"filter: {sentence}")
+        self.position = position
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     """One token of a filter."""
@@ -68,10 +77,10 @@ class Filter:
 def parse(text: str, types: Mapping[str, pa.DataType]) -> Filter:
     """Return the filter that `text` describes. `types`: the type of each column.
 
-    Raises UserError naming the position, and the nearest column for an unknown one.
+    Raises FilterError naming the position, and the nearest column for an unknown one.
     """
     if len(text) > MAX_LENGTH:
-        raise UserError(f"filter: it has {len(text)} characters; at most {MAX_LENGTH} are allowed")
+        raise FilterError(f"it has {len(text)} characters; at most {MAX_LENGTH} are allowed")
     parser = _Parser(tokens_of(text), types)
     expression = parser.disjunction(0)
     parser.expect_end()
@@ -79,7 +88,7 @@ def parse(text: str, types: Mapping[str, pa.DataType]) -> Filter:
 
 
 def tokens_of(text: str) -> list[Token]:
-    """Return the tokens of a filter, with an `end` after the last. Raises UserError for an unknown character."""
+    """Return the tokens of a filter, with an `end` after the last. Raises FilterError for an unknown character."""
     tokens, position, text = [], 0, text.rstrip()
     while position < len(text):
         found = TOKEN.match(text, position)
@@ -87,8 +96,8 @@ def tokens_of(text: str) -> list[Token]:
             rest = text[position:].lstrip()
             at = len(text) - len(rest) + 1
             if rest[0] in "\"'`":
-                raise UserError(f"filter: the quotation mark {rest[0]} at character {at} is not closed")
-            raise UserError(f"filter: {rest[:20]!r} at character {at} is no column, value or operator")
+                raise FilterError(f"the quotation mark {rest[0]} at character {at} is not closed", at - 1)
+            raise FilterError(f"{rest[:20]!r} at character {at} is no column, value or operator", at - 1)
         kind = str(found.lastgroup)
         word, at = found[kind], found.start(kind) + 1
         if kind == "quoted":
@@ -119,7 +128,7 @@ class _Parser:
         return result
 
     def expect_end(self) -> None:
-        """Raise UserError if tokens are left."""
+        """Raise FilterError if tokens are left."""
         token = self._tokens[self._at]
         if token.kind != "end":
             raise self._wrong(token, 'expected "and", "or" or the end')
@@ -132,7 +141,7 @@ class _Parser:
 
     def _negation(self, depth: int) -> pc.Expression:
         if depth > MAX_DEPTH:
-            raise UserError(f"filter: parentheses and `not` may be nested {MAX_DEPTH} deep")
+            raise FilterError(f"parentheses and `not` may be nested {MAX_DEPTH} deep")
         if self._skip("word", "not"):
             return ~self._negation(depth + 1)
         if self._skip("sign", "("):
@@ -148,7 +157,9 @@ class _Parser:
             raise self._wrong(token, "expected a column")
         name = token.text
         if name not in self._types:
-            raise UserError(f"filter: there is no column {name!r}{suggest(name, [*self._types]) or self._known()}")
+            raise FilterError(
+                f"there is no column {name!r}{suggest(name, [*self._types]) or self._known()}", token.at - 1
+            )
         kind = self._types[name]
         self.columns.append(name)
         if self._skip("word", "is"):
@@ -158,7 +169,7 @@ class _Parser:
             missing = pc.field(name).is_null()
             return missing if wanted else ~missing
         if pa.types.is_list(kind):
-            raise UserError(f"filter: {name} is a list; it can only be tested with `is null`")
+            raise FilterError(f"{name} is a list; it can only be tested with `is null`", token.at - 1)
         wanted = not self._skip("word", "not")
         operator = self._next()
         if operator.text == "contains" and operator.kind == "word":
@@ -174,7 +185,7 @@ class _Parser:
     def _contains(self, name: str, kind: pa.DataType) -> pc.Expression:
         token = self._next()
         if not pa.types.is_string(kind):
-            raise UserError(f"filter: contains is for texts, and {name} is a {type_word(kind)}")
+            raise FilterError(f"contains is for texts, and {name} is a {type_word(kind)}", token.at - 1)
         if token.kind != "text":
             raise self._wrong(token, "expected a text in quotation marks")
         return present(pc.match_substring(pc.field(name), token.text))
@@ -190,7 +201,7 @@ class _Parser:
         return result
 
     def _value(self, name: str, kind: pa.DataType) -> Value:
-        """Parse a value for comparison with a column. Raises UserError if it has another type."""
+        """Parse a value for comparison with a column. Raises FilterError if it has another type."""
         token = self._next()
         value: Value
         if token.kind == "text":
@@ -201,13 +212,13 @@ class _Parser:
         elif token.kind == "word" and token.text in ("true", "false"):
             value = token.text == "true"
         elif token.text == "null" and token.kind == "word":
-            raise UserError(f"filter: write `{name} is null` for a missing value")
+            raise FilterError(f"write `{name} is null` for a missing value", token.at - 1)
         else:
             near = " (a text is put in quotation marks)" if token.kind == "column" else ""
             raise self._wrong(token, f"expected a value{near}")
         given = "text" if isinstance(value, str) else "truth value" if isinstance(value, bool) else "number"
         if given != type_word(kind):
-            raise UserError(f"filter: {name} is a {type_word(kind)}, and {token.text!r} is a {given}")
+            raise FilterError(f"{name} is a {type_word(kind)}, and {token.text!r} is a {given}", token.at - 1)
         return value
 
     def _next(self) -> Token:
@@ -226,10 +237,10 @@ class _Parser:
         return f"; columns: {', '.join(sorted(self._types))}"[:400]
 
     @staticmethod
-    def _wrong(token: Token, expected: str) -> UserError:
+    def _wrong(token: Token, expected: str) -> FilterError:
         if token.kind == "end":
-            return UserError(f"filter: {expected}, and the filter ends")
-        return UserError(f"filter: {expected} at character {token.at}, not {token.text[:40]!r}")
+            return FilterError(f"{expected}, and the filter ends", token.at - 1)
+        return FilterError(f"{expected} at character {token.at}, not {token.text[:40]!r}", token.at - 1)
 
 
 def type_word(kind: pa.DataType) -> str:

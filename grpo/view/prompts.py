@@ -17,7 +17,7 @@ from grpo.view.rows import Groups
 from grpo.view.runs import Run
 from grpo.view.samples import PREVIEW, as_text, read_group
 
-SORTS = ("prompt_id", "groups", "first_mean", "last_mean", "change", "dataset")
+SORTS = ("prompt_id", "groups", "first", "last", "change", "dataset")
 MAX_OCCURRENCES = 200
 """Maximum number of groups of one prompt whose answers are read: the last ones."""
 MAX_ANSWERS = 10
@@ -85,8 +85,8 @@ def prompts_answer(run: Run, query: Query) -> Json:
         one = found[prompt_id]
         numbers = {
             "groups": one.groups,
-            "first_mean": one.first_mean,
-            "last_mean": one.last_mean,
+            "first": one.first_mean,
+            "last": one.last_mean,
             "change": one.change(),
         }
         value = numbers.get(sort, 0.0)

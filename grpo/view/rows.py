@@ -15,6 +15,7 @@ from grpo.run.samples import PART, SAMPLE_SCHEMA
 from grpo.types import UserError
 from grpo.view.files import RunFiles, SamplesFile
 from grpo.view.filters import Filter
+from grpo.view.visible import visible
 
 BATCH = 512
 """Rows that are decoded at a time, so that long lists of tokens are not all in memory."""
@@ -106,7 +107,7 @@ def same_kind(found: pa.DataType, name: str) -> bool:
 
 def unreadable(file: SamplesFile, error: Exception) -> UserError:
     """Return the error about a file that is damaged."""
-    return UserError(f"{file.path} cannot be read: {' '.join(str(error).split())[:200]}")
+    return UserError(f"{file.path} cannot be read: {visible(' '.join(str(error).split())[:200])}")
 
 
 def types_of(schema: pa.Schema) -> dict[str, pa.DataType]:

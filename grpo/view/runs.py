@@ -139,6 +139,8 @@ def run_answer(run: Run) -> Json:
         sessions = run.files.read_json("sessions.json")
     except UserError:
         sessions = None
+    files = run.files.samples()
+    stems = {file.step: file.stem for file in files if file.kind == "step"}
     return {
         **run.entry(),
         "summary": summary,
@@ -146,10 +148,9 @@ def run_answer(run: Run) -> Json:
         "metrics": [
             dict(zip(("name", "section", "doc"), (name, *meaning_of(name)), strict=True)) for name in metrics.columns
         ],
-        "alarms": [alarm.as_json() for alarm in run.alarms()],
+        "alarms": [alarm.as_json() | {"file": stems.get(alarm.first_step)} for alarm in run.alarms()],
         "files": [
-            {"file": file.stem, "kind": file.kind, "step": file.step, "rows": run.files.rows(file)}
-            for file in run.files.samples()
+            {"file": file.stem, "kind": file.kind, "step": file.step, "rows": run.files.rows(file)} for file in files
         ],
         "trace_steps": trace_steps(run.files),
         "sessions": sessions if isinstance(sessions, list) else [],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -188,10 +188,30 @@ def group_answer(files: RunFiles, stem: str, group: str) -> Json:
     """Return the completions of a group side by side."""
     file = files.samples_file(stem)
     groups, g = group_place(files, file, group)
+    rows = read_group(files, file, groups, g, columns_without_lists(files, file))
+    return group_of_rows(file, rows, g, len(groups.starts))
+
+
+def every_group(files: RunFiles, file: SamplesFile) -> Iterator[tuple[int, dict[str, Json]]]:
+    """Yield the number and the answer of every group of a file, which is read once."""
+    _, groups = load(files, file, ())
+    g, rows = 0, list[dict[str, Json]]()
+    for batch in batches(files, file, columns_without_lists(files, file), size=64):
+        for row in batch.to_pylist():
+            rows.append(row)
+            if len(rows) == groups.sizes[g]:
+                yield g, group_of_rows(file, rows, g, len(groups.starts))
+                g, rows = g + 1, []
+
+
+def columns_without_lists(files: RunFiles, file: SamplesFile) -> list[str]:
+    """Return the columns of a file that are not lists, and the sampled tokens, which give the length."""
     schema = schema_of(files, file)
-    names = [one.name for one in schema if not pa.types.is_list(one.type)]
-    counted = [TOKENS] if TOKENS in schema.names else []
-    rows = read_group(files, file, groups, g, [*names, *counted])
+    return [one.name for one in schema if one.name == TOKENS or not pa.types.is_list(one.type)]
+
+
+def group_of_rows(file: SamplesFile, rows: Sequence[Mapping[str, Json]], g: int, count: int) -> dict[str, Json]:
+    """Return the answer about group `g` of `count`, from its rows."""
     first = rows[0]
     return {
         "file": file.stem,
@@ -205,7 +225,7 @@ def group_answer(files: RunFiles, stem: str, group: str) -> Json:
         "common_prefix": common_prefix([as_text(row.get("completion")) or "" for row in rows]),
         "completions": [completion_row(row, i) for i, row in enumerate(rows)],
         "previous": g - 1 if g else None,
-        "next": g + 1 if g + 1 < len(groups.starts) else None,
+        "next": g + 1 if g + 1 < count else None,
     }
 
 

@@ -13,7 +13,6 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from http.cookies import CookieError, SimpleCookie
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -26,14 +25,15 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from grpo.types import UserError
+from grpo.types import Json, UserError
 from grpo.view import api
+from grpo.view.bundle import STATIC
 from grpo.view.files import NotFoundError
+from grpo.view.filters import FilterError
 
 PORT = 8270
 """Default port; the next free one is used if it is taken."""
 TRIES = 50
-STATIC = Path(__file__).resolve().parent / "static"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -121,6 +121,8 @@ def respond(opened: api.Runs, request: Request) -> Response:
         found = api.answer(opened, request.url.path, parameters)
     except NotFoundError as error:
         return problem(404, str(error))
+    except FilterError as error:
+        return problem(400, str(error), error.position)
     except UserError as error:
         return problem(400, str(error))
     except FileNotFoundError as error:  # removed while it was read, as by a resume
@@ -131,9 +133,10 @@ def respond(opened: api.Runs, request: Request) -> Response:
     return Response(api.to_json(found), media_type="application/json")
 
 
-def problem(status: int, sentence: str) -> Response:
-    """Return a response with one sentence."""
-    return Response(api.to_json({"error": sentence}), status_code=status, media_type="application/json")
+def problem(status: int, sentence: str, position: int | None = None) -> Response:
+    """Return a response with one sentence. `position`: of a mistake in a filter, from 0."""
+    content: dict[str, Json] = {"error": sentence} | ({} if position is None else {"position": position})
+    return Response(api.to_json(content), status_code=status, media_type="application/json")
 
 
 async def not_found(request: Request, error: Exception) -> Response:
