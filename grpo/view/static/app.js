@@ -1,5 +1,5 @@
 // Routes, navigation, refreshing while a run trains, theme.
-import { address, get, offline, start } from "./api.js";
+import { address, forgetRuns, get, offline, start } from "./api.js";
 import { comparePage } from "./compare.js";
 import { completionPage } from "./completion.js";
 import { empty, h, link } from "./dom.js";
@@ -158,11 +158,11 @@ async function poll() {
     const running = runs.some((run) => run.state === "running");
     state(running ? "running" : "still", running ? "live" : "not running");
     const now = Object.fromEntries(runs.map((run) => [run.run, run.changed]));
-    const moved =
-      seen !== null &&
-      Object.keys(now).some((run) => now[run] !== seen[run] && (current.run === undefined || current.run === run));
+    const moved = Object.keys(now).filter((run) => seen !== null && now[run] !== seen[run]);
     seen = now;
-    if (moved && current.live) await show("refresh");
+    if (moved.length === 0) return;
+    forgetRuns();
+    if (current.live && (current.run === undefined || moved.includes(current.run))) await show("refresh");
   } catch (error) {
     state("lost", error.status === 401 ? "token refused" : "no answer");
   }

@@ -1,5 +1,5 @@
 // Two files of completions, prompt by prompt: runs against each other, or steps of one run.
-import { get } from "./api.js";
+import { get, runInfo } from "./api.js";
 import { empty, h, link, section, select, table, tableRow } from "./dom.js";
 import { number, plural } from "./format.js";
 import { pager } from "./pager.js";
@@ -21,7 +21,7 @@ export async function comparePage({ query }) {
   const { runs } = await get("/api/runs");
   const a = query.a ?? String(runs[0]?.run ?? 0);
   const b = query.b ?? String((runs[1] ?? runs[0])?.run ?? 0);
-  const [infoA, infoB] = await Promise.all([get(`/api/runs/${a}`), get(`/api/runs/${b}`)]);
+  const [infoA, infoB] = await Promise.all([runInfo(a), runInfo(b)]);
   const fileA = query.file_a ?? standard(infoA, a === b);
   const fileB = query.file_b ?? standard(infoB, false);
   const chosen = fileA && fileB;

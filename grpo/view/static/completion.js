@@ -1,5 +1,5 @@
 // One completion: its tokens, coloured by a quantity.
-import { get } from "./api.js";
+import { get, runInfo } from "./api.js";
 import { empty, facts, h, link, section, select } from "./dom.js";
 import { brief, number, textBlock, visible } from "./format.js";
 import { pager } from "./pager.js";
@@ -25,15 +25,11 @@ const QUANTITIES = {
 
 export async function completionPage({ parts: [, run, , file, , group, index], query }) {
   const path = `${samplesPath(run, file)}/groups/${group}`;
-  const [info, whole, answer] = await Promise.all([
-    get(`/api/runs/${run}`),
-    get(path).catch(() => null),
-    get(`${path}/${index}`, { offset: query.offset }),
-  ]);
-  const near = (by) =>
-    whole?.completions.some((one) => one.index === Number(index) + by)
-      ? completionHash(run, file, group, Number(index) + by, { color: query.color })
-      : null;
+  const [info, answer] = await Promise.all([runInfo(run), get(`${path}/${index}`, { offset: query.offset })]);
+  const near = (by) => {
+    const to = Number(index) + by;
+    return to >= 0 && to < answer.group_size ? completionHash(run, file, group, to, { color: query.color }) : null;
+  };
   return {
     title: `Completion ${index} · group ${group} · ${stepName(file)} · ${info.name}`,
     run,
@@ -53,12 +49,12 @@ export async function completionPage({ parts: [, run, , file, , group, index], q
         { class: "verdict" },
         facts([
           ["Reward", h("b", null, number(answer.reward))],
-          ["Gold", whole?.gold === null || whole === null ? null : h("b", { dir: "auto" }, brief(whole.gold))],
-          ["Prompt", whole && link(promptHash(run, whole.prompt_id), null, oneLine(whole.prompt_id))],
+          ["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, brief(answer.gold))],
+          ["Prompt", link(promptHash(run, answer.prompt_id), null, oneLine(answer.prompt_id))],
           ["Policy version", answer.policy_version],
           ["Seed", answer.seed === null ? null : String(answer.seed)],
         ]),
-        verdict(answer, whole?.gold ?? null),
+        verdict(answer, answer.gold),
       ),
       section("tokens", "Tokens", ...tokens(answer, query)),
       section("prompt", "Prompt", promptTokens(answer)),

@@ -69,7 +69,9 @@ export function tableRow(columns, cells, props) {
 
 // Return a link; plain text if href is null. item: j and k stop at it.
 export function link(href, props, ...children) {
-  return href === null ? h("span", { class: props?.class }, children) : h("a", { ...props, href }, children);
+  return href === null
+    ? h("span", { class: props?.class, dir: props?.dir, title: props?.title }, children)
+    : h("a", { ...props, href }, children);
 }
 
 // Return a labelled select. options: [[value, label]].

@@ -1,12 +1,12 @@
 // One group: its completions side by side from where they first differ.
-import { get } from "./api.js";
+import { get, runInfo } from "./api.js";
 import { facts, h, link, section, select } from "./dom.js";
 import { brief, number, plural, short, shown, splitAt, textBlock, visible } from "./format.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
 import { oneLine, place, stepName, walk } from "./step.js";
 
 export async function groupPage({ parts: [, run, , file, , group], query }) {
-  const [info, answer] = await Promise.all([get(`/api/runs/${run}`), get(`${samplesPath(run, file)}/groups/${group}`)]);
+  const [info, answer] = await Promise.all([runInfo(run), get(`${samplesPath(run, file)}/groups/${group}`)]);
   const near = (to) => (to === null ? null : groupHash(run, file, to, query));
   const step = stepName(file);
   return {

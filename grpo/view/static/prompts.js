@@ -1,5 +1,5 @@
 // Prompts of a run, and one prompt over its steps.
-import { get } from "./api.js";
+import { get, runInfo } from "./api.js";
 import { cursor, curve } from "./chart.js";
 import { empty, facts, field, h, link, section, select, table, tableRow } from "./dom.js";
 import { brief, number, plural, textBlock, visible } from "./format.js";
@@ -19,14 +19,14 @@ const LIST = [
 const SORT = [
   ["", "id"],
   ["change", "change"],
-  ["first_mean", "first mean"],
-  ["last_mean", "last mean"],
+  ["first", "first mean"],
+  ["last", "last mean"],
   ["groups", "groups"],
   ["dataset", "data set"],
 ];
 
 export async function promptsPage({ parts: [, run], query }) {
-  const [info, answer] = await Promise.all([get(`/api/runs/${run}`), get(`/api/runs/${run}/prompts`, query)]);
+  const [info, answer] = await Promise.all([runInfo(run), get(`/api/runs/${run}/prompts`, query)]);
   const search = field("prompt-search", "Prompt or id contains", query.search ?? "", { type: "search", wide: true });
   const rows = answer.prompts.map((one) =>
     tableRow(LIST, [
@@ -107,7 +107,7 @@ const SEEN = [
 ];
 
 export async function promptPage({ parts: [, run, , id] }) {
-  const [info, answer] = await Promise.all([get(`/api/runs/${run}`), get(`/api/runs/${run}/prompts/one`, { id })]);
+  const [info, answer] = await Promise.all([runInfo(run), get(`/api/runs/${run}/prompts/one`, { id })]);
   const trained = answer.occurrences.filter((one) => one.file.startsWith("step"));
   const shared = cursor(
     trained.map((one) => one.step),

@@ -1,5 +1,5 @@
 // One run: what is wrong, what it reached, its curves, where the tokens and the time went, its options.
-import { address, get, has, offline } from "./api.js";
+import { address, get, has, offline, runInfo } from "./api.js";
 import { cursor, curve, slider, stack, whisker } from "./chart.js";
 import { empty, facts, field, h, link, section, table } from "./dom.js";
 import { interval, number, percent, percentPoints, seconds, sentence, shown } from "./format.js";
@@ -8,7 +8,7 @@ import { stateChip } from "./runs.js";
 import { timeline } from "./timeline.js";
 
 export async function runPage({ parts: [, run], query }) {
-  const [info, curves] = await Promise.all([get(`/api/runs/${run}`), get(`/api/runs/${run}/series`)]);
+  const [info, curves] = await Promise.all([runInfo(run), get(`/api/runs/${run}/series`)]);
   const fileAt = (step) => info.files.find((file) => file.kind === "step" && file.step === step)?.file;
   const shared = cursor(curves.steps, (step) => {
     if (fileAt(step)) location.hash = fileHash(run, fileAt(step)) ?? location.hash;
@@ -62,7 +62,7 @@ function alarms(info, run, fileAt) {
     "ul",
     { class: "alarms" },
     info.alarms.map((alarm) => {
-      const file = fileAt(alarm.first_step);
+      const file = alarm.file ?? fileAt(alarm.first_step);
       const href = file ? fileHash(run, file) : null;
       const range =
         alarm.first_step === alarm.last_step

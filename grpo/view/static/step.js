@@ -1,5 +1,5 @@
 // The completions of one file: groups as rows, completions as cells coloured by reward.
-import { address, get, offline } from "./api.js";
+import { address, get, offline, runInfo } from "./api.js";
 import { empty, field, h, link, select } from "./dom.js";
 import { MISSING, number, plural, sentence, short } from "./format.js";
 import { pager } from "./pager.js";
@@ -24,7 +24,7 @@ const SORTS = [
 ];
 
 export async function stepPage({ parts: [, run, , file], query }) {
-  const [info, answer] = await Promise.all([get(`/api/runs/${run}`), page(run, file, query)]);
+  const [info, answer] = await Promise.all([runInfo(run), page(run, file, query)]);
   const files = info.files.filter((one) => one.kind === (file.startsWith("step") ? "step" : "eval"));
   const at = files.findIndex((one) => one.file === file);
   const near = (by) =>
