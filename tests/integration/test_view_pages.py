@@ -244,9 +244,9 @@ def test_a_broken_run_says_why(watched: Watched) -> None:
 def test_the_keyboard_walks_through_all_levels(watched: Watched) -> None:
     watched.key("j")
     assert watched.focused() == "#/run/0"
-    watched.key("j", "j")
-    assert watched.focused() == "#/run/1"
-    watched.key("k", "Enter")
+    watched.key("j", "j", "j")
+    assert watched.focused() == "#/run/2"
+    watched.key("k", "k", "Enter")
     watched.heading("learns")
     watched.go(STEP)
     watched.key("j", "j")
