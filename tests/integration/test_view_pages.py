@@ -48,7 +48,8 @@ REFUSED = ("wrong filter", "error")
 
 CHECKS = """() => {
   const problems = [];
-  const words = (one) => one.getAttribute("aria-label") || one.textContent || one.labels?.[0]?.textContent || "";
+  const own = (one) => (one.matches("input, select") ? one.labels[0]?.innerText : one.textContent) || "";
+  const words = (one) => one.getAttribute("aria-label") || own(one);
   const name = (one) => words(one).trim();
   const say = (what, one) => problems.push(`${what}: ${one.outerHTML.slice(0, 160)}`);
   for (const details of document.querySelectorAll("details")) details.open = true;
