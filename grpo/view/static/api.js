@@ -49,6 +49,23 @@ export async function get(path, query) {
   );
 }
 
+const known = new Map();
+
+// Return the answer about a run. It is kept until the run's folder changes.
+export function runInfo(run) {
+  if (!known.has(run)) {
+    const answer = get(`/api/runs/${run}`);
+    known.set(run, answer);
+    answer.catch(() => known.delete(run));
+  }
+  return known.get(run);
+}
+
+// Ask again for what is known about runs: the folder of one has changed.
+export function forgetRuns() {
+  known.clear();
+}
+
 // Return whether a link to this answer works: always with a server, in a self-contained page if it holds the answer.
 export function has(path, query) {
   return !offline || address(path, query) in stored || path in stored;

@@ -1,9 +1,10 @@
 // Routes, navigation, refreshing while a run trains, theme.
-import { get, offline, start } from "./api.js";
+import { address, forgetRuns, get, offline, start } from "./api.js";
 import { comparePage } from "./compare.js";
 import { completionPage } from "./completion.js";
 import { empty, h, link } from "./dom.js";
 import { groupPage } from "./group.js";
+import { sentence } from "./format.js";
 import { keyboard } from "./keys.js";
 import { keep, restore } from "./keep.js";
 import { promptPage, promptsPage } from "./prompts.js";
@@ -20,6 +21,7 @@ const places = new Map();
 let current = { title: "", up: null };
 let shownPath = null;
 let shownHash = null;
+let shownOffset;
 let ticket = 0;
 let seen = null;
 
@@ -50,14 +52,12 @@ async function missingPage() {
 }
 
 function errorPage(error) {
-  const how = error.status === 401 ? "Open the address that grpo view printed: it holds the token." : "";
   return {
     title: "Not shown",
     up: "#/",
     body: [
       h("h1", null, "Not shown"),
-      h("p", { class: "problem", role: "alert" }, error.message),
-      how && h("p", null, how),
+      h("p", { class: "problem", role: "alert" }, sentence(error.message)),
       h(
         "p",
         null,
@@ -97,12 +97,16 @@ async function show(how) {
   current = page;
   shownHash = location.hash;
   shownPath = route.parts.join("/");
+  const turned = route.query.offset !== shownOffset;
+  shownOffset = route.query.offset;
   main.removeAttribute("aria-busy");
   main.replaceChildren(...page.body.flat(9).filter((part) => part instanceof Node));
   document.title = `${page.title} · grpo view`;
   crumbs(page, route);
-  if (how !== "new") restore(main, kept, how === "refresh");
-  else if (places.has(shownHash)) restore(main, places.get(shownHash), false);
+  if (how !== "new") {
+    restore(main, kept, how === "refresh");
+    if (turned) scrollTo(0, 0);
+  } else if (places.has(shownHash)) restore(main, places.get(shownHash), false);
   else {
     scrollTo(0, 0);
     if (places.size) main.focus({ preventScroll: true });
@@ -129,7 +133,7 @@ function crumbs(page, route) {
     run !== null && [`#/run/${run}`, "Overview"],
     run !== null && !offline && [`#/run/${run}/prompts`, "Prompts"],
     !offline && [run === null ? "#/compare" : `#/compare?a=${run}`, "Compare"],
-    !offline && ["#/search", "Search"],
+    !offline && [run === null ? "#/search" : `#/search?run=${run}`, "Search"],
   ].filter(Boolean);
   const here = location.hash.split("?")[0];
   document
@@ -154,11 +158,11 @@ async function poll() {
     const running = runs.some((run) => run.state === "running");
     state(running ? "running" : "still", running ? "live" : "not running");
     const now = Object.fromEntries(runs.map((run) => [run.run, run.changed]));
-    const moved =
-      seen !== null &&
-      Object.keys(now).some((run) => now[run] !== seen[run] && (current.run === undefined || current.run === run));
+    const moved = Object.keys(now).filter((run) => seen !== null && now[run] !== seen[run]);
     seen = now;
-    if (moved && current.live) await show("refresh");
+    if (moved.length === 0) return;
+    forgetRuns();
+    if (current.live && (current.run === undefined || moved.includes(current.run))) await show("refresh");
   } catch (error) {
     state("lost", error.status === 401 ? "token refused" : "no answer");
   }
@@ -203,7 +207,7 @@ async function begin() {
   find.hidden = offline;
   find.addEventListener("submit", (event) => {
     event.preventDefault();
-    location.hash = `#/search?q=${encodeURIComponent(document.getElementById("find-text").value)}`;
+    location.hash = address("#/search", { run: current.run, q: document.getElementById("find-text").value });
   });
   addEventListener("hashchange", () => show(parseHash(location.hash).parts.join("/") === shownPath ? "same" : "new"));
   if (!location.hash) history.replaceState(null, "", start ?? (await only()));

@@ -1,10 +1,10 @@
 // Two files of completions, prompt by prompt: runs against each other, or steps of one run.
-import { get } from "./api.js";
+import { get, runInfo } from "./api.js";
 import { empty, h, link, section, select, table, tableRow } from "./dom.js";
 import { number, plural } from "./format.js";
+import { pager } from "./pager.js";
 import { groupHash, setQuery } from "./routes.js";
-import { oneLine } from "./step.js";
-import { stepName } from "./group.js";
+import { oneLine, stepName } from "./step.js";
 
 const COLUMNS_OF_PAIRS = [
   { label: "Prompt" },
@@ -15,17 +15,26 @@ const COLUMNS_OF_PAIRS = [
   { label: "Verdict" },
 ];
 const VERDICTS = { lost: "▼ lost", won: "▲ won", unchanged: "= unchanged" };
-const SHOWN = 300;
+const SHOWN = 200;
 
 export async function comparePage({ query }) {
   const { runs } = await get("/api/runs");
   const a = query.a ?? String(runs[0]?.run ?? 0);
   const b = query.b ?? String((runs[1] ?? runs[0])?.run ?? 0);
-  const [infoA, infoB] = await Promise.all([get(`/api/runs/${a}`), get(`/api/runs/${b}`)]);
+  const [infoA, infoB] = await Promise.all([runInfo(a), runInfo(b)]);
   const fileA = query.file_a ?? standard(infoA, a === b);
   const fileB = query.file_b ?? standard(infoB, false);
   const chosen = fileA && fileB;
-  const answer = chosen ? await get("/api/compare", { a, b, file_a: fileA, file_b: fileB }) : null;
+  const answer = chosen
+    ? await get("/api/compare", {
+        a,
+        b,
+        file_a: fileA,
+        file_b: fileB,
+        verdict: query.verdict,
+        offset: query.offset,
+      })
+    : null;
   const names = runs.map((run) => [run.run, run.name]);
   const filesOf = (info) => info.files.map((file) => [file.file, stepName(file.file)]);
   return {
@@ -38,10 +47,14 @@ export async function comparePage({ query }) {
       h(
         "div",
         { class: "bar pair" },
-        select("run-a", "A: run", a, names, (value) => setQuery({ a: value, file_a: null })),
-        select("file-a", "A: completions of", fileA ?? "", filesOf(infoA), (value) => setQuery({ file_a: value })),
-        select("run-b", "B: run", b, names, (value) => setQuery({ b: value, file_b: null })),
-        select("file-b", "B: completions of", fileB ?? "", filesOf(infoB), (value) => setQuery({ file_b: value })),
+        select("run-a", "A: run", a, names, (value) => setQuery({ a: value, file_a: null, offset: null })),
+        select("file-a", "A: completions of", fileA ?? "", filesOf(infoA), (value) =>
+          setQuery({ file_a: value, offset: null }),
+        ),
+        select("run-b", "B: run", b, names, (value) => setQuery({ b: value, file_b: null, offset: null })),
+        select("file-b", "B: completions of", fileB ?? "", filesOf(infoB), (value) =>
+          setQuery({ file_b: value, offset: null }),
+        ),
       ),
       ...(answer
         ? pairs(answer, [a, fileA], [b, fileB], query)
@@ -69,29 +82,24 @@ function pairs(answer, [a, fileA], [b, fileB], query) {
   }
   const share = (part) => ({ width: `${(100 * part) / count}%` });
   const sign = answer.difference < 0 ? "−" : "+";
-  const wanted = answer.prompts.filter((one) => !query.verdict || one.verdict === query.verdict);
-  const rank = { lost: 0, won: 1, unchanged: 2 };
-  const rows = [...wanted]
-    .sort((x, y) => rank[x.verdict] - rank[y.verdict])
-    .slice(0, SHOWN)
-    .map((one) =>
-      tableRow(COLUMNS_OF_PAIRS, [
-        h("span", { dir: "auto", class: "prompt" }, oneLine(one.prompt)),
-        h("span", { dir: "auto" }, oneLine(one.gold ?? "–")),
-        link(
-          groupHash(a, fileA, one.group_a),
-          { "aria-label": `A: mean ${number(one.mean_a, 3)}` },
-          number(one.mean_a, 3),
-        ),
-        link(
-          groupHash(b, fileB, one.group_b),
-          { "data-item": true, "aria-label": `B: mean ${number(one.mean_b, 3)}` },
-          number(one.mean_b, 3),
-        ),
-        number((one.mean_b ?? 0) - (one.mean_a ?? 0), 3),
-        h("span", { class: { lost: "down", won: "up" }[one.verdict] }, VERDICTS[one.verdict]),
-      ]),
-    );
+  const rows = answer.prompts.map((one) =>
+    tableRow(COLUMNS_OF_PAIRS, [
+      h("span", { dir: "auto", class: "prompt" }, oneLine(one.prompt)),
+      h("span", { dir: "auto" }, oneLine(one.gold ?? "–")),
+      link(
+        groupHash(a, fileA, one.group_a),
+        { "aria-label": `A: mean ${number(one.mean_a, 3)}` },
+        number(one.mean_a, 3),
+      ),
+      link(
+        groupHash(b, fileB, one.group_b),
+        { "data-item": true, "aria-label": `B: mean ${number(one.mean_b, 3)}` },
+        number(one.mean_b, 3),
+      ),
+      number((one.mean_b ?? 0) - (one.mean_a ?? 0), 3),
+      h("span", { class: { lost: "down", won: "up" }[one.verdict] }, VERDICTS[one.verdict]),
+    ]),
+  );
   return [
     section(
       "verdict",
@@ -147,11 +155,11 @@ function pairs(answer, [a, fileA], [b, fileB], query) {
             ["won", "won"],
             ["unchanged", "unchanged"],
           ],
-          (value) => setQuery({ verdict: value }),
+          (value) => setQuery({ verdict: value, offset: null }),
         ),
       ),
       table("pairs-table", "Prompts in both files", COLUMNS_OF_PAIRS, rows),
-      wanted.length > SHOWN && h("p", { class: "muted" }, `The first ${SHOWN} of ${number(wanted.length)}.`),
+      pager("prompts", query, SHOWN, rows.length, answer.total),
     ),
   ];
 }

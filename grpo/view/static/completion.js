@@ -1,10 +1,11 @@
 // One completion: its tokens, coloured by a quantity.
-import { get } from "./api.js";
+import { get, runInfo } from "./api.js";
 import { empty, facts, h, link, section, select } from "./dom.js";
-import { number, textBlock, visible } from "./format.js";
+import { brief, number, textBlock, visible } from "./format.js";
+import { pager } from "./pager.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
-import { oneLine, walk } from "./step.js";
-import { stepName, verdict } from "./group.js";
+import { oneLine, stepName, walk } from "./step.js";
+import { verdict } from "./group.js";
 
 const PAGE_TOKENS = 2000;
 // sided: two colours tell the sign, and tokens below 0 are underlined; otherwise one colour grows.
@@ -24,15 +25,11 @@ const QUANTITIES = {
 
 export async function completionPage({ parts: [, run, , file, , group, index], query }) {
   const path = `${samplesPath(run, file)}/groups/${group}`;
-  const [info, whole, answer] = await Promise.all([
-    get(`/api/runs/${run}`),
-    get(path).catch(() => null),
-    get(`${path}/${index}`, { offset: query.offset }),
-  ]);
-  const near = (by) =>
-    whole?.completions.some((one) => one.index === Number(index) + by)
-      ? completionHash(run, file, group, Number(index) + by, { color: query.color })
-      : null;
+  const [info, answer] = await Promise.all([runInfo(run), get(`${path}/${index}`, { offset: query.offset })]);
+  const near = (by) => {
+    const to = Number(index) + by;
+    return to >= 0 && to < answer.group_size ? completionHash(run, file, group, to, { color: query.color }) : null;
+  };
   return {
     title: `Completion ${index} · group ${group} · ${stepName(file)} · ${info.name}`,
     run,
@@ -52,12 +49,12 @@ export async function completionPage({ parts: [, run, , file, , group, index], q
         { class: "verdict" },
         facts([
           ["Reward", h("b", null, number(answer.reward))],
-          ["Gold", whole?.gold === null || whole === null ? null : h("b", { dir: "auto" }, visible(whole.gold))],
-          ["Prompt", whole && link(promptHash(run, whole.prompt_id), null, oneLine(whole.prompt_id))],
+          ["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, brief(answer.gold))],
+          ["Prompt", link(promptHash(run, answer.prompt_id), null, oneLine(answer.prompt_id))],
           ["Policy version", answer.policy_version],
           ["Seed", answer.seed === null ? null : String(answer.seed)],
         ]),
-        verdict(answer, whole?.gold ?? null),
+        verdict(answer, answer.gold),
       ),
       section("tokens", "Tokens", ...tokens(answer, query)),
       section("prompt", "Prompt", promptTokens(answer)),
@@ -80,7 +77,7 @@ function tokens(answer, query) {
   const color = present.includes(query.color) ? query.color : (present[0] ?? "");
   const offset = Number(query.offset ?? 0);
   const colour = scale(
-    answer.tokens.map((token) => token[color] ?? null),
+    answer.tokens.map((token) => plain(token[color])),
     color,
   );
   const inspector = h(
@@ -109,9 +106,15 @@ function tokens(answer, query) {
       ),
     tokenList(answer, offset, query.color === "none" ? () => null : colour.of, inspector),
     inspector,
-    pager(answer, offset),
+    h("p", { class: "muted" }, `${number(answer.total_tokens)} tokens`),
+    pager("tokens", query, PAGE_TOKENS, answer.tokens.length, answer.total_tokens),
     absent(answer),
   ];
+}
+
+// The mask is a truth value.
+function plain(value) {
+  return typeof value === "boolean" ? Number(value) : (value ?? null);
 }
 
 // Return the colours of a quantity and their legend: the least, the middle and the greatest of the page.
@@ -136,7 +139,7 @@ function scale(values, name) {
       ? [-reach, 0, reach]
       : [...new Set(falling ? [high, (low + high) / 2, low] : [low, (low + high) / 2, high])];
   return {
-    of: (token) => [style(token[name]), kind(token[name])],
+    of: (token) => [style(plain(token[name])), kind(plain(token[name]))],
     legend: h(
       "ul",
       { class: "legend", "aria-label": `Legend: ${QUANTITIES[name]?.label}` },
@@ -159,7 +162,7 @@ function tokenList(answer, offset, colour, inspector) {
         id: `token-${offset + i}`,
         "data-i": i,
         "aria-selected": "false",
-        class: `token ${style ? kind : ""} ${token.special ? "special" : ""} ${token.mask === 0 ? "masked" : ""}`,
+        class: `token ${style ? kind : ""} ${token.special ? "special" : ""} ${token.mask === false || token.mask === 0 ? "masked" : ""}`,
         style,
       },
       tokenText(token),
@@ -211,7 +214,7 @@ function tokenList(answer, offset, colour, inspector) {
 }
 
 function tokenText(token) {
-  if (token.text === null || token.text === undefined) return String(token.id);
+  if (token.text === null || token.text === undefined) return h("span", { class: "id" }, String(token.id));
   return token.text === "" ? h("span", { class: "mark" }, "∅") : visible(token.text, true);
 }
 
@@ -223,32 +226,10 @@ function details(token, position) {
     ["Special", token.special ? "yes" : null],
     ...Object.entries(QUANTITIES).map(([name, quantity]) => [
       quantity.label,
-      token[name] === null || token[name] === undefined ? null : number(token[name]),
+      token[name] === null || token[name] === undefined ? null : number(plain(token[name])),
       quantity.doc,
     ]),
   ]);
-}
-
-function pager(answer, offset) {
-  const end = offset + answer.tokens.length;
-  if (offset === 0 && end >= answer.total_tokens)
-    return h("p", { class: "muted" }, `${number(answer.total_tokens)} tokens`);
-  const go = (to) => setQuery({ offset: to || null });
-  return h(
-    "nav",
-    { class: "pager", "aria-label": "Pages of tokens" },
-    h(
-      "button",
-      { type: "button", disabled: offset === 0, on: { click: () => go(Math.max(0, offset - PAGE_TOKENS)) } },
-      "← previous tokens",
-    ),
-    h("span", null, `tokens ${number(offset)} to ${number(end - 1)} of ${number(answer.total_tokens)}`),
-    h(
-      "button",
-      { type: "button", disabled: end >= answer.total_tokens, on: { click: () => go(end) } },
-      "next tokens →",
-    ),
-  );
 }
 
 function absent(answer) {

@@ -69,7 +69,9 @@ export function tableRow(columns, cells, props) {
 
 // Return a link; plain text if href is null. item: j and k stop at it.
 export function link(href, props, ...children) {
-  return href === null ? h("span", { class: props?.class }, children) : h("a", { ...props, href }, children);
+  if (href !== null) return h("a", { ...props, href }, children);
+  const { class: kind, dir, title, style } = props ?? {};
+  return h("span", { class: kind, dir, title, style }, children);
 }
 
 // Return a labelled select. options: [[value, label]].

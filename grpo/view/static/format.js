@@ -112,6 +112,27 @@ function mark(code) {
   return h("span", { class: "mark", title: `${point}: a character that is not visible` }, NAMED[code] ?? point);
 }
 
+// Return a sentence of the server: it begins with a capital, and names in backquotes are code.
+export function sentence(text) {
+  const parts = (text.charAt(0).toUpperCase() + text.slice(1)).split("`");
+  return parts.map((part, i) => (i % 2 ? h("code", null, part) : part));
+}
+
+// Return the first characters (code points) of a text, and the rest.
+export function splitAt(text, count) {
+  let at = 0;
+  for (let i = 0; i < count && at < text.length; i += 1) at += text.codePointAt(at) > 0xffff ? 2 : 1;
+  return [text.slice(0, at), text.slice(at)];
+}
+
+const LONGEST = 300;
+
+// Return the nodes of a short text such as an answer. A long one is cut.
+export function brief(text) {
+  if (text.length <= LONGEST) return visible(text);
+  return [visible(splitAt(text, LONGEST)[0]), h("em", null, ` … ${number(text.length)} characters`)];
+}
+
 // Return a block of text of a run: its own direction, line breaks kept, hidden characters shown.
 export function textBlock(text, props) {
   return h(

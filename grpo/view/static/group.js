@@ -1,12 +1,12 @@
 // One group: its completions side by side from where they first differ.
-import { get } from "./api.js";
+import { get, runInfo } from "./api.js";
 import { facts, h, link, section, select } from "./dom.js";
-import { number, plural, short, shown, textBlock, visible } from "./format.js";
+import { brief, number, plural, short, shown, splitAt, textBlock, visible } from "./format.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
-import { oneLine, place, walk } from "./step.js";
+import { oneLine, place, stepName, walk } from "./step.js";
 
 export async function groupPage({ parts: [, run, , file, , group], query }) {
-  const [info, answer] = await Promise.all([get(`/api/runs/${run}`), get(`${samplesPath(run, file)}/groups/${group}`)]);
+  const [info, answer] = await Promise.all([runInfo(run), get(`${samplesPath(run, file)}/groups/${group}`)]);
   const near = (to) => (to === null ? null : groupHash(run, file, to, query));
   const step = stepName(file);
   return {
@@ -33,7 +33,7 @@ export async function groupPage({ parts: [, run, , file, , group], query }) {
           "Prompt",
           link(promptHash(run, answer.prompt_id), { title: "This prompt over all steps" }, oneLine(answer.prompt_id)),
         ],
-        ["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, visible(answer.gold))],
+        ["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, brief(answer.gold))],
       ]),
       section("prompt", "Prompt", textBlock(answer.prompt, { class: "clip" }), dataRow(answer)),
       section(
@@ -45,11 +45,6 @@ export async function groupPage({ parts: [, run, , file, , group], query }) {
   };
 }
 
-export function stepName(file) {
-  const step = Number(file.match(/\d+/)?.[0] ?? 0);
-  return file.startsWith("eval") ? `Evaluation after step ${step}` : `Step ${step}`;
-}
-
 function dataRow(answer) {
   const fields = Object.entries(answer.row ?? {});
   if (fields.length === 0) return null;
@@ -57,7 +52,7 @@ function dataRow(answer) {
     "details",
     { id: "row" },
     h("summary", null, "Row of the data"),
-    facts(fields.map(([name, value]) => [name, h("span", { dir: "auto" }, visible(shown(value)))])),
+    facts(fields.map(([name, value]) => [name, h("span", { dir: "auto" }, brief(shown(value)))])),
   );
 }
 
@@ -78,7 +73,7 @@ function completions(run, file, group, answer, query) {
   const rewards = answer.completions.map((one) => one.reward).filter((value) => value !== null);
   const range = [Math.min(...rewards), Math.max(...rewards)];
   const shared = answer.common_prefix;
-  const prefix = answer.completions[0]?.text.slice(0, shared) ?? "";
+  const prefix = splitAt(answer.completions[0]?.text ?? "", shared)[0];
   const order = COMPARE[query.order] ?? COMPARE[""];
   const note =
     rewards.length > 1 &&
@@ -86,7 +81,7 @@ function completions(run, file, group, answer, query) {
     h(
       "p",
       { class: "problem" },
-      `All rewards of this group are ${number(range[0])}: their advantages are 0 and it gives no policy gradient.`,
+      `All rewards of this group are ${number(range[0])}. A group without spread gives no policy gradient.`,
     );
   return [
     note,
@@ -136,7 +131,7 @@ function card(run, file, group, one, answer, range) {
         "aria-label": `Text of completion ${one.index}`,
       },
       shared > 0 && h("span", { class: "muted", title: "the same in all completions" }, "… "),
-      one.text === "" ? h("em", null, "empty") : visible(one.text.slice(shared)),
+      one.text === "" ? h("em", null, "empty") : visible(splitAt(one.text, shared)[1]),
       one.truncated_text && h("em", null, " … the text goes on; open the completion"),
     ),
     verdict(one, answer.gold),
@@ -153,30 +148,30 @@ export function verdict(one, gold) {
         ? h("span", { class: "chip good" }, "= gold")
         : h("span", { class: "chip warn" }, "≠ gold");
   const parts = Object.entries(one.parts ?? {});
-  const logged = Object.entries(one.logged ?? {});
+  const logged = Object.entries(one.logged ?? {}).filter(([name]) => !/\/(why|extracted)$/.test(name));
   const cut = one.finish_reason === "length" && h("span", { class: "chip warn" }, "truncated");
   return [
     one.failed &&
-      h("p", { class: "problem" }, `✕ ${one.failed}`, one.failed_detail && [": ", visible(one.failed_detail)]),
+      h("p", { class: "problem" }, `✕ ${one.failed}`, one.failed_detail && [": ", brief(one.failed_detail)]),
     facts([
       [
         "Extracted",
         h(
           "span",
           null,
-          one.extracted === null ? h("em", null, "nothing") : h("b", { dir: "auto" }, visible(one.extracted)),
+          one.extracted === null ? h("em", null, "nothing") : h("b", { dir: "auto" }, brief(one.extracted)),
           " ",
           compared,
         ),
         "What the data set's answer finder reads at the end of the completion",
       ],
-      ["Why", one.why ? visible(one.why) : null],
+      ["Why", one.why ? brief(one.why) : null],
       ...parts.map(([name, value]) => [
         name,
         value === null ? h("em", null, "abstained or failed") : number(value),
         "Value of this reward, without its weight",
       ]),
-      ...logged.map(([name, value]) => [name, visible(shown(value)), "Logged by the reward"]),
+      ...logged.map(([name, value]) => [name, brief(shown(value)), "Logged by the reward"]),
       ["Advantage", one.advantage === null ? null : number(one.advantage)],
       ["Tokens", h("span", null, `${number(one.length)}, ended by ${one.finish_reason ?? "–"} `, cut)],
     ]),

@@ -62,7 +62,7 @@ export function keyboard(main, page, nextTheme) {
     Backspace: () => go(page().up),
     "[": () => go(page().previous),
     "]": () => go(page().next),
-    "/": () => focus(offline ? main.querySelector("input[type=search]") : document.getElementById("find-text")),
+    "/": () => focus(offline ? main.querySelector("input[type=search]") : searchField(main)),
     f: () => focus(main.querySelector("#filter, #curve-filter, #prompt-search, #q")),
     "?": () => (help.showModal(), true),
   };
@@ -113,4 +113,12 @@ function aside(by) {
   const links = [...row.querySelectorAll("a")];
   links[Math.max(0, Math.min(links.length - 1, links.indexOf(document.activeElement) + by))].focus();
   return true;
+}
+
+// Return the field of the header; in a narrow window, which hides it, that of the page of searches.
+function searchField(main) {
+  const field = document.getElementById("find-text");
+  if (field.checkVisibility()) return field;
+  if (!main.querySelector("#q")) location.hash = "#/search";
+  return main.querySelector("#q");
 }

@@ -1,11 +1,11 @@
 // Prompts of a run, and one prompt over its steps.
-import { get } from "./api.js";
+import { get, runInfo } from "./api.js";
 import { cursor, curve } from "./chart.js";
 import { empty, facts, field, h, link, section, select, table, tableRow } from "./dom.js";
-import { number, plural, textBlock, visible } from "./format.js";
+import { brief, number, plural, textBlock, visible } from "./format.js";
+import { pager } from "./pager.js";
 import { groupHash, promptHash, runHash, setQuery } from "./routes.js";
-import { stepName } from "./group.js";
-import { oneLine } from "./step.js";
+import { oneLine, stepName } from "./step.js";
 
 const PROMPTS = 100;
 const LIST = [
@@ -17,7 +17,7 @@ const LIST = [
   { label: "Change", number: true },
 ];
 const SORT = [
-  ["", "file order"],
+  ["", "id"],
   ["change", "change"],
   ["first", "first mean"],
   ["last", "last mean"],
@@ -26,9 +26,8 @@ const SORT = [
 ];
 
 export async function promptsPage({ parts: [, run], query }) {
-  const [info, answer] = await Promise.all([get(`/api/runs/${run}`), get(`/api/runs/${run}/prompts`, query)]);
+  const [info, answer] = await Promise.all([runInfo(run), get(`/api/runs/${run}/prompts`, query)]);
   const search = field("prompt-search", "Prompt or id contains", query.search ?? "", { type: "search", wide: true });
-  const offset = Number(query.offset ?? 0);
   const rows = answer.prompts.map((one) =>
     tableRow(LIST, [
       link(
@@ -43,7 +42,6 @@ export async function promptsPage({ parts: [, run], query }) {
       change(one.change),
     ]),
   );
-  const more = offset + rows.length < answer.total;
   return {
     title: `Prompts · ${info.name}`,
     live: true,
@@ -88,26 +86,7 @@ export async function promptsPage({ parts: [, run], query }) {
       rows.length
         ? table("prompts", "Prompts", LIST, rows)
         : empty("No prompt matches.", "Search for a part of its text or of its id."),
-      (offset > 0 || more) &&
-        h(
-          "nav",
-          { class: "pager", "aria-label": "Pages of prompts" },
-          h(
-            "button",
-            {
-              type: "button",
-              disabled: offset === 0,
-              on: { click: () => setQuery({ offset: Math.max(0, offset - PROMPTS) || null }) },
-            },
-            "← previous",
-          ),
-          h("span", null, `${number(offset + 1)} to ${number(offset + rows.length)} of ${number(answer.total)}`),
-          h(
-            "button",
-            { type: "button", disabled: !more, on: { click: () => setQuery({ offset: offset + PROMPTS }) } },
-            "next →",
-          ),
-        ),
+      pager("prompts", query, PROMPTS, rows.length, answer.total),
     ],
   };
 }
@@ -128,7 +107,7 @@ const SEEN = [
 ];
 
 export async function promptPage({ parts: [, run, , id] }) {
-  const [info, answer] = await Promise.all([get(`/api/runs/${run}`), get(`/api/runs/${run}/prompts/one`, { id })]);
+  const [info, answer] = await Promise.all([runInfo(run), get(`/api/runs/${run}/prompts/one`, { id })]);
   const trained = answer.occurrences.filter((one) => one.file.startsWith("step"));
   const shared = cursor(
     trained.map((one) => one.step),
@@ -150,17 +129,13 @@ export async function promptPage({ parts: [, run, , id] }) {
         one.answers.map((some) =>
           h(
             "li",
-            { class: some.answer !== null && some.answer === answer.gold ? "right" : "" },
-            h(
-              "b",
-              { dir: "auto" },
-              some.answer === null ? h("em", null, "nothing") : visible(some.answer.slice(0, 80)),
-            ),
+            { class: some.answer && some.answer === answer.gold ? "right" : "" },
+            h("b", { dir: "auto" }, !some.answer ? h("em", null, "nothing") : visible(some.answer.slice(0, 80))),
             ` ×${some.count}`,
             h(
               "small",
               null,
-              ` reward ${number(some.mean_reward, 2)}${some.answer !== null && some.answer === answer.gold ? ", = gold" : ""}`,
+              ` reward ${number(some.mean_reward, 2)}${some.answer && some.answer === answer.gold ? ", = gold" : ""}`,
             ),
           ),
         ),
@@ -179,7 +154,7 @@ export async function promptPage({ parts: [, run, , id] }) {
     ],
     body: [
       h("h1", { class: "path" }, oneLine(id)),
-      facts([["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, visible(answer.gold))]]),
+      facts([["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, brief(answer.gold))]]),
       section("prompt", "Prompt", textBlock(answer.prompt, { class: "clip" })),
       trained.length > 1 &&
         section(

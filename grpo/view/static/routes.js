@@ -37,10 +37,14 @@ export function promptHash(run, id) {
   return has(`/api/runs/${run}/prompts/one`, { id }) ? `#/run/${run}/prompt/${encodeURIComponent(id)}` : null;
 }
 
-// Replace parameters of the current address; null removes one. Going back leaves the page in one step.
-export function setQuery(changes) {
+// Return the current address with other parameters; null removes one.
+export function withQuery(changes) {
   const { parts, query } = parseHash(location.hash);
-  const next = address(`#/${parts.map(encodeURIComponent).join("/")}`, { ...query, ...changes });
-  history.replaceState(null, "", next);
+  return address(`#/${parts.map(encodeURIComponent).join("/")}`, { ...query, ...changes });
+}
+
+// Change parameters of the current address. Going back leaves the page in one step.
+export function setQuery(changes) {
+  history.replaceState(null, "", withQuery(changes));
   dispatchEvent(new HashChangeEvent("hashchange"));
 }

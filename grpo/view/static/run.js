@@ -1,14 +1,14 @@
 // One run: what is wrong, what it reached, its curves, where the tokens and the time went, its options.
-import { address, get, has, offline } from "./api.js";
+import { address, get, has, offline, runInfo } from "./api.js";
 import { cursor, curve, slider, stack, whisker } from "./chart.js";
 import { empty, facts, field, h, link, section, table } from "./dom.js";
-import { interval, number, percent, percentPoints, seconds, shown } from "./format.js";
+import { interval, number, percent, percentPoints, seconds, sentence, shown } from "./format.js";
 import { fileHash } from "./routes.js";
 import { stateChip } from "./runs.js";
 import { timeline } from "./timeline.js";
 
 export async function runPage({ parts: [, run], query }) {
-  const [info, curves] = await Promise.all([get(`/api/runs/${run}`), get(`/api/runs/${run}/series`)]);
+  const [info, curves] = await Promise.all([runInfo(run), get(`/api/runs/${run}/series`)]);
   const fileAt = (step) => info.files.find((file) => file.kind === "step" && file.step === step)?.file;
   const shared = cursor(curves.steps, (step) => {
     if (fileAt(step)) location.hash = fileHash(run, fileAt(step)) ?? location.hash;
@@ -28,12 +28,13 @@ export async function runPage({ parts: [, run], query }) {
       ["Time", info.summary?.wall_s_all_sessions ? seconds(info.summary.wall_s_all_sessions) : null],
       ["Sessions", info.sessions?.length > 1 ? info.sessions.length : null],
     ]),
+    info.problem && h("p", { class: "problem" }, sentence(info.problem), "."),
     section("alarms", "Alarms", alarms(info, run, fileAt)),
     section("result", "Before and after", result(info)),
     section("samples", "Completions by step", files(info, run)),
   ];
   if (curves.steps.length) {
-    body.splice(4, 0, section("glance", "At a glance", glance(info, curves, shared)));
+    body.splice(5, 0, section("glance", "At a glance", glance(info, curves, shared)));
     body.push(
       section("tokens", "What became of the sampled tokens", waterfall(info, curves, shared)),
       section("time", "Time of a step", slider(shared, "time-step"), timeline(info, curves, shared, run)),
@@ -71,8 +72,8 @@ function alarms(info, run, fileAt) {
         "li",
         { class: "alarm" },
         h("h3", null, h("span", { "aria-hidden": "true" }, "▲ "), alarm.title, h("small", null, ` ${range}`)),
-        h("p", null, alarm.text),
-        alarm.cause && h("p", { class: "cause" }, alarm.cause),
+        h("p", null, sentence(alarm.text), "."),
+        alarm.cause && h("p", { class: "cause" }, h("strong", null, "Likely cause: "), sentence(alarm.cause), "."),
         href && h("a", { href, "data-item": true }, `See the completions of step ${alarm.first_step}`),
       );
     }),
@@ -102,7 +103,7 @@ function result(info) {
     table(
       "accuracy",
       "Accuracy before and after training",
-      [{ label: "" }, { label: "Accuracy", number: true }, { label: "95 % interval" }, { label: "0 to 100 %" }],
+      [{ label: "When" }, { label: "Accuracy", number: true }, { label: "95 % interval" }, { label: "0 to 100 %" }],
       [
         row("Before training", info.accuracy_before, info.accuracy_before_interval),
         row(
@@ -144,8 +145,11 @@ function files(info, run) {
       null,
       link(
         fileHash(run, file.file),
-        { "data-item": true, title: `${file.file}: ${number(file.rows)} completions` },
-        file.step,
+        {
+          "data-item": true,
+          title: file.rows === null ? `${file.file}: unreadable` : `${file.file}: ${number(file.rows)} completions`,
+        },
+        file.step ?? file.file,
       ),
     );
   const hundreds = Map.groupBy(steps, (file) => Math.floor((file.step - 1) / 100));

@@ -1,13 +1,13 @@
-// Search over the texts and token ids of one run or of all.
+// Search over the texts and token ids of a run.
 import { get } from "./api.js";
 import { empty, field, h, link, select } from "./dom.js";
-import { number, plural, seconds, visible } from "./format.js";
-import { completionHash, setQuery } from "./routes.js";
-import { stepName } from "./group.js";
+import { number, plural, seconds, sentence, visible } from "./format.js";
+import { completionHash, runHash, setQuery } from "./routes.js";
+import { stepName } from "./step.js";
 
 export async function searchPage({ query }) {
   const { runs } = await get("/api/runs");
-  const asked = query.q || query.ids;
+  const asked = query.q || query.ids || query.filter;
   let answer = null;
   let refused = null;
   try {
@@ -26,7 +26,8 @@ export async function searchPage({ query }) {
   const value = (label) => label.querySelector("input").value.trim();
   return {
     title: query.q ? `Search: ${query.q}` : "Search",
-    up: "#/",
+    run: query.run ?? "0",
+    up: runHash(query.run ?? "0"),
     crumbs: [[null, "Search"]],
     body: [
       h("h1", null, "Search"),
@@ -44,18 +45,15 @@ export async function searchPage({ query }) {
         select(
           "search-run",
           "In",
-          query.run ?? "",
-          [
-            ["", runs.length === 1 ? runs[0].name : "all runs"],
-            ...(runs.length > 1 ? runs.map((run) => [run.run, run.name]) : []),
-          ],
+          query.run ?? "0",
+          runs.map((run) => [run.run, run.name]),
           (run) => setQuery({ run }),
         ),
         text,
         ids,
         filter,
         h("button", { type: "submit" }, "Search"),
-        h("p", { class: "refused", id: "search-error", role: "alert" }, refused?.message),
+        h("p", { class: "refused", id: "search-error", role: "alert" }, refused && sentence(refused.message)),
       ),
       ...found(answer, runs, asked),
     ],
@@ -66,15 +64,17 @@ function found(answer, runs, asked) {
   if (!asked)
     return [
       empty(
-        "Type a text, or token ids.",
+        "Type a text, token ids or a filter.",
         "Prompts and completions of all steps are searched; upper and lower case are different.",
       ),
     ];
   if (answer === null) return [];
   const scope = `${plural(answer.rows_searched, "completion")} searched in ${seconds(answer.seconds)}`;
-  if (answer.hits.length === 0) return [empty("Not found.", `${scope}.`)];
+  const problem = answer.problem && h("p", { class: "problem" }, sentence(answer.problem), ".");
+  if (answer.hits.length === 0) return [problem, empty("Not found.", `${scope}.`)];
   const name = (run) => runs.find((one) => one.run === run)?.name ?? run;
   return [
+    problem,
     h(
       "p",
       { class: "lead", role: "status" },

@@ -1,10 +1,19 @@
 // The completions of one file: groups as rows, completions as cells coloured by reward.
-import { address, get, offline } from "./api.js";
+import { address, get, offline, runInfo } from "./api.js";
 import { empty, field, h, link, select } from "./dom.js";
-import { MISSING, number, short, plural } from "./format.js";
+import { MISSING, number, plural, sentence, short } from "./format.js";
+import { pager } from "./pager.js";
 import { completionHash, fileHash, groupHash, runHash, samplesPath, setQuery } from "./routes.js";
 
 const PAGE = 100;
+
+// Return how a samples file is called.
+export function stepName(file) {
+  const [kind, digits] = file.split("-");
+  if (!digits) return `Evaluation ${file}`; // a folder of grpo eval
+  return kind === "eval" ? `Evaluation after step ${Number(digits)}` : `Step ${Number(digits)}`;
+}
+
 const SORTS = [
   ["", "file order"],
   ["spread", "spread"],
@@ -15,14 +24,14 @@ const SORTS = [
 ];
 
 export async function stepPage({ parts: [, run, , file], query }) {
-  const [info, answer] = await Promise.all([get(`/api/runs/${run}`), page(run, file, query)]);
-  const files = info.files.filter((one) => one.kind === (file.startsWith("eval") ? "eval" : "step"));
+  const [info, answer] = await Promise.all([runInfo(run), page(run, file, query)]);
+  const files = info.files.filter((one) => one.kind === (file.startsWith("step") ? "step" : "eval"));
   const at = files.findIndex((one) => one.file === file);
   const near = (by) =>
     files[at + by]
       ? fileHash(run, files[at + by].file, { filter: query.filter, sort: query.sort, order: query.order })
       : null;
-  const title = `${file.startsWith("eval") ? "Evaluation after step" : "Step"} ${answer.step ?? file}`;
+  const title = stepName(file);
   return {
     title: `${title} · ${info.name}`,
     live: at === files.length - 1,
@@ -53,7 +62,6 @@ async function page(run, file, query) {
     return {
       groups: [],
       refused: error,
-      step: Number(file.match(/\d+/)?.[0]),
       columns: [],
       reward_range: [0, 1],
       total_groups: 0,
@@ -139,9 +147,9 @@ function bar(run, file, query, answer) {
 }
 
 function refusal(error, text) {
-  if (error.position === null) return error.message;
+  if (error.position === null) return sentence(error.message);
   return [
-    error.message,
+    sentence(error.message),
     h(
       "code",
       null,
@@ -192,27 +200,11 @@ function groups(run, file, query, answer) {
         : empty("This file has no completions.", "Each group of the step was dropped before it was scored."),
     ];
   }
-  const offset = Number(query.offset ?? 0);
-  const more = offset + answer.groups.length < answer.matching_groups;
-  const places = (to) => setQuery({ offset: to || null });
-  const pager =
-    (offset > 0 || more) &&
-    h(
-      "nav",
-      { class: "pager", "aria-label": "Pages of groups" },
-      h(
-        "button",
-        { type: "button", disabled: offset === 0, on: { click: () => places(Math.max(0, offset - PAGE)) } },
-        "← previous groups",
-      ),
-      h(
-        "span",
-        null,
-        `groups ${number(offset + 1)} to ${number(offset + answer.groups.length)} of ${number(answer.matching_groups)}`,
-      ),
-      h("button", { type: "button", disabled: !more, on: { click: () => places(offset + PAGE) } }, "next groups →"),
-    );
-  return [legend(answer.reward_range), groupTable(run, file, answer), pager];
+  return [
+    legend(answer.reward_range),
+    groupTable(run, file, answer),
+    pager("groups", query, PAGE, answer.groups.length, answer.matching_groups),
+  ];
 }
 
 function legend([low, high]) {

@@ -1,7 +1,7 @@
 // Who worked when in a step: the spans of a trace, or the time/* metrics as bars.
 import { get } from "./api.js";
 import { empty, h } from "./dom.js";
-import { seconds } from "./format.js";
+import { seconds, sentence } from "./format.js";
 
 const PARTS = ["sample", "reward", "batch", "update", "sync", "idle"];
 
@@ -30,7 +30,7 @@ export function timeline(info, curves, shared, run) {
       const { spans } = await get(`/api/runs/${run}/timeline/${step}`);
       if (ticket === wanted) holder.append(lanes(spans));
     } catch (error) {
-      if (ticket === wanted) holder.append(h("p", { class: "muted" }, error.message));
+      if (ticket === wanted) holder.append(h("p", { class: "muted" }, sentence(error.message)));
     }
   };
   shared.watch(show);
