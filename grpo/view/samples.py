@@ -17,22 +17,14 @@ from grpo.view.files import NotFoundError, RunFiles, SamplesFile, number
 from grpo.view.query import Query, whole
 from grpo.view.rows import TOKENS, VIRTUAL, Groups, batches, doc_of, load, matches, rewards_of, schema_of, statistics_of
 from grpo.view.rows import types_of as columns_of
-from grpo.view.tokens import Decoder, decoder_of
+from grpo.view.tokens import VALUES, Decoder, LearnerValues, decoder_of, learner_values
 
 SORTS = ("group", "spread", "mean", "length", "failed", "dataset")
+SAMPLER_LOGPROBS = "sampler_logprobs"
 PREVIEW = 200
 """Characters of a prompt in a list."""
 MAX_TEXT = 200_000
 """Characters of a completion in a group; the completion's own answer has its tokens, page by page."""
-TOKEN_COLUMNS = {
-    "sampler_logprob": ("sampler_logprobs", "the sampler's logprobs are in every samples file of this version"),
-    "learner_logprob": ("token_learner_logprobs", "run.token_columns=true stores the learner's logprob of each token"),
-    "entropy": ("token_entropies", "run.token_columns=true stores the entropy at each token"),
-    "advantage": ("token_advantages", "run.token_columns=true stores the advantage of each token"),
-    "mask": ("token_mask", "run.token_columns=true stores which tokens are trained on"),
-    "version": ("token_versions", "run.token_columns=true stores the version that sampled each token"),
-}
-"""Field of a token -> (column of the samples file, why it may be absent)."""
 IDENTITY = ("dataset", "prompt_id", "sample_index", "reward", "failed", "finish_reason", "advantage", "gold", "prompt")
 
 
@@ -299,10 +291,10 @@ def completion_answer(files: RunFiles, stem: str, group: str, index: str, query:
     ids = integers(row.get(TOKENS))
     decoder = decoder_of(files)
     prompt_ids = integers(row.get("prompt_token_ids"))
-    columns = {name: row.get(column) for name, (column, _) in TOKEN_COLUMNS.items()}
-    for name, values in columns.items():
-        if values is not None and (not isinstance(values, list) or len(values) != len(ids)):
-            raise UserError(f"{file.path} is damaged: {TOKEN_COLUMNS[name][0]} has not one value per token")
+    sampled = row.get(SAMPLER_LOGPROBS)
+    if sampled is not None and (not isinstance(sampled, list) or len(sampled) != len(ids)):
+        raise UserError(f"{file.path} is damaged: {SAMPLER_LOGPROBS} does not have one value per token")
+    values = learner_values(files, file, int(one.starts[0]), len(ids))
     return {
         **completion_row(row, i),
         "file": file.stem,
@@ -315,9 +307,12 @@ def completion_answer(files: RunFiles, stem: str, group: str, index: str, query:
         "gold": as_text(row.get("gold")),
         "prompt_tokens": [decoder.token(token) for token in prompt_ids[:limit]],
         "total_prompt_tokens": len(prompt_ids),
-        "tokens": token_list(decoder, ids, columns, offset, limit),
+        "tokens": [
+            token_row(decoder.token(ids[at]), at, sampled, values, row.get("policy_version"))
+            for at in range(offset, min(offset + limit, len(ids)))
+        ],
         "total_tokens": len(ids),
-        "absent": absent_columns(columns, decoder),
+        "absent": absent_values(values, decoder),
         "tokenizer": decoder.folder,
     }
 
@@ -327,27 +322,26 @@ def integers(value: Unchecked) -> list[int]:
     return [one for one in value if isinstance(one, int)] if isinstance(value, list) else []
 
 
-def token_list(
-    decoder: Decoder, ids: Sequence[int], columns: Mapping[str, Json], offset: int, limit: int
-) -> list[Json]:
-    """Return a page of tokens with their values."""
-    chosen = range(offset, min(offset + limit, len(ids)))
-    out: list[Json] = []
-    for at in chosen:
-        token: dict[str, Json] = {"index": at, **decoder.token(ids[at])}
-        for name, values in columns.items():
-            value = values[at] if isinstance(values, list) else None
-            token[name] = value if isinstance(value, bool) else number(value)
-        sampler, learner = number(token["sampler_logprob"]), number(token["learner_logprob"])
-        token["difference"] = None if sampler is None or learner is None else learner - sampler
-        out.append(token)
-    return out
+def token_row(
+    token: dict[str, Json], at: int, sampled: Json, values: LearnerValues, version: Unchecked
+) -> dict[str, Json]:
+    """Return a token with its values. `sampled`: logprobs of the sampler; `version`: of the weights that sampled it."""
+    found = {name: values.columns[name][at] if name in values.columns else None for name in VALUES}
+    sampler = number(sampled[at]) if isinstance(sampled, list) else None
+    learner = number(found["learner_logprob"])
+    return {
+        "index": at,
+        **token,
+        "sampler_logprob": sampler,
+        **{name: number(value) for name, value in found.items()},
+        "difference": None if sampler is None or learner is None else learner - sampler,
+        "version": number(version),
+    }
 
 
-def absent_columns(columns: Mapping[str, Json], decoder: Decoder) -> list[Json]:
-    """Return what is not known about the tokens, and which option gives it."""
+def absent_values(values: LearnerValues, decoder: Decoder) -> list[Json]:
+    """Return what is not known about the tokens, and why."""
     absent: list[Json] = [
-        {"column": TOKEN_COLUMNS[name][0], "why": TOKEN_COLUMNS[name][1]}
-        for name, values in columns.items() if values is None
+        {"column": name, "why": values.problem} for name in VALUES if name not in values.columns
     ]  # fmt: skip
     return [*absent, *([{"column": "text", "why": decoder.problem}] if decoder.problem else [])]
