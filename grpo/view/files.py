@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from grpo import config as config_module
 from grpo.config import Config
@@ -107,6 +106,7 @@ class RunFiles:
         self._read_to, self._inode = 0, -1
         self._lines = 0
         self._footers: OrderedDict[tuple[str, int, int], int] = OrderedDict()
+        self._config: tuple[tuple[int, int], Config] | None = None
 
     def inside(self, path: Path) -> Path:
         """Return `path` if it is inside the run folder, with links followed. Raises UserError otherwise."""
@@ -177,16 +177,16 @@ class RunFiles:
         file = self.path / "config.yaml"
         if not file.exists():
             return None
-        try:
-            if self.inside(file).stat().st_size > MAX_SMALL_FILE:
-                raise UserError(f"{file} is larger than {MAX_SMALL_FILE} bytes")
-            return config_module.read_dump(file)
-        except UserError:
-            raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-        except Exception as error:
-            raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        status = self.inside(file).stat()
+        if status.st_size > MAX_SMALL_FILE:
+            raise UserError(f"{file} is larger than {MAX_SMALL_FILE} bytes")
+        key = status.st_mtime_ns, status.st_size
+        if self._config is None or self._config[0] != key:
+            try:
+                self._config = key, config_module.read_dump(file)
+            except Exception as error:  # OmegaConf has errors of its own, and a damaged file may raise any
+                raise UserError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        return self._config[1]
 
     def samples(self) -> list[SamplesFile]:
         """Return the samples files, training steps first, by step."""

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from grpo.types import Json, UserError
 from grpo.view.files import RunFiles, SamplesFile, number
 from grpo.view.query import Query
-from grpo.view.rows import TOKENS, load, matches, schema_of
+from grpo.view.rows import BATCH, TOKENS, load, matches, schema_of, unreadable
 from grpo.view.runs import Run
 from grpo.view.samples import as_text, completion_row, data_row, parsed_filter
 
@@ -97,6 +98,10 @@ def hits_in(run: Run, file: SamplesFile, text: str, ids: list[int] | None, condi
 
 def search_file(run: Run, file: SamplesFile, text: str, ids: list[int] | None, condition: str, limit: int) -> Found:
     """Return at most `limit` hits in one file. Raises UserError if it is damaged or the filter does not fit it."""
+    if text and ids is None:
+        may_match, rows = may_contain(run.files, file, text)
+        if not may_match:
+            return Found([], rows)
     schema = schema_of(run.files, file)
     chosen = parsed_filter(condition, schema)
     names = [
@@ -140,6 +145,27 @@ def search_file(run: Run, file: SamplesFile, text: str, ids: list[int] | None, c
             }
         )
     return Found(hits, len(table))
+
+
+def may_contain(files: RunFiles, file: SamplesFile, text: str) -> tuple[bool, int]:
+    """Return whether `text` is in the bytes of the prompts or completions of a file, and the number of its rows. This
+    is faster than a search row by row, and most files of a run do not have what is looked for.
+
+    Raises UserError when the file is damaged.
+    """
+    sought = text.encode("utf-8", errors="replace")
+    try:
+        with pq.ParquetFile(files.inside(file.path), page_checksum_verification=True) as opened:
+            names = [name for name in ("completion", "prompt") if name in opened.schema_arrow.names]
+            for batch in opened.iter_batches(batch_size=BATCH, columns=names, use_threads=False):
+                for column in batch.columns:
+                    column.validate(full=True)
+                    buffer = column.buffers()[2]
+                    if buffer is not None and sought in buffer.to_pybytes():
+                        return True, opened.metadata.num_rows
+            return False, opened.metadata.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise unreadable(file, error) from error
 
 
 def contains(table: pa.Table, name: str, text: str) -> NDArray[np.bool_] | None:

@@ -33,8 +33,6 @@ class FileIndex:
     """[N] mean reward; NaN without a scored completion."""
     failed: NDArray[np.int64]
     """[N] number of failed completions."""
-    length: NDArray[np.float64]
-    """[N] mean number of tokens."""
 
 
 class Index:
@@ -75,19 +73,17 @@ class Index:
 def make_index(files: RunFiles, file: SamplesFile) -> FileIndex:
     """Return the index of a file, read from the disk. Raises UserError when the file is damaged."""
     schema = schema_of(files, file)
-    table, groups = load(files, file, ("dataset", "failed", "length"), schema)
+    table, groups = load(files, file, ("dataset", "failed"), schema)
     count, rows = len(groups.starts), len(table)
     first = pa.array(groups.starts)
     missing = pa.nulls(count, pa.string())
     failed = ~table["failed"].is_null().to_numpy() if "failed" in table.column_names else np.zeros(rows, dtype=np.bool_)
-    lengths = table["length"].to_numpy().astype(np.float64) if "length" in table.column_names else np.zeros(rows)
     return FileIndex(
         prompt_ids=table["prompt_id"].combine_chunks().take(first),
         datasets=table["dataset"].combine_chunks().take(first) if "dataset" in table.column_names else missing,
         groups=groups,
         mean=statistics_of(rewards_of(table), groups)[2],
         failed=np.add.reduceat(failed, groups.starts, dtype=np.int64) if count else np.zeros(0, np.int64),
-        length=np.add.reduceat(lengths, groups.starts) / groups.sizes if count else np.zeros(0),
     )
 
 

@@ -13,7 +13,7 @@ from grpo.types import Json, UserError
 from grpo.view.files import NotFoundError, RunFiles, SamplesFile, number
 from grpo.view.index import FileIndex
 from grpo.view.query import Query
-from grpo.view.rows import Groups
+from grpo.view.rows import TOKENS, Groups
 from grpo.view.runs import Run
 from grpo.view.samples import PREVIEW, as_text, read_group
 
@@ -166,9 +166,10 @@ def prompt_answer(run: Run, query: Query) -> Json:
 def occurrence(files: RunFiles, file: SamplesFile, index: FileIndex, g: int) -> dict[str, Json]:
     """Return a group of a prompt, with its most frequent answers."""
     try:
-        rows = read_group(files, file, index.groups, g, ["extracted", "reward"])
+        rows = read_group(files, file, index.groups, g, ["extracted", "reward", TOKENS])
     except UserError:
         rows = []
+    lengths = [len(tokens) for row in rows if isinstance(tokens := row.get(TOKENS), list)]
     counts = Counter(as_text(row.get("extracted")) or "" for row in rows)
     rewards: dict[str, list[float]] = defaultdict(list)
     for row in rows:
@@ -182,7 +183,7 @@ def occurrence(files: RunFiles, file: SamplesFile, index: FileIndex, g: int) -> 
         "mean": number(float(index.mean[g])),
         "n": int(index.groups.sizes[g]),
         "failed": int(index.failed[g]),
-        "length_mean": number(float(index.length[g])),
+        "length_mean": sum(lengths) / len(lengths) if lengths else None,
         "answers": [
             {
                 "answer": answer[:PREVIEW],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +50,6 @@ DOCS = {
     "sampler_logprobs": "logprobs of the sampled tokens in the sampler",
     "sampler_logprob_sum": "sum of sampler_logprobs",
     "learner_logprob_sum": "sum of the learner's logprobs of the sampled tokens",
-    "token_learner_logprobs": "logprobs of the sampled tokens in the learner",
-    "token_advantages": "advantage of each sampled token",
-    "token_entropies": "entropy of the policy at each sampled token, in nats",
-    "token_mask": "whether each sampled token is trained on",
-    "token_versions": "version of the weights that sampled each token",
 }
 """Column of a samples file -> its meaning."""
 
@@ -115,10 +110,12 @@ def types_of(schema: pa.Schema) -> dict[str, pa.DataType]:
     return {field.name: field.type for field in schema} | {name: kind for name, (kind, _) in VIRTUAL.items()}
 
 
-def batches(files: RunFiles, file: SamplesFile, names: Iterable[str], size: int = BATCH) -> Iterator[pa.RecordBatch]:
+def batches(files: RunFiles, file: SamplesFile, names: Sequence[str], size: int = BATCH) -> Iterator[pa.RecordBatch]:
     """Yield these columns of a samples file, `size` rows at a time. Raises UserError when it is damaged."""
     try:
         with pq.ParquetFile(files.inside(file.path), page_checksum_verification=True) as opened:
+            if absent := [name for name in names if name not in opened.schema_arrow.names]:
+                raise UserError(f"{file.path} cannot be read: it has no column {absent[0]}")
             for batch in opened.iter_batches(batch_size=size, columns=[*names], use_threads=False):
                 batch.validate(full=True)
                 yield batch

@@ -17,22 +17,14 @@ from grpo.view.files import NotFoundError, RunFiles, SamplesFile, number
 from grpo.view.query import Query, whole
 from grpo.view.rows import TOKENS, VIRTUAL, Groups, batches, doc_of, load, matches, rewards_of, schema_of, statistics_of
 from grpo.view.rows import types_of as columns_of
-from grpo.view.tokens import Decoder, decoder_of
+from grpo.view.tokens import VALUES, Decoder, LearnerValues, decoder_of, learner_values
 
 SORTS = ("group", "spread", "mean", "length", "failed", "dataset")
+SAMPLER_LOGPROBS = "sampler_logprobs"
 PREVIEW = 200
 """Characters of a prompt in a list."""
 MAX_TEXT = 200_000
 """Characters of a completion in a group; the completion's own answer has its tokens, page by page."""
-TOKEN_COLUMNS = {
-    "sampler_logprob": ("sampler_logprobs", "the sampler's logprobs are in every samples file of this version"),
-    "learner_logprob": ("token_learner_logprobs", "run.token_columns=true stores the learner's logprob of each token"),
-    "entropy": ("token_entropies", "run.token_columns=true stores the entropy at each token"),
-    "advantage": ("token_advantages", "run.token_columns=true stores the advantage of each token"),
-    "mask": ("token_mask", "run.token_columns=true stores which tokens are trained on"),
-    "version": ("token_versions", "run.token_columns=true stores the version that sampled each token"),
-}
-"""Field of a token -> (column of the samples file, why it may be absent)."""
 IDENTITY = ("dataset", "prompt_id", "sample_index", "reward", "failed", "finish_reason", "advantage", "gold", "prompt")
 
 
@@ -54,11 +46,12 @@ def groups_answer(files: RunFiles, stem: str, query: Query) -> Json:
     found = matches(table, chosen)
     rewards = rewards_of(table)
     matching = np.flatnonzero(np.logical_or.reduceat(found, groups.starts)) if len(groups.starts) else groups.starts
-    order = sorted_groups(table, groups, matching, sort, descending)
+    cells = Cells(table, groups)
+    order = cells.sorted(matching, sort, descending)
     return {
         "file": file.stem,
         "step": file.step,
-        "groups": [group_row(table, groups, int(g), found) for g in order[offset : offset + limit]],
+        "groups": [cells.row(g, found) for g in order[offset : offset + limit]],
         "total_groups": len(groups.starts),
         "matching_groups": len(matching),
         "total_rows": len(table),
@@ -78,81 +71,77 @@ def column_list(schema: pa.Schema) -> list[Json]:
     ]
 
 
-def sorted_groups(table: pa.Table, groups: Groups, chosen: NDArray[np.int64], sort: str, descending: bool) -> list[int]:
-    """Return the numbers of the `chosen` groups in the requested order; groups without a value come last."""
-    low, high, mean = statistics_of(rewards_of(table), groups)
-    keys: dict[str, Callable[[int], float | str]] = {
-        "group": lambda g: g,
-        "spread": lambda g: float(high[g] - low[g]),
-        "mean": lambda g: float(mean[g]),
-        "length": lambda g: length_mean(table, groups, g) or 0.0,
-        "failed": lambda g: float(failures(table, groups, g)),
-        "dataset": lambda g: str(value_of(table, "dataset", int(groups.starts[g])) or ""),
-    }
-    key = keys[sort]
-    valued = [(key(int(g)), int(g)) for g in chosen]
-    missing = [g for value, g in valued if isinstance(value, float) and math.isnan(value)]
-    present = [(value, g) for value, g in valued if not (isinstance(value, float) and math.isnan(value))]
-    present.sort(key=lambda pair: pair[0], reverse=descending)
-    return [g for _, g in present] + missing
+class Cells:
+    """The rows of a file as lists of Python values by column, in groups."""
 
+    def __init__(self, table: pa.Table, groups: Groups) -> None:
+        self._columns = {name: table[name].to_pylist() for name in (*IDENTITY, "length") if name in table.column_names}
+        self.groups, self._length = groups, len(table)
+        self.low, self.high, self.mean = statistics_of(rewards_of(table), groups)
 
-def value_of(table: pa.Table, name: str, row: int) -> Unchecked:
-    """Return one value of a table; None if it does not have the column."""
-    value: Unchecked = table[name][row].as_py() if name in table.column_names else None
-    return value
+    def column(self, name: str) -> Sequence[Unchecked]:
+        """Return a column; of None if the file does not have it."""
+        return self._columns.get(name) or [None] * self._length
 
+    def of(self, name: str, g: int) -> Sequence[Unchecked]:
+        """Return the values of a group."""
+        start = int(self.groups.starts[g])
+        return self.column(name)[start : start + int(self.groups.sizes[g])]
 
-def text_of(table: pa.Table, name: str, row: int) -> str | None:
-    """Return one text of a table."""
-    value = value_of(table, name, row)
-    return value if isinstance(value, str) else None
+    def failed(self, g: int) -> int:
+        """Return the number of failed completions of a group."""
+        return sum(kind is not None for kind in self.of("failed", g))
 
+    def length_mean(self, g: int) -> float | None:
+        """Return the mean number of tokens of the completions of a group."""
+        lengths = [length for one in self.of("length", g) if (length := number(one)) is not None]
+        return sum(lengths) / len(lengths) if lengths else None
 
-def failures(table: pa.Table, groups: Groups, g: int) -> int:
-    """Return the number of failed completions of a group."""
-    if "failed" not in table.column_names:
-        return 0
-    column = table["failed"].slice(int(groups.starts[g]), int(groups.sizes[g]))
-    return len(column) - int(column.null_count)
+    def sorted(self, chosen: NDArray[np.int64], sort: str, descending: bool) -> list[int]:
+        """Return the numbers of the `chosen` groups in the requested order; groups without a value come last."""
+        keys: dict[str, Callable[[int], float | str]] = {
+            "group": lambda g: g,
+            "spread": lambda g: float(self.high[g] - self.low[g]),
+            "mean": lambda g: float(self.mean[g]),
+            "length": lambda g: self.length_mean(g) or 0.0,
+            "failed": self.failed,
+            "dataset": lambda g: as_text(self.of("dataset", g)[0]) or "",
+        }
+        valued = [(keys[sort](int(g)), int(g)) for g in chosen]
+        missing = [g for value, g in valued if isinstance(value, float) and math.isnan(value)]
+        present = [(value, g) for value, g in valued if not (isinstance(value, float) and math.isnan(value))]
+        present.sort(key=lambda pair: pair[0], reverse=descending)
+        return [g for _, g in present] + missing
 
-
-def length_mean(table: pa.Table, groups: Groups, g: int) -> float | None:
-    """Return the mean number of tokens of the completions of a group."""
-    if "length" not in table.column_names:
-        return None
-    return float(table["length"].slice(int(groups.starts[g]), int(groups.sizes[g])).to_numpy().mean())
-
-
-def group_row(table: pa.Table, groups: Groups, g: int, found: NDArray[np.bool_]) -> dict[str, Json]:
-    """Return a group as a row of the step's page."""
-    start, size = int(groups.starts[g]), int(groups.sizes[g])
-    part = table.slice(start, size)
-    low, high, mean = statistics_of(rewards_of(part), Groups(np.array([0]), np.array([size])))
-    prompt = text_of(table, "prompt", start) or ""
-    return {
-        "group": g,
-        "prompt_id": text_of(table, "prompt_id", start),
-        "dataset": text_of(table, "dataset", start),
-        "prompt": prompt[:PREVIEW],
-        "gold": (text_of(table, "gold", start) or "")[:PREVIEW] or None,
-        "mean": number(float(mean[0])),
-        "spread": number(float(high[0] - low[0])),
-        "length_mean": length_mean(table, groups, g),
-        "failed": failures(table, groups, g),
-        "cells": [
-            {
-                "index": i,
-                "reward": number(value_of(part, "reward", i)),
-                "failed": text_of(part, "failed", i),
-                "finish_reason": text_of(part, "finish_reason", i),
-                "length": number(value_of(part, "length", i)),
-                "advantage": number(value_of(part, "advantage", i)),
-                "matches": bool(found[start + i]),
-            }
-            for i in range(size)
-        ],
-    }
+    def row(self, g: int, found: NDArray[np.bool_]) -> dict[str, Json]:
+        """Return a group as a row of the step's page."""
+        prompt, gold = (as_text(self.of(name, g)[0]) or "" for name in ("prompt", "gold"))
+        start = int(self.groups.starts[g])
+        names = ("reward", "failed", "finish_reason", "length", "advantage")
+        rows = zip(*(self.of(name, g) for name in names), strict=True)
+        return {
+            "group": g,
+            "prompt_id": as_text(self.of("prompt_id", g)[0]),
+            "dataset": as_text(self.of("dataset", g)[0]),
+            "prompt": prompt[:PREVIEW],
+            "gold": gold[:PREVIEW] or None,
+            "mean": number(float(self.mean[g])),
+            "spread": number(float(self.high[g] - self.low[g])),
+            "length_mean": self.length_mean(g),
+            "failed": self.failed(g),
+            "cells": [
+                {
+                    "index": i,
+                    "reward": number(reward),
+                    "failed": as_text(failed),
+                    "finish_reason": as_text(finish_reason),
+                    "length": number(length),
+                    "advantage": number(advantage),
+                    "matches": bool(found[start + i]),
+                }
+                for i, (reward, failed, finish_reason, length, advantage) in enumerate(rows)
+            ],
+        }
 
 
 def group_place(files: RunFiles, file: SamplesFile, group: str) -> tuple[Groups, int]:
@@ -302,10 +291,10 @@ def completion_answer(files: RunFiles, stem: str, group: str, index: str, query:
     ids = integers(row.get(TOKENS))
     decoder = decoder_of(files)
     prompt_ids = integers(row.get("prompt_token_ids"))
-    columns = {name: row.get(column) for name, (column, _) in TOKEN_COLUMNS.items()}
-    for name, values in columns.items():
-        if values is not None and (not isinstance(values, list) or len(values) != len(ids)):
-            raise UserError(f"{file.path} is damaged: {TOKEN_COLUMNS[name][0]} has not one value per token")
+    sampled = row.get(SAMPLER_LOGPROBS)
+    if sampled is not None and (not isinstance(sampled, list) or len(sampled) != len(ids)):
+        raise UserError(f"{file.path} is damaged: {SAMPLER_LOGPROBS} does not have one value per token")
+    values = learner_values(files, file, int(one.starts[0]), len(ids))
     return {
         **completion_row(row, i),
         "file": file.stem,
@@ -318,9 +307,12 @@ def completion_answer(files: RunFiles, stem: str, group: str, index: str, query:
         "gold": as_text(row.get("gold")),
         "prompt_tokens": [decoder.token(token) for token in prompt_ids[:limit]],
         "total_prompt_tokens": len(prompt_ids),
-        "tokens": token_list(decoder, ids, columns, offset, limit),
+        "tokens": [
+            token_row(decoder.token(ids[at]), at, sampled, values, row.get("policy_version"))
+            for at in range(offset, min(offset + limit, len(ids)))
+        ],
         "total_tokens": len(ids),
-        "absent": absent_columns(columns, decoder),
+        "absent": absent_values(values, decoder),
         "tokenizer": decoder.folder,
     }
 
@@ -330,27 +322,26 @@ def integers(value: Unchecked) -> list[int]:
     return [one for one in value if isinstance(one, int)] if isinstance(value, list) else []
 
 
-def token_list(
-    decoder: Decoder, ids: Sequence[int], columns: Mapping[str, Json], offset: int, limit: int
-) -> list[Json]:
-    """Return a page of tokens with their values."""
-    chosen = range(offset, min(offset + limit, len(ids)))
-    out: list[Json] = []
-    for at in chosen:
-        token: dict[str, Json] = {"index": at, **decoder.token(ids[at])}
-        for name, values in columns.items():
-            value = values[at] if isinstance(values, list) else None
-            token[name] = value if isinstance(value, bool) else number(value)
-        sampler, learner = number(token["sampler_logprob"]), number(token["learner_logprob"])
-        token["difference"] = None if sampler is None or learner is None else learner - sampler
-        out.append(token)
-    return out
+def token_row(
+    token: dict[str, Json], at: int, sampled: Json, values: LearnerValues, version: Unchecked
+) -> dict[str, Json]:
+    """Return a token with its values. `sampled`: logprobs of the sampler; `version`: of the weights that sampled it."""
+    found = {name: values.columns[name][at] if name in values.columns else None for name in VALUES}
+    sampler = number(sampled[at]) if isinstance(sampled, list) else None
+    learner = number(found["learner_logprob"])
+    return {
+        "index": at,
+        **token,
+        "sampler_logprob": sampler,
+        **{name: number(value) for name, value in found.items()},
+        "difference": None if sampler is None or learner is None else learner - sampler,
+        "version": number(version),
+    }
 
 
-def absent_columns(columns: Mapping[str, Json], decoder: Decoder) -> list[Json]:
-    """Return what is not known about the tokens, and which option gives it."""
+def absent_values(values: LearnerValues, decoder: Decoder) -> list[Json]:
+    """Return what is not known about the tokens, and why."""
     absent: list[Json] = [
-        {"column": TOKEN_COLUMNS[name][0], "why": TOKEN_COLUMNS[name][1]}
-        for name, values in columns.items() if values is None
+        {"column": name, "why": values.problem} for name in VALUES if name not in values.columns
     ]  # fmt: skip
     return [*absent, *([{"column": "text", "why": decoder.problem}] if decoder.problem else [])]

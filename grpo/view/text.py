@@ -188,13 +188,13 @@ def completion_head(one: Mapping[str, Json]) -> Text:
 
 def completion_page(found: Mapping[str, Json]) -> RenderableType:
     """Return a completion with its tokens."""
-    names = ("sampler_logprob", "difference", "entropy", "advantage", "mask", "version")
+    names = ("sampler_logprob", "difference", "entropy", "advantage", "importance_weight", "version")
     tokens = entries(found["tokens"])
     kept = [name for name in names if any(token[name] is not None for token in tokens)]
     rows = table("", "id", "text", *kept)
     for token in tokens:
         text = plain(repr(token["text"]) if token["text"] is not None else "-", "bold" if token["special"] else "")
-        values = (plain(token[name] if isinstance(token[name], bool) else rounded(token[name])) for name in kept)
+        values = (plain(rounded(token[name])) for name in kept)
         rows.add_row(plain(token["index"]), plain(token["id"]), text, *values)
     absent = [plain(f"{one['column']}: {one['why']}", "dim") for one in entries(found["absent"])]
     return Group(completion_head(found), plain(str(found["text"])[:MAX_TEXT]), Text(), rows, *absent)

@@ -1,18 +1,28 @@
-"""Texts of token ids, by the tokenizer of the run."""
+"""Texts of token ids, by the tokenizer of the run, and the values that the learner has stored for tokens."""
 
 from __future__ import annotations
 
 import functools
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 from tokenizers import Tokenizer
 
-from grpo.types import Json
-from grpo.view.files import RunFiles
+from grpo.types import Json, UserError
+from grpo.view.files import RunFiles, SamplesFile
+from grpo.view.rows import batches
 
 FILE = "tokenizer.json"
 MAX_BYTES = 256 << 20
 """Maximum size of a tokenizer."""
+VALUES = {
+    "learner_logprob": "learner_logprobs", "advantage": "advantages", "entropy": "entropies",
+    "importance_weight": "importance_weights",
+}  # fmt: skip
+"""Value of a token -> its column in tokens/."""
 
 
 class Decoder:
@@ -68,3 +78,47 @@ def loaded(path: str, changed: int) -> Decoder:
         return Decoder(Tokenizer.from_file(path), str(Path(path).parent), None)
     except Exception as error:  # noqa: BLE001 - the Rust library raises a bare Exception
         return Decoder(None, None, f"{path} cannot be read: {' '.join(str(error).split())[:200]}")
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerValues:
+    """Values that the learner has stored for the tokens of one completion."""
+
+    columns: dict[str, list[float | None]] = field(default_factory=dict)
+    """Name of a value (of VALUES) -> one per token."""
+    problem: str | None = None
+    """Why there are none."""
+
+
+def learner_values(files: RunFiles, file: SamplesFile, position: int, count: int) -> LearnerValues:
+    """Return the values of the tokens of a completion, from the files of the learner's ranks in tokens/.
+
+    Args:
+        position: row of the completion in its samples file.
+        count: its number of tokens.
+
+    Raises UserError when a file is damaged.
+    """
+    pattern = re.compile(rf"{re.escape(file.stem)}-rank-\d+")
+    paths = sorted(path for path in (files.path / "tokens").glob("*.parquet") if pattern.fullmatch(path.stem))
+    if not paths:
+        if file.kind == "eval":
+            return LearnerValues(problem="the learner does not compute them in an evaluation")
+        return LearnerValues(problem="run.token_columns=true stores the learner's values of each token")
+    for path in paths:
+        rank = SamplesFile(stem=path.stem, kind=file.kind, step=file.step, path=path)
+        for batch in batches(files, rank, ["position", *VALUES.values()], size=64):
+            if len(found := np.flatnonzero(batch["position"].to_numpy(zero_copy_only=False) == position)):
+                return LearnerValues(columns=columns_of(rank, batch.slice(int(found[0]), 1), count))
+    return LearnerValues(problem="this completion was left out of the batch, or its update was skipped")
+
+
+def columns_of(file: SamplesFile, row: pa.RecordBatch, count: int) -> dict[str, list[float | None]]:
+    """Return the values of one completion. Raises UserError unless each column has one per token."""
+    columns = {}
+    for name, column in VALUES.items():
+        values = row[column][0].as_py()
+        if not isinstance(values, list) or len(values) != count:
+            raise UserError(f"{file.path} is damaged: {column} does not have one value per token")
+        columns[name] = values
+    return columns

@@ -274,31 +274,69 @@ def test_a_group(run: Path) -> None:
     assert (answer["previous"], answer["next"]) == (0, None)
 
 
-def test_a_completion_with_its_tokens(run: Path) -> None:
-    rows = [sample(0, 0), sample(0, 1)]
-    lists = {
-        "token_learner_logprobs": pa.array([[-0.75, -0.25, 0.0], [0.0] * 3], pa.list_(pa.float32())),
-        "token_mask": pa.array([[True, False, True], [True] * 3], pa.list_(pa.bool_())),
-        "token_versions": pa.array([[4, 4, 5], [4] * 3], pa.list_(pa.int32())),
+def write_tokens(run: Path, name: str, rows: dict[int, list[list[float]]]) -> None:
+    """A file of a learner rank: position -> logprobs, advantages, entropies, importance weights."""
+    import pyarrow.parquet as pq
+
+    names = ("learner_logprobs", "advantages", "entropies", "importance_weights")
+    columns = {
+        name: pa.array([row[i] for row in rows.values()], pa.list_(pa.float32())) for i, name in enumerate(names)
     }
-    write_samples(run, "step-000007", rows, **lists)
-    answer = get(run, "/api/runs/0/samples/step-000007/groups/0/0", offset="1")
+    (run / "tokens").mkdir(exist_ok=True)
+    pq.write_table(pa.table({"position": pa.array([*rows], pa.int64()), **columns}), run / "tokens" / f"{name}.parquet")
+
+
+def test_a_completion_with_its_tokens(run: Path) -> None:
+    """The values of completion 1 of group 1, row 3 of the file, are in the file of the second rank."""
+    rows = [sample(p, i, policy_version=6) for p in (0, 1) for i in (0, 1)]
+    write_samples(run, "step-000007", rows)
+    write_tokens(run, "step-000007-rank-0", {0: [[0.0] * 3] * 4, 2: [[9.0] * 3] * 4})
+    write_tokens(run, "step-000007-rank-1",
+                 {3: [[-0.75, -0.25, 0.0], [1.5, 1.5, -0.5], [0.5, 0.25, 0.125], [1.0, 0.0, 2.0]]})  # fmt: skip
+    write_tokens(run, "step-000070-rank-0", {3: [[5.0] * 3] * 4})  # of another step
+    answer = get(run, "/api/runs/0/samples/step-000007/groups/1/1", offset="1")
     assert answer["tokens"] == [
         {"index": 1, "id": 11, "text": None, "special": False, "sampler_logprob": -0.25, "learner_logprob": -0.25,
-         "entropy": None, "advantage": None, "mask": False, "version": 4, "difference": 0.0},
+         "entropy": 0.25, "advantage": 1.5, "importance_weight": 0.0, "version": 6, "difference": 0.0},
         {"index": 2, "id": 12, "text": None, "special": False, "sampler_logprob": -0.125, "learner_logprob": 0.0,
-         "entropy": None, "advantage": None, "mask": True, "version": 5, "difference": 0.125},
+         "entropy": 0.125, "advantage": -0.5, "importance_weight": 2.0, "version": 6, "difference": 0.125},
     ]  # fmt: skip
     assert answer["total_tokens"] == 3
     assert [one["id"] for one in answer["prompt_tokens"]] == [1, 2, 3]
-    assert [one["column"] for one in answer["absent"]] == ["token_entropies", "token_advantages", "text"]
-    assert "run.token_columns=true" in answer["absent"][0]["why"]
+    assert [one["column"] for one in answer["absent"]] == ["text"]
     assert answer["group_size"] == 2
+    left_out = get(run, "/api/runs/0/samples/step-000007/groups/0/1")
+    assert left_out["tokens"][0]["learner_logprob"] is None
+    assert left_out["tokens"][0]["sampler_logprob"] == -0.5
+    assert left_out["absent"][:4] == [
+        {"column": name, "why": "this completion was left out of the batch, or its update was skipped"}
+        for name in ("learner_logprob", "advantage", "entropy", "importance_weight")
+    ]
+    absent = get(run, "/api/runs/0/samples/step-000001/groups/0/1")["absent"]
+    assert absent[0]["why"] == "run.token_columns=true stores the learner's values of each token"
     with pytest.raises(NotFoundError, match=r"group 0 of step-000007 has no completion 2; its completions are 0 to 1"):
         get(run, "/api/runs/0/samples/step-000007/groups/0/2")
-    write_samples(run, "step-000007", rows, token_mask=pa.array([[True], [True]], pa.list_(pa.bool_())))
-    with pytest.raises(UserError, match=r"is damaged: token_mask has not one value per token"):
-        get(run, "/api/runs/0/samples/step-000007/groups/0/0")
+
+
+def test_damaged_values_of_tokens(run: Path, tmp_path: Path) -> None:
+    path = "/api/runs/0/samples/step-000001/groups/0/0"
+    write_tokens(run, "step-000001-rank-0", {0: [[0.0] * 3, [0.0] * 3, [0.0] * 2, [0.0] * 3]})
+    with pytest.raises(
+        UserError, match=r"step-000001-rank-0.parquet is damaged: entropies does not have one value per"
+    ):
+        get(run, path)
+    file = run / "tokens" / "step-000001-rank-0.parquet"
+    file.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"step-000001-rank-0.parquet cannot be read"):
+        get(run, path)
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere.parquet")
+    with pytest.raises(UserError, match="does not follow it"):
+        get(run, path)
+    file.unlink()
+    write_samples(run, "step-000001", [sample(sampler_logprobs=[0.0])])
+    with pytest.raises(UserError, match=r"is damaged: sampler_logprobs does not have one value per token"):
+        get(run, path)
 
 
 def test_tokens_are_decoded_one_by_one(run: Path) -> None:

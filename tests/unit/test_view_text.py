@@ -63,7 +63,7 @@ def test_a_step_a_group_and_a_completion(run: Path) -> None:
     assert "[0]; reward 1; judge 1; extracted 1; stop after 3 tokens\nIt is 1." in text
     text = printed(run, "step-000001/1/0")
     assert re.search(r"1 +11 +- +-0\.25", text)
-    assert "token_entropies: run.token_columns=true stores the entropy at each token" in text
+    assert "entropy: run.token_columns=true stores the learner's values of each token" in text
     with pytest.raises(UserError, match=r"did you mean step-000001\?"):
         printed(run, "step-1")
     with pytest.raises(UserError, match="it must be FILE, FILE/GROUP or FILE/GROUP/COMPLETION"):
