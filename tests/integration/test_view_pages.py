@@ -331,6 +331,26 @@ def test_tokens_are_read_with_the_arrow_keys(watched: Watched) -> None:
     assert watched.page.locator("#token-list .token").count() == 500
 
 
+def test_tokens_are_coloured_by_what_the_learner_stored(watched: Watched) -> None:
+    watched.go(f"{STEP}/group/0/1")
+    assert watched.page.locator("#color").input_value() == "advantage"
+    assert watched.page.locator(".legend .token").all_inner_texts() == ["-1", "0", "1"]
+    assert watched.page.locator("#token-list .minus").count() == 10
+    assert watched.page.locator("#token-list .masked").count() == 10
+    watched.page.locator("#color").select_option("importance weight")
+    watched.page.get_by_text("weight of the token in the loss").wait_for()
+    watched.page.locator("#token-list").focus()
+    watched.key("End")
+    watched.page.locator("#inspector", has_text="importance weight").wait_for()
+    values = watched.page.locator("#inspector dd").all_inner_texts()
+    assert values[:2] == ["19", "19"]
+    assert {"-1", "1", "2"} <= set(values[2:])
+    assert watched.page.locator("#absent").count() == 1
+    watched.go(f"{STEP}/group/0/2")
+    absent = watched.page.locator("#absent")
+    assert "advantage" in absent.text_content()
+
+
 def test_a_curve_names_its_metric_and_has_a_text_alternative(watched: Watched) -> None:
     watched.go("#/run/0")
     image = watched.page.locator("#glance svg").first
