@@ -345,10 +345,20 @@ def test_tokens_are_coloured_by_what_the_learner_stored(watched: Watched) -> Non
     values = watched.page.locator("#inspector dd").all_inner_texts()
     assert values[:2] == ["19", "19"]
     assert {"-1", "1", "2"} <= set(values[2:])
-    assert watched.page.locator("#absent").count() == 1
     watched.go(f"{STEP}/group/0/2")
-    absent = watched.page.locator("#absent")
-    assert "advantage" in absent.text_content()
+    assert "Not recorded: learner logprob" in watched.page.locator("#absent summary").inner_text()
+
+
+def test_each_token_is_shown_by_what_it_is(watched: Watched) -> None:
+    """Spaces, line ends, controls and special tokens are marks; ids stand for tokens without a text."""
+    watched.go(f"{STEP}/group/0/0")
+    tokens = watched.page.locator("#token-list .token")
+    assert tokens.all_inner_texts()[:8] == ["<b>", "·a", "↵\n", "RLO", "ESC", "⇥\t", "<|end|>", "7"]
+    assert watched.page.locator("#token-list .special").all_inner_texts() == ["<|end|>"]
+    tokens.nth(3).hover()
+    inspector = watched.page.locator("#inspector")
+    assert '"\\u{202e}"' in inspector.inner_text()
+    assert inspector.inner_html().count("\u202e") == 0
 
 
 def test_a_curve_names_its_metric_and_has_a_text_alternative(watched: Watched) -> None:

@@ -147,11 +147,8 @@ export function brief(text) {
   return [visible(splitAt(text, LONGEST)[0]), h("em", null, ` … ${number(text.length)} characters`)];
 }
 
-// Return a block of text of a run: its own direction, line breaks kept, hidden characters shown.
-export function textBlock(text, props) {
-  return h(
-    "div",
-    { dir: "auto", ...props, class: `text ${props?.class ?? ""}` },
-    text === "" ? h("em", null, "empty") : visible(text),
-  );
+// Return a block of text of a run: its own direction, line breaks kept, hidden characters shown. It scrolls.
+export function textBlock(label, text) {
+  const content = text === "" ? h("em", null, "empty") : visible(text);
+  return h("div", { class: "text clip", dir: "auto", tabindex: "0", role: "group", "aria-label": label }, content);
 }

@@ -35,7 +35,7 @@ export async function groupPage({ parts: [, run, , file, , group], query }) {
         ],
         ["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, brief(answer.gold))],
       ]),
-      section("prompt", "Prompt", textBlock(answer.prompt, { class: "clip" }), dataRow(answer)),
+      section("prompt", "Prompt", textBlock("Text of the prompt", answer.prompt), dataRow(answer)),
       section(
         "completions",
         plural(answer.completions.length, "completion"),
@@ -95,7 +95,7 @@ function completions(run, file, group, answer, query) {
         "details",
         { id: "shared", class: "shared" },
         h("summary", null, `All begin with the same ${plural(shared, "character")}`),
-        textBlock(prefix, { class: "clip" }),
+        textBlock("The same beginning", prefix),
       ),
     h(
       "ol",
