@@ -635,7 +635,9 @@ def test_a_run_that_trains(run: Path) -> None:
     assert one["total"] == 1  # type: ignore[index]
     # a resume after step 1: the file is replaced, and later samples are removed
     kept = (run / "metrics.jsonl").read_text().splitlines()[0]
-    (run / "aside").write_text(kept + '\n{"step": 2, "reward/mean": 0.125}\n{"step": 3, "reward/mean": 0.25}\n')
+    again = f'{{"step": 2, "reward/mean": 0.125, "time": "{"x" * 200}"}}\n{{"step": 3, "reward/mean": 0.25}}\n'
+    (run / "aside").write_text(f"{kept}\n{again}")  # longer than the file that it replaces
+    assert (run / "aside").stat().st_size > (run / "metrics.jsonl").stat().st_size
     (run / "aside").replace(run / "metrics.jsonl")
     for step in (2, 3):
         (run / "samples" / f"step-00000{step}.parquet").unlink()
