@@ -651,6 +651,31 @@ def test_a_run_that_trains(run: Path) -> None:
     assert api.answer(opened, "/api/runs/0/prompts", {"search": "7:h"})["total"] == 1  # type: ignore[index]
 
 
+def test_metrics_are_read_once_by_several_threads(run: Path) -> None:
+    """Each thread sees whole columns, and no line twice, while lines are written."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    (run / "metrics.jsonl").write_text("")
+    opened = api.open_paths([run])
+
+    def look(_: int) -> list[int]:
+        found = api.answer(opened, "/api/runs/0/series", {})
+        assert len(found["series"].get("a", found["steps"])) == len(found["steps"])  # type: ignore[index, union-attr]
+        return found["steps"]  # type: ignore[index, return-value]
+
+    with ThreadPoolExecutor(4) as pool:
+        looks = [pool.submit(look, i) for i in range(200)]
+        with (run / "metrics.jsonl").open("a") as out:
+            for step in range(1, 301):
+                out.write(f'{{"step": {step}, "a": 1}}\n')
+                out.flush()
+        looks += [pool.submit(look, i) for i in range(50)]
+    for one in looks:
+        steps = one.result()
+        assert steps == [*range(1, len(steps) + 1)]
+    assert looks[-1].result() == [*range(1, 301)]
+
+
 def test_a_damaged_line_is_left_out_and_named(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n{"step": "x"}\nnot json\n[1]\n{"step": 3}\n')
     [entry] = get(run, "/api/runs")["runs"]
