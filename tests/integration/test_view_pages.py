@@ -48,7 +48,8 @@ REFUSED = ("wrong filter", "error")
 
 CHECKS = """() => {
   const problems = [];
-  const words = (one) => one.getAttribute("aria-label") || one.textContent || one.labels?.[0]?.textContent || "";
+  const own = (one) => (one.matches("input, select") ? one.labels[0]?.innerText : one.textContent) || "";
+  const words = (one) => one.getAttribute("aria-label") || own(one);
   const name = (one) => words(one).trim();
   const say = (what, one) => problems.push(`${what}: ${one.outerHTML.slice(0, 160)}`);
   for (const details of document.querySelectorAll("details")) details.open = true;
@@ -328,6 +329,26 @@ def test_tokens_are_read_with_the_arrow_keys(watched: Watched) -> None:
     watched.page.get_by_role("link", name="next tokens").click()
     watched.page.get_by_text("tokens 2,001 to 2,500 of 2,500").wait_for()
     assert watched.page.locator("#token-list .token").count() == 500
+
+
+def test_tokens_are_coloured_by_what_the_learner_stored(watched: Watched) -> None:
+    watched.go(f"{STEP}/group/0/1")
+    assert watched.page.locator("#color").input_value() == "advantage"
+    assert watched.page.locator(".legend .token").all_inner_texts() == ["-1", "0", "1"]
+    assert watched.page.locator("#token-list .minus").count() == 10
+    assert watched.page.locator("#token-list .masked").count() == 10
+    watched.page.locator("#color").select_option("importance weight")
+    watched.page.get_by_text("weight of the token in the loss").wait_for()
+    watched.page.locator("#token-list").focus()
+    watched.key("End")
+    watched.page.locator("#inspector", has_text="importance weight").wait_for()
+    values = watched.page.locator("#inspector dd").all_inner_texts()
+    assert values[:2] == ["19", "19"]
+    assert {"-1", "1", "2"} <= set(values[2:])
+    assert watched.page.locator("#absent").count() == 1
+    watched.go(f"{STEP}/group/0/2")
+    absent = watched.page.locator("#absent")
+    assert "advantage" in absent.text_content()
 
 
 def test_a_curve_names_its_metric_and_has_a_text_alternative(watched: Watched) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from conftest import write_recipe
 
 from grpo.config import dump, load
@@ -103,10 +105,15 @@ def make_run(folder: Path, *, broken: bool, steps: int = STEPS) -> Path:
 
 
 def add_step(folder: Path, step: int, *, broken: bool) -> None:
-    """Write the samples and the line of metrics of one more step."""
+    """Write the samples and the line of metrics of one more step, and the values of the tokens of one completion."""
     groups = [make_group(number, step, broken) for number in range(6)]
     trained = Trained(advantages={i: (i % 5 - 2) / 2 for i in range(24)}, logprob_sums=dict.fromkeys(range(24), -4.5))
     target = folder / "samples" / f"step-{step:06d}.parquet"
     write_groups(target, step, groups, rewards=("right", "format"), trained=trained)
+    (folder / "tokens").mkdir(exist_ok=True)
+    one = np.linspace(-1, 1, 20, dtype=np.float32)
+    values = {"learner_logprobs": one - 2, "advantages": one, "entropies": one + 1, "importance_weights": one.round()}
+    table = pa.table({"position": pa.array([1], pa.int64())} | {name: [value] for name, value in values.items()})
+    pq.write_table(table, folder / "tokens" / f"step-{step:06d}-rank-0.parquet")
     with (folder / "metrics.jsonl").open("a") as lines:
         lines.write(json.dumps(make_metrics(step, broken)) + "\n")

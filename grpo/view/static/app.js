@@ -4,7 +4,7 @@ import { comparePage } from "./compare.js";
 import { completionPage } from "./completion.js";
 import { empty, h, link } from "./dom.js";
 import { groupPage } from "./group.js";
-import { sentence } from "./format.js";
+import { oneLine, sentence } from "./format.js";
 import { keyboard } from "./keys.js";
 import { keep, restore } from "./keep.js";
 import { promptPage, promptsPage } from "./prompts.js";
@@ -101,7 +101,7 @@ async function show(how) {
   shownOffset = route.query.offset;
   main.removeAttribute("aria-busy");
   main.replaceChildren(...page.body.flat(9).filter((part) => part instanceof Node));
-  document.title = `${page.title} · grpo view`;
+  document.title = `${oneLine(page.title)} · grpo view`;
   crumbs(page, route);
   if (how !== "new") {
     restore(main, kept, how === "refresh");
@@ -123,7 +123,9 @@ function crumbs(page, route) {
         h(
           "li",
           null,
-          href && i < entries.length - 1 ? h("a", { href }, text) : h("span", { "aria-current": "page" }, text),
+          href && i < entries.length - 1
+            ? h("a", { href }, oneLine(text))
+            : h("span", { "aria-current": "page" }, oneLine(text)),
         ),
       ),
     ),

@@ -1,10 +1,10 @@
 // Two files of completions, prompt by prompt: runs against each other, or steps of one run.
 import { get, runInfo } from "./api.js";
 import { empty, h, link, section, select, table, tableRow } from "./dom.js";
-import { number, plural } from "./format.js";
+import { number, oneLine, plural } from "./format.js";
 import { pager } from "./pager.js";
 import { groupHash, setQuery } from "./routes.js";
-import { oneLine, stepName } from "./step.js";
+import { stepName } from "./step.js";
 
 const COLUMNS_OF_PAIRS = [
   { label: "Prompt" },
@@ -35,7 +35,7 @@ export async function comparePage({ query }) {
         offset: query.offset,
       })
     : null;
-  const names = runs.map((run) => [run.run, run.name]);
+  const names = runs.map((run) => [run.run, oneLine(run.name)]);
   const filesOf = (info) => info.files.map((file) => [file.file, stepName(file.file)]);
   return {
     title: "Compare",

@@ -1,10 +1,10 @@
 // One completion: its tokens, coloured by a quantity.
 import { get, runInfo } from "./api.js";
 import { empty, facts, h, link, section, select } from "./dom.js";
-import { brief, number, textBlock, visible } from "./format.js";
+import { brief, escaped, number, oneLine, textBlock, visible } from "./format.js";
 import { pager } from "./pager.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
-import { oneLine, stepName, walk } from "./step.js";
+import { stepName, walk } from "./step.js";
 import { verdict } from "./group.js";
 
 const PAGE_TOKENS = 2000;
@@ -19,8 +19,7 @@ const QUANTITIES = {
   sampler_logprob: { label: "sampler logprob", doc: "logprob of the token when it was sampled; dark is unlikely" },
   learner_logprob: { label: "learner logprob", doc: "logprob of the token in the learner; dark is unlikely" },
   entropy: { label: "entropy", doc: "entropy of the distribution in nats" },
-  mask: { label: "mask", doc: "1: the token gives a gradient; 0: it does not" },
-  version: { label: "policy version", doc: "version of the weights that sampled the token" },
+  importance_weight: { label: "importance weight", doc: "weight of the token in the loss; 0: not trained, struck out" },
 };
 
 export async function completionPage({ parts: [, run, , file, , group, index], query }) {
@@ -77,7 +76,7 @@ function tokens(answer, query) {
   const color = present.includes(query.color) ? query.color : (present[0] ?? "");
   const offset = Number(query.offset ?? 0);
   const colour = scale(
-    answer.tokens.map((token) => plain(token[color])),
+    answer.tokens.map((token) => token[color] ?? null),
     color,
   );
   const inspector = h(
@@ -112,11 +111,6 @@ function tokens(answer, query) {
   ];
 }
 
-// The mask is a truth value.
-function plain(value) {
-  return typeof value === "boolean" ? Number(value) : (value ?? null);
-}
-
 // Return the colours of a quantity and their legend: the least, the middle and the greatest of the page.
 function scale(values, name) {
   const known = values.filter((value) => typeof value === "number");
@@ -139,7 +133,7 @@ function scale(values, name) {
       ? [-reach, 0, reach]
       : [...new Set(falling ? [high, (low + high) / 2, low] : [low, (low + high) / 2, high])];
   return {
-    of: (token) => [style(plain(token[name])), kind(plain(token[name]))],
+    of: (token) => [style(token[name]), kind(token[name])],
     legend: h(
       "ul",
       { class: "legend", "aria-label": `Legend: ${QUANTITIES[name]?.label}` },
@@ -162,7 +156,7 @@ function tokenList(answer, offset, colour, inspector) {
         id: `token-${offset + i}`,
         "data-i": i,
         "aria-selected": "false",
-        class: `token ${style ? kind : ""} ${token.special ? "special" : ""} ${token.mask === false || token.mask === 0 ? "masked" : ""}`,
+        class: `token ${style ? kind : ""} ${token.special ? "special" : ""} ${token.importance_weight === 0 ? "masked" : ""}`,
         style,
       },
       tokenText(token),
@@ -222,11 +216,12 @@ function details(token, position) {
   return facts([
     ["Token", position],
     ["Id", String(token.id)],
-    ["Text", token.text === null ? null : h("code", null, JSON.stringify(token.text))],
+    ["Text", token.text === null ? null : h("code", null, escaped(token.text))],
     ["Special", token.special ? "yes" : null],
+    ["Trained", token.importance_weight === 0 ? "no: masked or rejected" : null],
     ...Object.entries(QUANTITIES).map(([name, quantity]) => [
       quantity.label,
-      token[name] === null || token[name] === undefined ? null : number(plain(token[name])),
+      token[name] === null || token[name] === undefined ? null : number(token[name]),
       quantity.doc,
     ]),
   ]);

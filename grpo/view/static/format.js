@@ -125,6 +125,20 @@ export function splitAt(text, count) {
   return [text.slice(0, at), text.slice(at)];
 }
 
+// Return a text in one line, for names and titles: line ends are ⏎, other characters that are not visible are �.
+export function oneLine(text) {
+  return String(text ?? "")
+    .replace(/\s*[\n\r]\s*/g, " ⏎ ")
+    .replace(/\t/g, " ")
+    .replace(HIDDEN, "\ufffd");
+}
+
+// Return a text as a JSON string in which characters that are not visible are escaped.
+export function escaped(text) {
+  const escape = (found) => `\\u{${found.codePointAt(0).toString(16)}}`;
+  return JSON.stringify(text).replace(HIDDEN, escape);
+}
+
 const LONGEST = 300;
 
 // Return the nodes of a short text such as an answer. A long one is cut.

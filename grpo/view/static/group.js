@@ -1,9 +1,9 @@
 // One group: its completions side by side from where they first differ.
 import { get, runInfo } from "./api.js";
 import { facts, h, link, section, select } from "./dom.js";
-import { brief, number, plural, short, shown, splitAt, textBlock, visible } from "./format.js";
+import { brief, number, oneLine, plural, short, shown, splitAt, textBlock, visible } from "./format.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
-import { oneLine, place, stepName, walk } from "./step.js";
+import { place, stepName, walk } from "./step.js";
 
 export async function groupPage({ parts: [, run, , file, , group], query }) {
   const [info, answer] = await Promise.all([runInfo(run), get(`${samplesPath(run, file)}/groups/${group}`)]);
@@ -167,11 +167,11 @@ export function verdict(one, gold) {
       ],
       ["Why", one.why ? brief(one.why) : null],
       ...parts.map(([name, value]) => [
-        name,
+        oneLine(name),
         value === null ? h("em", null, "abstained or failed") : number(value),
         "Value of this reward, without its weight",
       ]),
-      ...logged.map(([name, value]) => [name, brief(shown(value)), "Logged by the reward"]),
+      ...logged.map(([name, value]) => [oneLine(name), brief(shown(value)), "Logged by the reward"]),
       ["Advantage", one.advantage === null ? null : number(one.advantage)],
       ["Tokens", h("span", null, `${number(one.length)}, ended by ${one.finish_reason ?? "–"} `, cut)],
     ]),

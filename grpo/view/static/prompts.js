@@ -2,10 +2,10 @@
 import { get, runInfo } from "./api.js";
 import { cursor, curve } from "./chart.js";
 import { empty, facts, field, h, link, section, select, table, tableRow } from "./dom.js";
-import { brief, number, plural, textBlock, visible } from "./format.js";
+import { brief, number, oneLine, plural, textBlock, visible } from "./format.js";
 import { pager } from "./pager.js";
 import { groupHash, promptHash, runHash, setQuery } from "./routes.js";
-import { oneLine, stepName } from "./step.js";
+import { stepName } from "./step.js";
 
 const PROMPTS = 100;
 const LIST = [

@@ -2,7 +2,7 @@
 import { address, get, has, offline, runInfo } from "./api.js";
 import { cursor, curve, slider, stack, whisker } from "./chart.js";
 import { empty, facts, field, h, link, section, table } from "./dom.js";
-import { interval, number, percent, percentPoints, seconds, sentence, shown } from "./format.js";
+import { interval, number, percent, percentPoints, seconds, sentence, shown, visible } from "./format.js";
 import { fileHash } from "./routes.js";
 import { stateChip } from "./runs.js";
 import { timeline } from "./timeline.js";
@@ -17,9 +17,9 @@ export async function runPage({ parts: [, run], query }) {
     h(
       "header",
       { class: "head" },
-      h("h1", null, info.name),
+      h("h1", null, visible(info.name)),
       stateChip(info),
-      h("p", { class: "muted path" }, info.folder),
+      h("p", { class: "muted path" }, visible(info.folder)),
     ),
     facts([
       ["Steps", info.steps_planned ? `${number(info.steps)} of ${number(info.steps_planned)}` : number(info.steps)],

@@ -1,7 +1,7 @@
 // The list of runs.
 import { get } from "./api.js";
 import { empty, h, link, table, tableRow } from "./dom.js";
-import { interval, number, percent, plural } from "./format.js";
+import { interval, number, oneLine, percent, plural, visible } from "./format.js";
 import { runHash } from "./routes.js";
 
 const MARKS = { running: "▶", done: "✓", stopped: "■", failed: "✕", unknown: "?" };
@@ -42,13 +42,13 @@ export async function runsPage() {
   }
   const rows = runs.map((run) =>
     tableRow(COLUMNS, [
-      h("a", { href: runHash(run.run), "data-item": true }, run.name),
+      h("a", { href: runHash(run.run), "data-item": true }, visible(run.name)),
       stateChip(run),
       run.steps_planned ? `${number(run.steps)} of ${number(run.steps_planned)}` : number(run.steps),
       accuracy(run.accuracy_before, run.accuracy_before_interval),
       accuracy(run.accuracy_after, run.accuracy_after_interval),
       alarmCount(run),
-      h("span", { class: "path" }, run.recipe ?? "–"),
+      h("span", { class: "path" }, oneLine(run.recipe ?? "–")),
     ]),
   );
   return {

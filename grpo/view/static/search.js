@@ -1,7 +1,7 @@
 // Search over the texts and token ids of a run.
 import { get } from "./api.js";
 import { empty, field, h, link, select } from "./dom.js";
-import { number, plural, seconds, sentence, visible } from "./format.js";
+import { number, oneLine, plural, seconds, sentence, visible } from "./format.js";
 import { completionHash, runHash, setQuery } from "./routes.js";
 import { stepName } from "./step.js";
 
@@ -46,7 +46,7 @@ export async function searchPage({ query }) {
           "search-run",
           "In",
           query.run ?? "0",
-          runs.map((run) => [run.run, run.name]),
+          runs.map((run) => [run.run, oneLine(run.name)]),
           (run) => setQuery({ run }),
         ),
         text,

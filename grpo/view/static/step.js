@@ -1,7 +1,7 @@
 // The completions of one file: groups as rows, completions as cells coloured by reward.
 import { address, get, offline, runInfo } from "./api.js";
 import { empty, field, h, link, select } from "./dom.js";
-import { MISSING, number, plural, sentence, short } from "./format.js";
+import { MISSING, number, oneLine, plural, sentence, short } from "./format.js";
 import { pager } from "./pager.js";
 import { completionHash, fileHash, groupHash, runHash, samplesPath, setQuery } from "./routes.js";
 
@@ -307,14 +307,6 @@ function groupRow(run, file, group, range) {
         group.cells.map((one) => cell(run, file, group.group, one, range)),
       ),
     ),
-  );
-}
-
-// Return a text in one line; characters that are not visible become marks.
-export function oneLine(text) {
-  return String(text ?? "").replace(
-    /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]+/g,
-    (run) => (/^[\n\t\r ]+$/.test(run) ? " ⏎ " : "�"),
   );
 }
 
