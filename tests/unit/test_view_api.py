@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -651,29 +652,29 @@ def test_a_run_that_trains(run: Path) -> None:
     assert api.answer(opened, "/api/runs/0/prompts", {"search": "7:h"})["total"] == 1  # type: ignore[index]
 
 
-def test_metrics_are_read_once_by_several_threads(run: Path) -> None:
-    """Each thread sees whole columns, and no line twice, while lines are written."""
+def test_metrics_are_read_once_by_several_threads(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    (run / "metrics.jsonl").write_text("")
-    opened = api.open_paths([run])
+    from grpo.view.files import Metrics, RunFiles
 
-    def look(_: int) -> list[int]:
-        found = api.answer(opened, "/api/runs/0/series", {})
-        assert len(found["series"].get("a", found["steps"])) == len(found["steps"])  # type: ignore[index, union-attr]
-        return found["steps"]  # type: ignore[index, return-value]
+    plain = Metrics.add
 
+    def slow(self: Metrics, line: dict[str, Any]) -> None:
+        time.sleep(0.001)
+        plain(self, line)
+
+    monkeypatch.setattr(Metrics, "add", slow)
+    write_metrics(run, [{"step": step, "a": step} for step in range(1, 51)])
+    files = RunFiles(run)
     with ThreadPoolExecutor(4) as pool:
-        looks = [pool.submit(look, i) for i in range(200)]
-        with (run / "metrics.jsonl").open("a") as out:
-            for step in range(1, 301):
-                out.write(f'{{"step": {step}, "a": 1}}\n')
-                out.flush()
-        looks += [pool.submit(look, i) for i in range(50)]
-    for one in looks:
-        steps = one.result()
-        assert steps == [*range(1, len(steps) + 1)]
-    assert looks[-1].result() == [*range(1, 301)]
+        found = list(pool.map(lambda _: files.metrics(), range(8)))
+    assert [[*one.steps] for one in found] == [[*range(1, 51)]] * 8
+    # what a reader holds does not change when a line is added
+    with (run / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 51, "b": 1}\n')
+    assert [*files.metrics().steps] == [*range(1, 52)]
+    assert [*found[0].steps] == [*range(1, 51)]
+    assert "b" not in found[0].columns
 
 
 def test_a_damaged_line_is_left_out_and_named(run: Path) -> None:
