@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from grpo.types import ExitCode, UserError
 from grpo.view import api
+from grpo.view.visible import visible
 
 
 def view_command(parsed: argparse.Namespace) -> ExitCode:
@@ -16,6 +17,15 @@ def view_command(parsed: argparse.Namespace) -> ExitCode:
         raise UserError("--step is for --html")
     if parsed.port is not None and not 0 <= parsed.port < 2**16:
         raise UserError(f"--port {parsed.port}: it must be a number from 0 to {2**16 - 1}")
+    try:
+        show(parsed)
+    except UserError as error:  # it may name a file of the run, whose name may have control characters
+        raise UserError(visible(str(error))) from error
+    return ExitCode.DONE
+
+
+def show(parsed: argparse.Namespace) -> None:
+    """Serve or write what is asked for."""
     opened = api.open_paths(parsed.runs)
     if parsed.json is not None:
         print_json(opened, parsed.json)
@@ -28,9 +38,9 @@ def view_command(parsed: argparse.Namespace) -> ExitCode:
     elif parsed.text is not None:
         from rich.console import Console  # noqa: PLC0415
 
-        from grpo.view.text import show  # noqa: PLC0415
+        from grpo.view.text import print_place  # noqa: PLC0415
 
-        show(opened, parsed.text, Console(highlight=False, markup=False, emoji=False))
+        print_place(opened, parsed.text, Console(highlight=False, markup=False, emoji=False))
     else:
         from grpo.view.server import serve  # noqa: PLC0415
 
@@ -38,7 +48,6 @@ def view_command(parsed: argparse.Namespace) -> ExitCode:
             serve(opened, parsed.port, say=lambda url: print(f"grpo view: {url}\nCtrl-C ends it", flush=True))
         except KeyboardInterrupt:
             print(file=sys.stderr)
-    return ExitCode.DONE
 
 
 def print_json(opened: api.Runs, asked: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 
 from grpo.types import Json, UserError
@@ -68,8 +69,7 @@ def add_file(data: dict[str, Json], run: Run, stem: str) -> None:
     """Add the groups of a samples file and their completions, without tokens."""
     path = f"/api/runs/{run.number}/samples/{stem}"
     file = run.files.samples_file(stem)
-    answer = samples.groups_answer(run.files, stem, Query({"limit": "1000"}, ["limit"]))
-    data[path] = answer
+    data[path] = samples.groups_answer(run.files, stem, Query({}, []), page=(0, sys.maxsize))
     for g, group in samples.every_group(run.files, file):
         data[f"{path}/groups/{g}"] = group
 

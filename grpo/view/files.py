@@ -6,10 +6,12 @@ rest of the run is still shown.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import re
+import threading
 import time
 from array import array
 from collections import OrderedDict
@@ -105,6 +107,7 @@ class RunFiles:
         self._metrics = Metrics()
         self._read_to, self._inode = 0, -1
         self._lines = 0
+        self._lock = threading.Lock()
         self._footers: OrderedDict[tuple[str, int, int], int] = OrderedDict()
         self._config: tuple[tuple[int, int], Config] | None = None
 
@@ -115,24 +118,30 @@ class RunFiles:
         return path
 
     def metrics(self) -> Metrics:
-        """Return metrics.jsonl. Only lines that were added since the last call are read.
+        """Return metrics.jsonl. Only lines that were added since the last call are read. Thread-safe: what is returned
+        does not change any more.
 
         A last line that is not complete is left for the next call. A resumed run replaces the file, which is then
         read from the start.
         """
+        with self._lock:
+            self._metrics = self._read_metrics()
+            return self._metrics
+
+    def _read_metrics(self) -> Metrics:
         file = self.path / "metrics.jsonl"
         try:
             opened = self.inside(file).open("rb")
-        except FileNotFoundError:
-            self._metrics, self._read_to, self._inode = Metrics(), 0, -1
-            return self._metrics
         except (OSError, UserError) as error:
-            self._metrics, self._read_to, self._inode = Metrics(problem=str(error)), 0, -1
-            return self._metrics
+            self._read_to, self._inode = 0, -1
+            return Metrics(problem=None if isinstance(error, FileNotFoundError) else str(error))
         with opened:
             status = os.fstat(opened.fileno())
+            if status.st_ino == self._inode and status.st_size == self._read_to:
+                return self._metrics
+            found = copy.deepcopy(self._metrics)
             if status.st_ino != self._inode or status.st_size < self._read_to:
-                self._metrics, self._read_to, self._inode, self._lines = Metrics(), 0, status.st_ino, 0
+                found, self._read_to, self._inode, self._lines = Metrics(), 0, status.st_ino, 0
             opened.seek(self._read_to)
             for line in opened:
                 if not line.endswith(b"\n"):
@@ -143,12 +152,10 @@ class RunFiles:
                     values = json.loads(line)
                     if not isinstance(values, dict):
                         raise ValueError("no mapping")
-                    self._metrics.add(values)
+                    found.add(values)
                 except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-                    self._metrics.problem = (
-                        self._metrics.problem or f"{file}:{self._lines} is damaged and left out: {line[:80]!r}"
-                    )
-        return self._metrics
+                    found.problem = found.problem or f"{file}:{self._lines} is damaged and left out: {line[:80]!r}"
+        return found
 
     def read_json(self, name: str) -> Json:
         """Return the content of a JSON file of the folder; None if there is none. Raises UserError if it is damaged."""

@@ -33,10 +33,11 @@ def parsed_filter(text: str, schema: pa.Schema) -> filters.Filter | None:
     return filters.parse(text, columns_of(schema)) if text.strip() else None
 
 
-def groups_answer(files: RunFiles, stem: str, query: Query) -> Json:
-    """Return a page of the groups of a samples file, filtered and sorted."""
+def groups_answer(files: RunFiles, stem: str, query: Query, page: tuple[int, int] | None = None) -> Json:
+    """Return a page of the groups of a samples file, filtered and sorted. `page`: (offset, limit) instead of those of
+    the query."""
     file = files.samples_file(stem)
-    offset, limit = query.page(100)
+    offset, limit = page or query.page(100)
     sort = query.choice("sort", SORTS, "group")
     descending = query.choice("order", ("asc", "desc"), "asc") == "desc"
     schema = schema_of(files, file)

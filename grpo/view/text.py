@@ -27,7 +27,7 @@ MAX_TEXT = 4000
 """Characters of a completion in a group."""
 
 
-def show(opened: api.Runs, place: str, console: Console) -> None:
+def print_place(opened: api.Runs, place: str, console: Console) -> None:
     """Print a part of the runs.
 
     Args:

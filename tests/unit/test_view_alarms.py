@@ -93,6 +93,9 @@ def test_failures_by_kind() -> None:
 def test_a_run_shorter_than_a_threshold_is_judged_by_all_its_steps() -> None:
     [alarm] = alarms_of(None, run_of(2, during(range(1, 3), completion__truncated_fraction=0.9)))
     assert (alarm.kind, alarm.steps) == ("truncation", 2)
+    # the evaluation before the first step is no step
+    lines = [{"step": 0.0, "eval/accuracy": 0.1}, *run_of(2, during(range(1, 3), completion__truncated_fraction=0.9))]
+    assert [alarm.kind for alarm in alarms_of(None, lines)] == ["truncation"]
 
 
 def test_the_warnings_of_the_run_come_first_and_once() -> None:

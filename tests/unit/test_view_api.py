@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -635,7 +636,9 @@ def test_a_run_that_trains(run: Path) -> None:
     assert one["total"] == 1  # type: ignore[index]
     # a resume after step 1: the file is replaced, and later samples are removed
     kept = (run / "metrics.jsonl").read_text().splitlines()[0]
-    (run / "aside").write_text(kept + '\n{"step": 2, "reward/mean": 0.125}\n{"step": 3, "reward/mean": 0.25}\n')
+    again = f'{{"step": 2, "reward/mean": 0.125, "time": "{"x" * 200}"}}\n{{"step": 3, "reward/mean": 0.25}}\n'
+    (run / "aside").write_text(f"{kept}\n{again}")  # longer than the file that it replaces
+    assert (run / "aside").stat().st_size > (run / "metrics.jsonl").stat().st_size
     (run / "aside").replace(run / "metrics.jsonl")
     for step in (2, 3):
         (run / "samples" / f"step-00000{step}.parquet").unlink()
@@ -647,6 +650,31 @@ def test_a_run_that_trains(run: Path) -> None:
     # a file of the same name with other rows is read anew
     write_samples(run, "step-000002", [sample(7, 0), sample(7, 1)])
     assert api.answer(opened, "/api/runs/0/prompts", {"search": "7:h"})["total"] == 1  # type: ignore[index]
+
+
+def test_metrics_are_read_once_by_several_threads(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from grpo.view.files import Metrics, RunFiles
+
+    plain = Metrics.add
+
+    def slow(self: Metrics, line: dict[str, Any]) -> None:
+        time.sleep(0.001)
+        plain(self, line)
+
+    monkeypatch.setattr(Metrics, "add", slow)
+    write_metrics(run, [{"step": step, "a": step} for step in range(1, 51)])
+    files = RunFiles(run)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: files.metrics(), range(8)))
+    assert [[*one.steps] for one in found] == [[*range(1, 51)]] * 8
+    # what a reader holds does not change when a line is added
+    with (run / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 51, "b": 1}\n')
+    assert [*files.metrics().steps] == [*range(1, 52)]
+    assert [*found[0].steps] == [*range(1, 51)]
+    assert "b" not in found[0].columns
 
 
 def test_a_damaged_line_is_left_out_and_named(run: Path) -> None:

@@ -49,6 +49,8 @@ def selected(text: str, rows: list[dict[str, Any]]) -> list[bool]:
         ("`judge/right` == true", [1]),
         ("judge/right != true", [0]),
         ("not not reward < 0.5", [0]),
+        ("not reward == 0.5 or length == 5", [0, 1, 2, 3]),
+        ("not (reward == 0.5 or length == 2)", [2, 3]),
         ("length == 99999999999999999999", []),
         ("length < 99999999999999999999", [0, 1, 2, 3]),
         ("reward<0.5 AND length<3 OR length==9", [0, 3]),

@@ -20,7 +20,7 @@ from grpo.types import UserError
 from grpo.view import export
 from grpo.view.api import open_paths
 from grpo.view.export import html_page
-from grpo.view.text import show
+from grpo.view.text import print_place
 from grpo.view.visible import visible
 
 
@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Path:
 def printed(run: Path, place: str = "", color: bool = False) -> str:
     out = io.StringIO()
     console = Console(file=out, width=150, highlight=False, markup=False, emoji=False, force_terminal=color)
-    show(open_paths([run]), place, console)
+    print_place(open_paths([run]), place, console)
     return out.getvalue()
 
 
@@ -120,6 +120,18 @@ def test_mistakes_of_the_command(
     assert error.startswith("grpo: ")
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_a_hostile_name_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = run.rename(run.parent / "\x1b[2J<script>..%2f\u202e")
+    assert "<U+001B>[2J<script>..%2f<U+202E>" in printed(named)
+    assert main(["view", str(named), "--text", "step-9"]) == 2
+    error = capsys.readouterr().err
+    assert "<U+001B>[2J<script>..%2f<U+202E> has no samples file" in error
+    assert "\x1b" not in error
+    assert main(["view", str(named), "--json", "/api/runs"]) == 0
+    [entry] = json.loads(capsys.readouterr().out)["runs"]
+    assert entry["name"] == named.name
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
