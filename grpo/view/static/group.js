@@ -163,7 +163,7 @@ export function verdict(one, gold) {
           " ",
           compared,
         ),
-        "What the data set's answer finder reads at the end of the completion",
+        "The answer that the grader read, if it logs it; otherwise the one that the completion ends with",
       ],
       ["Why", one.why ? brief(one.why) : null],
       ...parts.map(([name, value]) => [
