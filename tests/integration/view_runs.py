@@ -21,7 +21,7 @@ BREAKS = 5
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>",
     '"><svg onload="window.hacked = 1"> \' onfocus=window.hacked=1 autofocus',
-    "abc\u202edcb\u202c zero\u200bwidth \x1b[31mred\x1b[0m \ufffd \x00 end",
+    "abc\u202edcb\u202c zero\u200b\u200b\u200bwidth \x1b[31mred\x1b[0m \ufffd \x00 end",
     "a" * 300_000,
 )
 """Texts of the second group of each step."""

@@ -57,12 +57,7 @@ export async function completionPage({ parts: [, run, , file, , group, index], q
       ),
       section("tokens", "Tokens", ...tokens(answer, query)),
       section("prompt", "Prompt", promptTokens(answer)),
-      section(
-        "text",
-        "Text",
-        textBlock("Text of the completion", answer.text ?? ""),
-        answer.truncated_text && h("p", { class: "muted" }, "The text is cut here; the tokens above are complete."),
-      ),
+      section("text", "Text", textBlock("Text of the completion", answer.text ?? "", null, answer.truncated_text)),
     ],
   };
 }

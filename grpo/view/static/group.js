@@ -1,7 +1,7 @@
 // One group: its completions side by side from where they first differ.
 import { get, runInfo } from "./api.js";
 import { facts, h, link, section, select } from "./dom.js";
-import { brief, number, oneLine, plural, short, shown, splitAt, textBlock, visible } from "./format.js";
+import { brief, number, oneLine, plural, short, shown, splitAt, textBlock } from "./format.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
 import { place, stepName, walk } from "./step.js";
 
@@ -121,18 +121,11 @@ function card(run, file, group, one, answer, range) {
         one.failed ? "✕" : short(one.reward),
       ),
     ),
-    h(
-      "div",
-      {
-        class: "text clip",
-        dir: "auto",
-        tabindex: "0",
-        role: "group",
-        "aria-label": `Text of completion ${one.index}`,
-      },
+    textBlock(
+      `Text of completion ${one.index}`,
+      splitAt(one.text, shared)[1],
       shared > 0 && h("span", { class: "muted", title: "the same in all completions" }, "… "),
-      one.text === "" ? h("em", null, "empty") : visible(splitAt(one.text, shared)[1]),
-      one.truncated_text && h("em", null, " … the text goes on; open the completion"),
+      one.truncated_text,
     ),
     verdict(one, answer.gold),
   );
