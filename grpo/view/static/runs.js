@@ -25,10 +25,10 @@ function alarmCount(run) {
 const COLUMNS = [
   { label: "Run" },
   { label: "State" },
+  { label: "Alarms" },
   { label: "Steps", number: true },
   { label: "Before", number: true },
   { label: "After", number: true },
-  { label: "Alarms" },
   { label: "Recipe" },
 ];
 
@@ -44,10 +44,10 @@ export async function runsPage() {
     tableRow(COLUMNS, [
       h("a", { href: runHash(run.run), "data-item": true }, visible(run.name)),
       stateChip(run),
+      alarmCount(run),
       run.steps_planned ? `${number(run.steps)} of ${number(run.steps_planned)}` : number(run.steps),
       accuracy(run.accuracy_before, run.accuracy_before_interval),
       accuracy(run.accuracy_after, run.accuracy_after_interval),
-      alarmCount(run),
       h("span", { class: "path" }, oneLine(run.recipe ?? "–")),
     ]),
   );
