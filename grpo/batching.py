@@ -31,6 +31,7 @@ from grpo.config import AlgorithmConfig, Config
 from grpo.objective import advantages as family
 from grpo.objective.compatibility import GROUP_RELATIVE, NEEDS_GROUPS, Aggregation
 from grpo.objective.losses import aggregation_weights
+from grpo.objective.spread import has_spread
 from grpo.types import Batch, Group, RankStep, Rollout, Scored
 
 LEARNER_COLUMNS = ("zero_advantage", "stopped", "mismatch_masked", "clipped", "contributing")
@@ -94,22 +95,22 @@ def training_rows(groups: Sequence[Group], unused: Sequence[Group], config: Conf
     least = members_needed(a)
     usable = [(p, group) for p, group in enumerate(groups) if len(group.rewards) >= least]
     shaped = [[shaped_reward(r, config) for r in scored(group)] for _, group in usable]
-    spread = [family.has_spread(group.rewards) for _, group in usable]
+    spread = [has_spread(group.rewards) for _, group in usable]
     lengths = [[tokens_of(r) for r in scored(group)] for _, group in usable]
     values = row_values(shaped, spread, lengths, a)
     # if the KL in the reward or the whitening can change an advantage of 0, a row without spread counts like any other
     judged = a.advantage in GROUP_RELATIVE and not (a.kl_coef > 0 and a.kl_place == "reward")
     uses = dict.fromkeys(("sampled", "failed", "truncated", "no_spread", "stale"), 0)
     minibatches: list[list[TrainingRow]] = [[] for _ in range(a.minibatches_per_step)]
-    for (p, group), group_values, group_shaped, has_spread in zip(usable, values, shaped, spread, strict=True):
+    for (p, group), group_values, group_shaped, differ in zip(usable, values, shaped, spread, strict=True):
         members = [(i, r) for i, r in enumerate(group.rollouts) if isinstance(r.outcome, Scored)]
         for (i, rollout), value, reward in zip(members, group_values, group_shaped, strict=True):
-            reason = left_out(rollout, policy_version, has_spread or not judged, a)
+            reason = left_out(rollout, policy_version, differ or not judged, a)
             if reason is not None:
                 uses[reason] += tokens_of(rollout)
             if reason != "truncated" and not is_stale(rollout, policy_version):
                 returned = value if a.advantage == "reinforce_pp_baseline" else reward
-                row = training_row(rollout, p, p * a.group_size + i, value, returned, has_spread or not judged)
+                row = training_row(rollout, p, p * a.group_size + i, value, returned, differ or not judged)
                 minibatches[p * a.minibatches_per_step // a.prompts_per_step].append(row)
     for group in (*groups, *unused):
         lost = group.rollouts if len(group.rewards) < least else group.failed

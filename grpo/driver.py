@@ -44,8 +44,8 @@ from grpo.metrics.step import (
     throughput,
     timings,
 )
-from grpo.objective.advantages import has_spread
 from grpo.objective.kl import adapted_coefficient
+from grpo.objective.spread import has_spread
 from grpo.rollout.collect import (
     Collected,
     SamplerGroup,

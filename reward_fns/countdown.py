@@ -10,7 +10,7 @@ never evaluates the expression.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -23,33 +23,57 @@ SIGNS = {0xFF01 + i: 0x21 + i for i in range(94)} | str.maketrans("\u00d7\u00b7\
 TOKEN = re.compile(r"\s*(?:(\d{1,20})(?![\d.])|([-+*/()=]))", re.ASCII)
 
 
-def countdown(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
+def countdown(
+    completion: str,
+    row: Mapping[str, Any],
+    info: Mapping[str, Any] | None = None,
+    log_extra: Callable[[str, Any], None] | None = None,
+) -> float:
     """Return 1.0 if the answer uses each of `row["nums"]` (or `numbers`) and gives `row["target"]`, else 0.0.
+
+    `log_extra`: given by the trainer; it is passed the expression, and why it gets 0.
 
     Raises KeyError without these columns, ValueError if they are not whole numbers.
     """
     numbers, target = given(row)
-    _, tag, after = behind_reasoning(completion, info).rpartition("<answer>")
+    text = behind_reasoning(completion, info)
+    _, tag, after = text.rpartition("<answer>")
     expression, end, _ = after.partition("</answer>")
-    if not tag or not end or len(expression) > MAX_LENGTH:
-        return 0.0
+    if not tag or not end:
+        expression, problem = "", "there is no <answer>...</answer>" if text else "there is no text after the reasoning"
+    else:
+        problem = mistake(expression, numbers, target)
+    if log_extra is not None:
+        log_extra("extracted", expression.strip() or None)
+        log_extra("why", problem or None)
+    return 0.0 if problem else 1.0
+
+
+def mistake(expression: str, numbers: list[int], target: int) -> str:
+    """Return why an expression is no solution; empty if it is one."""
+    if len(expression) > MAX_LENGTH:
+        return f"it is longer than {MAX_LENGTH} characters"
     try:
         tokens = split(expression.translate(SIGNS))
         left, equals, right = partition(tokens)
         if sorted(int(token) for token in left if token.isdigit()) != sorted(numbers):
-            return 0.0
+            return "it does not use each of the numbers once"
         if equals and right != split(str(target)):
-            return 0.0
+            return f"it is set equal to something else than {target}"
         rest = list(reversed(left))
         result = total(rest, 0)
-    except (SyntaxError, ZeroDivisionError):
-        return 0.0
-    return 1.0 if not rest and result == target else 0.0
+    except (SyntaxError, ZeroDivisionError) as error:
+        return "it divides by 0" if isinstance(error, ZeroDivisionError) else f"it is no expression: {error}"
+    if rest:
+        return "it is no expression: it does not end"
+    return "" if result == target else f"its value is {result}, not {target}"
 
 
-def countdown_unclosed(completion: str, row: Mapping[str, Any]) -> float:
+def countdown_unclosed(
+    completion: str, row: Mapping[str, Any], log_extra: Callable[[str, Any], None] | None = None
+) -> float:
     """Grade like `countdown`, for models that never close `<think>`: without `</think>`, read the whole completion."""
-    return countdown(completion.replace("<think>", ""), row)
+    return countdown(completion.replace("<think>", ""), row, log_extra=log_extra)
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:

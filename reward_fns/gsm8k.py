@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -44,8 +44,15 @@ BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 
 
-def gsm8k(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
+def gsm8k(
+    completion: str,
+    row: Mapping[str, Any],
+    info: Mapping[str, Any] | None = None,
+    log_extra: Callable[[str, Any], None] | None = None,
+) -> float:
     """Return 1.0 if the completion's final number is `row["answer"]`, else 0.0 (see the module's docstring).
+
+    `log_extra`: given by the trainer; it is passed the number as written, and why it gets 0.
 
     The gold answer is a number, or a solution that ends with `#### x`. Raises KeyError without `answer`, ValueError
     if it is neither.
@@ -59,12 +66,24 @@ def gsm8k(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | Non
     if gold is None:
         raise ValueError(f"the gold answer {answer!r} is no number")
     text = in_ascii(behind_reasoning(completion, info))
-    return 1.0 if final_number(DECIMAL_COMMA.sub(r"\1.\2", text)) == gold else 0.0
+    written, problem = final_number(DECIMAL_COMMA.sub(r"\1.\2", text))
+    number = value(written) if written else None
+    right = number == gold
+    if log_extra is not None:
+        if not right and not problem:
+            problem = f"it is not {gold}" if number is not None else "it is too long, or divides by 0"
+        elif not text:
+            problem = "there is no text after the reasoning"
+        log_extra("extracted", written or None)
+        log_extra("why", problem or None)
+    return 1.0 if right else 0.0
 
 
-def gsm8k_unclosed(completion: str, row: Mapping[str, Any]) -> float:
+def gsm8k_unclosed(
+    completion: str, row: Mapping[str, Any], log_extra: Callable[[str, Any], None] | None = None
+) -> float:
     """Grade like `gsm8k`, for models that never close `<think>`: without `</think>`, read the whole completion."""
-    return gsm8k(completion.replace("<think>", ""), row)
+    return gsm8k(completion.replace("<think>", ""), row, log_extra=log_extra)
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:
@@ -84,22 +103,25 @@ def in_ascii(text: str) -> str:
     return re.sub(r"(?![0-9])\d", lambda digit: str(unicodedata.decimal(digit[0])), text.translate(SIGNS))
 
 
-def final_number(text: str) -> Fraction | None:
-    """Return the number that `text` gives as its answer, if any."""
+def final_number(text: str) -> tuple[str, str]:
+    """Return the number that `text` gives as its answer, as written, and an empty text; or an empty text and why there
+    is none."""
     for number, behind in reversed(MARKED.findall(text)):
         if not behind.strip(" \t\r%.*"):
-            return value(number)
+            return number, ""
         several = len({value(each) for each in LAST.findall(number + behind)}) > 1
         if several and "=" not in behind and not re.match(r"[.):]\s", behind):
-            return None
+            return "", "#### is followed by several numbers"
     start = text.rfind("\\boxed")
     if start >= 0:
         box = BOX.match(text, start)
         inside = re.sub(r"\\(?:text|mbox)\s*\{[^{}]*\}|\\[!,;:]", "", box[1]) if box else ""
         numbers = LAST.findall(FRACTION.sub(r"\1/\2", inside.replace("{,}", ",").replace("\\$", "")))
-        return value(numbers[0]) if len(numbers) == 1 else None
+        if len(numbers) == 1:
+            return numbers[0], ""
+        return "", "the last box is not closed" if box is None else "the last box does not have one number"
     numbers = LAST.findall(text)
-    return value(numbers[-1]) if numbers else None
+    return (numbers[-1], "") if numbers else ("", "there is no number")
 
 
 def value(number: str) -> Fraction | None:

@@ -26,7 +26,7 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -210,19 +210,43 @@ COUNTED = "个|個|只|人|天|元|年|岁|页|本|次|名|颗|条|种|米|千�
 HAN_SAID = re.compile(rf"(负?)(?:(百|{HAN_NUMBER})分之)?({HAN_NUMBER})(?:点([{''.join(HAN)}]+))?(?:{COUNTED})?")
 
 
-def math_answer(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
+def math_answer(
+    completion: str,
+    row: Mapping[str, Any],
+    info: Mapping[str, Any] | None = None,
+    log_extra: Callable[[str, Any], None] | None = None,
+) -> float:
     """Return 1.0 if the final answer is mathematically equal to `row["answer"]`, else 0.0 (see the module's docstring).
+
+    `log_extra`: given by the trainer; it is passed the answer that is compared, and why it gets 0.
 
     Raises KeyError without `answer`, ValueError if it is neither text nor number or cannot be parsed.
     """
     gold = gold_answer(row)
     scope = behind_reasoning(completion, info)
-    return float(equal(gold, content(scope.rpartition("<answer>")[2].partition("</answer>")[0], whole=False)))
+    answer = content(scope.rpartition("<answer>")[2].partition("</answer>")[0], whole=False)
+    right = equal(gold, answer)
+    if log_extra is not None:
+        shown = read_as(answer)
+        problem = f"it is not {gold[:100]}" if shown else "there is no answer"
+        log_extra("extracted", shown or None)
+        log_extra("why", None if right else problem if scope else "there is no text after the reasoning")
+    return float(right)
 
 
-def math_answer_unclosed(completion: str, row: Mapping[str, Any]) -> float:
+def read_as(answer: str) -> str:
+    """Return an answer in the form of `content` as text; of prose, the first mathematics that the library reads."""
+    if not answer.startswith("\0"):
+        return answer.strip()
+    found = meanings(answer)
+    return str(found[0]) if found and digits(found[0]) < MAX_LENGTH else ""
+
+
+def math_answer_unclosed(
+    completion: str, row: Mapping[str, Any], log_extra: Callable[[str, Any], None] | None = None
+) -> float:
     """Grade like `math_answer`, for models that never close `<think>`: without `</think>`, read everything."""
-    return math_answer(completion.replace("<think>", ""), row)
+    return math_answer(completion.replace("<think>", ""), row, log_extra=log_extra)
 
 
 def gold_answer(row: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 GOLD = True
@@ -146,20 +146,37 @@ OPENING = re.compile(
 OPTIONS = re.compile(r"^ *(?:(?:Option|Choice) )?\(?([A-Z])[.:)](?!\S)", re.M)
 
 
-def multiple_choice(completion: str, row: Mapping[str, Any], info: Mapping[str, Any] | None = None) -> float:
+def multiple_choice(
+    completion: str,
+    row: Mapping[str, Any],
+    info: Mapping[str, Any] | None = None,
+    log_extra: Callable[[str, Any], None] | None = None,
+) -> float:
     """Return 1.0 if the completion chooses the letter `row["answer"]`, else 0.0 (see the module's docstring).
+
+    `log_extra`: given by the trainer; it is passed the letter that is chosen, and why it gets 0.
 
     Raises KeyError without `answer`, ValueError if it is not a letter ("C", "(C)" or "C. its text").
     """
     if "answer" not in row:
         raise KeyError(f"the row has no column 'answer', only {sorted(row)}")
     gold = gold_letter(row["answer"])
-    return 1.0 if chosen(behind_reasoning(completion, info)) == gold else 0.0
+    text = behind_reasoning(completion, info)
+    letter = chosen(text)
+    if log_extra is not None:
+        problem = f"it is not {gold}"
+        if letter is None:
+            problem = "no letter is chosen, or several" if text else "there is no text after the reasoning"
+        log_extra("extracted", letter)
+        log_extra("why", None if letter == gold else problem)
+    return 1.0 if letter == gold else 0.0
 
 
-def multiple_choice_unclosed(completion: str, row: Mapping[str, Any]) -> float:
+def multiple_choice_unclosed(
+    completion: str, row: Mapping[str, Any], log_extra: Callable[[str, Any], None] | None = None
+) -> float:
     """Grade like `multiple_choice`, for models that never close `<think>`: without `</think>`, read everything."""
-    return multiple_choice(completion.replace("<think>", ""), row)
+    return multiple_choice(completion.replace("<think>", ""), row, log_extra=log_extra)
 
 
 def behind_reasoning(completion: str, info: Mapping[str, Any] | None) -> str:

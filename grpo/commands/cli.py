@@ -109,6 +109,10 @@ def dispatch(parsed: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         print("\n".join(compare(parsed.a, parsed.b, parsed.step)))
         return ExitCode.DONE
+    if parsed.command == "view":
+        from grpo.commands.view import view_command  # noqa: PLC0415
+
+        return view_command(parsed)
     if parsed.command == "plan":
         from grpo.commands.plan import plan_command  # noqa: PLC0415
 

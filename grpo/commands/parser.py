@@ -102,6 +102,7 @@ def add_looking_commands(commands: Commands) -> None:
     command.add_argument("b", type=Path, help="the other one")
     words = "compare the evaluations after this step (default: the last of each run)"
     command.add_argument("--step", type=int, help=words)
+    add_view_command(commands)
     words = "repeat an update that was not finite, and find the first value that is not finite"
     command = add_command(commands, "replay", words, "replay runs/a/nonfinite/step-000012-1")
     command.add_argument("dump", type=Path, help="a folder in nonfinite/ of a run folder")
@@ -125,6 +126,39 @@ def add_looking_commands(commands: Commands) -> None:
     command.add_argument("--prompt-tokens", type=float, metavar="N", help=words)
     words = "mean length of completions over the run (default: sampling.max_tokens / 3)"
     command.add_argument("--completion-tokens", type=float, metavar="N", help=words)
+
+
+def add_view_command(commands: Commands) -> None:
+    """Add the command that shows runs in a browser."""
+    words = "show runs in a browser, also while they train: curves, alarms, groups, completions, tokens"
+    examples = (
+        "view runs/a",
+        "view runs/a runs/b --port 9000",
+        "view runs/a --text",
+        "view runs/a --html a.html",
+        "view runs/a --json '/api/runs/0/samples/step-000010?filter=reward < 0.5'",
+    )
+    notes = (
+        "The server listens on 127.0.0.1 and only reads. Open the address that it prints; Ctrl-C ends it. From another",
+        "machine, forward the same port: ssh -L 8270:127.0.0.1:8270 HOST. docs/view.md explains pages and endpoints.",
+    )
+    command = add_command(commands, "view", words, *examples, notes=notes)
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of runs")
+    words = "port (default: the first free one from 8270; 0: any free one)"
+    command.add_argument("--port", type=int, metavar="N", help=words)
+    other = command.add_mutually_exclusive_group()
+    words = (
+        "print the answer of an endpoint as JSON, and start no server (default: /api/runs/0; /api/describe lists them)"
+    )
+    other.add_argument("--json", nargs="?", const="/api/runs/0", metavar="PATH", help=words)
+    words = "write one HTML page that can be sent, and start no server"
+    other.add_argument("--html", type=Path, metavar="FILE", help=words)
+    words = (
+        "print to the terminal: the run, or a step, group or completion (step-000010, step-000010/3, step-000010/3/0)"
+    )
+    other.add_argument("--text", nargs="?", const="", metavar="PLACE", help=words)
+    words = "for --html: number of the step, or name of the samples file (default: the last step and evaluation)"
+    command.add_argument("--step", metavar="STEP", help=words)
 
 
 def add_job_commands(commands: Commands) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from grpo.config.aliases import written
 from grpo.config.declare import OnResume, OnSubmit
-from grpo.config.describe import options_text
+from grpo.config.describe import meaning_text, options_text
 from grpo.config.dump import dump, read_dump
 from grpo.config.load import find_recipe, load, load_for_evaluation, refuse_flags, refuse_unknown
 from grpo.config.options import declaration, general, leaves, values
@@ -70,6 +70,7 @@ __all__ = [
     "leaves",
     "load",
     "load_for_evaluation",
+    "meaning_text",
     "options_text",
     "override_texts",
     "part_names",

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo.objective.advantages import has_spread
+from grpo.objective.spread import has_spread
 from grpo.types import Failed, Group, Rollout, Scored, StepResult
 
 T = TypeVar("T")

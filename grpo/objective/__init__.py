@@ -6,4 +6,5 @@ __all__ = [
     "kl",
     "logprobs",
     "losses",
+    "spread",
 ]

@@ -17,17 +17,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from grpo.objective.losses import Rows
+from grpo.objective.spread import has_spread
 
 Rewards = Sequence[Sequence[float]]
 """[P][n_p] rewards of the scored rollouts of each group."""
-
-
-def has_spread(rewards: Sequence[float]) -> bool:
-    """Return whether the raw rewards of a group differ, by exact comparison.
-
-    The standard deviation of equal numbers is not always 0 in floating point, so no statistic is used.
-    """
-    return any(reward != rewards[0] for reward in rewards[1:])
 
 
 def group_normalized(rewards: Rewards, *, std_eps: float) -> list[list[float]]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from grpo.config import Config
 from grpo.evaluation.answers import final_answer
-from grpo.objective.advantages import has_spread
+from grpo.objective.spread import has_spread
 from grpo.run.checkpoints import plain
 from grpo.run.samples import UNTRAINED, Trained, gold_answer
 from grpo.suggest import one_line

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HELPERS = {"__init__", "call_recorder", "curves", "result", "tiny_families"}
 TESTED = {
     "overhead", "logprobs", "objectives", "reasoning", "graders", "evaluation", "recipe_hours", "plan_memory",
-    "weight_check", "gpu_day", "families", "equality", "hops",
+    "weight_check", "gpu_day", "families", "equality", "hops", "view",
 }  # fmt: skip
 """`hops` in tests/unit/test_hops.py."""
 
@@ -432,3 +432,12 @@ def test_the_floor_steps_once_a_minibatch_at_every_budget(
     assert all(value > 0 for value in seconds.values())
     assert {int(state["step"]) for state in learner.optimizer.state.values()} == {4}
     assert all(map(torch.equal, before, learner.model.parameters()))  # weight decay, too, is times the rate of 0
+
+
+def test_view(tmp_path: Path) -> None:
+    found = figures("view", "--steps", "3", "--rows", "1024", "--folder", str(tmp_path))
+    assert {name: found[name] for name in ("benchmark", "steps", "rows_per_step", "rows_searched")} == {
+        "benchmark": "view", "steps": 3, "rows_per_step": 1024, "rows_searched": 3 * 1024,
+    }  # fmt: skip
+    assert all(found[name] > 0 for name in ("first_page_s", "step_page_s", "search_s", "peak_mib", "html_mb"))
+    assert found["html_mb"] < 10

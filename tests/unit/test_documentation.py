@@ -12,6 +12,7 @@ from test_driver import lines, make_config, make_loop
 
 from grpo.config.reference import exit_codes_page, options_page
 from grpo.driver import train
+from grpo.metrics.names import page as metrics_page
 from grpo.types import ExitCode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,11 @@ def test_the_exit_codes_page_is_the_enum() -> None:
     page = (DOCS / "exit-codes.md").read_text()
     assert page == exit_codes_page()
     assert re.findall(r"^\| (\d+) \| `(\w+)` \| \w", page, re.M) == [(str(c.value), c.name) for c in ExitCode]
+
+
+def test_the_metrics_page_is_the_table_of_names() -> None:
+    """python -m grpo.metrics.names > docs/metrics.md"""
+    assert (DOCS / "metrics.md").read_text() == metrics_page()
 
 
 def prose(page: Path) -> str:

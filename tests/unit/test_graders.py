@@ -23,14 +23,14 @@ SHARED = ROOT.parent / "shared" / "data"
 Grader = Callable[..., float]
 
 
-def load(name: str) -> Grader:
-    """The function of reward_fns/NAME.py, loaded from its file as the workers do."""
+def load(name: str, function: str | None = None) -> Grader:
+    """A function of reward_fns/NAME.py, by default NAME, loaded from its file as the workers do."""
     spec = importlib.util.spec_from_file_location(f"grader_{name}", ROOT / "reward_fns" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, name)
+    return getattr(module, function or name)
 
 
 math_answer, gsm8k, countdown = load("math_answer"), load("gsm8k"), load("countdown")
@@ -492,14 +492,121 @@ def test_graders_run_in_the_workers(tmp_path: Path) -> None:
             return pool.submit(items).result(timeout=120)
 
     right, late, wrong = outcomes(reward, ["</think>" + boxed("5"), "</think>" + slow, "</think>" + boxed("6")], "5")
-    assert right == Scored(value=1.0, parts={"math_answer": 1.0})
+    assert isinstance(right, Scored)
+    assert (right.value, right.parts) == (1.0, {"math_answer": 1.0})
+    assert right.logged.columns == {"math_answer/extracted": "5", "math_answer/why": None}
     assert isinstance(late, Scored | Failed)
-    assert late == Scored(value=0.0, parts={"math_answer": 0.0}) or (
-        isinstance(late, Failed) and late.kind == "timeout"
-    )
-    assert wrong == Scored(value=0.0, parts={"math_answer": 0.0})
+    assert late.parts == {"math_answer": 0.0} if isinstance(late, Scored) else late.kind == "timeout"
+    assert isinstance(wrong, Scored)
+    assert (wrong.value, wrong.parts) == (0.0, {"math_answer": 0.0})
+    assert wrong.logged.columns == {"math_answer/extracted": "6", "math_answer/why": "it is not 5"}
     (bad,) = outcomes(reward, [boxed("5")], "\\frac{1}{")
     assert isinstance(bad, Failed)
     assert bad.kind == "exception"
     assert "cannot be parsed" in bad.detail
-    assert outcomes(form, ["a</think><answer>b</answer>"], "5") == [Scored(value=1.0, parts={"format": 1.0})]
+    [formed] = outcomes(form, ["a</think><answer>b</answer>"], "5")
+    assert isinstance(formed, Scored)
+    assert (formed.value, formed.parts) == (1.0, {"format": 1.0})
+    assert formed.logged.columns == {"format/why": None}
+
+
+# --- what the graders log ---------------------------------------------------------------------------------------------
+
+OPEN = {"token_count": 3, "finish_reason": "stop", "prompt": "Solve it.<think>", "step": 1}
+NOTHING = "there is no text after the reasoning"
+
+
+def logged(grader: Grader, completion: str, row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """What a grader logs about a completion. Its reward must be the same without a log."""
+    found: dict[str, Any] = {}
+    reward = grader(completion, row, log_extra=found.__setitem__, **more)
+    assert reward == grader(completion, row, **more)
+    assert (reward == 1.0) == (found["why"] is None), found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "extracted", "why"),
+    [
+        ("so 3\n#### 1,000", "1000", "1,000", None),
+        ("\\boxed{$5} apples", "6", "$5", "it is not 6"),
+        ("7 and then 8", "7/2", "8", "it is not 7/2"),
+        ("#### 5 or 6", "5", None, "#### is followed by several numbers"),
+        ("it is \\boxed{5 and 6}", "5", None, "the last box does not have one number"),
+        ("it is \\boxed{5", "5", None, "the last box is not closed"),
+        ("no idea", "5", None, "there is no number"),
+        ("it is 5/0", "5", "5/0", "it is too long, or divides by 0"),
+        ("<think>it is 5", "5", None, NOTHING),
+    ],
+)
+def test_gsm8k_logs_what_it_reads(completion: str, answer: str, extracted: str | None, why: str | None) -> None:
+    assert logged(gsm8k, completion, {"answer": answer}) == {"extracted": extracted, "why": why}
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "extracted", "why"),
+    [
+        (boxed("\\frac12"), "0.5", "\\frac{1}{2}", None),
+        ("we get $x=7$ in the end", "7", "Eq(x, 7)", None),
+        ("we get 42", "41", "42", "it is not 41"),
+        (boxed("5") + " <think>", "5", None, NOTHING),
+        ("no idea", "5", None, "there is no answer"),
+        ("", "5", None, NOTHING),
+        (boxed("1"), "9" * 300, "1", f"it is not {'9' * 100}"),
+    ],
+)
+def test_math_answer_logs_what_it_reads(completion: str, answer: str, extracted: str | None, why: str | None) -> None:
+    assert logged(math_answer, completion, {"answer": answer}) == {"extracted": extracted, "why": why}
+
+
+@pytest.mark.parametrize(
+    ("completion", "extracted", "why"),
+    [
+        ("Answer: B", "B", None),
+        ("Answer: C", "C", "it is not B"),
+        ("A or B", None, "no letter is chosen, or several"),
+        ("<think>B", None, NOTHING),
+    ],
+)
+def test_multiple_choice_logs_the_letter(completion: str, extracted: str | None, why: str | None) -> None:
+    assert logged(multiple_choice, completion, {"answer": "B"}) == {"extracted": extracted, "why": why}
+
+
+@pytest.mark.parametrize(
+    ("expression", "extracted", "why"),
+    [
+        ("<answer> 2*3+4 </answer>", "2*3+4", None),
+        ("<answer>2+3+4</answer>", "2+3+4", "its value is 9, not 10"),
+        ("<answer>2*5</answer>", "2*5", "it does not use each of the numbers once"),
+        ("<answer>2*3+4 = 11</answer>", "2*3+4 = 11", "it is set equal to something else than 10"),
+        ("<answer>2/(3-3)+4</answer>", "2/(3-3)+4", "it does not use each of the numbers once"),
+        ("<answer>2 3 4</answer>", "2 3 4", "it is no expression: it does not end"),
+        ("<answer>x</answer>", "x", "it is no expression: neither number nor operator"),
+        (f"<answer>{'1' * 1001}</answer>", "1" * 1001, "it is longer than 1000 characters"),
+        ("10", None, "there is no <answer>...</answer>"),
+        ("<think>10", None, NOTHING),
+    ],
+)
+def test_countdown_logs_the_expression(expression: str, extracted: str | None, why: str | None) -> None:
+    row = {"nums": [2, 3, 4], "target": 10}
+    assert logged(countdown, expression, row) == {"extracted": extracted, "why": why}
+    assert logged(countdown, "<answer>4/(2-2)</answer>", {"nums": [2, 2, 4], "target": 1})["why"] == "it divides by 0"
+
+
+def test_arithmetic_and_format_log_why() -> None:
+    assert logged(arithmetic, " 12\n", {"answer": 12}) == {"extracted": "12", "why": None}
+    why = "the whole completion is not the gold answer"
+    assert logged(arithmetic, "12 apples", {"answer": 12}) == {"extracted": "12 apples", "why": why}
+    assert logged(think_answer, "a</think><answer>b</answer>", {}, info=OPEN) == {"why": None}
+    why = "a tag is missing or repeated, or there is text outside of the tags"
+    assert logged(think_answer, "a</think><answer>b</answer>", {}) == {"why": why}
+    why = "there is nothing inside a pair of tags"
+    assert logged(think_answer, "<think> </think><answer>b</answer>", {}) == {"why": why}
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math_answer", "countdown", "multiple_choice"])
+def test_the_unclosed_graders_log_too(name: str) -> None:
+    row = {"answer": "5", "nums": [5], "target": 5} if name != "multiple_choice" else {"answer": "B"}
+    answer = {"countdown": "<answer>5</answer>", "multiple_choice": "Answer: B"}.get(name, "5")
+    read = {"multiple_choice": "B"}.get(name, "5")
+    assert logged(load(name, f"{name}_unclosed"), f"<think>{answer}", row) == {"extracted": read, "why": None}

@@ -77,7 +77,9 @@ def test_the_recipes_and_rewards_are_in_the_package(wheel: Path) -> None:
     expected = {str(f.relative_to(ROOT)) for s in ("py", "typed", "yaml") for f in (ROOT / "grpo").rglob(f"*.{s}")}
     for folder, suffixes in (("recipes", ("py", "yaml")), ("reward_fns", ("py",))):
         expected |= {f"grpo/{folder}/{f.name}" for s in suffixes for f in (ROOT / folder).glob(f"*.{s}")}
+    expected |= {str(file.relative_to(ROOT)) for file in (ROOT / "grpo" / "view" / "static").iterdir()}
     assert found == expected
+    assert {"grpo/view/static/index.html", "grpo/view/static/style.css", "grpo/view/static/app.js"} <= found
 
 
 def test_a_recipe_of_which_the_model_is_made_first(site: Path, empty: Path, arithmetic: Path) -> None:
