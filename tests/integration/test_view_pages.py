@@ -42,6 +42,7 @@ PAGES = {
     "search": "#/search?run=0&q=plus",
     "error": "#/run/7",
     "missing": "#/nowhere",
+    "no address": "#/run/%zz/%",
 }
 REFUSED = ("wrong filter", "error")
 """Pages for which the browser's console reports a response with status 400 or 404."""
@@ -157,7 +158,8 @@ class Watched:
     def go(self, address: str) -> None:
         """Show the page of this hash, and wait until it is shown."""
         self.page.evaluate(
-            """address => new Promise((resolve) => {
+            """address => new Promise((resolve, reject) => {
+              setTimeout(() => reject(new Error(`${address} is not shown`)), 20000);
               if (location.hash === address) return resolve();
               new MutationObserver(resolve).observe(document.getElementById("crumbs"), { childList: true });
               location.hash = address;
@@ -177,7 +179,7 @@ class Watched:
 
     def heading(self, text: str) -> None:
         """Wait for a page with this heading."""
-        self.page.locator("main h1", has_text=text).wait_for(timeout=5000)
+        self.page.locator("main h1", has_text=text).wait_for(timeout=20000)
 
 
 @pytest.fixture
@@ -219,9 +221,12 @@ def test_hostile_texts_are_shown_as_they_are(watched: Watched) -> None:
     texts = watched.page.locator(".card .text").all_inner_texts()
     assert texts[0] == HOSTILE[0]
     assert texts[1] == HOSTILE[1]
-    assert texts[2] == "abcRLOdcbPDF zeroZWSPwidth ESC[31mredESC[0m INVALID NUL end"
-    assert texts[3].startswith("aaaa")
-    assert texts[3].endswith("the text goes on; open the completion")
+    assert texts[2] == "abcRLOdcbPDF zeroZWSP×3width ESC[31mredESC[0m INVALID NUL end"
+    last = watched.page.locator(".card .text").nth(3)
+    assert last.inner_text().startswith(5000 * "a" + "… show 195,000 more characters")
+    last.get_by_role("button").click()
+    assert last.inner_text() == 200_000 * "a" + " … the text goes on after 200,000 characters"
+    assert watched.page.evaluate("document.activeElement.matches('.text')")
     watched.go("#/run/1")
     assert watched.page.locator("h1").inner_text() == "a <b>bold"
 
@@ -345,10 +350,20 @@ def test_tokens_are_coloured_by_what_the_learner_stored(watched: Watched) -> Non
     values = watched.page.locator("#inspector dd").all_inner_texts()
     assert values[:2] == ["19", "19"]
     assert {"-1", "1", "2"} <= set(values[2:])
-    assert watched.page.locator("#absent").count() == 1
     watched.go(f"{STEP}/group/0/2")
-    absent = watched.page.locator("#absent")
-    assert "advantage" in absent.text_content()
+    assert "Not recorded: learner logprob" in watched.page.locator("#absent summary").inner_text()
+
+
+def test_each_token_is_shown_by_what_it_is(watched: Watched) -> None:
+    """Spaces, line ends, controls and special tokens are marks; ids stand for tokens without a text."""
+    watched.go(f"{STEP}/group/0/0")
+    tokens = watched.page.locator("#token-list .token")
+    assert tokens.all_inner_texts()[:8] == ["<b>", "·a", "↵\n", "RLO", "ESC", "⇥\t", "<|end|>", "7"]
+    assert watched.page.locator("#token-list .special").all_inner_texts() == ["<|end|>"]
+    tokens.nth(3).hover()
+    inspector = watched.page.locator("#inspector")
+    assert '"\\u{202e}"' in inspector.inner_text()
+    assert inspector.inner_html().count("\u202e") == 0
 
 
 def test_a_curve_names_its_metric_and_has_a_text_alternative(watched: Watched) -> None:
@@ -373,7 +388,7 @@ def test_a_run_that_trains_is_refreshed_in_place(watched: Watched, served: Serve
     watched.page.locator("#option-filter").fill("entropy_coef")
     watched.page.evaluate("scrollTo(0, 700)")
     add_step(served.folder / "trains", 4, broken=False)
-    watched.page.locator("#samples a", has_text="4").wait_for(state="attached", timeout=15000)
+    watched.page.locator("#samples a", has_text="4").wait_for(state="attached", timeout=20000)
     assert watched.focused() == "option-filter"
     assert watched.page.locator("#option-filter").input_value() == "entropy_coef"
     assert watched.page.locator("#every-option tr:visible").count() == 2
@@ -382,7 +397,7 @@ def test_a_run_that_trains_is_refreshed_in_place(watched: Watched, served: Serve
 
 def test_a_server_that_has_ended_is_reported(watched: Watched) -> None:
     watched.page.route("**/api/**", lambda route: route.abort())
-    watched.page.locator("#live.lost").wait_for(timeout=10000)
+    watched.page.locator("#live.lost").wait_for(timeout=20000)
     watched.page.evaluate("location.hash = '#/run/0'")
     watched.heading("Not shown")
     assert "The server does not answer" in watched.page.locator(".problem").inner_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import write_recipe
+from tokenizers import AddedToken, Tokenizer, models
 
 from grpo.config import dump, load
 from grpo.run.samples import Trained, write_groups
@@ -20,10 +21,12 @@ BREAKS = 5
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>",
     '"><svg onload="window.hacked = 1"> \' onfocus=window.hacked=1 autofocus',
-    "abc\u202edcb\u202c zero\u200bwidth \x1b[31mred\x1b[0m \ufffd \x00 end",
+    "abc\u202edcb\u202c zero\u200b\u200b\u200bwidth \x1b[31mred\x1b[0m \ufffd \x00 end",
     "a" * 300_000,
 )
 """Texts of the second group of each step."""
+TOKENS = ("<b>", " a", "\n", "\u202e", "\x1b", "\t")
+"""Texts of the first token ids; the others have none. Id 6 is a special token."""
 
 
 def make_group(number: int, step: int, broken: bool) -> Group:
@@ -82,6 +85,10 @@ def make_run(folder: Path, *, broken: bool, steps: int = STEPS) -> Path:
     recipe = write_recipe(folder / "recipe", folder / "no-model", run={"steps": STEPS})
     (folder / "config.yaml").write_text(dump(load(recipe)))
     (folder / "recipe.txt").write_text("recipes/sums.yaml\n")
+    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(TOKENS)}, unk_token="<b>"))
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    (folder / "model").mkdir()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
     for step in range(1, steps + 1):
         add_step(folder, step, broken=broken)
     for step in (0, STEPS):

@@ -1,7 +1,7 @@
 // One completion: its tokens, coloured by a quantity.
 import { get, runInfo } from "./api.js";
 import { empty, facts, h, link, section, select } from "./dom.js";
-import { brief, escaped, number, oneLine, textBlock, visible } from "./format.js";
+import { brief, escaped, number, oneLine, sentence, textBlock, visible } from "./format.js";
 import { pager } from "./pager.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
 import { stepName, walk } from "./step.js";
@@ -57,12 +57,7 @@ export async function completionPage({ parts: [, run, , file, , group, index], q
       ),
       section("tokens", "Tokens", ...tokens(answer, query)),
       section("prompt", "Prompt", promptTokens(answer)),
-      section(
-        "text",
-        "Text",
-        textBlock(answer.text ?? "", { class: "clip" }),
-        answer.truncated_text && h("p", { class: "muted" }, "The text is cut here; the tokens above are complete."),
-      ),
+      section("text", "Text", textBlock("Text of the completion", answer.text ?? "", null, answer.truncated_text)),
     ],
   };
 }
@@ -97,12 +92,9 @@ function tokens(answer, query) {
       ),
       color && query.color !== "none" && colour.legend,
     ),
-    answer.tokenizer === null &&
-      h(
-        "p",
-        { class: "muted" },
-        "No tokenizer.json was found in the run's model or in model.path, so tokens are shown by their ids.",
-      ),
+    answer.absent
+      .filter((one) => one.column === "text")
+      .map((one) => h("p", { class: "muted" }, sentence(one.why), ".")),
     tokenList(answer, offset, query.color === "none" ? () => null : colour.of, inspector),
     inspector,
     h("p", { class: "muted" }, `${number(answer.total_tokens)} tokens`),
@@ -227,16 +219,18 @@ function details(token, position) {
   ]);
 }
 
+// Return what is not recorded of the tokens, and what records it.
 function absent(answer) {
-  if (!answer.absent?.length) return null;
+  const columns = answer.absent.filter((one) => one.column !== "text");
+  if (columns.length === 0) return null;
   return h(
     "details",
     { id: "absent" },
-    h("summary", null, `Not recorded: ${answer.absent.map((one) => one.column).join(", ")}`),
+    h("summary", null, `Not recorded: ${columns.map((one) => one.column.replaceAll("_", " ")).join(", ")}`),
     h(
       "ul",
       null,
-      answer.absent.map((one) => h("li", null, h("code", null, one.column), ": ", one.why)),
+      columns.map((one) => h("li", null, h("code", null, one.column), ": ", sentence(one.why))),
     ),
   );
 }

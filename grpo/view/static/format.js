@@ -87,6 +87,7 @@ const NAMED = {
 };
 const HIDDEN =
   /[\u0000-\u0008\u000b-\u001f\u007f-\u00a0\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202f\u205f-\u206f\u3164\ufe00-\ufe0f\ufeff\ufff0-\ufffd]|[\u{e0000}-\u{e01ef}]|[\ud800-\udfff]/gu;
+const REPEATED = new RegExp(`(${HIDDEN.source})\\1*`, "gu");
 const SPACED =
   /[\u0000-\u0020\u007f-\u00a0\u00ad\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u2028-\u202f\u205f-\u206f\u3164\ufe00-\ufe0f\ufeff\ufff0-\ufffd]|[\u{e0000}-\u{e01ef}]|[\ud800-\udfff]/gu;
 
@@ -95,21 +96,22 @@ const SPACED =
 export function visible(text, spaces = false) {
   const nodes = [];
   let last = 0;
-  for (const found of text.matchAll(spaces ? SPACED : HIDDEN)) {
+  for (const found of text.matchAll(spaces ? SPACED : REPEATED)) {
     if (found.index > last) nodes.push(document.createTextNode(text.slice(last, found.index)));
-    nodes.push(mark(found[0].codePointAt(0)));
+    nodes.push(mark(found[0].codePointAt(0), spaces ? 1 : [...found[0]].length));
     last = found.index + found[0].length;
   }
   if (last < text.length) nodes.push(document.createTextNode(text.slice(last)));
   return nodes;
 }
 
-function mark(code) {
+function mark(code, count) {
   if (code === 0x20) return h("span", { class: "space" }, "·");
   if (code === 0x09) return h("span", { class: "space" }, "⇥\t");
   if (code === 0x0a) return h("span", { class: "space" }, "↵\n");
   const point = `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
-  return h("span", { class: "mark", title: `${point}: a character that is not visible` }, NAMED[code] ?? point);
+  const times = count > 1 ? `×${count}` : "";
+  return h("span", { class: "mark", title: `${point}: not visible` }, `${NAMED[code] ?? point}${times}`);
 }
 
 // Return a sentence of the server: it begins with a capital, and names in backquotes are code.
@@ -147,11 +149,23 @@ export function brief(text) {
   return [visible(splitAt(text, LONGEST)[0]), h("em", null, ` … ${number(text.length)} characters`)];
 }
 
-// Return a block of text of a run: its own direction, line breaks kept, hidden characters shown.
-export function textBlock(text, props) {
-  return h(
+const SHOWN_AT_FIRST = 5000;
+
+// Return a block of text of a run: its own direction, line breaks kept, hidden characters shown. It scrolls. A long
+// text is shown whole on demand. before: node in front of the text; cut: whether the server has cut the text.
+export function textBlock(label, text, before = null, cut = false) {
+  const block = h(
     "div",
-    { dir: "auto", ...props, class: `text ${props?.class ?? ""}` },
-    text === "" ? h("em", null, "empty") : visible(text),
+    { class: "text clip", dir: "auto", tabindex: "0", role: "group", "aria-label": label },
+    before,
   );
+  const note = cut && h("em", null, ` … the text goes on after ${number([...text].length)} characters`);
+  const [first, rest] = splitAt(text, SHOWN_AT_FIRST);
+  const more = h("button", {
+    type: "button",
+    on: { click: () => (more.replaceWith(...visible(rest)), block.focus()) },
+  });
+  more.append(`… show ${number(rest.length)} more characters`);
+  block.append(...(text === "" ? [h("em", null, "empty")] : visible(first)), ...(rest ? [more] : []), note || "");
+  return block;
 }

@@ -1,7 +1,7 @@
 // One group: its completions side by side from where they first differ.
 import { get, runInfo } from "./api.js";
 import { facts, h, link, section, select } from "./dom.js";
-import { brief, number, oneLine, plural, short, shown, splitAt, textBlock, visible } from "./format.js";
+import { brief, number, oneLine, plural, short, shown, splitAt, textBlock } from "./format.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
 import { place, stepName, walk } from "./step.js";
 
@@ -35,7 +35,7 @@ export async function groupPage({ parts: [, run, , file, , group], query }) {
         ],
         ["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, brief(answer.gold))],
       ]),
-      section("prompt", "Prompt", textBlock(answer.prompt, { class: "clip" }), dataRow(answer)),
+      section("prompt", "Prompt", textBlock("Text of the prompt", answer.prompt), dataRow(answer)),
       section(
         "completions",
         plural(answer.completions.length, "completion"),
@@ -95,7 +95,7 @@ function completions(run, file, group, answer, query) {
         "details",
         { id: "shared", class: "shared" },
         h("summary", null, `All begin with the same ${plural(shared, "character")}`),
-        textBlock(prefix, { class: "clip" }),
+        textBlock("The same beginning", prefix),
       ),
     h(
       "ol",
@@ -121,18 +121,11 @@ function card(run, file, group, one, answer, range) {
         one.failed ? "✕" : short(one.reward),
       ),
     ),
-    h(
-      "div",
-      {
-        class: "text clip",
-        dir: "auto",
-        tabindex: "0",
-        role: "group",
-        "aria-label": `Text of completion ${one.index}`,
-      },
+    textBlock(
+      `Text of completion ${one.index}`,
+      splitAt(one.text, shared)[1],
       shared > 0 && h("span", { class: "muted", title: "the same in all completions" }, "… "),
-      one.text === "" ? h("em", null, "empty") : visible(splitAt(one.text, shared)[1]),
-      one.truncated_text && h("em", null, " … the text goes on; open the completion"),
+      one.truncated_text,
     ),
     verdict(one, answer.gold),
   );
@@ -163,7 +156,7 @@ export function verdict(one, gold) {
           " ",
           compared,
         ),
-        "What the data set's answer finder reads at the end of the completion",
+        "The answer that the grader read, if it logs it; otherwise the one that the completion ends with",
       ],
       ["Why", one.why ? brief(one.why) : null],
       ...parts.map(([name, value]) => [

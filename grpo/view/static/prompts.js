@@ -85,7 +85,9 @@ export async function promptsPage({ parts: [, run], query }) {
       ),
       rows.length
         ? table("prompts", "Prompts", LIST, rows)
-        : empty("No prompt matches.", "Search for a part of its text or of its id."),
+        : query.search
+          ? empty("No prompt matches.", "Search for a part of its text or of its id.")
+          : empty("No prompts yet.", "A samples file is written after each step."),
       pager("prompts", query, PROMPTS, rows.length, answer.total),
     ],
   };
@@ -155,7 +157,7 @@ export async function promptPage({ parts: [, run, , id] }) {
     body: [
       h("h1", { class: "path" }, oneLine(id)),
       facts([["Gold", answer.gold === null ? null : h("b", { dir: "auto" }, brief(answer.gold))]]),
-      section("prompt", "Prompt", textBlock(answer.prompt, { class: "clip" })),
+      section("prompt", "Prompt", textBlock("Text of the prompt", answer.prompt)),
       trained.length > 1 &&
         section(
           "success",

@@ -1,11 +1,19 @@
 // Addresses of the pages. The part after # holds the whole state of a page, so that it can be linked.
 import { address, has } from "./api.js";
 
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part; // a % that begins no code
+  }
+}
+
 // Return {parts, query} of a hash such as #/run/0/step/step-000010?sort=spread.
 export function parseHash(hash) {
   const [path, query] = hash.replace(/^#\/?/, "").split(/\?(.*)/s);
   return {
-    parts: path.split("/").filter(Boolean).map(decodeURIComponent),
+    parts: path.split("/").filter(Boolean).map(decoded),
     query: Object.fromEntries(new URLSearchParams(query ?? "")),
   };
 }

@@ -50,6 +50,7 @@ export async function runPage({ parts: [, run], query }) {
 }
 
 function alarms(info, run, fileAt) {
+  if (info.alarms.length === 0 && info.files.length === 0) return empty("Nothing to judge yet.", "No step has ended.");
   if (info.alarms.length === 0) {
     return h(
       "p",
@@ -269,7 +270,7 @@ function options(info) {
         { scope: "row" },
         name,
         option.is_default ? null : h("span", { class: "chip" }, "changed"),
-        h("small", null, option.doc),
+        h("small", null, sentence(option.doc)),
       ),
       h("td", null, value),
       h("td", null, standard),
@@ -288,7 +289,7 @@ function options(info) {
           "changed",
           "Options that differ from their defaults",
           [...columns, { label: "What it does" }],
-          changed.map((option) => [...cells(option), option.doc]),
+          changed.map((option) => [...cells(option), sentence(option.doc)]),
         )
       : empty("All options have their defaults."),
     h(

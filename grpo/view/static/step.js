@@ -312,6 +312,7 @@ function groupRow(run, file, group, range) {
 
 function cell(run, file, group, one, range) {
   const cut = one.finish_reason === "length";
+  const text = one.failed ? "✕" : one.reward === null ? MISSING : short(one.reward);
   const words = [
     `completion ${one.index}`,
     one.failed ? `failed: ${one.failed}` : `reward ${number(one.reward)}`,
@@ -327,9 +328,9 @@ function cell(run, file, group, one, range) {
       class: `cell${one.failed ? " failed" : ""}${cut ? " cut" : ""}${one.matches === false ? " other" : ""}`,
       tabindex: "-1",
       title: words,
-      "aria-label": words,
+      "aria-label": `${text}, ${words}`, // speech control needs the words that are seen
       style: { "--p": place(one.reward, range) },
     },
-    one.failed ? "✕" : one.reward === null ? MISSING : short(one.reward),
+    text,
   );
 }
