@@ -178,11 +178,12 @@ def combine(parts: Sequence[Part], rewards: Sequence[RewardConfig], names: Seque
     """Return the weighted sum of the parts of one item that did not abstain. Any failed part fails the rollout."""
     total = 0.0
     shown: dict[str, float] = {}
-    logged = NOTHING_LOGGED
-    if any(part.logged is not NOTHING_LOGGED for part in parts):
+    logs = [part.logged for part in parts if part.logged is not NOTHING_LOGGED]
+    logged = logs[0] if len(logs) == 1 else NOTHING_LOGGED
+    if len(logs) > 1:
         logged = Logged(
-            columns={name: value for part in parts for name, value in part.logged.columns.items()},
-            metrics={name: pair for part in parts for name, pair in part.logged.metrics.items()},
+            columns={name: value for log in logs for name, value in log.columns.items()},
+            metrics={name: pair for log in logs for name, pair in log.metrics.items()},
         )
     for name, reward, part in zip(names, rewards, parts, strict=True):
         if isinstance(part.value, Failed):
