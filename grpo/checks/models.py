@@ -46,10 +46,11 @@ def check_served(config: Config, settings: PreTrainedConfig, say: Callable[[str]
         if not config.on_gpu:
             quiet["CUDA_VISIBLE_DEVICES"] = ""
         # a separate process, since vLLM takes seconds to import and changes the behaviour of transformers. It imports
-        # this package from its location, and nothing from the working directory, whose files may have any names
+        # this package from its location, and nothing from the working directory, whose files may have any names; nor
+        # does the process that vLLM starts to inspect a model for the first time
         places = [str(Path(__file__).parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        quiet["PYTHONPATH"] = os.pathsep.join(places)
-        command = [sys.executable, "-P", "-m", "grpo.sampler.vllm.paper", str(file)]
+        quiet |= {"PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-m", "grpo.sampler.vllm.paper", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | quiet)
     if done.returncode:
         last = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -287,6 +287,7 @@ def test_completions_have_the_same_seeds_on_every_device(tmp_path: Path) -> None
 
         policy.sample = recorded  # type: ignore[method-assign]
         train(loop)
+        loop.folder.close()
         return found
 
     on_cpu = seeds("cpu")

@@ -83,6 +83,7 @@ def test_vllm_is_asked_for_an_evaluation_too_whatever_the_working_directory_has(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "string.py").write_text("raise RuntimeError('a file of the user')")
     monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))  # without the answers of earlier checks
     config = module.load_for_evaluation(
         None, model=configured().model.path, data=["d.jsonl"], rewards=["r.py"],
         overrides=["sampler.engine={block_size: 16}", "model.dtype=float32", "data.max_prompt_tokens=8",
