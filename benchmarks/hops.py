@@ -46,7 +46,10 @@ OPTIONS = ("run.steps=2", "run.tensorboard=false", "data.eval.sets[0].limit=32")
 START = "grpo/commands/cli.py:main"
 LOSS = "grpo/objective/losses.py:policy_term"
 ACTORS = "grpo/cluster/actors.py:"
-ASIDE = ("grpo/metrics/", "grpo/learner/tally.py:", "grpo/rewards/golds.py:", "grpo/run/samples.py:")
+ASIDE = (
+    "grpo/metrics/", "grpo/learner/tally.py:", "grpo/learner/token_columns.py:", "grpo/rewards/golds.py:",
+    "grpo/run/samples.py:",
+)  # fmt: skip
 """Files that read the records to measure, check or log them: nothing of theirs reaches the optimizer. The samples of an
 earlier step may still be written, in the background, while the followed one runs."""
 ROLES = {
