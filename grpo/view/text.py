@@ -183,6 +183,8 @@ def completion_head(one: Mapping[str, Json]) -> Text:
     words += [
         f"{name} {one[name]}" for name in ("extracted", "why", "failed", "failed_detail") if one[name] is not None
     ]
+    if one["final_answer"] and one["final_answer"] != one["extracted"]:
+        words.append(f"ends with {one['final_answer']}")
     return plain("; ".join([*words, f"{one['finish_reason']} after {one['length']} tokens"]), "bold cyan")
 
 

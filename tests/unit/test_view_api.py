@@ -260,19 +260,30 @@ def test_a_group(run: Path) -> None:
         "previous": None, "next": None,
     }  # fmt: skip
     assert first == {
-        "index": 0, "text": "So it is 5.", "truncated_text": False, "extracted": "5", "why": None, "reward": 1.0,
+        "index": 0, "text": "So it is 5.", "truncated_text": False, "extracted": "5", "final_answer": "0",
+        "why": None, "reward": 1.0,
         "parts": {"judge": 1.0}, "logged": {"judge/extracted": "5", "judge/why": None, "judge/score": 0.5,
         "judge/ok": True}, "advantage": 1.0, "failed": None, "failed_detail": None, "finish_reason": "stop",
         "policy_version": 0, "seed": str(2**60), "length": 3, "sampler_logprob_sum": -0.875,
         "learner_logprob_sum": -1.0,
     }  # fmt: skip
-    # the second was not read by the grader: `extracted` of the run stands in
+    # the second failed: the answer that it ends with stands in for what the grader read
     assert (second["extracted"], second["why"], second["failed_detail"]) == ("1", "it is late", "judge: 30 s")
     assert second["logged"]["judge/score"] is None
     answer = get(run, "/api/runs/0/samples/step-000001/groups/0")
     assert (answer["previous"], answer["next"]) == (None, 1)
     answer = get(run, "/api/runs/0/samples/step-000001/groups/1")
     assert (answer["previous"], answer["next"]) == (0, None)
+
+
+def test_what_the_grader_read_is_not_what_the_completion_ends_with(run: Path) -> None:
+    """The first completion gave the grader nothing; `other` does not score the second, and `judge` does."""
+    rows = [sample(0, 0, extracted="99"), sample(0, 1, extracted="7"), sample(0, 2, extracted="7")]
+    more = {"judge/extracted": pa.array([None, "8", None]), "other/extracted": pa.array(["1", None, "2"]),
+            "reward_part/other": pa.array([None, None, 0.5])}  # fmt: skip
+    write_samples(run, "step-000007", rows, **more)
+    found = get(run, "/api/runs/0/samples/step-000007/groups/0")["completions"]
+    assert [(one["extracted"], one["final_answer"]) for one in found] == [(None, "99"), ("8", "7"), ("2", "7")]
 
 
 def write_tokens(run: Path, name: str, rows: dict[int, list[list[float]]]) -> None:

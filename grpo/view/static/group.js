@@ -131,15 +131,20 @@ function card(run, file, group, one, answer, range) {
   );
 }
 
+// Return an answer with a mark that compares it with the gold answer.
+function against(answer, gold) {
+  const same = answer !== null && gold !== null && answer.trim() === gold.trim();
+  return h(
+    "span",
+    null,
+    answer === null ? h("em", null, "nothing") : h("b", { dir: "auto" }, brief(answer)),
+    " ",
+    gold !== null && h("span", { class: `chip ${same ? "good" : "warn"}` }, same ? "= gold" : "≠ gold"),
+  );
+}
+
 // Return what the graders made of a completion: extracted against gold, the parts of the reward, the reason.
 export function verdict(one, gold) {
-  const same = one.extracted !== null && gold !== null && one.extracted.trim() === gold.trim();
-  const compared =
-    gold === null
-      ? null
-      : same
-        ? h("span", { class: "chip good" }, "= gold")
-        : h("span", { class: "chip warn" }, "≠ gold");
   const parts = Object.entries(one.parts ?? {});
   const logged = Object.entries(one.logged ?? {}).filter(([name]) => !/\/(why|extracted)$/.test(name));
   const cut = one.finish_reason === "length" && h("span", { class: "chip warn" }, "truncated");
@@ -149,14 +154,13 @@ export function verdict(one, gold) {
     facts([
       [
         "Extracted",
-        h(
-          "span",
-          null,
-          one.extracted === null ? h("em", null, "nothing") : h("b", { dir: "auto" }, brief(one.extracted)),
-          " ",
-          compared,
-        ),
+        against(one.extracted, gold),
         "The answer that the grader read, if it logs it; otherwise the one that the completion ends with",
+      ],
+      [
+        "Ends with",
+        one.final_answer && one.final_answer !== one.extracted ? against(one.final_answer, gold) : null,
+        "The answer that the completion ends with, which is not what the grader read",
       ],
       ["Why", one.why ? brief(one.why) : null],
       ...parts.map(([name, value]) => [
