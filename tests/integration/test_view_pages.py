@@ -99,6 +99,8 @@ CHECKS = """() => {
     count += 1;
   }
   if (count < 5) problems.push("no text was checked");
+  for (const one of document.querySelectorAll(".scroll"))
+    if (innerWidth < 760 && one.scrollWidth > one.clientWidth) say("a table is cut off", one);
   const wide = document.documentElement.scrollWidth;
   if (wide > innerWidth) problems.push(`the page is ${wide} px wide`);
   return problems;
@@ -301,6 +303,17 @@ def test_the_focus_is_visible_and_help_and_search_open(watched: Watched) -> None
     watched.key("Escape", "t")
     assert watched.page.evaluate("document.documentElement.dataset.theme") == "light"
     assert watched.page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
+
+
+def test_two_runs_compared(watched: Watched) -> None:
+    """Of five prompts with three rewards each, prompt 104 is unchanged in no evaluation: differences have a sign."""
+    watched.go("#/compare?a=0&b=1&file_a=eval-000000&file_b=eval-000012")
+    row = watched.page.locator("#pairs-table tbody tr").first
+    cells = row.locator("td").all_inner_texts()
+    assert float(cells[3].replace("−", "-")) == pytest.approx(float(cells[2]) - float(cells[1]), abs=0.002)
+    assert cells[3].startswith("−")
+    assert cells[4] == "▼ lost"
+    assert row.locator(".verdict-word").evaluate("one => one.getClientRects().length") == 1
 
 
 def test_filter_sort_and_export(watched: Watched) -> None:

@@ -1,7 +1,7 @@
 // One run: what is wrong, what it reached, its curves, where the tokens and the time went, its options.
 import { address, get, has, offline, runInfo } from "./api.js";
 import { cursor, curve, slider, stack, whisker } from "./chart.js";
-import { empty, facts, field, h, link, section, table } from "./dom.js";
+import { empty, facts, field, h, link, section, table, tableRow } from "./dom.js";
 import { interval, number, percent, percentPoints, seconds, sentence, shown, visible } from "./format.js";
 import { fileHash } from "./routes.js";
 import { stateChip } from "./runs.js";
@@ -262,19 +262,10 @@ function options(info) {
   const search = field("option-filter", "Options whose name or description contains", "", { type: "search" });
   const rows = info.options.map((option) => {
     const [name, value, standard] = cells(option);
-    return h(
-      "tr",
-      { class: option.is_default ? "" : "changed" },
-      h(
-        "th",
-        { scope: "row" },
-        name,
-        option.is_default ? null : h("span", { class: "chip" }, "changed"),
-        h("small", null, sentence(option.doc)),
-      ),
-      h("td", null, value),
-      h("td", null, standard),
-    );
+    const mark = option.is_default ? null : h("span", { class: "chip" }, "changed");
+    return tableRow(columns, [[name, mark, h("small", null, sentence(option.doc))], value, standard], {
+      class: option.is_default ? "" : "changed",
+    });
   });
   const box = search.querySelector("input");
   box.addEventListener("input", () => {
