@@ -83,7 +83,8 @@ def overview(opened: api.Runs, run: Run) -> RenderableType:
     found = answer(opened, f"/api/runs/{run.number}", {})
     parts: list[RenderableType] = [plain(found["name"], "bold"), facts(found)]
     for alarm in entries(found["alarms"]):
-        steps = f"steps {alarm['first_step']} to {alarm['last_step']}"
+        first, last = alarm["first_step"], alarm["last_step"]
+        steps = f"step {first}" if first == last else f"{alarm['steps']} of the steps {first} to {last}"
         parts += [plain(f"! {alarm['title']} ({steps})", "bold yellow"), plain(f"  {alarm['text']}: {alarm['cause']}")]
     metrics = run.files.metrics()
     curves = table("metric", "first", "last", "")

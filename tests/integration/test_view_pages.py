@@ -306,7 +306,7 @@ def test_the_focus_is_visible_and_help_and_search_open(watched: Watched) -> None
 
 
 def test_two_runs_compared(watched: Watched) -> None:
-    """Of five prompts with three rewards each, prompt 104 is unchanged in no evaluation: differences have a sign."""
+    """The broken run is worse: its differences have a minus sign, and a verdict is on one line."""
     watched.go("#/compare?a=0&b=1&file_a=eval-000000&file_b=eval-000012")
     row = watched.page.locator("#pairs-table tbody tr").first
     cells = row.locator("td").all_inner_texts()

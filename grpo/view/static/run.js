@@ -3,7 +3,7 @@ import { address, get, has, offline, runInfo } from "./api.js";
 import { cursor, curve, slider, stack, whisker } from "./chart.js";
 import { empty, facts, field, h, link, section, table, tableRow } from "./dom.js";
 import { interval, number, percent, percentPoints, seconds, sentence, shown, visible } from "./format.js";
-import { fileHash } from "./routes.js";
+import { fileHash, groupHash } from "./routes.js";
 import { stateChip } from "./runs.js";
 import { timeline } from "./timeline.js";
 
@@ -64,21 +64,34 @@ function alarms(info, run, fileAt) {
     { class: "alarms" },
     info.alarms.map((alarm) => {
       const file = alarm.file ?? fileAt(alarm.first_step);
-      const href = file ? fileHash(run, file) : null;
-      const range =
-        alarm.first_step === alarm.last_step
-          ? `step ${alarm.first_step}`
-          : `steps ${alarm.first_step} to ${alarm.last_step}`;
+      const [what, href] = !file
+        ? []
+        : alarm.group !== null
+          ? [`group ${alarm.group} of step ${alarm.first_step}`, groupHash(run, file, alarm.group)]
+          : [`the completions of step ${alarm.first_step}`, fileHash(run, file, { filter: alarm.filter })];
       return h(
         "li",
         { class: "alarm" },
-        h("h3", null, h("span", { "aria-hidden": "true" }, "▲ "), alarm.title, h("small", null, ` ${range}`)),
+        h(
+          "h3",
+          null,
+          h("span", { "aria-hidden": "true" }, "▲ "),
+          sentence(alarm.title),
+          h("small", null, ` ${stepsOf(alarm)}`),
+        ),
         h("p", null, sentence(alarm.text), "."),
         alarm.cause && h("p", { class: "cause" }, h("strong", null, "Likely cause: "), sentence(alarm.cause), "."),
-        href && h("a", { href, "data-item": true }, `See the completions of step ${alarm.first_step}`),
+        href && h("a", { href, "data-item": true }, `See ${what}`),
       );
     }),
   );
+}
+
+// Return the steps in which an alarm held.
+function stepsOf({ first_step: first, last_step: last, steps }) {
+  if (first === last) return `step ${first}`;
+  if (steps === 2) return `steps ${first} and ${last}`;
+  return steps === last - first + 1 ? `steps ${first} to ${last}` : `${steps} of the steps ${first} to ${last}`;
 }
 
 function result(info) {
