@@ -436,6 +436,30 @@ def test_two_files_compared(run: Path, tmp_path: Path) -> None:
     assert alone["interval"] is not None
 
 
+@pytest.mark.parametrize(("count", "loss"), [(5, 1.0), (6, 1.0), (5, 10.0), (6, 10.0)])
+def test_few_prompts_compared(run: Path, count: int, loss: float) -> None:
+    """b loses every prompt by the largest possible gain. If half of all prompts were won by as much, 5 losses of 5
+    would occur with the probability 1/32, above the 2.5 % beyond the upper bound, and 6 of 6 with 1/64. So 5 prompts
+    cannot show a difference. The upper bound is (1 - 2 * 0.025 ** (1 / N)) times the loss by the formula of Clopper and
+    Pearson for N losses: 0.0436 and -0.0815."""
+    write_samples(run, "eval-000001", [sample(p, 0, reward=loss) for p in range(count)])
+    write_samples(run, "eval-000002", [sample(p, 0, reward=0.0) for p in range(count)])
+    answer = get(run, "/api/compare", a="0", b="0", file_a="eval-000001", file_b="eval-000002")
+    assert (answer["lost"], answer["difference"], answer["too_few"]) == (count, -loss, count == 5)
+    assert answer["interval"] == pytest.approx([-loss, loss * {5: 0.0436, 6: -0.0815}[count]], abs=0.001 * loss)
+
+
+def test_few_prompts_of_two_data_sets_compared(run: Path) -> None:
+    """The upper bound is above 0 if two weights, Beta(1, N) and Beta(1, M), have a sum above 1 with a probability above
+    2.5 %: N! M! / (N + M)!, which is 2.9 % for 3 and 4 prompts, and 1.4 % for 4 and 4."""
+    rows = [sample(p, 0, dataset="b" if p > 3 else "a", reward=1.0) for p in range(8)]
+    for last, few in ((7, True), (8, False)):
+        write_samples(run, "eval-000001", rows[:last])
+        write_samples(run, "eval-000002", [row | {"reward": 0.0} for row in rows[:last]])
+        answer = get(run, "/api/compare", a="0", b="0", file_a="eval-000001", file_b="eval-000002")
+        assert (answer["too_few"], answer["interval"][1] > 0) == (few, few)
+
+
 def test_search(run: Path) -> None:
     write_samples(run, "step-000003", [
         sample(0, 0, completion="x" * 100 + "needle" + "y" * 100, step=3), sample(0, 1, completion="Needle"),

@@ -116,7 +116,9 @@ function pairs(answer, [a, fileA], [b, fileB], query) {
           "p",
           { class: "muted" },
           answer.interval[0] <= 0 && answer.interval[1] >= 0
-            ? "The interval contains 0: these prompts do not show a difference."
+            ? answer.too_few
+              ? `The interval contains 0, as it always does with ${plural(count, "prompt")}: too few to show a difference.`
+              : "The interval contains 0: these prompts do not show a difference."
             : "The interval does not contain 0.",
         ),
       h(
