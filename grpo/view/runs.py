@@ -176,13 +176,14 @@ def option_list(config: Config | None) -> list[Json]:
     for name, value in config_module.values(config) if config else ():
         option = config_module.declaration(name)
         plain = list(value) if isinstance(value, tuple) else value
-        default = option.plain_default if option else None
+        default = option.plain_default if option else []  # an empty list of sections declares nothing itself
         required = default == "???"  # OmegaConf's mark of an option without a default
         out.append(
             {
                 "name": name,
                 "value": plain,
                 "default": None if required else default,
+                "required": required,
                 "is_default": plain == default,
                 "doc": config_module.meaning_text(option) if option else "",
             }

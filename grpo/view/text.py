@@ -95,7 +95,8 @@ def overview(opened: api.Runs, run: Run) -> RenderableType:
     options = table("option", "value", "default")
     for option in entries(found["options"]):
         if not option["is_default"]:
-            options.add_row(*(plain(shown(option[name])) for name in ("name", "value", "default")))
+            standard = "required" if option["required"] else shown(option["default"])
+            options.add_row(plain(option["name"]), plain(shown(option["value"])), plain(standard))
     files = [str(file["file"]) for file in entries(found["files"])]
     listed = f"{len(files)} samples files" + (
         f", {files[0]} to {files[-1]}; show one with --text {files[-1]}" if files else ""

@@ -99,9 +99,10 @@ def test_one_run(run: Path) -> None:
     assert answer["sessions"] == [{"began": 1.0, "seconds": None}]
     options = {one["name"]: one for one in answer["options"]}
     assert options["run.steps"]["value"] == 4
-    assert options["run.steps"]["default"] is None
+    assert (options["run.steps"]["default"], options["run.steps"]["required"]) == (None, True)
+    assert (options["data.eval.sets"]["value"], options["data.eval.sets"]["is_default"]) == ([], True)
     assert options["sampling.temperature"] == {
-        "name": "sampling.temperature", "value": 1.0, "default": 1.0, "is_default": True,
+        "name": "sampling.temperature", "value": 1.0, "default": 1.0, "required": False, "is_default": True,
         "doc": options["sampling.temperature"]["doc"],
     }  # fmt: skip
     assert options["rewards[0].file"]["value"] == "judge.py"

@@ -50,7 +50,7 @@ def test_the_overview(run: Path) -> None:
     assert "running; 8 of 4 steps" in text
     assert "! Sampler and learner disagree on some tokens (8 of the steps 1 to 8)" in text
     assert re.search(r"reward/mean +0\.125 +1 +▁▂▃▄▅▆▇█", text)
-    assert re.search(r"algorithm\.group_size +2 +-", text)
+    assert re.search(r"algorithm\.group_size +2 +required", text)
     assert "2 samples files, step-000001 to step-000002; show one with --text step-000002" in text
 
 

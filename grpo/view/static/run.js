@@ -269,7 +269,9 @@ function options(info) {
   const cells = (option) => [
     h("code", { title: option.doc }, option.name),
     h("code", null, shown(option.value)),
-    h("code", { class: "muted" }, shown(option.default)),
+    option.required
+      ? h("span", { class: "muted" }, "none, required")
+      : h("code", { class: "muted" }, shown(option.default)),
   ];
   const changed = info.options.filter((option) => !option.is_default);
   const search = field("option-filter", "Options whose name or description contains", "", { type: "search" });
