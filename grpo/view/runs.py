@@ -74,6 +74,7 @@ class Run:
             "steps_planned": config.run.steps if config else None,
             **accuracies,
             "alarms": len(self.alarms()),
+            "alarm_titles": [alarm.title for alarm in self.alarms()],
             "changed": self.files.changed(),
             "problem": "; ".join(problems) or None,
         }

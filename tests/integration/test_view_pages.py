@@ -235,7 +235,9 @@ def test_hostile_texts_are_shown_as_they_are(watched: Watched) -> None:
 
 def test_a_broken_run_says_why(watched: Watched) -> None:
     """From the list of runs to the completions: the alarm, its step, and what the grader read."""
-    watched.page.locator("tr", has_text="a <b>bold").get_by_role("link").click()
+    row = watched.page.locator("tr", has_text="a <b>bold")
+    assert "▲ All rewards are equal and 2 more" in row.inner_text()
+    row.get_by_role("link").click()
     watched.heading("a <b>bold")
     alarm = watched.page.locator("li.alarm", has_text="All rewards are equal")
     assert "steps 5 to 12" in alarm.inner_text()
