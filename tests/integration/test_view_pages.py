@@ -302,6 +302,7 @@ def test_the_focus_is_visible_and_help_and_search_open(watched: Watched) -> None
     watched.key("Enter")
     watched.heading("Search")
     assert watched.page.locator(".hits mark").first.inner_text() == "plus ten is 43"
+    assert watched.page.locator(".hits .text").first.inner_text() == "Let me add. 33 plus ten is 43"  # not cut
     watched.key("Escape", "t")
     assert watched.page.evaluate("document.documentElement.dataset.theme") == "light"
     assert watched.page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"

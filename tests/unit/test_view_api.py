@@ -474,6 +474,7 @@ def test_search(run: Path) -> None:
     assert found["hits"][0]["before"] == "x" * 60
     assert found["hits"][0]["match"] == "needle"
     assert found["hits"][0]["after"] == "y" * 60
+    assert [(hit["cut_before"], hit["cut_after"]) for hit in found["hits"]] == [(True, True), (False, False)]
     assert (found["complete"], found["rows_searched"]) == (True, 11)
     limited = get(run, "/api/search", q="It is", limit="1")
     assert (len(limited["hits"]), limited["complete"]) == (1, False)
