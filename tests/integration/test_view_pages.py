@@ -339,6 +339,23 @@ def test_filter_sort_and_export(watched: Watched) -> None:
     assert watched.page.locator("#filter").get_attribute("aria-invalid") == "true"
 
 
+def test_an_evaluation_has_no_gradient(watched: Watched) -> None:
+    """Groups with one reward are reported in a step, not in an evaluation."""
+    watched.go("#/run/1/step/eval-000012")
+    watched.heading("Evaluation after step 12")
+    watched.page.get_by_text("5 groups, 20 completions").wait_for()
+    assert watched.page.locator("#groups .chip").count() == 0
+    assert watched.page.locator(".walk").inner_text().startswith("← previous evaluation")
+    assert watched.page.locator(".legend li").first.inner_text() == "reward"
+    watched.page.locator("#groups th a").first.click()
+    watched.heading("Group 0")
+    assert watched.page.locator("main .problem").count() == 0
+    watched.key("u")
+    watched.heading("Evaluation after step 12")
+    watched.page.locator(".walk a").first.click()
+    watched.heading("Evaluation before training")
+
+
 def test_tokens_are_read_with_the_arrow_keys(watched: Watched) -> None:
     watched.go(f"{STEP}/group/1/3")
     assert watched.page.locator("#token-list .token").count() == 2000
@@ -356,8 +373,11 @@ def test_tokens_are_coloured_by_what_the_learner_stored(watched: Watched) -> Non
     watched.go(f"{STEP}/group/0/1")
     assert watched.page.locator("#color").input_value() == "advantage"
     assert watched.page.locator(".legend .token").all_inner_texts() == ["-1", "0", "1"]
-    assert watched.page.locator("#token-list .minus").count() == 10
+    assert watched.page.locator("#token-list .minus").count() == 9  # from -1 to -3/19
     assert watched.page.locator("#token-list .masked").count() == 10
+    watched.page.locator("#color").select_option("difference")
+    watched.page.get_by_text("learner's minus sampler's logprob").wait_for()
+    assert watched.page.locator("#token-list .minus").count() == 18  # -i/19; 0 and -1/19 have no colour to speak of
     watched.page.locator("#color").select_option("importance weight")
     watched.page.get_by_text("weight of the token in the loss").wait_for()
     watched.page.locator("#token-list").focus()
@@ -384,6 +404,8 @@ def test_each_token_is_shown_by_what_it_is(watched: Watched) -> None:
 
 def test_a_curve_names_its_metric_and_has_a_text_alternative(watched: Watched) -> None:
     watched.go("#/run/0")
+    constant = watched.page.locator("#glance figure", has_text="completion/truncated_fraction")
+    assert constant.locator(".middle").inner_text() == "0.25"  # beside its line, not at the bottom
     image = watched.page.locator("#glance svg").first
     assert image.get_attribute("aria-label") == "reward/mean: last 0.7 at step 10, minimum 0.25, maximum 0.7"
     name = watched.page.locator("#glance .name").first

@@ -158,7 +158,7 @@ async function poll() {
   try {
     const { runs } = await get("/api/runs");
     const running = runs.some((run) => run.state === "running");
-    state(running ? "running" : "still", running ? "live" : "not running");
+    state(running ? "running" : "still", running ? "live" : "no run trains");
     const now = Object.fromEntries(runs.map((run) => [run.run, run.changed]));
     const moved = Object.keys(now).filter((run) => seen !== null && now[run] !== seen[run]);
     seen = now;

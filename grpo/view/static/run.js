@@ -179,7 +179,7 @@ function files(info, run) {
         list,
       );
     }),
-    evals.length > 0 && h("p", { class: "muted" }, "Evaluations after step"),
+    evals.length > 0 && h("p", { class: "muted" }, "Evaluations after step; 0 is before training"),
     evals.length > 0 && h("ol", { class: "steps" }, evals.map(entry)),
   ];
 }
@@ -221,13 +221,15 @@ const GLANCE = [
 
 function glance(info, curves, shared) {
   const docs = new Map(info.metrics.map((metric) => [metric.name, metric.doc]));
-  return h(
+  const grid = h(
     "div",
     { class: "grid" },
     GLANCE.filter((name) => curves.series[name]?.some((value) => value !== null)).map((name) =>
       curve(shared, name, docs.get(name), curves.series[name], "glance"),
     ),
   );
+  const hint = "Point at a curve for its values, at a name for its meaning. A click on a curve opens the step.";
+  return [h("p", { class: "lead" }, hint), grid];
 }
 
 function charts(info, curves, shared, query) {
