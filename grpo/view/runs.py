@@ -139,7 +139,7 @@ def runs_answer(runs: Sequence[Run]) -> Json:
 
 def run_answer(run: Run) -> Json:
     """Return one run with its options, alarms and files."""
-    metrics = run.files.metrics()
+    metrics, config = run.files.metrics(), run.config()[0]
     try:
         summary = run.files.summary()
     except UserError:
@@ -153,7 +153,8 @@ def run_answer(run: Run) -> Json:
     return {
         **run.entry(),
         "summary": summary,
-        "options": option_list(run.config()[0]),
+        "options": option_list(config),
+        "weights": {reward.function: reward.weight for reward in config.rewards} if config else {},
         "metrics": [
             dict(zip(("name", "section", "doc"), (name, *meaning_of(name)), strict=True)) for name in metrics.columns
         ],

@@ -249,6 +249,7 @@ def test_a_broken_run_says_why(watched: Watched) -> None:
     assert "gives no policy gradient" in watched.page.locator("main .problem").inner_text()
     right = watched.page.locator(".card", has_text="= gold").first.inner_text()
     assert "read 30, gold is 40" in right
+    assert "Reward right\n0 × 1\nReward format\n0.5 × 0" in right
 
 
 def test_the_keyboard_walks_through_all_levels(watched: Watched) -> None:

@@ -107,6 +107,7 @@ def test_one_run(run: Path) -> None:
         "doc": options["sampling.temperature"]["doc"],
     }  # fmt: skip
     assert options["rewards[0].file"]["value"] == "judge.py"
+    assert answer["weights"] == {"judge": 1.0}
     assert options["rewards[0].weight"]["is_default"] is True
     assert {"name": "policy/entropy", "section": "Policy and optimizer",
             "doc": "entropy in nats per token, of the full distribution at the sampling temperature",
