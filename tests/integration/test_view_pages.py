@@ -434,6 +434,20 @@ def test_a_run_that_trains_is_refreshed_in_place(watched: Watched, served: Serve
     assert watched.page.evaluate("scrollY") == 700
 
 
+def test_an_address_that_is_opened_while_the_first_page_loads_stays(browser: Any, served: Served) -> None:
+    with browser.new_context() as context:
+        opened = Watched(context)
+        held: list[Any] = []
+        opened.page.route("**/api/runs", lambda route: route.continue_() if held else held.append(route))
+        opened.page.goto(served.url)
+        opened.page.locator("#theme[aria-label]").wait_for()
+        opened.page.evaluate("location.hash = '#/run/0'")
+        opened.heading("learns")
+        held[0].continue_()
+        opened.page.locator("#live", has_text="live").wait_for()
+        assert opened.hash() == "/run/0"
+
+
 def test_a_server_that_has_ended_is_reported(watched: Watched) -> None:
     watched.page.route("**/api/**", lambda route: route.abort())
     watched.page.locator("#live.lost").wait_for(timeout=20000)
