@@ -201,9 +201,9 @@ def part_alarm(lines: Sequence[Line], part: str) -> Alarm | None:
     return alarm(
         f"part_equal/{part}", f"The reward `{part}` is always equal", lines, PART_EQUAL_STEPS,
         lambda line: low in line and line[low] == line.get(high) and line.get("reward/min") != line.get("reward/max"),
-        lambda line: f"`{part}` gave every completion {line[low]:g}",
-        "it teaches nothing: either all completions already satisfy it, or it does not find in them what it reads; "
-        "compare what it extracted with the gold answer in a group",
+        lambda line: f"`{part}` gave every completion {line[low]:g} and taught nothing",
+        "all completions already satisfy it, or it does not find in them what it reads: compare what it extracted with "
+        "the gold answer in a group",
     )  # fmt: skip
 
 

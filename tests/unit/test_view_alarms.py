@@ -82,7 +82,7 @@ def test_a_part_that_is_always_equal() -> None:
     equal = {"reward_part/judge/min": 0.25, "reward_part/judge/max": 0.25}
     [alarm] = alarms_of(None, run_of(20, dict.fromkeys(range(10, 15), equal)))
     assert (alarm.kind, alarm.first_step, alarm.last_step) == ("part_equal/judge", 10, 14)
-    assert alarm.text == "`judge` gave every completion 0.25 in step 14"
+    assert alarm.text == "`judge` gave every completion 0.25 and taught nothing in step 14"
     assert alarms_of(None, run_of(20, dict.fromkeys(range(10, 14), equal))) == []
     # the whole reward is equal: grpo.metrics.health reports it, once
     constant = equal | {"reward/min": 1.0, "reward/max": 1.0}
