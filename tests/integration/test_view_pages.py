@@ -312,12 +312,16 @@ def test_the_focus_is_visible_and_help_and_search_open(watched: Watched) -> None
 def test_two_runs_compared(watched: Watched) -> None:
     """The broken run is worse: its differences have a minus sign, and a verdict is on one line."""
     watched.go("#/compare?a=0&b=1&file_a=eval-000000&file_b=eval-000012")
+    watched.heading("Compare")
     row = watched.page.locator("#pairs-table tbody tr").first
+    row.wait_for()
     cells = row.locator("td").all_inner_texts()
     assert float(cells[3].replace("−", "-")) == pytest.approx(float(cells[2]) - float(cells[1]), abs=0.002)
     assert cells[3].startswith("−")
     assert cells[4] == "▼ lost"
     assert row.locator(".verdict-word").evaluate("one => one.getClientRects().length") == 1
+    few = "The interval contains 0, as it always does with 5 prompts: too few to show a difference."
+    assert watched.page.locator("#verdict .muted").first.inner_text() == few
 
 
 def test_filter_sort_and_export(watched: Watched) -> None:

@@ -70,6 +70,15 @@ function standard(info, first) {
   return files.at(first ? 0 : -1)?.file;
 }
 
+// Return what the interval says.
+function judgement({ interval, too_few: few }, count) {
+  if (!interval) return "One prompt is too few for an interval.";
+  if (interval[0] > 0 || interval[1] < 0) return "The interval does not contain 0.";
+  return few
+    ? `The interval contains 0, as it always does with ${plural(count, "prompt")}: too few to show a difference.`
+    : "The interval contains 0: these prompts do not show a difference.";
+}
+
 function pairs(answer, [a, fileA], [b, fileB], query) {
   const count = answer.won + answer.lost + answer.unchanged;
   if (count === 0) {
@@ -111,16 +120,7 @@ function pairs(answer, [a, fileA], [b, fileB], query) {
         answer.interval &&
           h("small", null, ` 95 % interval ${signed(answer.interval[0])} to ${signed(answer.interval[1])}`),
       ),
-      answer.interval &&
-        h(
-          "p",
-          { class: "muted" },
-          answer.interval[0] <= 0 && answer.interval[1] >= 0
-            ? answer.too_few
-              ? `The interval contains 0, as it always does with ${plural(count, "prompt")}: too few to show a difference.`
-              : "The interval contains 0: these prompts do not show a difference."
-            : "The interval does not contain 0.",
-        ),
+      h("p", { class: "muted" }, judgement(answer, count)),
       h(
         "div",
         {
