@@ -9,6 +9,7 @@ import inspect
 import itertools
 import re
 import textwrap
+import threading
 import types
 import typing
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from grpo.types import Json, UserError
 WIDTH = 120
 """Maximum width of a line, in columns."""
 INDENT = "    "
+PARSING = threading.Lock()
+"""In Python 3.11, `ast.parse` can raise SystemError if two threads are in it at the same time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +93,8 @@ def field_texts(cls: type) -> dict[str, str]:
     from the source."""
     found = {}
     for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)) if dataclasses.is_dataclass(cls) else [cls]:
-        [node] = ast.parse(inspect.getsource(base)).body
+        with PARSING:
+            [node] = ast.parse(inspect.getsource(base)).body
         assert isinstance(node, ast.ClassDef)
         for field, text in itertools.pairwise(node.body):
             match field, text:

@@ -93,6 +93,10 @@ def warning_line(warning: SignWarning, steps: int) -> str:
     return f"warning: in {warning['steps']} of {steps} steps {warning['text']}"
 
 
+PLACE = "; the completions are in samples/"
+"""End of a warning on the console."""
+
+
 def _constant_reward(config: Config, metrics: Metrics) -> bool:
     return "reward/min" in metrics and metrics["reward/min"] == metrics["reward/max"]
 
@@ -118,7 +122,7 @@ def _why_constant(config: Config, metrics: Metrics) -> str:
             "the task is too hard for this model, the prompt does not ask for what the reward reads, or the reward "
             "does not depend on the completion"
         )
-    return f"every completion got the reward {value:g}, so nothing is learned: {cause}; the completions are in samples/"
+    return f"every completion got the reward {value:g}, so nothing is learned: {cause}{PLACE}"
 
 
 def _no_spread(config: Config, metrics: Metrics) -> bool:
@@ -158,7 +162,7 @@ CAUSES = {
 def _why_zero(config: Config, metrics: Metrics) -> str:
     column = max(CAUSES, key=lambda name: metrics.get(f"gradient/{name}", 0.0))
     share = metrics.get(f"gradient/{column}", 0.0) / max(1.0, metrics.get("gradient/sampled", 0.0))
-    return f"the gradient was 0 and no weight changed: of {share:.0%} of the sampled tokens {CAUSES[column]}"
+    return f"the gradient was 0: {share:.0%} of the sampled tokens changed no weight, because {CAUSES[column]}"
 
 
 def _zero_lr(config: Config, metrics: Metrics) -> bool:

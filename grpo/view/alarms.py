@@ -6,13 +6,14 @@ has to hold for several consecutive steps. docs/view.md lists them.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from grpo.config import Config
-from grpo.metrics.health import Health
+from grpo.metrics.health import PLACE, Health
 from grpo.types import Json
 
 PART_EQUAL_STEPS = 5
@@ -26,8 +27,11 @@ BASELINE_STEPS = 5
 """Thresholds, and numbers of consecutive steps. Entropy and length are compared with their median over the first
 BASELINE_STEPS steps."""
 DISAGREEING_FRACTION, DISAGREEING_COUNT = 0.05, 3
-"""Share and number of the completions of a file whose answer is the gold answer, and which still got the lowest
+"""Share and number of the completions of a file which end with the gold answer, and which still got the lowest
 reward."""
+DISAGREEING_AT_FIRST = 0.5
+"""Share of the completions with the gold answer that got the lowest reward, for a run that gets over it: such a grader
+is wrong, and not only strict about a form that the policy learns."""
 
 TITLES = {
     "constant_reward": "All rewards are equal",
@@ -55,6 +59,10 @@ class Alarm:
     last_step: int
     steps: int
     """Number of steps in which it held."""
+    group: int | None = None
+    """A group of its first step that shows it."""
+    filter: str = ""
+    """Filter that selects its completions."""
 
     def as_json(self) -> dict[str, Json]:
         """Return the alarm as an answer has it."""
@@ -78,7 +86,7 @@ def health_alarms(config: Config, lines: Sequence[Line]) -> list[Alarm]:
         text, _, cause = warning["text"].partition(": ")
         out.append(
             Alarm(
-                kind=warning["sign"], title=TITLES[warning["sign"]], text=text, cause=cause,
+                kind=warning["sign"], title=TITLES[warning["sign"]], text=text, cause=cause.removesuffix(PLACE),
                 first_step=warning["first"], last_step=warning["last"], steps=warning["steps"],
             )
         )  # fmt: skip
@@ -92,9 +100,11 @@ def metric_alarms(lines: Sequence[Line]) -> list[Alarm]:
         alarm(
             "truncation", "Many completions are truncated", lines, TRUNCATED_STEPS,
             lambda line: TRUNCATED_FRACTION <= line.get("completion/truncated_fraction", 0.0) < 1,
-            lambda line: f"{line['completion/truncated_fraction']:.0%} of the completions reached sampling.max_tokens",
+            lambda line: f"{100 * line['completion/truncated_fraction']:.0f} % of the completions reached "
+            "`sampling.max_tokens`",
             "a truncated completion rarely has its answer, so it is scored as wrong whatever it reasons: raise "
-            "sampling.max_tokens, or see whether the completions repeat themselves",
+            "`sampling.max_tokens`, or see whether the completions repeat themselves",
+            'finish_reason == "length"',
         ),
         *failure_alarms(lines),
         alarm(
@@ -102,7 +112,8 @@ def metric_alarms(lines: Sequence[Line]) -> list[Alarm]:
             lambda line: line.get("mismatch/q99", 0.0) >= MISMATCH_Q99,
             lambda line: f"1 % of the tokens differ by more than {line['mismatch/q99']:.2g} nats in logprob",
             "the two engines compute different probabilities (dtype, attention, quantization, or stale weights), so "
-            "importance weights are far from 1: docs/objectives.md, algorithm.importance_high, model.float32_head",
+            "importance weights are far from 1: see `model.float32_head` and `algorithm.importance_high`; colour the "
+            "tokens of a completion by learner minus sampler",
         ),
         alarm(
             "staleness", "Completions are of old weights", lines, STALENESS_STEPS,
@@ -115,14 +126,14 @@ def metric_alarms(lines: Sequence[Line]) -> list[Alarm]:
             lambda value, base: value <= ENTROPY_SHARE * base,
             "nats of entropy per token",
             "the policy has become almost deterministic, so the members of a group are alike and little is left to "
-            "learn from: lower optimizer.lr, raise algorithm.entropy_coef, or use harder prompts",
+            "learn from: lower `optimizer.lr`, raise `algorithm.entropy_coef`, or use harder prompts",
         ),
         drift_alarm(
             "length_drift", "The length of completions has drifted", lines, LENGTH_STEPS, "completion/tokens_mean",
             lambda value, base: value >= LENGTH_RATIO * base or value * LENGTH_RATIO <= base,
             "tokens per completion",
-            "the reward may favour a length rather than an answer: compare completion/tokens_right_mean with "
-            "completion/tokens_wrong_mean, and read the completions",
+            "the reward may favour a length rather than an answer: compare `completion/tokens_right_mean` with "
+            "`completion/tokens_wrong_mean`, and read the completions",
         ),
     ]  # fmt: skip
     return [one for one in found if one is not None]
@@ -143,16 +154,21 @@ def streaks(lines: Sequence[Line], holds: Callable[[Line], bool], least: int) ->
 
 def alarm(
     kind: str, title: str, lines: Sequence[Line], least: int, holds: Callable[[Line], bool],
-    text: Callable[[Line], str], cause: str,
+    text: Callable[[Line], str], cause: str, chosen: str = "",
 ) -> Alarm | None:  # fmt: skip
-    """Return an alarm if the sign holds for `least` consecutive steps. `text`: describes its last step."""
+    """Return an alarm if the sign holds for `least` consecutive steps.
+
+    Args:
+        text: describes its last step.
+        chosen: a filter for its completions.
+    """
     held = streaks(lines, holds, least)
     if not held:
         return None
     last = int(held[-1]["step"])
     return Alarm(
         kind=kind, title=title, text=f"{text(held[-1])} in step {last}", cause=cause,
-        first_step=int(held[0]["step"]), last_step=last, steps=len(held),
+        first_step=int(held[0]["step"]), last_step=last, steps=len(held), filter=chosen,
     )  # fmt: skip
 
 
@@ -183,11 +199,11 @@ def part_alarm(lines: Sequence[Line], part: str) -> Alarm | None:
     constant reward."""
     low, high = f"reward_part/{part}/min", f"reward_part/{part}/max"
     return alarm(
-        f"part_equal/{part}", f"The reward {part} is always equal", lines, PART_EQUAL_STEPS,
+        f"part_equal/{part}", f"The reward `{part}` is always equal", lines, PART_EQUAL_STEPS,
         lambda line: low in line and line[low] == line.get(high) and line.get("reward/min") != line.get("reward/max"),
-        lambda line: f"{part} gave every completion {line[low]:g}",
-        "it teaches nothing: either all completions already satisfy it, or it does not find in them what it reads; "
-        "compare `extracted` with `gold` in a group",
+        lambda line: f"`{part}` gave every completion {line[low]:g} and taught nothing",
+        "all completions already satisfy it, or it does not find in them what it reads: compare what it extracted with "
+        "the gold answer in a group",
     )  # fmt: skip
 
 
@@ -210,6 +226,7 @@ def failure_alarm(lines: Sequence[Line], kind: str, kinds: Sequence[str]) -> Ala
     return alarm(
         f"failed/{kind}", f"Completions fail: {kind}", lines, FAILED_STEPS,
         lambda line: share(line) >= FAILED_FRACTION,
-        lambda line: f"{share(line):.1%} of the completions failed ({kind})",
-        "they have no reward and are not trained on; `failed_detail` of a completion has the reason",
+        lambda line: f"{100 * share(line):.1f} % of the completions failed ({kind})",
+        "they have no reward and are not trained on; the page of a completion has the reason",
+        f"failed == {json.dumps(kind, ensure_ascii=False)}",
     )  # fmt: skip

@@ -128,6 +128,7 @@ def search_file(run: Run, file: SamplesFile, text: str, ids: list[int] | None, c
         elif in_ids is not None and in_ids[row]:
             kind = "ids"
         at = content.find(text) if kind in ("completion", "prompt") else 0
+        end = at + len(text) + CONTEXT
         group = int(numbers[row])
         hits.append(
             {
@@ -140,7 +141,9 @@ def search_file(run: Run, file: SamplesFile, text: str, ids: list[int] | None, c
                 "where": kind,
                 "before": content[max(0, at - CONTEXT) : at],
                 "match": " ".join(map(str, ids or ())) if kind == "ids" else text if content else "",
-                "after": content[at + len(text) : at + len(text) + CONTEXT] if content else "",
+                "after": content[at + len(text) : end] if content else "",
+                "cut_before": at > CONTEXT,
+                "cut_after": len(content) > end,
                 "reward": number(table["reward"][row].as_py()),
             }
         )

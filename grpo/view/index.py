@@ -12,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from grpo.evaluation.answers import final_answer
+from grpo.run.samples import PART
 from grpo.types import UserError
 from grpo.view.files import RunFiles, SamplesFile
 from grpo.view.rows import Groups, load, rewards_of, schema_of, statistics_of
@@ -87,22 +88,51 @@ def make_index(files: RunFiles, file: SamplesFile) -> FileIndex:
     )
 
 
-def disagreement(files: RunFiles, file: SamplesFile) -> tuple[int, int]:
-    """Return how many completions end with the gold answer and got the lowest reward of the file, and how many have a
-    reward and a gold answer. Raises UserError when the file is damaged.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disagreement:
+    """What a reward made of the completions of a file that end with the gold answer."""
 
-    If all rewards are equal and above 0, no completion counts.
+    reward: str
+    lowest: int
+    """Number of those that got its lowest value."""
+    right: int
+    """Number of all of them."""
+    known: int
+    """Number of completions that ended, have a value of the reward and a gold answer."""
+    group: int
+    """The group that has most of the lowest."""
+
+
+def disagreement(files: RunFiles, file: SamplesFile) -> Disagreement | None:
+    """Return how the reward that judges a data set disagrees with the gold answers: of several, the one that disagrees
+    most; None without gold answers. A completion is judged by the first reward of the recipe that scored it.
+
+    If all values of a reward are equal and above 0, it disagrees with none. Raises UserError when the file is damaged.
     """
-    table, _ = load(files, file, ("extracted", "gold"))
-    if not {"extracted", "gold"} <= {*table.column_names}:
-        return 0, 0
-    rewards = rewards_of(table)
-    known = ~np.isnan(rewards) & ~table["gold"].is_null().to_numpy()
-    if not known.any():
-        return 0, 0
-    low, high = np.nanmin(rewards), np.nanmax(rewards)
-    lowest = np.flatnonzero(known & (rewards == low)) if low < high or low <= 0 else np.zeros(0, np.int64)
-    wrong = table.select(["extracted", "gold"]).take(pa.array(lowest)).to_pylist()
-    golds = {gold: final_answer(gold) for gold in {row["gold"] for row in wrong}}
-    same = sum(bool(row["extracted"]) and row["extracted"] == golds[row["gold"]] for row in wrong)
-    return same, int(known.sum())
+    schema = schema_of(files, file)
+    parts = [name for name in schema.names if name.startswith(PART) and "/" not in name.removeprefix(PART)]
+    needed = ("extracted", "gold", "finish_reason")
+    table, groups = load(files, file, (*needed, *parts), schema)
+    if not {*needed} <= {*table.column_names}:
+        return None
+    golds = {gold: gold and final_answer(gold) for gold in table["gold"].unique().to_pylist()}
+    rows = table.select(needed).to_pylist()
+    ended = np.array([row["gold"] is not None and row["finish_reason"] != "length" for row in rows], dtype=np.bool_)
+    right = np.array([bool(row["extracted"]) and row["extracted"] == golds[row["gold"]] for row in rows], np.bool_)
+    left = ended & ~np.isnan(rewards_of(table))
+    found = []
+    for name in parts:
+        values = table[name].cast(pa.float64()).to_numpy()
+        mine = left & ~np.isnan(values)
+        left &= ~mine
+        if not mine.any():
+            continue
+        low, high = values[mine].min(), values[mine].max()
+        lowest = mine & right & (values == low) & (low < high or low <= 0)
+        found.append(
+            Disagreement(
+                reward=name.removeprefix(PART), lowest=int(lowest.sum()), right=int((mine & right).sum()),
+                known=int(mine.sum()), group=int(np.argmax(np.add.reduceat(lowest, groups.starts, dtype=np.int64))),
+            )
+        )  # fmt: skip
+    return max(found, key=lambda one: one.lowest, default=None)

@@ -217,7 +217,8 @@ def compare_answer(a: Run, b: Run, query: Query) -> Json:
     for prompt_id, gain in gains.items():
         by_set[sides[0][prompt_id][2] or ""].append(gain)
     strata = [np.asarray(values) for values in by_set.values()]
-    low, high = bounds(strata, GAINS) if len(gains) > 1 else (math.nan, math.nan)
+    span = span_of_gains([mean for side in sides for mean, _, _ in side.values()])
+    low, high = bounds(strata, span) if len(gains) > 1 else (math.nan, math.nan)
     order = sorted((p for p in shared if verdict in ("all", verdict_of(gains[p]))), key=lambda p: (gains[p], p))
     page = order[offset : offset + limit]
     index = a.index.of(files[0])
@@ -230,6 +231,7 @@ def compare_answer(a: Run, b: Run, query: Query) -> Json:
         "only_b": len(sides[1]) - len(shared),
         "difference": float(np.mean([values.mean() for values in strata])) if strata else None,
         "interval": [number(low), number(high)] if len(gains) > 1 else None,
+        "too_few": too_few([len(values) for values in strata]),
         "prompts": [
             {
                 "prompt_id": p,
@@ -245,6 +247,19 @@ def compare_answer(a: Run, b: Run, query: Query) -> Json:
         ],
         "total": len(order),
     }
+
+
+def span_of_gains(means: Sequence[float]) -> tuple[float, float]:
+    """Return the range of the gains of prompts: that of rewards from 0 to 1, or wider if the mean rewards of the two
+    files are further apart than 1. An interval needs it, because a gain that no prompt shows can still occur."""
+    reach = max(GAINS[1], max(means) - min(means)) if means else GAINS[1]
+    return -reach, reach
+
+
+def too_few(counts: Sequence[int]) -> bool:
+    """Return whether the interval of the gain contains 0 whatever these prompts show, even if b loses each of them by
+    the largest possible gain. `counts`: number of prompts of each data set."""
+    return sum(counts) < 30 and bounds([np.full(count, GAINS[0]) for count in counts], GAINS)[1] >= 0
 
 
 def verdict_of(gain: float) -> str:

@@ -10,9 +10,9 @@ from grpo.config import Config
 from grpo.metrics.health import CAUSES
 from grpo.metrics.names import meaning_of
 from grpo.types import Json, UserError
-from grpo.view.alarms import DISAGREEING_COUNT, DISAGREEING_FRACTION, Alarm, alarms_of
+from grpo.view.alarms import DISAGREEING_AT_FIRST, DISAGREEING_COUNT, DISAGREEING_FRACTION, Alarm, alarms_of
 from grpo.view.files import NotFoundError, RunFiles, number
-from grpo.view.index import Index, disagreement
+from grpo.view.index import Disagreement, Index, disagreement
 from grpo.view.query import Query, whole
 
 WATERFALL = (
@@ -74,6 +74,7 @@ class Run:
             "steps_planned": config.run.steps if config else None,
             **accuracies,
             "alarms": len(self.alarms()),
+            "alarm_titles": [alarm.title for alarm in self.alarms()],
             "changed": self.files.changed(),
             "problem": "; ".join(problems) or None,
         }
@@ -97,30 +98,38 @@ def measured(steps: Sequence[int], values: Sequence[float | None]) -> dict[str, 
 
 
 def grader_alarms(files: RunFiles) -> list[Alarm]:
-    """Return an alarm if completions that end with the gold answer got the lowest reward, in the first or the last
-    samples file of a step."""
+    """Return an alarm if completions that end with the gold answer got the lowest value of the reward that judges
+    them, in the last samples file of a step, or for many of them in the first."""
     steps = [file for file in files.samples() if file.kind == "step"]
     held = []
     for file in dict.fromkeys([*steps[:1], *steps[-1:]]):
         try:
-            same, known = disagreement(files, file)
+            found = disagreement(files, file)
         except (UserError, FileNotFoundError):
             continue
-        if same >= DISAGREEING_COUNT and same >= DISAGREEING_FRACTION * known:
-            held.append((file.step or 0, same, known))
+        if found is not None and disagrees(found, last=file == steps[-1]):
+            held.append((file.step or 0, found))
     if not held:
         return []
-    step, same, known = held[-1]
+    step, found = held[0]
     return [
         Alarm(
             kind="grader_disagrees",
             title="Right answers get the lowest reward",
-            text=f"{same} of {known} completions in step {step} end with the gold answer and got the lowest reward",
-            cause="the reward may read something else than the final answer, or compare it in another form: open a "
-            "group and compare `gold` with what the grader extracted; the prompt must ask for the form that it reads",
-            first_step=held[0][0], last_step=step, steps=len(held),
+            text=f"{found.lowest} of {found.known} completions in step {step} end with the gold answer and got the "
+            f"lowest value of `{found.reward}`",
+            cause="the reward may read something else than the final answer, or compare it in another form: compare "
+            "what it extracted with the gold answer; the prompt must ask for the form that it reads",
+            first_step=step, last_step=held[-1][0], steps=len(held), group=found.group,
         )
     ]  # fmt: skip
+
+
+def disagrees(found: Disagreement, *, last: bool) -> bool:
+    """Return whether a disagreement is worth an alarm. `last`: it is that of the last step."""
+    if found.lowest < DISAGREEING_COUNT or found.lowest < DISAGREEING_FRACTION * found.known:
+        return False
+    return last or found.lowest >= DISAGREEING_AT_FIRST * found.right
 
 
 def runs_answer(runs: Sequence[Run]) -> Json:
@@ -130,7 +139,7 @@ def runs_answer(runs: Sequence[Run]) -> Json:
 
 def run_answer(run: Run) -> Json:
     """Return one run with its options, alarms and files."""
-    metrics = run.files.metrics()
+    metrics, config = run.files.metrics(), run.config()[0]
     try:
         summary = run.files.summary()
     except UserError:
@@ -144,7 +153,8 @@ def run_answer(run: Run) -> Json:
     return {
         **run.entry(),
         "summary": summary,
-        "options": option_list(run.config()[0]),
+        "options": option_list(config),
+        "weights": {reward.function: reward.weight for reward in config.rewards} if config else {},
         "metrics": [
             dict(zip(("name", "section", "doc"), (name, *meaning_of(name)), strict=True)) for name in metrics.columns
         ],
@@ -168,13 +178,14 @@ def option_list(config: Config | None) -> list[Json]:
     for name, value in config_module.values(config) if config else ():
         option = config_module.declaration(name)
         plain = list(value) if isinstance(value, tuple) else value
-        default = option.plain_default if option else None
+        default = option.plain_default if option else []  # an empty list of sections declares nothing itself
         required = default == "???"  # OmegaConf's mark of an option without a default
         out.append(
             {
                 "name": name,
                 "value": plain,
                 "default": None if required else default,
+                "required": required,
                 "is_default": plain == default,
                 "doc": config_module.meaning_text(option) if option else "",
             }

@@ -241,7 +241,8 @@ def completion_row(row: Mapping[str, Json], index: int) -> dict[str, Json]:
         "index": index,
         "text": text[:MAX_TEXT],
         "truncated_text": len(text) > MAX_TEXT,
-        "extracted": grader_column(logged, "extracted") or as_text(row.get("extracted")),
+        "extracted": read_by_grader(row, parts, logged),
+        "final_answer": as_text(row.get("extracted")),
         "why": grader_column(logged, "why"),
         "reward": number(row.get("reward")),
         "parts": parts,
@@ -262,6 +263,18 @@ def grader_column(logged: Mapping[str, Json], name: str) -> str | None:
     """Return what the first reward that logged `<reward>/<name>` logged there."""
     values = (value for column, value in logged.items() if column.endswith(f"/{name}"))
     return next((str(value) for value in values if value is not None), None)
+
+
+def read_by_grader(
+    row: Mapping[str, Json], parts: Mapping[str, float | None], logged: Mapping[str, Json]
+) -> str | None:
+    """Return the answer that the rewards read, by the first that logs `<reward>/extracted`; None if they read none.
+
+    If none of the rewards that scored the completion logs it, return the answer that the completion ends with.
+    """
+    scored = [f"{name}/extracted" for name, value in parts.items() if value is not None and row.get("failed") is None]
+    read = [logged[name] for name in scored if name in logged]
+    return next((str(value) for value in read if value is not None), None) if read else as_text(row.get("extracted"))
 
 
 def as_text(value: Unchecked) -> str | None:

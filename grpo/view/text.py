@@ -21,8 +21,13 @@ from grpo.view.runs import Run
 from grpo.view.visible import visible
 
 BARS = "▁▂▃▄▅▆▇█"
-CURVE = 40
-"""Columns of a curve."""
+CURVE = 28
+"""Columns of a curve: with the longest name of a metric, it fits into 80 columns."""
+QUANTITIES = {
+    "sampler_logprob": "logprob", "difference": "diff", "entropy": "entropy", "advantage": "advant.",
+    "importance_weight": "weight", "version": "version",
+}  # fmt: skip
+"""Value of a token -> short heading of its column."""
 MAX_TEXT = 4000
 """Characters of a completion in a group."""
 
@@ -83,7 +88,8 @@ def overview(opened: api.Runs, run: Run) -> RenderableType:
     found = answer(opened, f"/api/runs/{run.number}", {})
     parts: list[RenderableType] = [plain(found["name"], "bold"), facts(found)]
     for alarm in entries(found["alarms"]):
-        steps = f"steps {alarm['first_step']} to {alarm['last_step']}"
+        first, last = alarm["first_step"], alarm["last_step"]
+        steps = f"step {first}" if first == last else f"{alarm['steps']} of the steps {first} to {last}"
         parts += [plain(f"! {alarm['title']} ({steps})", "bold yellow"), plain(f"  {alarm['text']}: {alarm['cause']}")]
     metrics = run.files.metrics()
     curves = table("metric", "first", "last", "")
@@ -94,7 +100,8 @@ def overview(opened: api.Runs, run: Run) -> RenderableType:
     options = table("option", "value", "default")
     for option in entries(found["options"]):
         if not option["is_default"]:
-            options.add_row(*(plain(shown(option[name])) for name in ("name", "value", "default")))
+            standard = "required" if option["required"] else shown(option["default"])
+            options.add_row(plain(option["name"]), plain(shown(option["value"])), plain(standard))
     files = [str(file["file"]) for file in entries(found["files"])]
     listed = f"{len(files)} samples files" + (
         f", {files[0]} to {files[-1]}; show one with --text {files[-1]}" if files else ""
@@ -161,10 +168,10 @@ def reward_mark(cell: Mapping[str, Json]) -> Text:
     return Text(f"{word}{cut} ", style=style if cell["matches"] else "dim")
 
 
-def rounded(value: Json) -> str:
-    """Return a number with four digits; `-` for none."""
+def rounded(value: Json, digits: int = 4) -> str:
+    """Return a number with this many digits; `-` for none."""
     known = number(value)
-    return "-" if known is None else f"{known:.4g}"
+    return "-" if known is None else f"{known + 0.0:.{digits}g}"  # 0, not -0
 
 
 def group_page(found: Mapping[str, Json]) -> RenderableType:
@@ -183,18 +190,19 @@ def completion_head(one: Mapping[str, Json]) -> Text:
     words += [
         f"{name} {one[name]}" for name in ("extracted", "why", "failed", "failed_detail") if one[name] is not None
     ]
+    if one["final_answer"] and one["final_answer"] != one["extracted"]:
+        words.append(f"ends with {one['final_answer']}")
     return plain("; ".join([*words, f"{one['finish_reason']} after {one['length']} tokens"]), "bold cyan")
 
 
 def completion_page(found: Mapping[str, Json]) -> RenderableType:
     """Return a completion with its tokens."""
-    names = ("sampler_logprob", "difference", "entropy", "advantage", "importance_weight", "version")
     tokens = entries(found["tokens"])
-    kept = [name for name in names if any(token[name] is not None for token in tokens)]
-    rows = table("", "id", "text", *kept)
+    kept = [name for name in QUANTITIES if any(token[name] is not None for token in tokens)]
+    rows = table("", "id", "text", *(QUANTITIES[name] for name in kept))
     for token in tokens:
         text = plain(repr(token["text"]) if token["text"] is not None else "-", "bold" if token["special"] else "")
-        values = (plain(rounded(token[name])) for name in kept)
+        values = (plain(rounded(token[name], 3)) for name in kept)
         rows.add_row(plain(token["index"]), plain(token["id"]), text, *values)
     absent = [plain(f"{one['column']}: {one['why']}", "dim") for one in entries(found["absent"])]
     return Group(completion_head(found), plain(str(found["text"])[:MAX_TEXT]), Text(), rows, *absent)

@@ -99,6 +99,8 @@ CHECKS = """() => {
     count += 1;
   }
   if (count < 5) problems.push("no text was checked");
+  for (const one of document.querySelectorAll(".scroll"))
+    if (innerWidth < 760 && one.scrollWidth > one.clientWidth) say("a table is cut off", one);
   const wide = document.documentElement.scrollWidth;
   if (wide > innerWidth) problems.push(`the page is ${wide} px wide`);
   return problems;
@@ -233,7 +235,9 @@ def test_hostile_texts_are_shown_as_they_are(watched: Watched) -> None:
 
 def test_a_broken_run_says_why(watched: Watched) -> None:
     """From the list of runs to the completions: the alarm, its step, and what the grader read."""
-    watched.page.locator("tr", has_text="a <b>bold").get_by_role("link").click()
+    row = watched.page.locator("tr", has_text="a <b>bold")
+    assert "▲ All rewards are equal and 2 more" in row.inner_text()
+    row.get_by_role("link").click()
     watched.heading("a <b>bold")
     alarm = watched.page.locator("li.alarm", has_text="All rewards are equal")
     assert "steps 5 to 12" in alarm.inner_text()
@@ -245,6 +249,7 @@ def test_a_broken_run_says_why(watched: Watched) -> None:
     assert "gives no policy gradient" in watched.page.locator("main .problem").inner_text()
     right = watched.page.locator(".card", has_text="= gold").first.inner_text()
     assert "read 30, gold is 40" in right
+    assert "Reward right\n0 × 1\nReward format\n0.5 × 0" in right
 
 
 def test_the_keyboard_walks_through_all_levels(watched: Watched) -> None:
@@ -298,9 +303,25 @@ def test_the_focus_is_visible_and_help_and_search_open(watched: Watched) -> None
     watched.key("Enter")
     watched.heading("Search")
     assert watched.page.locator(".hits mark").first.inner_text() == "plus ten is 43"
+    assert watched.page.locator(".hits .text").first.inner_text() == "Let me add. 33 plus ten is 43"  # not cut
     watched.key("Escape", "t")
     assert watched.page.evaluate("document.documentElement.dataset.theme") == "light"
     assert watched.page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
+
+
+def test_two_runs_compared(watched: Watched) -> None:
+    """The broken run is worse: its differences have a minus sign, and a verdict is on one line."""
+    watched.go("#/compare?a=0&b=1&file_a=eval-000000&file_b=eval-000012")
+    watched.heading("Compare")
+    row = watched.page.locator("#pairs-table tbody tr").first
+    row.wait_for()
+    cells = row.locator("td").all_inner_texts()
+    assert float(cells[3].replace("−", "-")) == pytest.approx(float(cells[2]) - float(cells[1]), abs=0.002)
+    assert cells[3].startswith("−")
+    assert cells[4] == "▼ lost"
+    assert row.locator(".verdict-word").evaluate("one => one.getClientRects().length") == 1
+    few = "The interval contains 0, as it always does with 5 prompts: too few to show a difference."
+    assert watched.page.locator("#verdict .muted").first.inner_text() == few
 
 
 def test_filter_sort_and_export(watched: Watched) -> None:
@@ -323,6 +344,23 @@ def test_filter_sort_and_export(watched: Watched) -> None:
     assert watched.page.locator("#filter").get_attribute("aria-invalid") == "true"
 
 
+def test_an_evaluation_has_no_gradient(watched: Watched) -> None:
+    """Groups with one reward are reported in a step, not in an evaluation."""
+    watched.go("#/run/1/step/eval-000012")
+    watched.heading("Evaluation after step 12")
+    watched.page.get_by_text("5 groups, 20 completions").wait_for()
+    assert watched.page.locator("#groups .chip").count() == 0
+    assert watched.page.locator(".walk").inner_text().startswith("← previous evaluation")
+    assert watched.page.locator(".legend li").first.inner_text() == "reward"
+    watched.page.locator("#groups th a").first.click()
+    watched.heading("Group 0")
+    assert watched.page.locator("main .problem").count() == 0
+    watched.key("u")
+    watched.heading("Evaluation after step 12")
+    watched.page.locator(".walk a").first.click()
+    watched.heading("Evaluation before training")
+
+
 def test_tokens_are_read_with_the_arrow_keys(watched: Watched) -> None:
     watched.go(f"{STEP}/group/1/3")
     assert watched.page.locator("#token-list .token").count() == 2000
@@ -340,8 +378,11 @@ def test_tokens_are_coloured_by_what_the_learner_stored(watched: Watched) -> Non
     watched.go(f"{STEP}/group/0/1")
     assert watched.page.locator("#color").input_value() == "advantage"
     assert watched.page.locator(".legend .token").all_inner_texts() == ["-1", "0", "1"]
-    assert watched.page.locator("#token-list .minus").count() == 10
+    assert watched.page.locator("#token-list .minus").count() == 9  # from -1 to -3/19
     assert watched.page.locator("#token-list .masked").count() == 10
+    watched.page.locator("#color").select_option("difference")
+    watched.page.get_by_text("learner's minus sampler's logprob").wait_for()
+    assert watched.page.locator("#token-list .minus").count() == 18  # -i/19; 0 and -1/19 have no colour to speak of
     watched.page.locator("#color").select_option("importance weight")
     watched.page.get_by_text("weight of the token in the loss").wait_for()
     watched.page.locator("#token-list").focus()
@@ -368,6 +409,8 @@ def test_each_token_is_shown_by_what_it_is(watched: Watched) -> None:
 
 def test_a_curve_names_its_metric_and_has_a_text_alternative(watched: Watched) -> None:
     watched.go("#/run/0")
+    constant = watched.page.locator("#glance figure", has_text="completion/truncated_fraction")
+    assert constant.locator(".middle").inner_text() == "0.25"  # beside its line, not at the bottom
     image = watched.page.locator("#glance svg").first
     assert image.get_attribute("aria-label") == "reward/mean: last 0.7 at step 10, minimum 0.25, maximum 0.7"
     name = watched.page.locator("#glance .name").first
@@ -393,6 +436,20 @@ def test_a_run_that_trains_is_refreshed_in_place(watched: Watched, served: Serve
     assert watched.page.locator("#option-filter").input_value() == "entropy_coef"
     assert watched.page.locator("#every-option tr:visible").count() == 2
     assert watched.page.evaluate("scrollY") == 700
+
+
+def test_an_address_that_is_opened_while_the_first_page_loads_stays(browser: Any, served: Served) -> None:
+    with browser.new_context() as context:
+        opened = Watched(context)
+        held: list[Any] = []
+        opened.page.route("**/api/runs", lambda route: route.continue_() if held else held.append(route))
+        opened.page.goto(served.url)
+        opened.page.locator("#theme[aria-label]").wait_for()
+        opened.page.evaluate("location.hash = '#/run/0'")
+        opened.heading("learns")
+        held[0].continue_()
+        opened.page.locator("#live", has_text="live").wait_for()
+        assert opened.hash() == "/run/0"
 
 
 def test_a_server_that_has_ended_is_reported(watched: Watched) -> None:

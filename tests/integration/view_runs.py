@@ -82,7 +82,8 @@ def make_run(folder: Path, *, broken: bool, steps: int = STEPS) -> Path:
     """Write a run folder of `steps` steps, and return it."""
     (folder / "samples").mkdir(parents=True)
     (folder / "recipe").mkdir()
-    recipe = write_recipe(folder / "recipe", folder / "no-model", run={"steps": STEPS})
+    rewards = [{"file": "right.py"}, {"file": "format.py", "weight": 0.0}]
+    recipe = write_recipe(folder / "recipe", folder / "no-model", run={"steps": STEPS}, rewards=rewards)
     (folder / "config.yaml").write_text(dump(load(recipe)))
     (folder / "recipe.txt").write_text("recipes/sums.yaml\n")
     tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(TOKENS)}, unk_token="<b>"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +174,24 @@ def test_what_there_is_not_names_the_nearest(asked: str, words: str) -> None:
     with pytest.raises(UserError) as raised:
         options_text(asked)
     assert str(raised.value).startswith(words)
+
+
+def test_sources_are_parsed_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, inside, most = ast.parse, set[int](), list[int]()
+
+    def watched(*arguments: Any, **more: Any) -> ast.AST:
+        inside.add(threading.get_ident())
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.discard(threading.get_ident())
+        return parse(*arguments, **more)
+
+    monkeypatch.setattr(ast, "parse", watched)
+    with ThreadPoolExecutor(4) as pool:
+        classes = list({option.section for section in SECTIONS.values() for option in section.options})
+        found = [*pool.map(field_texts.__wrapped__, classes)]
+    assert max(most) == 1
+    assert all(found)
 
 
 def test_lines_fit_the_width() -> None:

@@ -100,7 +100,7 @@ def test_a_gradient_of_0_names_where_the_tokens_went(column: str, tmp_path: Path
     used = {f"gradient/{name}": 20.0 if name == column else 10.0 for name in CAUSES}
     health = Health(make_config(tmp_path, "run.steps=1"))
     [words] = said(health, lines({**used, "optim/grad_norm": 0.0, "gradient/sampled": 100.0}))[1]
-    assert f"of 20% of the sampled tokens {CAUSES[column]}" in words
+    assert f"20% of the sampled tokens changed no weight, because {CAUSES[column]}" in words
 
 
 def test_methods_without_groups_need_no_spread_in_them(tmp_path: Path) -> None:

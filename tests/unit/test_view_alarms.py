@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from made_run import make_run, sample, write_metrics, write_samples
 
@@ -43,7 +44,14 @@ def test_a_good_run_has_no_alarm() -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "at", "below", "steps", "says"),
     [
-        ("truncation", "completion/truncated_fraction", 0.3, 0.29, 3, "30% of the completions reached"),
+        (
+            "truncation",
+            "completion/truncated_fraction",
+            0.3,
+            0.29,
+            3,
+            "30 % of the completions reached `sampling.max_tokens`",
+        ),
         ("mismatch_tail", "mismatch/q99", 0.5, 0.49, 3, "1 % of the tokens differ by more than 0.5 nats"),
         ("staleness", "staleness/mean", 2.0, 1.9, 3, "2 versions before they were trained on"),
         ("entropy_collapse", "policy/entropy", 0.2, 0.21, 5, "0.2 nats of entropy per token, and 1 at first, in step"),
@@ -74,7 +82,7 @@ def test_a_part_that_is_always_equal() -> None:
     equal = {"reward_part/judge/min": 0.25, "reward_part/judge/max": 0.25}
     [alarm] = alarms_of(None, run_of(20, dict.fromkeys(range(10, 15), equal)))
     assert (alarm.kind, alarm.first_step, alarm.last_step) == ("part_equal/judge", 10, 14)
-    assert alarm.text == "judge gave every completion 0.25 in step 14"
+    assert alarm.text == "`judge` gave every completion 0.25 and taught nothing in step 14"
     assert alarms_of(None, run_of(20, dict.fromkeys(range(10, 14), equal))) == []
     # the whole reward is equal: grpo.metrics.health reports it, once
     constant = equal | {"reward/min": 1.0, "reward/max": 1.0}
@@ -86,7 +94,8 @@ def test_failures_by_kind() -> None:
     some = {"reward/failed_fraction": 0.03, "reward/failed_timeout": 4.0, "reward/failed_exception": 2.0}
     [alarm] = alarms_of(None, run_of(9, {4: some, 5: some}))
     assert (alarm.kind, alarm.title) == ("failed/timeout", "Completions fail: timeout")
-    assert (alarm.text, alarm.steps) == ("2.0% of the completions failed (timeout) in step 5", 2)
+    assert (alarm.text, alarm.steps) == ("2.0 % of the completions failed (timeout) in step 5", 2)
+    assert alarm.filter == 'failed == "timeout"'
     assert alarms_of(None, run_of(9, {4: some})) == []
 
 
@@ -115,6 +124,7 @@ def test_the_warnings_of_the_run_come_first_and_once() -> None:
     )  # fmt: skip
     assert first.text == "every completion got the reward 0, so nothing is learned"
     assert first.cause.startswith("the task is too hard for this model, the prompt does not ask for what the reward")
+    assert first.cause.endswith("the reward does not depend on the completion")  # not: the completions are in samples/
     assert (second.kind, second.first_step) == ("zero_gradient", 21)
     # metrics that lack what the warnings read: the other alarms stay
     [alarm] = alarms_of(config, [{"step": float(i), "group/count": 1.0, "staleness/mean": 3.0} for i in range(1, 4)])
@@ -135,26 +145,69 @@ def alarms_of_run(folder: Path) -> list[dict[str, Any]]:
     return answer["alarms"]  # type: ignore[return-value]
 
 
+def judged(right: int, lowest: int, count: int = 16, **changes: Any) -> list[dict[str, Any]]:
+    """`count` completions in groups of 4, of which the last `right` end with the gold answer. The first `lowest` of
+    these get 0 by the reward `judge`, the others 1. A bonus of 0.25 is part of every reward."""
+    rows = []
+    for i in range(count):
+        wrong = i < count - right
+        value = 0.0 if wrong or i < count - right + lowest else 1.0
+        rows.append(sample(i // 4, i % 4, extracted="9" if wrong else "1", gold="so #### 1", reward=value + 0.25,
+                           **{"reward_part/judge": value}) | (changes if not wrong else {}))  # fmt: skip
+    return rows
+
+
 def test_right_answers_with_the_lowest_reward(tmp_path: Path) -> None:
-    """A grader that reads the wrong number: 3 of 8 completions end with the gold answer and get 0."""
+    """A grader that reads the wrong number: 3 of 16 completions end with the gold answer and get 0 from it, although
+    not the lowest reward. Two of them are in group 2."""
     run = make_run(tmp_path / "run", steps=1)
-    rows = [sample(0, i, extracted="1" if i < 3 else "9", gold="so #### 1", reward=0.0 if i < 7 else 1.0)
-            for i in range(8)]  # fmt: skip
-    write_samples(run, "step-000003", rows)
+    bonus = {"reward_part/bonus": pa.array([0.25] * 15 + [0.0])}
+    write_samples(
+        run, "step-000003", [*judged(6, 3)[:-1], sample(3, 3, reward=0.0, **{"reward_part/judge": 0.0})], **bonus
+    )
     [alarm] = alarms_of_run(run)
     assert alarm["kind"] == "grader_disagrees"
-    assert alarm["text"] == "3 of 8 completions in step 3 end with the gold answer and got the lowest reward"
-    assert (alarm["first_step"], alarm["last_step"], alarm["file"]) == (3, 3, "step-000003")
+    assert alarm["text"] == "3 of 16 completions in step 3 end with the gold answer and got the lowest value of `judge`"
+    assert (alarm["first_step"], alarm["last_step"], alarm["file"], alarm["group"]) == (3, 3, "step-000003", 2)
     for changes in (
         {"extracted": "2"},  # the answer is wrong
-        {"reward": 0.5},  # not the lowest
+        {"reward_part/judge": 0.5},  # not the lowest value
         {"gold": None},  # no gold answer
-        {"reward": None, "failed": "timeout"},
+        {"finish_reason": "length"},  # its last number is no answer
+        {"reward": None, "failed": "timeout", "reward_part/judge": None},
     ):
-        write_samples(run, "step-000003", [row | (changes if i == 0 else {}) for i, row in enumerate(rows)])
+        write_samples(run, "step-000003", judged(3, 3, **changes))
         assert alarms_of_run(run) == [], changes
-    write_samples(run, "step-000003", [row | {"reward": 1.0} for row in rows])  # all right: nothing to report
+    write_samples(run, "step-000003", judged(16, 0))  # all right: nothing to report
     assert alarms_of_run(run) == []
+    write_samples(run, "step-000003", judged(4, 4))  # every value is 0
+    assert len(alarms_of_run(run)) == 1
+
+
+def test_a_form_that_is_learned_is_no_wrong_grader(tmp_path: Path) -> None:
+    """In the first step 3 of 7 right answers get 0, or 4; in the last, none."""
+    run = make_run(tmp_path / "run", steps=1)
+    write_samples(run, "step-000009", judged(7, 0))
+    write_samples(run, "step-000001", judged(7, 3))
+    assert alarms_of_run(run) == []
+    write_samples(run, "step-000001", judged(7, 4))
+    [alarm] = alarms_of_run(run)
+    assert (alarm["first_step"], alarm["last_step"], alarm["steps"]) == (1, 1, 1)
+    write_samples(run, "step-000009", judged(7, 3))
+    [alarm] = alarms_of_run(run)
+    assert (alarm["first_step"], alarm["last_step"], alarm["steps"]) == (1, 9, 2)
+    assert "4 of 16 completions in step 1 " in alarm["text"]
+
+
+def test_each_data_set_is_judged_by_the_first_reward_that_scores_it(tmp_path: Path) -> None:
+    """`judge` scores the first 8 completions, `other` the last 8: it gives 4 right answers its lowest value, -1."""
+    run = make_run(tmp_path / "run", steps=1)
+    rows = judged(8, 0)
+    rows = [row | ({"reward_part/judge": None} if i >= 8 else {}) for i, row in enumerate(rows)]
+    other = {"reward_part/other": pa.array([-5.0] * 8 + [-1.0] * 4 + [0.0] * 4)}
+    write_samples(run, "step-000003", rows, **other)
+    [alarm] = alarms_of_run(run)
+    assert alarm["text"] == "4 of 8 completions in step 3 end with the gold answer and got the lowest value of `other`"
 
 
 def test_alarms_follow_the_run(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def test_a_run_in_the_list(run: Path) -> None:
     changed = entry.pop("changed")
     assert entry == {
         "run": 0, "name": "a run", "folder": str(run), "recipe": "recipes/sums.yaml", "state": "done", **summary,
-        "accuracy_after_interval": [0.4, None], "steps": 2, "steps_planned": 4, "alarms": 0, "problem": None,
+        "accuracy_after_interval": [0.4, None], "steps": 2, "steps_planned": 4, "alarms": 0, "alarm_titles": [],
+        "problem": None,
     }  # fmt: skip
     assert get(run, "/api/runs")["runs"][0]["changed"] == changed
     write_samples(run, "step-000003", [sample()])
@@ -99,12 +100,14 @@ def test_one_run(run: Path) -> None:
     assert answer["sessions"] == [{"began": 1.0, "seconds": None}]
     options = {one["name"]: one for one in answer["options"]}
     assert options["run.steps"]["value"] == 4
-    assert options["run.steps"]["default"] is None
+    assert (options["run.steps"]["default"], options["run.steps"]["required"]) == (None, True)
+    assert (options["data.eval.sets"]["value"], options["data.eval.sets"]["is_default"]) == ([], True)
     assert options["sampling.temperature"] == {
-        "name": "sampling.temperature", "value": 1.0, "default": 1.0, "is_default": True,
+        "name": "sampling.temperature", "value": 1.0, "default": 1.0, "required": False, "is_default": True,
         "doc": options["sampling.temperature"]["doc"],
     }  # fmt: skip
     assert options["rewards[0].file"]["value"] == "judge.py"
+    assert answer["weights"] == {"judge": 1.0}
     assert options["rewards[0].weight"]["is_default"] is True
     assert {"name": "policy/entropy", "section": "Policy and optimizer",
             "doc": "entropy in nats per token, of the full distribution at the sampling temperature",
@@ -260,19 +263,30 @@ def test_a_group(run: Path) -> None:
         "previous": None, "next": None,
     }  # fmt: skip
     assert first == {
-        "index": 0, "text": "So it is 5.", "truncated_text": False, "extracted": "5", "why": None, "reward": 1.0,
+        "index": 0, "text": "So it is 5.", "truncated_text": False, "extracted": "5", "final_answer": "0",
+        "why": None, "reward": 1.0,
         "parts": {"judge": 1.0}, "logged": {"judge/extracted": "5", "judge/why": None, "judge/score": 0.5,
         "judge/ok": True}, "advantage": 1.0, "failed": None, "failed_detail": None, "finish_reason": "stop",
         "policy_version": 0, "seed": str(2**60), "length": 3, "sampler_logprob_sum": -0.875,
         "learner_logprob_sum": -1.0,
     }  # fmt: skip
-    # the second was not read by the grader: `extracted` of the run stands in
+    # the second failed: the answer that it ends with stands in for what the grader read
     assert (second["extracted"], second["why"], second["failed_detail"]) == ("1", "it is late", "judge: 30 s")
     assert second["logged"]["judge/score"] is None
     answer = get(run, "/api/runs/0/samples/step-000001/groups/0")
     assert (answer["previous"], answer["next"]) == (None, 1)
     answer = get(run, "/api/runs/0/samples/step-000001/groups/1")
     assert (answer["previous"], answer["next"]) == (0, None)
+
+
+def test_what_the_grader_read_is_not_what_the_completion_ends_with(run: Path) -> None:
+    """The first completion gave the grader nothing; `other` does not score the second, and `judge` does."""
+    rows = [sample(0, 0, extracted="99"), sample(0, 1, extracted="7"), sample(0, 2, extracted="7")]
+    more = {"judge/extracted": pa.array([None, "8", None]), "other/extracted": pa.array(["1", None, "2"]),
+            "reward_part/other": pa.array([None, None, 0.5])}  # fmt: skip
+    write_samples(run, "step-000007", rows, **more)
+    found = get(run, "/api/runs/0/samples/step-000007/groups/0")["completions"]
+    assert [(one["extracted"], one["final_answer"]) for one in found] == [(None, "99"), ("8", "7"), ("2", "7")]
 
 
 def write_tokens(run: Path, name: str, rows: dict[int, list[list[float]]]) -> None:
@@ -425,6 +439,30 @@ def test_two_files_compared(run: Path, tmp_path: Path) -> None:
     assert alone["interval"] is not None
 
 
+@pytest.mark.parametrize(("count", "loss"), [(5, 1.0), (6, 1.0), (5, 10.0), (6, 10.0)])
+def test_few_prompts_compared(run: Path, count: int, loss: float) -> None:
+    """b loses every prompt by the largest possible gain. If half of all prompts were won by as much, 5 losses of 5
+    would occur with the probability 1/32, above the 2.5 % beyond the upper bound, and 6 of 6 with 1/64. So 5 prompts
+    cannot show a difference. The upper bound is (1 - 2 * 0.025 ** (1 / N)) times the loss by the formula of Clopper and
+    Pearson for N losses: 0.0436 and -0.0815."""
+    write_samples(run, "eval-000001", [sample(p, 0, reward=loss) for p in range(count)])
+    write_samples(run, "eval-000002", [sample(p, 0, reward=0.0) for p in range(count)])
+    answer = get(run, "/api/compare", a="0", b="0", file_a="eval-000001", file_b="eval-000002")
+    assert (answer["lost"], answer["difference"], answer["too_few"]) == (count, -loss, count == 5)
+    assert answer["interval"] == pytest.approx([-loss, loss * {5: 0.0436, 6: -0.0815}[count]], abs=0.001 * loss)
+
+
+def test_few_prompts_of_two_data_sets_compared(run: Path) -> None:
+    """The upper bound is above 0 if two weights, Beta(1, N) and Beta(1, M), have a sum above 1 with a probability above
+    2.5 %: N! M! / (N + M)!, which is 2.9 % for 3 and 4 prompts, and 1.4 % for 4 and 4."""
+    rows = [sample(p, 0, dataset="b" if p > 3 else "a", reward=1.0) for p in range(8)]
+    for last, few in ((7, True), (8, False)):
+        write_samples(run, "eval-000001", rows[:last])
+        write_samples(run, "eval-000002", [row | {"reward": 0.0} for row in rows[:last]])
+        answer = get(run, "/api/compare", a="0", b="0", file_a="eval-000001", file_b="eval-000002")
+        assert (answer["too_few"], answer["interval"][1] > 0) == (few, few)
+
+
 def test_search(run: Path) -> None:
     write_samples(run, "step-000003", [
         sample(0, 0, completion="x" * 100 + "needle" + "y" * 100, step=3), sample(0, 1, completion="Needle"),
@@ -437,6 +475,7 @@ def test_search(run: Path) -> None:
     assert found["hits"][0]["before"] == "x" * 60
     assert found["hits"][0]["match"] == "needle"
     assert found["hits"][0]["after"] == "y" * 60
+    assert [(hit["cut_before"], hit["cut_after"]) for hit in found["hits"]] == [(True, True), (False, False)]
     assert (found["complete"], found["rows_searched"]) == (True, 11)
     limited = get(run, "/api/search", q="It is", limit="1")
     assert (len(limited["hits"]), limited["complete"]) == (1, False)

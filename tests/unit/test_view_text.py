@@ -29,9 +29,9 @@ def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run")
 
 
-def printed(run: Path, place: str = "", color: bool = False) -> str:
+def printed(run: Path, place: str = "", color: bool = False, width: int = 150) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=150, highlight=False, markup=False, emoji=False, force_terminal=color)
+    console = Console(file=out, width=width, highlight=False, markup=False, emoji=False, force_terminal=color)
     print_place(open_paths([run]), place, console)
     return out.getvalue()
 
@@ -48,9 +48,9 @@ def test_the_overview(run: Path) -> None:
     write_metrics(run, lines)
     text = printed(run)
     assert "running; 8 of 4 steps" in text
-    assert "! Sampler and learner disagree on some tokens (steps 1 to 8)" in text
+    assert "! Sampler and learner disagree on some tokens (8 of the steps 1 to 8)" in text
     assert re.search(r"reward/mean +0\.125 +1 +▁▂▃▄▅▆▇█", text)
-    assert re.search(r"algorithm\.group_size +2 +-", text)
+    assert re.search(r"algorithm\.group_size +2 +required", text)
     assert "2 samples files, step-000001 to step-000002; show one with --text step-000002" in text
 
 
@@ -62,12 +62,23 @@ def test_a_step_a_group_and_a_completion(run: Path) -> None:
     assert "gold: 2" in text
     assert "[0]; reward 1; judge 1; extracted 1; stop after 3 tokens\nIt is 1." in text
     text = printed(run, "step-000001/1/0")
+    assert re.search(r"id +text +logprob +version", text)
     assert re.search(r"1 +11 +- +-0\.25", text)
     assert "entropy: run.token_columns=true stores the learner's values of each token" in text
     with pytest.raises(UserError, match=r"did you mean step-000001\?"):
         printed(run, "step-1")
     with pytest.raises(UserError, match="it must be FILE, FILE/GROUP or FILE/GROUP/COMPLETION"):
         printed(run, "step-000001/1/0/0")
+
+
+def test_a_run_fits_into_80_columns(run: Path) -> None:
+    """A curve of 100 steps is on the line of its metric, and a heading in one piece. A logprob of -0 is 0."""
+    write_metrics(run, [{"step": i, "completion/truncated_fraction": i / 100, "group/count": 2} for i in range(1, 101)])
+    assert re.search(r"^completion/truncated_fraction +0\.01 +1 +▁\S+█$", printed(run, width=80), re.M)
+    write_samples(run, "step-000003", [sample(sampler_logprobs=[-0.0, -0.000123456, -1.0])])
+    text = printed(run, "step-000003/0/0", width=80)
+    assert re.search(r"0 +10 +- +0 ", text)
+    assert "-0.000123 " in text
 
 
 @pytest.mark.parametrize("color", [False, True])

@@ -158,7 +158,7 @@ async function poll() {
   try {
     const { runs } = await get("/api/runs");
     const running = runs.some((run) => run.state === "running");
-    state(running ? "running" : "still", running ? "live" : "not running");
+    state(running ? "running" : "still", running ? "live" : "no run trains");
     const now = Object.fromEntries(runs.map((run) => [run.run, run.changed]));
     const moved = Object.keys(now).filter((run) => seen !== null && now[run] !== seen[run]);
     seen = now;
@@ -212,7 +212,8 @@ async function begin() {
     location.hash = address("#/search", { run: current.run, q: document.getElementById("find-text").value });
   });
   addEventListener("hashchange", () => show(parseHash(location.hash).parts.join("/") === shownPath ? "same" : "new"));
-  if (!location.hash) history.replaceState(null, "", start ?? (await only()));
+  const first = location.hash || (start ?? (await only()));
+  if (!location.hash) history.replaceState(null, "", first); // not if a link was followed meanwhile
   await show("new");
   if (offline) state("still", "saved page");
   else {

@@ -88,7 +88,7 @@ export function curve(shared, name, doc, values, within = "curve") {
       { class: "plot" },
       plot,
       h("span", { class: "high", "aria-hidden": "true" }, known.length && high !== low ? number(high, 3) : ""),
-      h("span", { class: "low", "aria-hidden": "true" }, known.length ? number(low, 3) : ""),
+      h("span", { class: high === low ? "middle" : "low", "aria-hidden": "true" }, known.length ? number(low, 3) : ""),
     ),
   );
   follow(shared, plot);

@@ -1,7 +1,7 @@
 // Two files of completions, prompt by prompt: runs against each other, or steps of one run.
 import { get, runInfo } from "./api.js";
 import { empty, h, link, section, select, table, tableRow } from "./dom.js";
-import { number, oneLine, plural } from "./format.js";
+import { number, oneLine, plural, signed } from "./format.js";
 import { pager } from "./pager.js";
 import { groupHash, setQuery } from "./routes.js";
 import { stepName } from "./step.js";
@@ -70,6 +70,15 @@ function standard(info, first) {
   return files.at(first ? 0 : -1)?.file;
 }
 
+// Return what the interval says.
+function judgement({ interval, too_few: few }, count) {
+  if (!interval) return "One prompt is too few for an interval.";
+  if (interval[0] > 0 || interval[1] < 0) return "The interval does not contain 0.";
+  return few
+    ? `The interval contains 0, as it always does with ${plural(count, "prompt")}: too few to show a difference.`
+    : "The interval contains 0: these prompts do not show a difference.";
+}
+
 function pairs(answer, [a, fileA], [b, fileB], query) {
   const count = answer.won + answer.lost + answer.unchanged;
   if (count === 0) {
@@ -81,7 +90,6 @@ function pairs(answer, [a, fileA], [b, fileB], query) {
     ];
   }
   const share = (part) => ({ width: `${(100 * part) / count}%` });
-  const sign = answer.difference < 0 ? "−" : "+";
   const rows = answer.prompts.map((one) =>
     tableRow(COLUMNS_OF_PAIRS, [
       h("span", { dir: "auto", class: "prompt" }, oneLine(one.prompt)),
@@ -96,8 +104,8 @@ function pairs(answer, [a, fileA], [b, fileB], query) {
         { "data-item": true, "aria-label": `B: mean ${number(one.mean_b, 3)}` },
         number(one.mean_b, 3),
       ),
-      number((one.mean_b ?? 0) - (one.mean_a ?? 0), 3),
-      h("span", { class: { lost: "down", won: "up" }[one.verdict] }, VERDICTS[one.verdict]),
+      signed((one.mean_b ?? 0) - (one.mean_a ?? 0)),
+      h("span", { class: `verdict-word ${{ lost: "down", won: "up" }[one.verdict] ?? ""}` }, VERDICTS[one.verdict]),
     ]),
   );
   return [
@@ -107,19 +115,12 @@ function pairs(answer, [a, fileA], [b, fileB], query) {
       h(
         "p",
         { class: "big" },
-        h("strong", null, `${sign}${number(Math.abs(answer.difference), 3)}`),
+        h("strong", null, signed(answer.difference)),
         " mean reward, B minus A",
         answer.interval &&
-          h("small", null, ` 95 % interval ${number(answer.interval[0], 3)} to ${number(answer.interval[1], 3)}`),
+          h("small", null, ` 95 % interval ${signed(answer.interval[0])} to ${signed(answer.interval[1])}`),
       ),
-      answer.interval &&
-        h(
-          "p",
-          { class: "muted" },
-          answer.interval[0] <= 0 && answer.interval[1] >= 0
-            ? "The interval contains 0: these prompts do not show a difference."
-            : "The interval does not contain 0.",
-        ),
+      h("p", { class: "muted" }, judgement(answer, count)),
       h(
         "div",
         {

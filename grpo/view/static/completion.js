@@ -9,11 +9,13 @@ import { verdict } from "./group.js";
 
 const PAGE_TOKENS = 2000;
 // sided: two colours tell the sign, and tokens below 0 are underlined; otherwise one colour grows.
+// least: the value at the end of the colours if all are smaller.
 const QUANTITIES = {
   advantage: { label: "advantage", sided: true, doc: "advantage of the token in training" },
   difference: {
     label: "learner − sampler",
     sided: true,
+    least: 0.1, // smaller differences are rounding
     doc: "learner's minus sampler's logprob, under the weights that sampled",
   },
   sampler_logprob: { label: "sampler logprob", doc: "logprob of the token when it was sampled; dark is unlikely" },
@@ -53,7 +55,7 @@ export async function completionPage({ parts: [, run, , file, , group, index], q
           ["Policy version", answer.policy_version],
           ["Seed", answer.seed === null ? null : String(answer.seed)],
         ]),
-        verdict(answer, answer.gold),
+        verdict(answer, answer.gold, info.weights),
       ),
       section("tokens", "Tokens", ...tokens(answer, query)),
       section("prompt", "Prompt", promptTokens(answer)),
@@ -108,7 +110,7 @@ function scale(values, name) {
   const known = values.filter((value) => typeof value === "number");
   const low = Math.min(...known);
   const high = Math.max(...known);
-  const reach = Math.max(Math.abs(low), Math.abs(high)) || 1;
+  const reach = Math.max(Math.abs(low), Math.abs(high), QUANTITIES[name]?.least ?? 0) || 1;
   const sided = QUANTITIES[name]?.sided;
   const falling = name.endsWith("logprob");
   const share = (value) =>
@@ -118,7 +120,7 @@ function scale(values, name) {
         ? 0
         : (100 * (falling ? high - value : value - low)) / (high - low);
   const style = (value) => (typeof value === "number" ? { "--p": `${share(value)}%` } : null);
-  const kind = (value) => (sided && value < 0 ? "minus" : "plus");
+  const kind = (value) => (sided && value < -reach / 10 ? "minus" : "plus"); // no line under what has no colour
   const ends = !known.length
     ? []
     : sided
@@ -194,9 +196,14 @@ function tokenList(answer, offset, colour, inspector) {
         },
       },
     },
-    spans,
+    spans.map((span, i) => [breakBefore(answer.tokens[i]), span]),
   );
   return box;
+}
+
+// Return where a line may break: before a token that begins with a space, which is shown as a dot.
+function breakBefore(token) {
+  return token.text?.startsWith(" ") ? h("wbr") : null;
 }
 
 function tokenText(token) {
@@ -240,8 +247,9 @@ function promptTokens(answer) {
   return h(
     "div",
     { class: "tokens text", dir: "auto", tabindex: "0", role: "group", "aria-label": "Tokens of the prompt" },
-    answer.prompt_tokens.map((token) =>
+    answer.prompt_tokens.map((token) => [
+      breakBefore(token),
       h("span", { class: `token ${token.special ? "special" : ""}`, title: `id ${token.id}` }, tokenText(token)),
-    ),
+    ]),
   );
 }

@@ -63,7 +63,13 @@ export function tableRow(columns, cells, props) {
   return h(
     "tr",
     props,
-    cells.map((cell, i) => h(i ? "td" : "th", { scope: i ? null : "row", class: columns[i].number && "number" }, cell)),
+    cells.map((cell, i) =>
+      h(
+        i ? "td" : "th",
+        { scope: i ? null : "row", class: columns[i].number && "number", "data-label": i ? columns[i].label : null },
+        cell,
+      ),
+    ),
   );
 }
 

@@ -7,11 +7,17 @@ export const MISSING = "–";
 export function number(value, digits = 4) {
   if (value === null || value === undefined) return MISSING;
   if (typeof value !== "number") return String(value);
+  if (value === 0) return "0"; // not -0
   const size = Math.abs(value);
   if (Number.isInteger(value) && size < 1e7) return value.toLocaleString("en-US");
   if (size !== 0 && (size < 1e-3 || size >= 1e7))
     return value.toExponential(Math.min(2, digits - 1)).replace("e+", "e");
   return String(Number(value.toPrecision(digits)));
+}
+
+// Return a difference with its sign.
+export function signed(value) {
+  return `${value > 0 ? "+" : value < 0 ? "−" : ""}${number(Math.abs(value), 3)}`;
 }
 
 // Return a reward for a narrow cell: 1, .67, -.5, 12.3.

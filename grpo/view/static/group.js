@@ -3,7 +3,7 @@ import { get, runInfo } from "./api.js";
 import { facts, h, link, section, select } from "./dom.js";
 import { brief, number, oneLine, plural, short, shown, splitAt, textBlock } from "./format.js";
 import { completionHash, fileHash, groupHash, promptHash, runHash, samplesPath, setQuery } from "./routes.js";
-import { place, stepName, walk } from "./step.js";
+import { isStep, place, stepName, walk } from "./step.js";
 
 export async function groupPage({ parts: [, run, , file, , group], query }) {
   const [info, answer] = await Promise.all([runInfo(run), get(`${samplesPath(run, file)}/groups/${group}`)]);
@@ -39,7 +39,7 @@ export async function groupPage({ parts: [, run, , file, , group], query }) {
       section(
         "completions",
         plural(answer.completions.length, "completion"),
-        ...completions(run, file, group, answer, query),
+        ...completions(info, file, answer, query),
       ),
     ],
   };
@@ -69,13 +69,14 @@ const COMPARE = {
   long: (a, b) => b.length - a.length,
 };
 
-function completions(run, file, group, answer, query) {
+function completions(info, file, answer, query) {
   const rewards = answer.completions.map((one) => one.reward).filter((value) => value !== null);
   const range = [Math.min(...rewards), Math.max(...rewards)];
   const shared = answer.common_prefix;
   const prefix = splitAt(answer.completions[0]?.text ?? "", shared)[0];
   const order = COMPARE[query.order] ?? COMPARE[""];
   const note =
+    isStep(file) &&
     rewards.length > 1 &&
     range[0] === range[1] &&
     h(
@@ -100,13 +101,13 @@ function completions(run, file, group, answer, query) {
     h(
       "ol",
       { class: "cards" },
-      [...answer.completions].sort(order).map((one) => card(run, file, group, one, answer, range)),
+      [...answer.completions].sort(order).map((one) => card(info, file, one, answer, range)),
     ),
   ];
 }
 
-function card(run, file, group, one, answer, range) {
-  const href = completionHash(run, file, group, one.index);
+function card(info, file, one, answer, range) {
+  const href = completionHash(info.run, file, answer.group, one.index);
   const shared = answer.common_prefix;
   return h(
     "li",
@@ -127,19 +128,25 @@ function card(run, file, group, one, answer, range) {
       shared > 0 && h("span", { class: "muted", title: "the same in all completions" }, "… "),
       one.truncated_text,
     ),
-    verdict(one, answer.gold),
+    verdict(one, answer.gold, info.weights),
+  );
+}
+
+// Return an answer with a mark that compares it with the gold answer.
+function against(answer, gold) {
+  const same = answer !== null && gold !== null && answer.trim() === gold.trim();
+  return h(
+    "span",
+    null,
+    answer === null ? h("em", null, "nothing") : h("b", { dir: "auto" }, brief(answer)),
+    " ",
+    gold !== null && h("span", { class: `chip ${same ? "good" : "warn"}` }, same ? "= gold" : "≠ gold"),
   );
 }
 
 // Return what the graders made of a completion: extracted against gold, the parts of the reward, the reason.
-export function verdict(one, gold) {
-  const same = one.extracted !== null && gold !== null && one.extracted.trim() === gold.trim();
-  const compared =
-    gold === null
-      ? null
-      : same
-        ? h("span", { class: "chip good" }, "= gold")
-        : h("span", { class: "chip warn" }, "≠ gold");
+// weights: reward -> its weight.
+export function verdict(one, gold, weights = {}) {
   const parts = Object.entries(one.parts ?? {});
   const logged = Object.entries(one.logged ?? {}).filter(([name]) => !/\/(why|extracted)$/.test(name));
   const cut = one.finish_reason === "length" && h("span", { class: "chip warn" }, "truncated");
@@ -149,20 +156,21 @@ export function verdict(one, gold) {
     facts([
       [
         "Extracted",
-        h(
-          "span",
-          null,
-          one.extracted === null ? h("em", null, "nothing") : h("b", { dir: "auto" }, brief(one.extracted)),
-          " ",
-          compared,
-        ),
+        against(one.extracted, gold),
         "The answer that the grader read, if it logs it; otherwise the one that the completion ends with",
+      ],
+      [
+        "Ends with",
+        one.final_answer && one.final_answer !== one.extracted ? against(one.final_answer, gold) : null,
+        "The answer that the completion ends with, which is not what the grader read",
       ],
       ["Why", one.why ? brief(one.why) : null],
       ...parts.map(([name, value]) => [
-        oneLine(name),
-        value === null ? h("em", null, "abstained or failed") : number(value),
-        "Value of this reward, without its weight",
+        `Reward ${oneLine(name)}`,
+        value === null
+          ? h("em", null, "abstained or failed")
+          : [number(value), name in weights && h("span", { class: "muted" }, ` × ${number(weights[name])}`)],
+        "Value of this reward, and its weight in the sum",
       ]),
       ...logged.map(([name, value]) => [oneLine(name), brief(shown(value)), "Logged by the reward"]),
       ["Advantage", one.advantage === null ? null : number(one.advantage)],

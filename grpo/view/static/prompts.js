@@ -2,7 +2,7 @@
 import { get, runInfo } from "./api.js";
 import { cursor, curve } from "./chart.js";
 import { empty, facts, field, h, link, section, select, table, tableRow } from "./dom.js";
-import { brief, number, oneLine, plural, textBlock, visible } from "./format.js";
+import { brief, number, oneLine, plural, signed, textBlock, visible } from "./format.js";
 import { pager } from "./pager.js";
 import { groupHash, promptHash, runHash, setQuery } from "./routes.js";
 import { stepName } from "./step.js";
@@ -95,8 +95,8 @@ export async function promptsPage({ parts: [, run], query }) {
 
 function change(value) {
   if (value === null || value === undefined) return "–";
-  const mark = value > 0 ? "▲ +" : value < 0 ? "▼ −" : "= ";
-  return h("span", { class: value > 0 ? "up" : value < 0 ? "down" : "" }, `${mark}${number(Math.abs(value), 3)}`);
+  const mark = value > 0 ? "▲ " : value < 0 ? "▼ " : "= ";
+  return h("span", { class: value > 0 ? "up" : value < 0 ? "down" : "" }, `${mark}${signed(value)}`);
 }
 
 const SEEN = [
@@ -179,7 +179,7 @@ export async function promptPage({ parts: [, run, , id] }) {
             ),
             curve(
               shared,
-              "kinds of answers",
+              "different answers",
               "Number of different answers that were listed: few and wrong means that the policy settled on a wrong answer.",
               trained.map((one) => one.answers.length),
             ),

@@ -1,9 +1,9 @@
 // One run: what is wrong, what it reached, its curves, where the tokens and the time went, its options.
 import { address, get, has, offline, runInfo } from "./api.js";
 import { cursor, curve, slider, stack, whisker } from "./chart.js";
-import { empty, facts, field, h, link, section, table } from "./dom.js";
+import { empty, facts, field, h, link, section, table, tableRow } from "./dom.js";
 import { interval, number, percent, percentPoints, seconds, sentence, shown, visible } from "./format.js";
-import { fileHash } from "./routes.js";
+import { fileHash, groupHash } from "./routes.js";
 import { stateChip } from "./runs.js";
 import { timeline } from "./timeline.js";
 
@@ -64,21 +64,34 @@ function alarms(info, run, fileAt) {
     { class: "alarms" },
     info.alarms.map((alarm) => {
       const file = alarm.file ?? fileAt(alarm.first_step);
-      const href = file ? fileHash(run, file) : null;
-      const range =
-        alarm.first_step === alarm.last_step
-          ? `step ${alarm.first_step}`
-          : `steps ${alarm.first_step} to ${alarm.last_step}`;
+      const [what, href] = !file
+        ? []
+        : alarm.group !== null
+          ? [`group ${alarm.group} of step ${alarm.first_step}`, groupHash(run, file, alarm.group)]
+          : [`the completions of step ${alarm.first_step}`, fileHash(run, file, { filter: alarm.filter })];
       return h(
         "li",
         { class: "alarm" },
-        h("h3", null, h("span", { "aria-hidden": "true" }, "▲ "), alarm.title, h("small", null, ` ${range}`)),
+        h(
+          "h3",
+          null,
+          h("span", { "aria-hidden": "true" }, "▲ "),
+          sentence(alarm.title),
+          h("small", null, ` ${stepsOf(alarm)}`),
+        ),
         h("p", null, sentence(alarm.text), "."),
         alarm.cause && h("p", { class: "cause" }, h("strong", null, "Likely cause: "), sentence(alarm.cause), "."),
-        href && h("a", { href, "data-item": true }, `See the completions of step ${alarm.first_step}`),
+        href && h("a", { href, "data-item": true }, `See ${what}`),
       );
     }),
   );
+}
+
+// Return the steps in which an alarm held.
+function stepsOf({ first_step: first, last_step: last, steps }) {
+  if (first === last) return `step ${first}`;
+  if (steps === 2) return `steps ${first} and ${last}`;
+  return steps === last - first + 1 ? `steps ${first} to ${last}` : `${steps} of the steps ${first} to ${last}`;
 }
 
 function result(info) {
@@ -166,7 +179,7 @@ function files(info, run) {
         list,
       );
     }),
-    evals.length > 0 && h("p", { class: "muted" }, "Evaluations after step"),
+    evals.length > 0 && h("p", { class: "muted" }, "Evaluations after step; 0 is before training"),
     evals.length > 0 && h("ol", { class: "steps" }, evals.map(entry)),
   ];
 }
@@ -208,13 +221,15 @@ const GLANCE = [
 
 function glance(info, curves, shared) {
   const docs = new Map(info.metrics.map((metric) => [metric.name, metric.doc]));
-  return h(
+  const grid = h(
     "div",
     { class: "grid" },
     GLANCE.filter((name) => curves.series[name]?.some((value) => value !== null)).map((name) =>
       curve(shared, name, docs.get(name), curves.series[name], "glance"),
     ),
   );
+  const hint = "Point at a curve for its values, at a name for its meaning. A click on a curve opens the step.";
+  return [h("p", { class: "lead" }, hint), grid];
 }
 
 function charts(info, curves, shared, query) {
@@ -256,25 +271,18 @@ function options(info) {
   const cells = (option) => [
     h("code", { title: option.doc }, option.name),
     h("code", null, shown(option.value)),
-    h("code", { class: "muted" }, shown(option.default)),
+    option.required
+      ? h("span", { class: "muted" }, "none, required")
+      : h("code", { class: "muted" }, shown(option.default)),
   ];
   const changed = info.options.filter((option) => !option.is_default);
   const search = field("option-filter", "Options whose name or description contains", "", { type: "search" });
   const rows = info.options.map((option) => {
     const [name, value, standard] = cells(option);
-    return h(
-      "tr",
-      { class: option.is_default ? "" : "changed" },
-      h(
-        "th",
-        { scope: "row" },
-        name,
-        option.is_default ? null : h("span", { class: "chip" }, "changed"),
-        h("small", null, sentence(option.doc)),
-      ),
-      h("td", null, value),
-      h("td", null, standard),
-    );
+    const mark = option.is_default ? null : h("span", { class: "chip" }, "changed");
+    return tableRow(columns, [[name, mark, h("small", null, sentence(option.doc))], value, standard], {
+      class: option.is_default ? "" : "changed",
+    });
   });
   const box = search.querySelector("input");
   box.addEventListener("input", () => {

@@ -1,7 +1,7 @@
 // The list of runs.
 import { get } from "./api.js";
 import { empty, h, link, table, tableRow } from "./dom.js";
-import { interval, number, oneLine, percent, plural, visible } from "./format.js";
+import { interval, number, oneLine, percent, plural, sentence, visible } from "./format.js";
 import { runHash } from "./routes.js";
 
 const MARKS = { running: "▶", done: "✓", stopped: "■", failed: "✕", unknown: "?" };
@@ -16,10 +16,17 @@ export function stateChip(run) {
   );
 }
 
-function alarmCount(run) {
-  return run.alarms
-    ? h("span", { class: "chip alarm" }, h("span", { "aria-hidden": "true" }, "▲ "), plural(run.alarms, "alarm"))
-    : "none";
+// Return the first alarm of a run, and how many more there are.
+function alarmsOf(run) {
+  const [first, ...others] = run.alarm_titles;
+  if (first === undefined) return "none";
+  return h(
+    "span",
+    { class: "warned", title: run.alarm_titles.join("; ").replaceAll("`", "") },
+    h("span", { "aria-hidden": "true" }, "▲ "),
+    sentence(first),
+    others.length > 0 && h("small", null, ` and ${number(others.length)} more`),
+  );
 }
 
 const COLUMNS = [
@@ -44,7 +51,7 @@ export async function runsPage() {
     tableRow(COLUMNS, [
       h("a", { href: runHash(run.run), "data-item": true }, visible(run.name)),
       stateChip(run),
-      alarmCount(run),
+      alarmsOf(run),
       run.steps_planned ? `${number(run.steps)} of ${number(run.steps_planned)}` : number(run.steps),
       accuracy(run.accuracy_before, run.accuracy_before_interval),
       accuracy(run.accuracy_after, run.accuracy_after_interval),

@@ -96,9 +96,11 @@ function found(answer, runs, asked) {
           h(
             "p",
             { class: "text", dir: "auto" },
+            hit.cut_before && h("span", { class: "muted" }, "…"),
             visible(hit.before),
             h("mark", null, visible(hit.match)),
             visible(hit.after),
+            hit.cut_after && h("span", { class: "muted" }, "…"),
           ),
         ),
       ),

@@ -11,7 +11,13 @@ const PAGE = 100;
 export function stepName(file) {
   const [kind, digits] = file.split("-");
   if (!digits) return `Evaluation ${file}`; // a folder of grpo eval
-  return kind === "eval" ? `Evaluation after step ${Number(digits)}` : `Step ${Number(digits)}`;
+  if (kind !== "eval") return `Step ${Number(digits)}`;
+  return Number(digits) ? `Evaluation after step ${Number(digits)}` : "Evaluation before training";
+}
+
+// Return whether the completions of a samples file are trained on.
+export function isStep(file) {
+  return file.startsWith("step");
 }
 
 const SORTS = [
@@ -25,7 +31,7 @@ const SORTS = [
 
 export async function stepPage({ parts: [, run, , file], query }) {
   const [info, answer] = await Promise.all([runInfo(run), page(run, file, query)]);
-  const files = info.files.filter((one) => one.kind === (file.startsWith("step") ? "step" : "eval"));
+  const files = info.files.filter((one) => one.kind === (isStep(file) ? "step" : "eval"));
   const at = files.findIndex((one) => one.file === file);
   const near = (by) =>
     files[at + by]
@@ -44,7 +50,7 @@ export async function stepPage({ parts: [, run, , file], query }) {
       [null, title],
     ],
     body: [
-      h("header", { class: "head" }, h("h1", null, title), walk(near(-1), near(1), "step")),
+      h("header", { class: "head" }, h("h1", null, title), walk(near(-1), near(1), isStep(file) ? "step" : "evaluation")),
       answer.total_rows !== undefined && h("p", { class: "lead" }, count(answer, query)),
       !offline && bar(run, file, query, answer),
       answer.problem && h("p", { class: "problem", role: "alert" }, answer.problem),
@@ -83,9 +89,9 @@ export function walk(previous, next, what) {
 }
 
 function count(answer, query) {
-  const all = `${plural(answer.total_groups, "group")} of ${plural(answer.total_rows, "completion")}`;
+  const all = `${plural(answer.total_groups, "group")}, ${plural(answer.total_rows, "completion")}`;
   if (!query.filter) return `${all}. One row is a prompt with its completions; a cell is the reward of one completion.`;
-  return `${plural(answer.matching_rows, "completion")} in ${plural(answer.matching_groups, "group")} match, of ${all}.`;
+  return `${plural(answer.matching_rows, "completion")} in ${plural(answer.matching_groups, "group")} match; the file has ${all}.`;
 }
 
 function bar(run, file, query, answer) {
@@ -213,6 +219,7 @@ function legend([low, high]) {
   return h(
     "ul",
     { class: "legend", "aria-label": "Legend of the cells" },
+    h("li", null, "reward"),
     steps.map((value) =>
       h("li", null, h("span", { class: "cell", style: { "--p": place(value, [low, high]) } }, short(value))),
     ),
@@ -238,13 +245,14 @@ const HEADS = [
   ["Mean", "figure"],
   ["Spread", "figure"],
   ["Tokens", "figure"],
-  ["Completions", ""],
+  ["Completions", "cells-of"],
 ];
 
 function groupTable(run, file, answer) {
+  const most = Math.max(...answer.groups.map((group) => group.cells.length));
   return h(
     "table",
-    { class: "groups", id: "groups" },
+    { class: "groups", id: "groups", style: { "--cells": Math.min(most, 16) } },
     h("caption", { class: "hidden" }, "Groups of the step, one a row"),
     h(
       "colgroup",
@@ -270,7 +278,7 @@ function groupTable(run, file, answer) {
 
 function groupRow(run, file, group, range) {
   const spread =
-    group.spread === 0
+    group.spread === 0 && isStep(file)
       ? h(
           "span",
           { class: "chip warn", title: "All rewards of the group are equal: it gives no policy gradient" },

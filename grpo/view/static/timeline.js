@@ -102,7 +102,7 @@ function lanes(spans) {
                   width: `${(100 * span.seconds) / length}%`,
                 },
               },
-              span.name,
+              span.seconds > 0.02 * length && span.name,
               h("span", { class: "hidden" }, text),
             );
           }),
