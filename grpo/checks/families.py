@@ -61,25 +61,32 @@ def refuse(config: Config, settings: PreTrainedConfig) -> None:
         raise UserError(f"{where} on CPU: {REFUSED_ON_CPU[own.model_type]}")
     if own.model_type in BFLOAT16_ON_CPU and not config.on_gpu and config.model.dtype != "bfloat16":
         raise UserError(f"{where} in {config.model.dtype} on CPU; nearest: model.dtype=bfloat16")
-    if not config.on_gpu and (size := head_size(own)) is not None and size not in CPU_HEAD_SIZES:
+    for size in () if config.on_gpu else sorted(head_sizes(own) - {*CPU_HEAD_SIZES}):
         near = min(CPU_HEAD_SIZES, key=lambda known: abs(known - size))
         raise UserError(
             f"model.path: its attention heads have {size} elements, and vLLM computes only those of "
             f"{', '.join(map(str, CPU_HEAD_SIZES))} on CPU; nearest: {near} (config.json's head_dim, or hidden_size / "
             "num_attention_heads)"
         )
-    window = getattr(own, "sliding_window", None)
-    if own.model_type in WINDOW_PLUS_ONE and window is not None and config.max_row_tokens > window:
+    window = getattr(own, "sliding_window", None) if own.model_type in WINDOW_PLUS_ONE else None
+    if window is not None and config.max_row_tokens > window:
         raise UserError(
             f"{where} on rows longer than config.json's sliding_window={window}, which vLLM makes a token longer than "
             f"transformers does; data.max_prompt_tokens + max_tokens are {config.max_row_tokens}, nearest: {window}"
         )
 
 
-def head_size(own: PreTrainedConfig) -> int | None:
-    """Return the number of elements of an attention head; None for a model without heads, or with compressed keys."""
-    heads = getattr(own, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1 or getattr(own, "kv_lora_rank", None):
+def head_sizes(own: PreTrainedConfig) -> set[int]:
+    """Return the numbers of elements of an attention head, over all layers; none for a model without heads, or with
+    compressed keys."""
+    # transformers refuses to read from the whole model what its layers have each for themselves
+    layers = [*own.per_layer_config] if own.is_heterogeneous else [own]
+    return {size for layer in layers if (size := _head_size(layer)) is not None}
+
+
+def _head_size(layer: PreTrainedConfig) -> int | None:
+    heads = getattr(layer, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1 or getattr(layer, "kv_lora_rank", None):
         return None
-    size = getattr(own, "head_dim", None) or getattr(own, "hidden_size", 0) // heads
+    size = getattr(layer, "head_dim", None) or getattr(layer, "hidden_size", 0) // heads
     return size if isinstance(size, int) and size > 0 else None

@@ -102,7 +102,7 @@ def interrupted(recipe):
     assert grpo.Run(folder).summary["exit_reason"] == "interrupted by SIGINT"
     global WEIGHT
     WEIGHT = 0.25
-    with pytest.raises(grpo.UserError, match=r"permit it: allow=rewards\[0\]\.file$"):
+    with pytest.raises(grpo.UserError, match=r"to permit this: allow=rewards\[0\]\.file$"):
         train(recipe, "stopped", resume="auto")
     WEIGHT = 0.125
     run = train(recipe, "stopped", resume="auto")

@@ -92,7 +92,7 @@ BLOCKS = {str(block.id): str(block.values[0]) for block in blocks("yaml")}
 @pytest.mark.parametrize("block", [next(iter(BLOCKS)), *drawn([*BLOCKS][1:], len(BLOCKS) // 2)])
 def test_a_yaml_of_the_documentation_is_checked_and_runs_two_steps(block: str, tmp_path: Path) -> None:
     recipe = completed(BLOCKS[block], tmp_path)
-    [polite] = [python.values[0] for python in blocks("python") if "def polite" in python.values[0]]
+    [polite] = {str(python.values[0]) for python in blocks("python") if "def polite" in str(python.values[0])}
     (tmp_path / "my_rewards.py").write_text(polite)
     (tmp_path / "judge.py").write_text(JUDGE)
     (tmp_path / "my_score.py").write_text(SCORE)

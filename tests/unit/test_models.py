@@ -54,6 +54,15 @@ def test_heads_that_are_not_computed_on_cpu_are_refused(make_recipe: Callable[..
         families.refuse(module.load(recipe), settings)
 
 
+def test_heads_of_all_layers_are_read(make_recipe: Callable[..., Path]) -> None:
+    """Gemma 4 has heads of another size in its global layers."""
+    config = module.load(make_recipe(Path("a/b")))
+    sizes = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "head_dim": 32}
+    families.refuse(config, tiny.settings_of("gemma4_text", 13, **sizes, global_head_dim=64))
+    with pytest.raises(UserError, match=r"have 48 elements, .* nearest: 32 "):
+        families.refuse(config, tiny.settings_of("gemma4_text", 13, **sizes, global_head_dim=48))
+
+
 def test_a_window_that_engines_read_differently_must_hold_the_rows(configured: Callable[..., Config]) -> None:
     """vLLM's Cohere 2 sees one token more; rows that the window holds never meet its end."""
     config = configured()
