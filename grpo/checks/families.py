@@ -61,7 +61,9 @@ def refuse(config: Config, settings: PreTrainedConfig) -> None:
         raise UserError(f"{where} on CPU: {REFUSED_ON_CPU[own.model_type]}")
     if own.model_type in BFLOAT16_ON_CPU and not config.on_gpu and config.model.dtype != "bfloat16":
         raise UserError(f"{where} in {config.model.dtype} on CPU; nearest: model.dtype=bfloat16")
-    for size in () if config.on_gpu else sorted(head_sizes(own) - {*CPU_HEAD_SIZES}):
+    other_sizes = head_sizes(own) - {*CPU_HEAD_SIZES}
+    if other_sizes and not config.on_gpu:
+        size = min(other_sizes)
         near = min(CPU_HEAD_SIZES, key=lambda known: abs(known - size))
         raise UserError(
             f"model.path: its attention heads have {size} elements, and vLLM computes only those of "

@@ -73,7 +73,6 @@ class Run:
             "steps": max([*metrics.steps, 0]),
             "steps_planned": config.run.steps if config else None,
             **accuracies,
-            "alarms": len(self.alarms()),
             "alarm_titles": [alarm.title for alarm in self.alarms()],
             "changed": self.files.changed(),
             "problem": "; ".join(problems) or None,

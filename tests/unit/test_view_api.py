@@ -48,8 +48,7 @@ def test_a_run_in_the_list(run: Path) -> None:
     changed = entry.pop("changed")
     assert entry == {
         "run": 0, "name": "a run", "folder": str(run), "recipe": "recipes/sums.yaml", "state": "done", **summary,
-        "accuracy_after_interval": [0.4, None], "steps": 2, "steps_planned": 4, "alarms": 0, "alarm_titles": [],
-        "problem": None,
+        "accuracy_after_interval": [0.4, None], "steps": 2, "steps_planned": 4, "alarm_titles": [], "problem": None,
     }  # fmt: skip
     assert get(run, "/api/runs")["runs"][0]["changed"] == changed
     write_samples(run, "step-000003", [sample()])
