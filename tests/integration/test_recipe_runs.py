@@ -97,3 +97,24 @@ def test_a_yaml_of_the_documentation_is_checked_and_runs_two_steps(block: str, t
     (tmp_path / "judge.py").write_text(JUDGE)
     (tmp_path / "my_score.py").write_text(SCORE)
     two_steps(recipe, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_tiny_model_of_the_documentation_learns_its_task(tmp_path: Path) -> None:
+    """Its script and its command as they are printed, in an empty folder, for fewer steps."""
+    page = (ROOT / "docs" / "train.md").read_text().partition("## A tiny model of your own")[2]
+    script, command = page.split("```python\n")[1].split("```")[0], page.split("```bash\n")[1].split("```")[0]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, timeout=300, check=True)
+    command = command.replace("grpo train", f"{sys.executable} -m grpo train").replace("run.steps=40", "run.steps=15")
+    done = subprocess.run(
+        ["bash", "-c", f"{command.rstrip()} run.dir=runs run.name=a"], cwd=tmp_path, env=environment, timeout=600,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "overlap" not in done.stdout
+    summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())
+    assert summary["warnings"] == []
+    assert 0.1 < summary["accuracy_before"] < 0.9
+    assert summary["accuracy_after"] > summary["accuracy_before"]
